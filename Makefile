@@ -1,0 +1,26 @@
+# make demo: train a small captioner from nothing and look at its captions.    make test: everything that CI checks.
+
+VENV := .venv
+PYTHON := python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format
+
+demo: $(VENV)/installed
+	$(BIN)/python train_hf.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

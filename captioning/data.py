@@ -1,0 +1,221 @@
+"""From a captioned data set to batches: which rows, which columns, which of them can be read, as which tensors."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..processing_qformer import QFormerCaptionerProcessor, open_image
+from . import InputError
+from .scenes import load_scenes
+
+
+def load_splits(
+    name: str,
+    config_name: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    split_column: str = "split",
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Load the rows to train on and the rows to evaluate on.
+
+    Args:
+        name: a data set on the Hub, a local folder (images with a `metadata.jsonl` or `metadata.csv`, parquet, ...), or
+            "scenes" for pictures drawn on the spot.
+        config_name: which of a data set's configurations.
+        train_split, eval_split: names of splits. By default the evaluation split is the first there is of "validation",
+            "val", "dev" and "test".
+        split_column: where one split holds all rows and has a column of this name, the column tells the splits.
+        max_train_samples, max_eval_samples: keep so many rows, the first ones (of scenes: draw so many).
+        seed: of the scenes.
+
+    Raises:
+        InputError: for a data set or split that is not there.
+    """
+    if name == "scenes":
+        rows = load_scenes(max_train_samples or 10_000, max_eval_samples or 200, seed=seed)
+        return rows["train"], rows["validation"]
+    try:
+        rows = datasets.load_dataset(name, config_name)
+    except Exception as error:  # the library raises a different class for each way of not finding it
+        kind = "folder" if os.path.exists(name) else "data set"
+        raise InputError(
+            f"The {kind} {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a data set id of the Hub, or a "
+            "folder of images with a metadata.jsonl beside them."
+        ) from error
+    if len(rows) == 1 and split_column in (only := next(iter(rows.values()))).column_names:
+        labels = only[split_column]
+        rows = {label: only.select([i for i, own in enumerate(labels) if own == label]) for label in set(labels)}
+    if eval_split is None:
+        eval_split = next((split for split in ("validation", "val", "dev", "test") if split in rows), None)
+    for split in (train_split, eval_split):
+        if split is not None and split not in rows:
+            raise InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, rows))}.")
+
+    def first(split: str, number: int | None) -> datasets.Dataset:
+        return rows[split].select(range(min(number or len(rows[split]), len(rows[split]))))
+
+    return first(train_split, max_train_samples), eval_split and first(eval_split, max_eval_samples)
+
+
+class SkippedRows:
+    """The rows that could not be used, in a JSON-lines file: split, row number, file and reason of each.
+
+    Data-loading processes append to the same file, so a row may stand there twice; it counts once.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def add(self, split: str, row: int, file: str | None, reason: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as lines:
+            lines.write(json.dumps({"split": split, "row": row, "file": file, "reason": reason}) + "\n")
+
+    def __len__(self) -> int:
+        if not self.path.exists():
+            return 0
+        entries = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return len({(entry["split"], entry["row"]) for entry in entries})
+
+
+class CaptionDataset(Dataset):
+    """Rows of `{"image": PIL image, "captions": [str, ...]}`; a row that cannot be read is skipped and written down.
+
+    A row without any caption is left out from the start. Whether an image can be read shows only when it is opened: in
+    training the next row takes its place, for evaluation [`~CaptionDataset.readable`] opens all of them first.
+
+    Args:
+        rows: the data set.
+        split: its name in the record of skipped rows.
+        image_column: holds images, or paths of images.
+        caption_column: holds a caption, or a list of captions.
+        skipped: the record.
+
+    Raises:
+        InputError: if a column is not there, or no row has a caption.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        split: str,
+        image_column: str,
+        caption_column: str,
+        skipped: SkippedRows,
+    ):
+        for column in (image_column, caption_column):
+            if column not in rows.column_names:
+                raise InputError(
+                    f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
+                    "Choose with --image_column and --caption_column."
+                )
+        self.split = split
+        self.skipped = skipped
+        self.rows = rows
+        # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
+        self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+        self.image_column = image_column
+        self.captions = [_captions_of(value) for value in rows[caption_column]]
+        self.indices = [index for index, captions in enumerate(self.captions) if captions]
+        for index in sorted(set(range(len(rows))) - set(self.indices)):
+            skipped.add(split, index, self._file(index), "no caption")
+        if not self.indices:
+            raise InputError(f"No row of the {split} split has a caption in its column {caption_column!r}.")
+
+    def _file(self, index: int) -> str | None:
+        return self.images[index][self.image_column]["path"]
+
+    def _open(self, index: int) -> Image.Image:
+        image = self.images[index][self.image_column]
+        return open_image(Image.open(io.BytesIO(image["bytes"])) if image["bytes"] else image["path"])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict:
+        for step in range(len(self)):
+            index = self.indices[(position + step) % len(self)]
+            try:
+                return {"image": self._open(index), "captions": self.captions[index]}
+            except OSError as error:
+                self.skipped.add(self.split, index, self._file(index), str(error))
+        raise InputError(f"Not one image of the {self.split} split can be read; see {self.skipped.path}.")
+
+    def readable(self) -> "CaptionDataset":
+        """Leave out, from the start, the rows whose image cannot be opened: an evaluation must know its rows."""
+        kept = []
+        for index in self.indices:
+            try:
+                self._open(index)
+                kept.append(index)
+            except OSError as error:
+                self.skipped.add(self.split, index, self._file(index), str(error))
+        if not kept:
+            raise InputError(f"Not one image of the {self.split} split can be read; see {self.skipped.path}.")
+        self.indices = kept
+        return self
+
+    def references(self) -> list[list[str]]:
+        """The captions of each row, in order."""
+        return [self.captions[index] for index in self.indices]
+
+    def column(self, name: str) -> list:
+        """Another column of the data set, of each row in order."""
+        values = self.rows[name]
+        return [values[index] for index in self.indices]
+
+
+def _captions_of(value: str | list[str] | None) -> list[str]:
+    captions = [value] if isinstance(value, str) else value or []
+    return [caption.strip() for caption in captions if caption and caption.strip()]
+
+
+class ShuffledImages(Dataset):
+    """The same rows with each other's images: no row keeps its own. A captioner that looks must do worse here."""
+
+    def __init__(self, dataset: CaptionDataset, seed: int = 0):
+        self.dataset = dataset
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.image_of = dict(zip(order, order[1:] + order[:1], strict=True))  # one big circle
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> dict:
+        return {**self.dataset[position], "image": self.dataset[self.image_of[position]]["image"]}
+
+
+class CaptionCollator:
+    """Rows of a [`CaptionDataset`] to a batch of a [`QFormerCaptioner`].
+
+    Returns `pixel_values` `[B, 3, H, W]`, `input_ids` and `attention_mask` `[B, P]` of the prompt, and `labels`
+    `[B, K, T]`: all captions of each image, end-of-sequence included, padded with -100 (a row with fewer captions than
+    the others has rows of nothing but -100).
+    """
+
+    def __init__(self, processor: QFormerCaptionerProcessor, max_caption_length: int | None = None):
+        self.processor = processor
+        self.max_caption_length = max_caption_length
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.processor(images=[row["image"] for row in rows])
+        ids = [
+            [self.processor.encode_caption(caption, max_length=self.max_caption_length) for caption in row["captions"]]
+            for row in rows
+        ]
+        number = max(len(captions) for captions in ids)
+        length = max(len(caption) for captions in ids for caption in captions)
+        labels = torch.full((len(rows), number, length), -100)
+        for b, captions in enumerate(ids):
+            for k, caption in enumerate(captions):
+                labels[b, k, : len(caption)] = torch.tensor(caption)
+        return {**batch, "labels": labels}

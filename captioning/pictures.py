@@ -1,0 +1,74 @@
+"""Results that people would rather look at than read: the loss curve and a sheet of captioned images."""
+
+import os
+import textwrap
+
+import matplotlib
+from PIL import Image
+
+matplotlib.use("Agg")  # files only; a server has no screen
+from matplotlib import pyplot  # noqa: E402
+
+
+def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str | os.PathLike) -> None:
+    """Draw training loss, evaluation loss with right and with shuffled images, and the caption score, over steps.
+
+    Args:
+        log_history: the Trainer's (`trainer.state.log_history`).
+        score_name: key of the caption score in it, such as "eval_facts"; drawn against the right-hand axis.
+        path: of the picture.
+    """
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        return [step for step, _ in points], [value for _, value in points]
+
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for key, label, style in (
+        ("loss", "training loss", {"color": "tab:gray", "linewidth": 1}),
+        ("eval_loss", "held-out loss, right images", {"color": "tab:blue", "marker": "o"}),
+        ("eval_loss_shuffled", "held-out loss, shuffled images", {"color": "tab:orange", "marker": "o"}),
+    ):
+        axis.plot(*series(key), label=label, **style)
+    axis.set_xlabel("step")
+    axis.set_ylabel("cross-entropy, nats per token")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    if score_name is not None:
+        right = axis.twinx()
+        right.plot(*series(score_name), label=score_name.removeprefix("eval_"), color="tab:green", linestyle="--")
+        right.set_ylim(0, 1)
+        right.set_ylabel(score_name.removeprefix("eval_"))
+        more = right.get_legend_handles_labels()
+        handles, labels = handles + more[0], labels + more[1]
+    axis.legend(handles, labels)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_caption_sheet(
+    images: list[Image.Image], captions: list[str], references: list[str], path: str | os.PathLike, title: str = ""
+) -> None:
+    """Draw images in rows of four, the generated caption in bold above one reference below each.
+
+    Args:
+        images, captions, references: as many of each.
+        path: of the picture.
+        title: a line on top.
+    """
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 4.2 * rows), squeeze=False)
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.45 / (4.2 * rows), bottom=0.02, hspace=0.05, wspace=0.06)
+    figure.suptitle(title, y=1 - 0.12 / (4.2 * rows))
+    for axis in axes.flat:
+        axis.axis("off")
+        axis.set_anchor("N")
+    for axis, image, caption, reference in zip(axes.flat, images, captions, references, strict=False):
+        axis.imshow(image)
+        for text, height, weight in ((caption or "(nothing)", -0.03, "bold"), (reference, -0.25, "normal")):
+            text = textwrap.shorten(text, 130).replace("$", r"\$")  # matplotlib would set mathematics
+            axis.text(0, height, textwrap.fill(text, 42), transform=axis.transAxes, va="top", fontsize=8, weight=weight)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,858 @@
+"""A Q-Former, and the captioner that it makes of a vision encoder and a language model.
+
+    image [B,3,H,W] -> vision_model -> [B,N,Dv] -> qformer -> [B,Q,Dq] -> language_projection -> [B,Q,D] soft prompt
+    soft prompt + prompt tokens -> language_model -> caption
+
+Read from top to bottom: the layers of the Q-Former, the Q-Former, the captioner. The Q-Former is BLIP-2's (Li et al.
+2023, arXiv 2301.12597); its parameters carry the names of transformers' `Blip2QFormerModel`.
+
+In the shapes below B is images, K captions of an image, N image tokens, Q queries, P prompt tokens, T caption tokens,
+V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q-Former and the vision encoder.
+"""
+
+import copy
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from .processing_qformer import ImageInput, QFormerCaptionerProcessor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Q-Former: BERT layers in which the queries also look at the image
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, the only one that also returns its weights. `attention_mask` is added to the scores."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class QFormerMultiHeadAttention(nn.Module):
+    """The queries attend to themselves or, given `encoder_hidden_states`, to the image."""
+
+    def __init__(self, config: QFormerConfig, key_value_size: int):
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.is_causal = False  # the attention interface asks
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_value_size, config.hidden_size)
+        self.value = nn.Linear(key_value_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, Q, Dq]
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,  # [B, N, Dv]
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def split_heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, heads, length, head_size]
+
+        looked_at = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attend(
+            self,
+            split_heads(self.query(hidden_states)),
+            split_heads(self.key(looked_at)),
+            split_heads(self.value(looked_at)),
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # [B, Q, heads, head_size]
+        return attended.flatten(2), weights
+
+
+class QFormerOutput(nn.Module):
+    """What closes every sub-layer: projection, dropout, residual, layer norm (post-norm, as in BERT)."""
+
+    def __init__(self, config: QFormerConfig, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class QFormerAttention(nn.Module):
+    def __init__(self, config: QFormerConfig, key_value_size: int):
+        super().__init__()
+        self.attention = QFormerMultiHeadAttention(config, key_value_size)
+        self.output = QFormerOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.attention(hidden_states, **kwargs)
+        return self.output(attended, hidden_states)
+
+
+class QFormerIntermediate(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(hidden_states))
+
+
+class QFormerLayer(GradientCheckpointingLayer):
+    """Self-attention, every `cross_attention_frequency` layers cross-attention to the image, feed-forward."""
+
+    def __init__(self, config: QFormerConfig, layer_index: int):
+        super().__init__()
+        self.looks_at_image = layer_index % config.cross_attention_frequency == 0
+        self.attention = QFormerAttention(config, config.hidden_size)
+        if self.looks_at_image:
+            self.crossattention = QFormerAttention(config, config.encoder_hidden_size)
+        self.intermediate_query = QFormerIntermediate(config)
+        self.output_query = QFormerOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [B, Q, Dq]
+        encoder_hidden_states: torch.Tensor,  # [B, N, Dv]
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, **kwargs)
+        if self.looks_at_image:
+            hidden_states = self.crossattention(
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **kwargs,
+            )
+        return self.output_query(self.intermediate_query(hidden_states), hidden_states)
+
+
+class QFormerEncoder(nn.Module):
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([QFormerLayer(config, index) for index in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, encoder_hidden_states, **kwargs)
+        return hidden_states
+
+
+class QFormerModel(PreTrainedModel):
+    r"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1): learned queries that read an image.
+
+    The queries are a parameter of this module, so whatever saves the module (an adapter's `modules_to_save`, say)
+    saves them too.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from qformer_captioner import QFormerConfig, QFormerModel
+    >>> qformer = QFormerModel(QFormerConfig(num_hidden_layers=2, num_query_tokens=16, encoder_hidden_size=384))
+    >>> qformer(torch.randn(5, 257, 384)).last_hidden_state.shape
+    torch.Size([5, 16, 768])
+    ```
+    """
+
+    config_class = QFormerConfig
+    config: QFormerConfig
+    base_model_prefix = "qformer"
+    main_input_name = "encoder_hidden_states"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _no_split_modules = ["QFormerLayer"]
+    _can_record_outputs = {
+        "hidden_states": QFormerLayer,
+        "attentions": OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".attention"),
+        "cross_attentions": OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".crossattention"),
+    }
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__(config)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = QFormerEncoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            # Queries that start equal stay equal: transformers' BLIP-2 starts them at zero, LAVIS at this.
+            init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
+
+    def get_input_embeddings(self) -> None:
+        """There are none: the queries are the input."""
+        return None
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Read images.
+
+        Args:
+            encoder_hidden_states (`[B, N, Dv]`, float): features of the images; cast to the Q-Former's dtype.
+            encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature to look at, 0 for padding.
+            kwargs: `output_hidden_states` and `output_attentions` (the latter with eager attention) as everywhere.
+
+        Returns:
+            `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, the first query's).
+
+        Raises:
+            ValueError: if the features do not have the width that the Q-Former was made for.
+        """
+        width = encoder_hidden_states.shape[-1]
+        if width != self.config.encoder_hidden_size:
+            raise ValueError(
+                f"The image features are {width} wide, but this Q-Former was made for width "
+                f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained on."
+            )
+        encoder_hidden_states = encoder_hidden_states.to(self.query_tokens.dtype)
+        queries = self.dropout(self.layernorm(self.query_tokens))
+        queries = queries.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=queries,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        queries = self.encoder(queries, encoder_hidden_states, encoder_attention_mask=encoder_attention_mask, **kwargs)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The captioner
+# ----------------------------------------------------------------------------------------------------------------------
+
+BACKBONES = ("vision_model", "language_model")
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether none of its parameters trains."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of its floating-point weights."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def load_backbone(
+    part: str, name_or_path: str, revision: str | None = None, dtype: str | torch.dtype = "auto", **hub_kwargs
+) -> PreTrainedModel:
+    """Load a vision encoder (`part="vision_model"`) or a language model from the Hub or a folder.
+
+    Raises:
+        OSError: if it cannot be fetched; the message names it and says what to do.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
+        if part == "language_model":
+            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        else:
+            auto_class = AutoModel
+            config = config.vision_config if "vision_config" in config.sub_configs else config
+        backbone = auto_class.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs)
+    except OSError as error:
+        raise OSError(
+            f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: check "
+            "the name or put the folder back, log in with `hf auth login` if it is private or gated, and make sure the "
+            "Hub can be reached or the model is in the cache. A captioner saved with `include_backbones=True` does not "
+            f"need it. ({str(error).splitlines()[0]})"
+        ) from error
+    backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+    return backbone
+
+
+def commit_of(name_or_path: str | os.PathLike, revision: str | None) -> str | None:
+    """The commit of the Hub that a model came from, read off the cache; `None` for a plain folder."""
+    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, revision=revision), None)
+
+
+def untie_t5_head(language_model: PreTrainedModel) -> None:
+    """Keep the output layer of T5 v1.1 and Flan-T5 their own.
+
+    These models have one, and the only trace of it is `scale_decoder_outputs=False`: transformers 5 declares all T5
+    output layers tied to the input embedding, so that a later `tie_weights()` (Trainer and FSDP call it) would silently
+    overwrite it.
+    """
+    if getattr(language_model.config, "scale_decoder_outputs", True):
+        return
+    language_model._tied_weights_keys = {
+        name: source for name, source in language_model._tied_weights_keys.items() if name != "lm_head.weight"
+    }
+    language_model.all_tied_weights_keys.pop("lm_head.weight", None)
+    if language_model.lm_head.weight is language_model.shared.weight:
+        language_model.lm_head.weight = nn.Parameter(language_model.shared.weight.detach().clone())
+
+
+@dataclass
+class QFormerCaptionerOutput(ModelOutput):
+    """What a captioner returns.
+
+    Args:
+        loss (`[]`, float32, *optional*): mean cross-entropy in nats over the caption tokens, if there were labels.
+        logits (`[B, T, V]` or `[B, K, T, V]`): scores of the word at each label; without labels, of the first word.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+class QFormerCaptioner(PreTrainedModel, GenerationMixin):
+    r"""A vision encoder, a Q-Former and a language model that captions what the encoder sees.
+
+    Built from two pretrained models with [`~QFormerCaptioner.from_backbones`], from a folder or the Hub with
+    `from_pretrained`, or with random weights from a [`QFormerCaptionerConfig`].
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained("outputs/scenes", trust_remote_code=True)  # doctest: +SKIP
+    >>> model.caption("photo.jpg")  # doctest: +SKIP
+    'a small red circle to the left of a blue square'
+    ```
+    """
+
+    config_class = QFormerCaptionerConfig
+    config: QFormerCaptionerConfig
+    base_model_prefix = "captioner"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _keep_in_fp32_modules = ["qformer", "language_projection"]  # float16 overflows there (LAVIS issue 267)
+
+    def __init__(
+        self,
+        config: QFormerCaptionerConfig,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+
+        def dtype(part: str) -> torch.dtype:
+            return getattr(torch, config.dtypes[part]) if config.dtypes else torch.get_default_dtype()
+
+        if vision_model is None:
+            vision_model = AutoModel.from_config(config.vision_config, dtype=dtype("vision_model"))
+        if language_model is None:
+            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            language_model = auto_class.from_config(config.text_config, dtype=dtype("language_model"))
+        untie_t5_head(language_model)
+        config.vision_config, config.text_config = vision_model.config, language_model.config
+        self.vision_model = vision_model
+        self.qformer = QFormerModel._from_config(config.qformer_config, dtype=dtype("qformer"))
+        # The words' width is not always `hidden_size`: OPT-350m reads words of 512 into a model of 1024.
+        word_size = language_model.get_input_embeddings().weight.shape[-1]
+        self.language_projection = nn.Linear(
+            config.qformer_config.hidden_size, word_size, dtype=dtype("language_projection")
+        )
+        self.language_model = language_model
+        self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
+
+        # Optional inputs that not every language model has: positions (BLOOM has none), logits of the last words only.
+        language_model_inputs = inspect.signature(language_model.forward).parameters
+        self._takes_position_ids = "position_ids" in language_model_inputs
+        self._takes_logits_to_keep = "logits_to_keep" in language_model_inputs
+
+        self.post_init()
+        self.loss_type = None  # the Trainer must count all labels: ours are not shifted
+        # One set of decoding defaults, ours: those of a chat model would sample.
+        self.generation_config.max_new_tokens = 50
+        self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
+        self._freeze()
+
+    # --- Loading ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike,
+        language: str | os.PathLike,
+        vision_revision: str | None = None,
+        language_revision: str | None = None,
+        freeze_vision_model: bool = True,
+        freeze_language_model: bool = True,
+        dtype: str | torch.dtype = "auto",
+        prompt: str = "",
+        **qformer_fields,
+    ) -> "QFormerCaptioner":
+        r"""Put a fresh Q-Former between two pretrained models.
+
+        Args:
+            vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
+            vision_revision, language_revision (`str`, *optional*): branch, tag or commit on the Hub.
+            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): train only the Q-Former.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): of the backbones; "auto" is each one's own. The
+                Q-Former and the projection are always float32.
+            prompt (`str`, defaults to `""`): text between the queries and the caption, where a call gives none.
+            qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
+
+        Raises:
+            OSError: if a backbone cannot be fetched.
+            TypeError: for a keyword that is not a field of [`QFormerConfig`].
+
+        Example:
+
+        ```python
+        >>> model = QFormerCaptioner.from_backbones(
+        ...     "facebook/dinov2-small", "HuggingFaceTB/SmolLM2-135M", num_hidden_layers=4, num_query_tokens=16
+        ... )  # doctest: +SKIP
+        ```
+        """
+        known = {field.name for field in fields(QFormerConfig)} - {field.name for field in fields(PreTrainedConfig)}
+        for name in set(qformer_fields) - known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(sorted(known))}."
+            raise TypeError(f"{name!r} is not a field of QFormerConfig: {hint}")
+        vision_model = load_backbone("vision_model", os.fspath(vision), vision_revision, dtype)
+        language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
+        config = QFormerCaptionerConfig(
+            # Copies: a composite config resets the attention implementation of the configs that it is made of.
+            vision_config=copy.deepcopy(vision_model.config),
+            qformer_config=QFormerConfig(**qformer_fields),
+            text_config=copy.deepcopy(language_model.config),
+            vision_model_name_or_path=vision_model.config.name_or_path,
+            vision_model_revision=commit_of(vision, vision_revision),
+            language_model_name_or_path=language_model.config.name_or_path,
+            language_model_revision=commit_of(language, language_revision),
+            freeze_vision_model=freeze_vision_model,
+            freeze_language_model=freeze_language_model,
+        )
+        special_tokens = {
+            name: getattr(language_model.generation_config, name)
+            for name in (
+                "bos_token_id",
+                "eos_token_id",
+                "pad_token_id",
+                "decoder_start_token_id",
+                "forced_bos_token_id",
+            )
+        }
+        model = cls(config, vision_model=vision_model, language_model=language_model)
+        model.generation_config.update(**{name: id for name, id in special_tokens.items() if id is not None})
+        model.processor = QFormerCaptionerProcessor.from_backbones(
+            vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
+        )
+        model._reference(model._frozen_backbones())
+        model.eval()
+        model.print_trainable_parameters()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, dtype=None, **kwargs):
+        """Load a captioner from a folder or the Hub, with the backbones that it keeps by reference.
+
+        Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
+        was saved in. Backbones that were frozen are frozen again.
+
+        Raises:
+            OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
+        """
+        hub_kwargs = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            if name in kwargs
+        }
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        config = copy.deepcopy(config)
+        if dtype not in (None, "auto"):
+            config.dtypes = None
+        kwargs = {**kwargs, "config": config, "dtype": dtype}
+
+        if config.referenced_backbones and kwargs.get("state_dict") is None:
+            weights = cls._own_weights(pretrained_model_name_or_path, hub_kwargs)
+            download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
+            for part in config.referenced_backbones:
+                backbone = load_backbone(
+                    part,
+                    getattr(config, f"{part}_name_or_path"),
+                    getattr(config, f"{part}_revision"),
+                    getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
+                    **download,
+                )
+                weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
+            loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
+        else:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze()
+        model._reference(config.referenced_backbones or [])
+        if pretrained_model_name_or_path is not None:
+            model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
+        return loaded
+
+    @staticmethod
+    def _own_weights(path: str | os.PathLike, hub_kwargs: dict) -> dict[str, torch.Tensor]:
+        """The tensors in a captioner's own folder, which may be sharded."""
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if index is None:
+            return load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
+        shards, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
+        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+    # --- Saving -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, include_backbones: bool | Sequence[str] | None = None, **kwargs
+    ) -> None:
+        """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens anywhere.
+
+        Args:
+            save_directory (`str`): where to.
+            include_backbones (`bool` or list of part names, *optional*): `False` leaves out every frozen backbone that
+                has a name to fetch it by, `True` none, a list such as `["language_model"]` all but those. By default
+                the captioner stays as it is: one from `from_backbones` refers to its frozen backbones, one loaded from
+                a folder keeps what that folder kept. What was trained is always written.
+            kwargs: as for `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
+        """
+        if include_backbones is None:
+            included = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
+        elif isinstance(include_backbones, bool):
+            included = list(BACKBONES) if include_backbones else []
+        else:
+            included = list(include_backbones)
+            if unknown := set(included) - set(BACKBONES):
+                raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
+        frozen = self._frozen_backbones()
+        self._reference(
+            [
+                part
+                for part in frozen
+                if part not in included and getattr(self.config, f"{part}_name_or_path") is not None
+            ]
+        )
+        self.config.freeze_vision_model = "vision_model" in frozen
+        self.config.freeze_language_model = "language_model" in frozen
+        self.config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
+        if self.processor is not None and kwargs.get("is_main_process", True):
+            self.processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _reference(self, parts: list[str]) -> None:
+        """Let saved folders refer to these parts by name instead of holding their weights."""
+        self.config.referenced_backbones = parts
+        self._keys_to_ignore_on_save = {
+            key for key in self.state_dict() if key.split(".")[0] in parts
+        }  # the Trainer reads it too, to tell left out from lost
+
+    # --- What trains --------------------------------------------------------------------------------------------------
+
+    def _frozen_backbones(self) -> list[str]:
+        return [part for part in BACKBONES if is_frozen(getattr(self, part))]
+
+    def local_backbones(self) -> list[str]:
+        """The backbones that came from a folder of this machine, so that nobody else can fetch them by name."""
+        return [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
+
+    def _freeze(self) -> None:
+        if self.config.freeze_vision_model:
+            self.vision_model.requires_grad_(False)
+        if self.config.freeze_language_model:
+            self.language_model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "QFormerCaptioner":
+        """As `nn.Module.train`, but frozen backbones stay in evaluation mode: no dropout where nothing learns."""
+        super().train(mode)
+        for part in self._frozen_backbones():
+            getattr(self, part).eval()
+        return self
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line per part: parameters, how many of them train, dtype."""
+        for name, part in self.named_children():
+            total = sum(parameter.numel() for parameter in part.parameters())
+            trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+            dtype = str(dtype_of(part)).removeprefix("torch.")
+            print(f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}")
+
+    # --- From image to soft prompt ------------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run the vision encoder: `[B, 3, H, W]` -> `[B, N, Dv]`, without a graph where it is frozen."""
+        # requires_grad_(False) is not enough: gradient checkpointing makes the input of the encoder require gradients.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
+            return self.vision_model(pixel_values.to(dtype_of(self.vision_model))).last_hidden_state
+
+    def get_soft_prompt(
+        self, pixel_values: torch.Tensor | None = None, image_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Turn images `[B, 3, H, W]`, or their features `[B, N, Dv]`, into what the language model reads: `[B, Q, D]`.
+
+        Raises:
+            ValueError: if not exactly one of the two is given, or the features have another width.
+        """
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError(
+                "Give either `pixel_values` (images) or `image_embeds` (features of images), and not both."
+            )
+        if image_embeds is None:
+            image_embeds = self.get_image_features(pixel_values)
+        return self.language_projection(self.qformer(image_embeds).last_hidden_state)
+
+    def get_prefix(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        room_for: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that stands in front of the caption: `[queries, prompt]`, embedded `[B, Q+P, D]`, and its mask `[B, Q+P]`.
+
+        Prompts may be padded on either side. Padding ends up where it cannot make a batch differ from single images:
+        in front of everything for a decoder, which writes on at the end, and behind it for an encoder.
+
+        Raises:
+            ValueError: if the prefix, with `room_for` more words of caption, is longer than the language model allows.
+        """
+        words = self.language_model.get_input_embeddings()
+        prefix = self.get_soft_prompt(pixel_values, image_embeds).to(words.weight.dtype)  # [B, Q, D]
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        if input_ids is not None and input_ids.shape[1] > 0:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            prefix = torch.cat([prefix, words(input_ids)], dim=1)
+            mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            order = mask.argsort(dim=1, stable=True, descending=self.config.is_encoder_decoder)
+            prefix = prefix.gather(1, order[..., None].expand_as(prefix))
+            mask = mask.gather(1, order)
+
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        needed = prefix.shape[1] + (0 if self.config.is_encoder_decoder else room_for)
+        if limit is not None and max(needed, room_for) > limit:
+            raise ValueError(
+                f"The language model reads at most {limit} tokens, but {self.config.qformer_config.num_query_tokens} "
+                f"queries, a prompt of {prefix.shape[1] - self.config.qformer_config.num_query_tokens} and a caption of "
+                f"up to {room_for} tokens were asked for. Shorten the prompt or the caption."
+            )
+        return prefix, mask
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> QFormerCaptionerOutput:
+        """Score captions. The batch is the same whatever the language model.
+
+        Args:
+            pixel_values (`[B, 3, H, W]`, float): images; or
+            image_embeds (`[B, N, Dv]`, float): features of images, computed before.
+            input_ids, attention_mask (`[B, P]`, long, *optional*): the prompt only.
+            labels (`[B, T]` or `[B, K, T]`, long, *optional*): one caption or K captions of each image,
+                end-of-sequence included, padded with -100. The image is encoded once for all of them.
+            num_items_in_batch (*optional*): divide the summed loss by this instead of by the number of caption tokens,
+                so that gradient accumulation weighs every token alike. The Trainer passes it.
+            kwargs: passed on to the language model.
+
+        Raises:
+            ValueError: for features of the wrong width, or more tokens than the language model allows.
+        """
+        room_for = 1 if labels is None else labels.shape[-1]
+        prefix, prefix_mask = self.get_prefix(pixel_values, input_ids, attention_mask, image_embeds, room_for)
+        targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
+        captions = targets.view(len(prefix), -1, targets.shape[-1])  # [B, K, T]
+
+        score = (
+            self._score_with_decoder_only if not self.config.is_encoder_decoder else self._score_with_encoder_decoder
+        )
+        logits = score(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+
+        loss = None
+        if labels is not None:
+            divisor = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            loss = loss / divisor
+        return QFormerCaptionerOutput(loss=loss, logits=logits.view(*targets.shape, -1))
+
+    def _score_with_decoder_only(
+        self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        """`[prefix, caption]` in one sequence, of which only the positions that predict a caption token get logits."""
+        number, length = captions.shape[1:]
+        inputs = captions.flatten(0, 1)[:, :-1]  # the last token predicts nothing
+        words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
+        mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
+        if self._takes_position_ids:
+            kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = length
+        output = self.language_model(
+            inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
+            attention_mask=mask,
+            use_cache=False,
+            **kwargs,
+        )
+        return output.logits[:, -length:]
+
+    def _score_with_encoder_decoder(
+        self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        """The encoder reads the prefix once per image, the decoder writes each of its captions."""
+        number = captions.shape[1]
+        encoded = self.language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
+        output = self.language_model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(number, dim=0)),
+            attention_mask=prefix_mask.repeat_interleave(number, dim=0),
+            decoder_input_ids=self.language_model.prepare_decoder_input_ids_from_labels(captions.flatten(0, 1)),
+            use_cache=False,
+            **kwargs,
+        )
+        return output.logits
+
+    # --- Captioning ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ):
+        """Write captions, with every decoding option of transformers' `generate`.
+
+        Args:
+            pixel_values, input_ids, attention_mask, image_embeds: as in `forward`.
+            labels: ignored, so that a training batch can be passed as it is.
+            generation_config, kwargs: as everywhere in transformers (`num_beams`, `do_sample`, ...). `max_length` and
+                `min_length` count the tokens of the caption, like `max_new_tokens` and `min_new_tokens`.
+
+        Returns:
+            `[B * num_return_sequences, T]` token ids of the captions alone, or with `return_dict_in_generate` the usual
+            output object, whose `sequences` are these.
+        """
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if kwargs.get("max_length") is not None:
+            config.max_new_tokens = kwargs.pop("max_length")
+        if kwargs.get("min_length") is not None:
+            config.min_new_tokens = kwargs.pop("min_length")
+        kwargs = config.update(**kwargs)  # what is left is for the language model
+        config.max_new_tokens = config.max_new_tokens or config.max_length or self.generation_config.max_new_tokens
+        config.max_length = None
+        prefix, prefix_mask = self.get_prefix(
+            pixel_values, input_ids, attention_mask, image_embeds, room_for=config.max_new_tokens
+        )
+        generated = self.language_model.generate(
+            inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
+        )
+        if self.config.is_encoder_decoder:  # its decoder's start token is no part of the caption
+            if isinstance(generated, torch.Tensor):
+                return generated[:, 1:]
+            generated.sequences = generated.sequences[:, 1:]
+        return generated
+
+    def caption(
+        self, images: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str] | None = None, **generation
+    ) -> str | list[str]:
+        r"""Caption one image or several.
+
+        Args:
+            images: a PIL image, a path or a URL, or a list of these.
+            prompt (`str` or list of `str`, *optional*): text that the caption follows; by default the processor's own.
+            generation: options of `generate`, such as `num_beams=5`.
+
+        Returns:
+            A string for one image, a list of strings for a list (and for several `num_return_sequences`).
+
+        Raises:
+            OSError: for an image that is missing or cannot be read; the message names it.
+            ValueError: if the model was built without a processor.
+
+        Example:
+
+        ```python
+        >>> model.caption(["dog.jpg", "cat.jpg"], num_beams=5, max_new_tokens=20)  # doctest: +SKIP
+        ['A dog runs over the grass.', 'A cat sleeps on a bed.']
+        ```
+        """
+        if self.processor is None:
+            raise ValueError(
+                "This captioner has no processor. Set `model.processor = QFormerCaptionerProcessor(image_processor, "
+                "tokenizer)`, or load the model from a folder that holds one."
+            )
+        several = isinstance(images, (list, tuple))
+        inputs = self.processor(images=images, text=prompt).to(self.device)
+        captions = self.processor.batch_decode(self.generate(**inputs, **generation), skip_special_tokens=True)
+        captions = [caption.strip() for caption in captions]
+        return captions if several or len(captions) > 1 else captions[0]
+
+
+QFormerCaptioner.register_for_auto_class("AutoModel")
+
+__all__ = ["QFormerCaptioner", "QFormerCaptionerOutput", "QFormerModel"]

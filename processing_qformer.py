@@ -1,0 +1,190 @@
+"""Images and prompts into tensors, captions into labels, tokens back into text.
+
+A `QFormerCaptionerProcessor` is an image processor (the vision encoder's) and a tokenizer (the language model's) in one
+folder. The language model learns no `<image>` token: the model puts its queries in front of the prompt by itself.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.processing_utils import ProcessingKwargs
+from transformers.utils import PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+ImageInput = str | os.PathLike | Image.Image
+
+
+def open_image(image: ImageInput) -> Image.Image:
+    """Open a path or URL, or take a PIL image, as upright RGB.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        OSError: if it is not an image, or a damaged one; the message names it.
+    """
+    name = str(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "") or "<PIL image>"
+    if isinstance(image, os.PathLike) or (
+        isinstance(image, str) and not image.startswith(("http:", "https:", "data:"))
+    ):
+        image = os.fspath(image)
+        if not os.path.isfile(image):
+            raise FileNotFoundError(f"There is no image file {name!r}.")
+    try:
+        return load_image(image)
+    except Exception as error:  # Pillow raises a dozen kinds: truncated, unidentified, decompression bomb, bad EXIF ...
+        raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
+
+
+class QFormerCaptionerProcessor(ProcessorMixin):
+    r"""Prepares what a [`QFormerCaptioner`] reads and reads what it writes.
+
+    Args:
+        image_processor: of the vision encoder.
+        tokenizer: of the language model. One without a padding token pads with its end-of-sequence token; that is safe,
+            since padding is told from text by masks and never by its id.
+        prompt (`str`, defaults to `""`): text between the image and the caption, where a call gives none.
+        is_encoder_decoder (`bool`, defaults to `False`): whether the language model is one. Its captions get the
+            tokenizer's own special tokens; those of a decoder-only model only an end-of-sequence.
+
+    Example:
+
+    ```python
+    >>> processor = QFormerCaptionerProcessor.from_backbones("facebook/dinov2-small", "openai-community/gpt2")
+    >>> batch = processor(images=["dog.jpg", "cat.jpg"], text="A photo of")  # doctest: +SKIP
+    >>> batch.pixel_values.shape, batch.input_ids.shape  # doctest: +SKIP
+    (torch.Size([2, 3, 224, 224]), torch.Size([2, 3]))
+    ```
+    """
+
+    def __init__(self, image_processor, tokenizer, chat_template=None, prompt="", is_encoder_decoder=False):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if chat_template is None:
+            # Chat messages become the plain prompt: our language models are asked to caption, not to converse.
+            chat_template = (
+                "{% for message in messages %}{% for part in message['content'] %}"
+                "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+            )
+        self.prompt = prompt
+        self.is_encoder_decoder = is_encoder_decoder
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike,
+        language: str | os.PathLike,
+        vision_revision: str | None = None,
+        language_revision: str | None = None,
+        prompt: str = "",
+        is_encoder_decoder: bool = False,
+    ) -> "QFormerCaptionerProcessor":
+        """Join the image processor of one pretrained model and the tokenizer of another (Hub ids or folders)."""
+        return cls(
+            AutoImageProcessor.from_pretrained(vision, revision=vision_revision),
+            AutoTokenizer.from_pretrained(language, revision=language_revision),
+            prompt=prompt,
+            is_encoder_decoder=is_encoder_decoder,
+        )
+
+    @classmethod
+    def from_folder_if_any(cls, folder: str | os.PathLike, **hub_kwargs) -> "QFormerCaptionerProcessor | None":
+        """The processor saved in a folder or Hub repository, `None` where there is none."""
+        found = cached_file(
+            folder,
+            PROCESSOR_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_kwargs,
+        )
+        # Whoever runs this line from a Hub folder has trusted its code already; without saying so the tokenizer would ask.
+        return None if found is None else cls.from_pretrained(folder, trust_remote_code=True, **hub_kwargs)
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Turn images and prompts into a batch.
+
+        Args:
+            images: one image or several: PIL images, paths or URLs.
+            text: one prompt for all images, or one for each. Nothing, or an empty string, is the processor's `prompt`.
+            kwargs: options of the image processor or the tokenizer, such as `do_resize=False`. The result is always
+                padded torch tensors.
+
+        Returns:
+            `pixel_values` (`[B, 3, H, W]`) if there are images; `input_ids` and `attention_mask` (`[B, P]`, P may be 0).
+
+        Raises:
+            OSError: for an image that cannot be read, naming it.
+            ValueError: if there are neither as many prompts as images nor a single one.
+        """
+        batch = {}
+        images = [] if images is None else _flatten(images)
+        options = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        if images:
+            image_options = {**options["images_kwargs"], "return_tensors": "pt"}
+            pictures = [open_image(image) for image in images]
+            batch["pixel_values"] = self.image_processor(pictures, **image_options)["pixel_values"]
+        prompts = [text] if text is None or isinstance(text, str) else list(text)
+        if len(prompts) == 1 and len(images) > 1:
+            prompts = prompts * len(images)
+        if images and len(prompts) != len(images):
+            raise ValueError(
+                f"There are {len(images)} images but {len(prompts)} prompts: give one prompt, or one each."
+            )
+        batch.update(self._tokenize_prompts([prompt or self.prompt for prompt in prompts]))
+        return BatchFeature(batch)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        if not any(prompts) and not self.tokenizer("").input_ids:
+            # Tokenizers give empty *float* tensors here.
+            empty = torch.zeros(len(prompts), 0, dtype=torch.long)
+            return {"input_ids": empty, "attention_mask": empty}
+        encoded = self.tokenizer(
+            prompts,
+            padding=True,
+            padding_side="right" if self.is_encoder_decoder else "left",
+            return_tensors="pt",
+        )
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    def encode_caption(self, caption: str, prompt: str | None = None, max_length: int | None = None) -> list[int]:
+        """The token ids that the model should write for a caption, end-of-sequence included.
+
+        Args:
+            caption (`str`): the caption.
+            prompt (`str`, *optional*): what it follows; by default the processor's own.
+            max_length (`int`, *optional*): cut to so many tokens, end-of-sequence included.
+
+        Raises:
+            ValueError: if the caption is empty.
+        """
+        caption = caption.strip()
+        if not caption:
+            raise ValueError("A caption is empty. Leave out the row, or give it a text.")
+        prompt = prompt or self.prompt
+        if not self.is_encoder_decoder and prompt and not prompt[-1].isspace():
+            caption = " " + caption  # it goes on where the prompt ends, and tokenizers tell " a" from "a"
+        ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder)["input_ids"]
+        if ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return ids[: max_length - 1 if max_length else None] + [self.tokenizer.eos_token_id]
+
+
+def _flatten(images) -> list[ImageInput]:
+    """One flat list: chat pipelines nest the images of a message."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for entry in images for image in _flatten(entry)]
+
+
+QFormerCaptionerProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["QFormerCaptionerProcessor", "open_image"]

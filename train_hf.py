@@ -1,0 +1,319 @@
+#!/usr/bin/env python
+"""Train a Q-Former captioner.
+
+    python train_hf.py                                    # recipes/scenes.yaml: needs no data and no network
+    python train_hf.py --recipe recipes/flickr8k_dinov2_smollm2.yaml --output_dir outputs/flickr8k
+    python train_hf.py --vision_model_name_or_path facebook/dinov2-small \
+        --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
+        --dataset_name my_folder --caption_column text --output_dir outputs/mine
+
+A recipe is a YAML file of the options below; options on the command line win over it. The folder that comes out opens
+with `AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run goes on when the same command is given
+again.
+"""
+
+import difflib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
+    import importlib.util
+
+    _here = Path(__file__).resolve().parent
+    _spec = importlib.util.spec_from_file_location(
+        "qformer_captioner", _here / "__init__.py", submodule_search_locations=[str(_here)]
+    )
+    sys.modules["qformer_captioner"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["qformer_captioner"])
+    __package__ = "qformer_captioner"
+
+import torch
+import yaml
+from transformers import HfArgumentParser, set_seed
+
+from .captioning import InputError
+from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, load_splits
+from .captioning.metrics import word_f1
+from .captioning.runs import RunFolder
+from .captioning.scenes import Scene, score_facts
+from .captioning.scratch import build_from_scratch
+from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
+from .modeling_qformer import QFormerCaptioner
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which captioner: one that exists, two pretrained backbones with a fresh Q-Former, or all from scratch."""
+
+    model_name_or_path: str | None = option(None, "A captioner to go on training (Hub id or folder).")
+    vision_model_name_or_path: str | None = option(None, "A pretrained vision encoder (Hub id or folder).")
+    vision_model_revision: str | None = option(None, "Its branch, tag or commit.")
+    language_model_name_or_path: str | None = option(None, "A pretrained language model (Hub id or folder).")
+    language_model_revision: str | None = option(None, "Its branch, tag or commit.")
+    vision_config: str | None = option(None, "From scratch: the vision encoder's configuration, as JSON.")
+    text_config: str | None = option(None, "From scratch: the language model's configuration, as JSON.")
+    qformer_config: str | None = option(None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.')
+    freeze_vision_model: bool = option(True, "Keep a pretrained vision encoder as it is.")
+    freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
+    dtype: str = option("auto", "Of pretrained backbones. auto: bfloat16 where the GPU has it, else float32.")
+    prompt: str = option("", "Text between the image and the caption.")
+
+
+@dataclass
+class DataArguments:
+    """Which captions of which images."""
+
+    dataset_name: str | None = option(None, 'A data set (Hub id or local folder), or "scenes" for drawn pictures.')
+    dataset_config_name: str | None = option(None, "Which of its configurations.")
+    train_split: str = option("train", "The split to train on.")
+    eval_split: str | None = option(None, "The split to evaluate on; by default validation, val, dev or test.")
+    split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
+    image_column: str = option("image", "The column of images, or of paths.")
+    caption_column: str = option("caption", "The column of captions: a string or a list of strings in each row.")
+    max_train_samples: int | None = option(None, "Train on so many rows only; of scenes: draw so many.")
+    max_eval_samples: int | None = option(None, "Evaluate on so many rows only; of scenes: draw so many.")
+    max_caption_length: int = option(64, "Cut longer captions to so many tokens.")
+
+
+@dataclass
+class RunArguments:
+    """What becomes of the output folder."""
+
+    recipe: str | None = option(None, "YAML file of options, or the name of one in recipes/. The command line wins.")
+    overwrite_output_dir: bool = option(False, "Throw away the run that is in the output folder.")
+    include_backbones: str = option(
+        "auto", "Put frozen backbones into the final folder: true, false, or auto for those from a local folder."
+    )
+
+
+def read_recipe(name: str, known: set[str]) -> list[str]:
+    """A recipe as command-line words, which the parser then checks like any others.
+
+    Raises:
+        InputError: if there is no such recipe, it is no YAML mapping, or one of its fields is unknown.
+    """
+    folder = Path(__file__).parent / "recipes"
+    path = Path(name) if Path(name).is_file() else folder / f"{Path(name).stem}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
+        raise InputError(f"There is no recipe {name!r}. Give a YAML file, or one of {there}.")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
+    words = []
+    for key, value in recipe.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else "See `python train_hf.py --help`."
+            raise InputError(f"The recipe {str(path)!r} has an unknown field {key!r}. {hint}")
+        if isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{key}", str(value)]
+    return words
+
+
+def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
+    """The recipe's options, overridden by the command line's. With neither, the recipe is `scenes`."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments),
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
+    )
+    known = {action.dest for action in parser._actions}
+    if words and not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
+        words = ["--recipe", *words]
+    recipe = words[words.index("--recipe") + 1] if "--recipe" in words[:-1] else None if words else "scenes"
+    if recipe is not None:
+        words = [*read_recipe(recipe, known), *words, "--recipe", recipe]
+    *options, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].lstrip("-"), known, n=1)
+        hint = f"Did you mean --{nearest[0]}?" if nearest else "See `python train_hf.py --help`."
+        raise InputError(f"Unknown option {unknown[0]!r}. {hint}")
+    return tuple(options)
+
+
+def as_config(text: str | None, name: str) -> dict:
+    try:
+        return json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise InputError(f"--{name} is not valid JSON: {error}.") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The captioner
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: ModelArguments, train_captions: list[list[str]]) -> QFormerCaptioner:
+    """The captioner that the options ask for.
+
+    Raises:
+        InputError: if they ask for none, or for two.
+        OSError: if a pretrained part cannot be fetched.
+    """
+    backbones = [args.vision_model_name_or_path, args.language_model_name_or_path]
+    configs = [args.vision_config, args.text_config]
+    ways = [args.model_name_or_path is not None, any(backbones), any(configs)]
+    if sum(ways) != 1 or (any(backbones) and not all(backbones)) or (any(configs) and not all(configs)):
+        raise InputError(
+            "Say which captioner to train: --model_name_or_path, or --vision_model_name_or_path with "
+            "--language_model_name_or_path, or --vision_config with --text_config."
+        )
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    qformer_config = as_config(args.qformer_config, "qformer_config")
+    if all(configs):
+        return build_from_scratch(
+            as_config(args.vision_config, "vision_config"),
+            as_config(args.text_config, "text_config"),
+            qformer_config,
+            (caption for captions in train_captions for caption in captions),
+            prompt=args.prompt,
+        )
+    if all(backbones):
+        return QFormerCaptioner.from_backbones(
+            *backbones,
+            vision_revision=args.vision_model_revision,
+            language_revision=args.language_model_revision,
+            freeze_vision_model=args.freeze_vision_model,
+            freeze_language_model=args.freeze_language_model,
+            dtype=dtype,
+            prompt=args.prompt,
+            **qformer_config,
+        )
+    model = QFormerCaptioner.from_pretrained(args.model_name_or_path)
+    if model.processor is None:
+        raise InputError(f"The captioner {args.model_name_or_path!r} has no processor beside it.")
+    model.processor.prompt = args.prompt or model.processor.prompt
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train(words: list[str]) -> None:
+    # 1. Options, and the folder that the run owns.
+    model_args, data_args, run_args, training_args = parse_options(words)
+    if data_args.dataset_name is None:
+        raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder, or scenes).")
+    if run_args.include_backbones not in ("auto", "true", "false"):
+        raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
+    folder = Path(training_args.output_dir)
+    run = RunFolder(folder, {**asdict(model_args), **asdict(data_args)}, run_args.overwrite_output_dir)
+    length = [training_args.num_train_epochs, training_args.max_steps]
+    if run.finished is not None and length <= run.finished["length"]:
+        print(
+            f"{folder} already holds this run, finished: {run.finished['summary']}.\n"
+            f"Look at {folder / 'captions.png'} and {folder / 'loss_curve.png'}. To train it longer, ask for more than "
+            f"--num_train_epochs {training_args.num_train_epochs:g}; to start afresh, add --overwrite_output_dir."
+        )
+        return
+    set_seed(training_args.seed)
+
+    # 2. Data.
+    train_rows, eval_rows = load_splits(
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        data_args.train_split,
+        data_args.eval_split,
+        data_args.split_column,
+        data_args.max_train_samples,
+        data_args.max_eval_samples,
+    )
+    skipped = SkippedRows(folder / "skipped_rows.jsonl")
+    columns = (data_args.image_column, data_args.caption_column, skipped)
+    train_data = CaptionDataset(train_rows, data_args.train_split, *columns)
+    if eval_rows is None:
+        eval_data = None
+        training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
+        print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
+    else:
+        eval_data = CaptionDataset(eval_rows, data_args.eval_split or "evaluation", *columns).readable()
+
+    # 3. Captioner.
+    model = build_model(model_args, train_data.captions)
+    if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
+        raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
+    collate = CaptionCollator(model.processor, data_args.max_caption_length)
+    with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
+        model(**collate([train_data[0]]))
+
+    # 4. Training.
+    run.start()
+
+    def score(captions: list[str], rows: CaptionDataset) -> dict[str, float]:
+        if data_args.dataset_name == "scenes":
+            return score_facts(captions, map(Scene.from_json, rows.column("scene")))
+        return {"word_f1": word_f1(captions, rows.references())}
+
+    trainer = CaptionTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collate,
+        score=score,
+    )
+    checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
+    if checkpoint is not None:
+        print(f"Going on from {checkpoint}.")
+    start = time.time()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.time() - start
+
+    # 5. The folder that others load.
+    included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    model.save_pretrained(folder, include_backbones=included)
+    trainer.save_state()
+    speed = result.metrics["train_samples_per_second"]
+    best = trainer.state.best_metric
+    score_name = training_args.metric_for_best_model.removeprefix("eval_")
+    summary = f"{seconds / 60:.1f} minutes, {speed:.1f} images/s" + (f", best {score_name} {best:.3f}" if best else "")
+    run.finish(length=length, summary=summary, seconds=seconds, images_per_second=speed, best={score_name: best})
+
+    # 6. What came out.
+    print(f"\nTrained in {summary}.")
+    if len(skipped):
+        print(f"{len(skipped)} rows could not be used; {skipped.path} says which and why.")
+    print(f"The captioner is in {folder}, its captions in captions.png, its losses in loss_curve.png. To use it:\n")
+    print("    from transformers import AutoModel")
+    print(f"    model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
+    print('    print(model.caption("image.png"))')
+
+
+def main() -> None:
+    try:
+        train(sys.argv[1:])
+    except (InputError, OSError, TypeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
