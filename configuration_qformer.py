@@ -4,6 +4,9 @@ Field names follow transformers' `Blip2QFormerConfig` and `Blip2Config`, so that
 to the other. Both classes are plain transformers configurations: keyword-only, checked for their types, JSON on disk.
 """
 
+import difflib
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -66,6 +69,20 @@ class QFormerConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+
+    @classmethod
+    def from_fields(cls, **sizes) -> "QFormerConfig":
+        """As the constructor, but a keyword that is no field above is an error and not kept as an extra.
+
+        Raises:
+            TypeError: for an unknown field; the message has the nearest one there is.
+        """
+        known = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        for name in set(sizes) - known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(sorted(known))}."
+            raise TypeError(f"{name!r} is not a field of QFormerConfig: {hint}")
+        return cls(**sizes)
 
     def validate_architecture(self) -> None:
         """Called by transformers on construction and on save."""

@@ -3,19 +3,19 @@
     image [B,3,H,W] -> vision_model -> [B,N,Dv] -> qformer -> [B,Q,Dq] -> language_projection -> [B,Q,D] soft prompt
     soft prompt + prompt tokens -> language_model -> caption
 
-Read from top to bottom: the layers of the Q-Former, the Q-Former, the captioner. The Q-Former is BLIP-2's (Li et al.
-2023, arXiv 2301.12597); its parameters carry the names of transformers' `Blip2QFormerModel`.
+Read from top to bottom: the layers of the Q-Former, the Q-Former, the captioner (what it computes, then how it is
+loaded and saved with its frozen backbones). The Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters
+carry the names of transformers' `Blip2QFormerModel`.
 
 In the shapes below B is images, K captions of an image, N image tokens, Q queries, P prompt tokens, T caption tokens,
 V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q-Former and the vision encoder.
 """
 
 import copy
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +27,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -423,214 +422,6 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
         self._freeze()
 
-    # --- Loading ------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vision: str | os.PathLike,
-        language: str | os.PathLike,
-        vision_revision: str | None = None,
-        language_revision: str | None = None,
-        freeze_vision_model: bool = True,
-        freeze_language_model: bool = True,
-        dtype: str | torch.dtype = "auto",
-        prompt: str = "",
-        **qformer_fields,
-    ) -> "QFormerCaptioner":
-        r"""Put a fresh Q-Former between two pretrained models.
-
-        Args:
-            vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
-            vision_revision, language_revision (`str`, *optional*): branch, tag or commit on the Hub.
-            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): train only the Q-Former.
-            dtype (`str` or `torch.dtype`, defaults to `"auto"`): of the backbones; "auto" is each one's own. The
-                Q-Former and the projection are always float32.
-            prompt (`str`, defaults to `""`): text between the queries and the caption, where a call gives none.
-            qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
-
-        Raises:
-            OSError: if a backbone cannot be fetched.
-            TypeError: for a keyword that is not a field of [`QFormerConfig`].
-
-        Example:
-
-        ```python
-        >>> model = QFormerCaptioner.from_backbones(
-        ...     "facebook/dinov2-small", "HuggingFaceTB/SmolLM2-135M", num_hidden_layers=4, num_query_tokens=16
-        ... )  # doctest: +SKIP
-        ```
-        """
-        known = {field.name for field in fields(QFormerConfig)} - {field.name for field in fields(PreTrainedConfig)}
-        for name in set(qformer_fields) - known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(sorted(known))}."
-            raise TypeError(f"{name!r} is not a field of QFormerConfig: {hint}")
-        vision_model = load_backbone("vision_model", os.fspath(vision), vision_revision, dtype)
-        language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
-        config = QFormerCaptionerConfig(
-            # Copies: a composite config resets the attention implementation of the configs that it is made of.
-            vision_config=copy.deepcopy(vision_model.config),
-            qformer_config=QFormerConfig(**qformer_fields),
-            text_config=copy.deepcopy(language_model.config),
-            vision_model_name_or_path=vision_model.config.name_or_path,
-            vision_model_revision=commit_of(vision, vision_revision),
-            language_model_name_or_path=language_model.config.name_or_path,
-            language_model_revision=commit_of(language, language_revision),
-            freeze_vision_model=freeze_vision_model,
-            freeze_language_model=freeze_language_model,
-        )
-        special_tokens = {
-            name: getattr(language_model.generation_config, name)
-            for name in (
-                "bos_token_id",
-                "eos_token_id",
-                "pad_token_id",
-                "decoder_start_token_id",
-                "forced_bos_token_id",
-            )
-        }
-        model = cls(config, vision_model=vision_model, language_model=language_model)
-        model.generation_config.update(**{name: id for name, id in special_tokens.items() if id is not None})
-        model.processor = QFormerCaptionerProcessor.from_backbones(
-            vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
-        )
-        model._reference(model._frozen_backbones())
-        model.eval()
-        model.print_trainable_parameters()
-        return model
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, dtype=None, **kwargs):
-        """Load a captioner from a folder or the Hub, with the backbones that it keeps by reference.
-
-        Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
-        was saved in. Backbones that were frozen are frozen again.
-
-        Raises:
-            OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
-        """
-        hub_kwargs = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            if name in kwargs
-        }
-        if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        config = copy.deepcopy(config)
-        if dtype not in (None, "auto"):
-            config.dtypes = None
-        kwargs = {**kwargs, "config": config, "dtype": dtype}
-
-        if config.referenced_backbones and kwargs.get("state_dict") is None:
-            weights = cls._own_weights(pretrained_model_name_or_path, hub_kwargs)
-            download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
-            for part in config.referenced_backbones:
-                backbone = load_backbone(
-                    part,
-                    getattr(config, f"{part}_name_or_path"),
-                    getattr(config, f"{part}_revision"),
-                    getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
-                    **download,
-                )
-                weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
-            loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
-        else:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze()
-        model._reference(config.referenced_backbones or [])
-        if pretrained_model_name_or_path is not None:
-            model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
-        return loaded
-
-    @staticmethod
-    def _own_weights(path: str | os.PathLike, hub_kwargs: dict) -> dict[str, torch.Tensor]:
-        """The tensors in a captioner's own folder, which may be sharded."""
-        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if index is None:
-            return load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
-        shards, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
-        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-
-    # --- Saving -------------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, include_backbones: bool | Sequence[str] | None = None, **kwargs
-    ) -> None:
-        """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens anywhere.
-
-        Args:
-            save_directory (`str`): where to.
-            include_backbones (`bool` or list of part names, *optional*): `False` leaves out every frozen backbone that
-                has a name to fetch it by, `True` none, a list such as `["language_model"]` all but those. By default
-                the captioner stays as it is: one from `from_backbones` refers to its frozen backbones, one loaded from
-                a folder keeps what that folder kept. What was trained is always written.
-            kwargs: as for `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
-        """
-        if include_backbones is None:
-            included = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
-        elif isinstance(include_backbones, bool):
-            included = list(BACKBONES) if include_backbones else []
-        else:
-            included = list(include_backbones)
-            if unknown := set(included) - set(BACKBONES):
-                raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
-        frozen = self._frozen_backbones()
-        self._reference(
-            [
-                part
-                for part in frozen
-                if part not in included and getattr(self.config, f"{part}_name_or_path") is not None
-            ]
-        )
-        self.config.freeze_vision_model = "vision_model" in frozen
-        self.config.freeze_language_model = "language_model" in frozen
-        self.config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
-        if self.processor is not None and kwargs.get("is_main_process", True):
-            self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
-
-    def _reference(self, parts: list[str]) -> None:
-        """Let saved folders refer to these parts by name instead of holding their weights."""
-        self.config.referenced_backbones = parts
-        self._keys_to_ignore_on_save = {
-            key for key in self.state_dict() if key.split(".")[0] in parts
-        }  # the Trainer reads it too, to tell left out from lost
-
-    # --- What trains --------------------------------------------------------------------------------------------------
-
-    def _frozen_backbones(self) -> list[str]:
-        return [part for part in BACKBONES if is_frozen(getattr(self, part))]
-
-    def local_backbones(self) -> list[str]:
-        """The backbones that came from a folder of this machine, so that nobody else can fetch them by name."""
-        return [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
-
-    def _freeze(self) -> None:
-        if self.config.freeze_vision_model:
-            self.vision_model.requires_grad_(False)
-        if self.config.freeze_language_model:
-            self.language_model.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "QFormerCaptioner":
-        """As `nn.Module.train`, but frozen backbones stay in evaluation mode: no dropout where nothing learns."""
-        super().train(mode)
-        for part in self._frozen_backbones():
-            getattr(self, part).eval()
-        return self
-
-    def print_trainable_parameters(self) -> None:
-        """Print one line per part: parameters, how many of them train, dtype."""
-        for name, part in self.named_children():
-            total = sum(parameter.numel() for parameter in part.parameters())
-            trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
-            dtype = str(dtype_of(part)).removeprefix("torch.")
-            print(f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}")
-
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -663,7 +454,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         image_embeds: torch.Tensor | None = None,
         room_for: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that stands in front of the caption: `[queries, prompt]`, embedded `[B, Q+P, D]`, and its mask `[B, Q+P]`.
+        """What stands in front of the caption: `[queries, prompt]`, embedded `[B, Q+P, D]`, and its mask `[B, Q+P]`.
 
         Prompts may be padded on either side. Padding ends up where it cannot make a batch differ from single images:
         in front of everything for a decoder, which writes on at the end, and behind it for an encoder.
@@ -684,12 +475,13 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             mask = mask.gather(1, order)
 
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        needed = prefix.shape[1] + (0 if self.config.is_encoder_decoder else room_for)
-        if limit is not None and max(needed, room_for) > limit:
+        needed = max(prefix.shape[1], room_for) if self.config.is_encoder_decoder else prefix.shape[1] + room_for
+        if limit is not None and needed > limit:
+            queries = self.config.qformer_config.num_query_tokens
             raise ValueError(
-                f"The language model reads at most {limit} tokens, but {self.config.qformer_config.num_query_tokens} "
-                f"queries, a prompt of {prefix.shape[1] - self.config.qformer_config.num_query_tokens} and a caption of "
-                f"up to {room_for} tokens were asked for. Shorten the prompt or the caption."
+                f"The language model reads at most {limit} tokens, but {queries} queries, a prompt of "
+                f"{prefix.shape[1] - queries} and a caption of up to {room_for} tokens were asked for. Shorten the "
+                "prompt or the caption."
             )
         return prefix, mask
 
@@ -851,6 +643,207 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         captions = self.processor.batch_decode(self.generate(**inputs, **generation), skip_special_tokens=True)
         captions = [caption.strip() for caption in captions]
         return captions if several or len(captions) > 1 else captions[0]
+
+    # --- What trains --------------------------------------------------------------------------------------------------
+
+    def _frozen_backbones(self) -> list[str]:
+        return [part for part in BACKBONES if is_frozen(getattr(self, part))]
+
+    def local_backbones(self) -> list[str]:
+        """The backbones that came from a folder of this machine, so that nobody else can fetch them by name."""
+        return [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
+
+    def _freeze(self) -> None:
+        if self.config.freeze_vision_model:
+            self.vision_model.requires_grad_(False)
+        if self.config.freeze_language_model:
+            self.language_model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "QFormerCaptioner":
+        """As `nn.Module.train`, but frozen backbones stay in evaluation mode: no dropout where nothing learns."""
+        super().train(mode)
+        for part in self._frozen_backbones():
+            getattr(self, part).eval()
+        return self
+
+    def print_trainable_parameters(self) -> None:
+        """Print one line per part: parameters, how many of them train, dtype."""
+        for name, part in self.named_children():
+            total = sum(parameter.numel() for parameter in part.parameters())
+            trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
+            dtype = str(dtype_of(part)).removeprefix("torch.")
+            print(f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}")
+
+    # --- Loading ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike,
+        language: str | os.PathLike,
+        vision_revision: str | None = None,
+        language_revision: str | None = None,
+        freeze_vision_model: bool = True,
+        freeze_language_model: bool = True,
+        dtype: str | torch.dtype = "auto",
+        prompt: str = "",
+        **qformer_fields,
+    ) -> "QFormerCaptioner":
+        r"""Put a fresh Q-Former between two pretrained models.
+
+        Args:
+            vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
+            vision_revision, language_revision (`str`, *optional*): branch, tag or commit on the Hub.
+            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): train only the Q-Former.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): of the backbones; "auto" is each one's own. The
+                Q-Former and the projection are always float32.
+            prompt (`str`, defaults to `""`): text between the queries and the caption, where a call gives none.
+            qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
+
+        Raises:
+            OSError: if a backbone cannot be fetched.
+            TypeError: for a keyword that is not a field of [`QFormerConfig`].
+
+        Example:
+
+        ```python
+        >>> model = QFormerCaptioner.from_backbones(
+        ...     "facebook/dinov2-small", "HuggingFaceTB/SmolLM2-135M", num_hidden_layers=4, num_query_tokens=16
+        ... )  # doctest: +SKIP
+        ```
+        """
+        qformer_config = QFormerConfig.from_fields(**qformer_fields)
+        vision_model = load_backbone("vision_model", os.fspath(vision), vision_revision, dtype)
+        language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
+        config = QFormerCaptionerConfig(
+            # Copies: a composite config resets the attention implementation of the configs that it is made of.
+            vision_config=copy.deepcopy(vision_model.config),
+            qformer_config=qformer_config,
+            text_config=copy.deepcopy(language_model.config),
+            vision_model_name_or_path=vision_model.config.name_or_path,
+            vision_model_revision=commit_of(vision, vision_revision),
+            language_model_name_or_path=language_model.config.name_or_path,
+            language_model_revision=commit_of(language, language_revision),
+            freeze_vision_model=freeze_vision_model,
+            freeze_language_model=freeze_language_model,
+        )
+        # Of the language model's decoding defaults we take over the special tokens: a chat model ends on several.
+        own = language_model.generation_config.to_dict()
+        special_tokens = {name: own[name] for name in own if name.endswith("_token_id") and own[name] is not None}
+        model = cls(config, vision_model=vision_model, language_model=language_model)
+        model.generation_config.update(**special_tokens)
+        # Queries start as loud as words do: a frozen language model has never read anything much louder.
+        words = model.language_model.get_input_embeddings().weight
+        std = words.float().std().item() / config.qformer_config.hidden_size**0.5
+        nn.init.normal_(model.language_projection.weight, std=std)
+        model.processor = QFormerCaptionerProcessor.from_backbones(
+            vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
+        )
+        model._reference(model._frozen_backbones())
+        model.eval()
+        model.print_trainable_parameters()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, dtype=None, **kwargs):
+        """Load a captioner from a folder or the Hub, with the backbones that it keeps by reference.
+
+        Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
+        was saved in. Backbones that were frozen are frozen again.
+
+        Raises:
+            OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
+        """
+        hub_kwargs = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            if name in kwargs
+        }
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        config = copy.deepcopy(config)
+        if dtype not in (None, "auto"):
+            config.dtypes = None
+        kwargs = {**kwargs, "config": config, "dtype": dtype}
+
+        if config.referenced_backbones and kwargs.get("state_dict") is None:
+            weights = cls._own_weights(pretrained_model_name_or_path, hub_kwargs)
+            download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
+            for part in config.referenced_backbones:
+                backbone = load_backbone(
+                    part,
+                    getattr(config, f"{part}_name_or_path"),
+                    getattr(config, f"{part}_revision"),
+                    getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
+                    **download,
+                )
+                weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
+            loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
+        else:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze()
+        model._reference(config.referenced_backbones or [])
+        if pretrained_model_name_or_path is not None:
+            model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
+        return loaded
+
+    @staticmethod
+    def _own_weights(path: str | os.PathLike, hub_kwargs: dict) -> dict[str, torch.Tensor]:
+        """The tensors in a captioner's own folder, which may be sharded."""
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if index is None:
+            return load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
+        shards, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
+        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+    # --- Saving -------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, include_backbones: bool | Sequence[str] | None = None, **kwargs
+    ) -> None:
+        """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens anywhere.
+
+        Args:
+            save_directory (`str`): where to.
+            include_backbones (`bool` or list of part names, *optional*): `False` leaves out every frozen backbone that
+                has a name to fetch it by, `True` none, a list such as `["language_model"]` all but those. By default
+                the captioner stays as it is: one from `from_backbones` refers to its frozen backbones, one loaded from
+                a folder keeps what that folder kept. What was trained is always written.
+            kwargs: as for `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
+        """
+        if include_backbones is None:
+            included = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
+        elif isinstance(include_backbones, bool):
+            included = list(BACKBONES) if include_backbones else []
+        else:
+            included = list(include_backbones)
+            if unknown := set(included) - set(BACKBONES):
+                raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
+        frozen = self._frozen_backbones()
+        self._reference(
+            [
+                part
+                for part in frozen
+                if part not in included and getattr(self.config, f"{part}_name_or_path") is not None
+            ]
+        )
+        self.config.freeze_vision_model = "vision_model" in frozen
+        self.config.freeze_language_model = "language_model" in frozen
+        self.config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
+        if self.processor is not None and kwargs.get("is_main_process", True):
+            self.processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _reference(self, parts: list[str]) -> None:
+        """Let saved folders refer to these parts by name instead of holding their weights."""
+        self.config.referenced_backbones = parts
+        self._keys_to_ignore_on_save = {
+            key for key in self.state_dict() if key.split(".")[0] in parts
+        }  # the Trainer reads it too, to tell left out from lost
 
 
 QFormerCaptioner.register_for_auto_class("AutoModel")

@@ -101,7 +101,7 @@ class QFormerCaptionerProcessor(ProcessorMixin):
             _raise_exceptions_for_connection_errors=False,
             **hub_kwargs,
         )
-        # Whoever runs this line from a Hub folder has trusted its code already; without saying so the tokenizer would ask.
+        # Whoever runs this line from a Hub folder has trusted its code already; the tokenizer would ask again.
         return None if found is None else cls.from_pretrained(folder, trust_remote_code=True, **hub_kwargs)
 
     def __call__(
@@ -119,7 +119,8 @@ class QFormerCaptionerProcessor(ProcessorMixin):
                 padded torch tensors.
 
         Returns:
-            `pixel_values` (`[B, 3, H, W]`) if there are images; `input_ids` and `attention_mask` (`[B, P]`, P may be 0).
+            `pixel_values` (`[B, 3, H, W]`), if there are images; `input_ids` and `attention_mask` (`[B, P]`; P may
+            be 0).
 
         Raises:
             OSError: for an image that cannot be read, naming it.
@@ -175,7 +176,7 @@ class QFormerCaptionerProcessor(ProcessorMixin):
         ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder)["input_ids"]
         if ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
-        return ids[: max_length - 1 if max_length else None] + [self.tokenizer.eos_token_id]
+        return [*ids[: max_length - 1 if max_length else None], self.tokenizer.eos_token_id]
 
 
 def _flatten(images) -> list[ImageInput]:

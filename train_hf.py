@@ -14,7 +14,6 @@ again.
 
 import difflib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -255,12 +254,15 @@ def train(words: list[str]) -> None:
         eval_data = CaptionDataset(eval_rows, data_args.eval_split or "evaluation", *columns).readable()
 
     # 3. Captioner.
-    model = build_model(model_args, train_data.captions)
+    try:
+        model = build_model(model_args, train_data.captions)
+        collate = CaptionCollator(model.processor, data_args.max_caption_length)
+        with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
+            model(**collate([train_data[0]]))
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
-    collate = CaptionCollator(model.processor, data_args.max_caption_length)
-    with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
-        model(**collate([train_data[0]]))
 
     # 4. Training.
     run.start()
@@ -311,7 +313,7 @@ def train(words: list[str]) -> None:
 def main() -> None:
     try:
         train(sys.argv[1:])
-    except (InputError, OSError, TypeError) as error:
+    except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -88,9 +88,9 @@ class SkippedRows:
 
 
 class CaptionDataset(Dataset):
-    """Rows of `{"image": PIL image, "captions": [str, ...]}`; a row that cannot be read is skipped and written down.
+    """Rows of `{"image": PIL image, "captions": [str, ...]}`; one that cannot be read is skipped and written down.
 
-    A row without any caption is left out from the start. Whether an image can be read shows only when it is opened: in
+    A row without any caption is left out from the start. Whether an image can be read shows when it is opened: in
     training the next row takes its place, for evaluation [`~CaptionDataset.readable`] opens all of them first.
 
     Args:
@@ -114,8 +114,9 @@ class CaptionDataset(Dataset):
     ):
         for column in (image_column, caption_column):
             if column not in rows.column_names:
+                there = ", ".join(map(repr, rows.column_names))
                 raise InputError(
-                    f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
+                    f"The data set has no column {column!r}; its columns are {there}. "
                     "Choose with --image_column and --caption_column."
                 )
         self.split = split

@@ -7,7 +7,7 @@ import matplotlib
 from PIL import Image
 
 matplotlib.use("Agg")  # files only; a server has no screen
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str | os.PathLike) -> None:

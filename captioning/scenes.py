@@ -9,7 +9,7 @@ The validation split asks for more than memory. Eight colour-shape pairs (`HELD_
 never occur in training, and *every* object of *every* validation picture is one of them. A model that gets these
 captions right has learned colour, shape, size and place as separate things.
 
-Reading order: what there is -> where it stands -> how it is drawn -> how it is said -> how it is judged -> the data set.
+Reading order: what there is -> how it is drawn -> how it is said -> how it is judged -> the data set.
 """
 
 import io
@@ -19,7 +19,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
@@ -36,15 +36,19 @@ COLOURS = {
     "purple": (126, 60, 176),
     "pink": (246, 130, 184),
     "black": (38, 38, 44),
+    "gray": (140, 142, 148),
+    "turquoise": (50, 196, 200),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": 0.075, "large": 0.12}  # half the width of an object, as a share of the picture's side
+SIZES = {"small": 0.10, "large": 0.16}  # half the width of an object, as a share of the picture's side
 
-HELD_OUT = tuple((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+# Red circle, orange square, yellow triangle, green star, blue heart and purple cross.
+HELD_OUT = tuple(zip(COLOURS, SHAPES, strict=False))
 SEEN = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
 
-OBJECTS_PER_PICTURE = {1: 0.25, 2: 0.45, 3: 0.30}
-CELLS = 4  # an object stands somewhere inside one cell of an invisible grid with so many rows and columns
+OBJECTS_PER_PICTURE = {1: 0.3, 2: 0.5, 3: 0.2}
+CELLS = 3  # an object stands somewhere inside one cell of an invisible grid with so many rows and columns
+GAP = 0.02  # free space between two objects along the axis of their relation, as a share of the side
 DOMINANCE = 1.7  # that axis is this much longer than the other one, so that "left of" is never "more like above"
 
 
@@ -59,11 +63,20 @@ class Thing:
     y: float
 
     def relation_to(self, other: "Thing") -> str:
-        """Where this object stands, seen from `other`: "left", "right", "above" or "below"."""
+        """Where this object stands, seen from `other`: "left", "right", "above" or "below"; "" where that is unclear.
+
+        Clear is a gap along one axis, and so little offset along the other that nobody would choose that one.
+        """
         dx, dy = self.x - other.x, self.y - other.y
+        minor, major = sorted((abs(dx), abs(dy)))
+        if major < DOMINANCE * minor or major < SIZES[self.size] + SIZES[other.size] + GAP:
+            return ""
         if abs(dx) > abs(dy):
             return "left" if dx < 0 else "right"
         return "above" if dy < 0 else "below"
+
+
+MIDDLE = Thing("", "", "small", 0.5, 0.5)  # of the picture, for saying on which side of it an object stands
 
 
 @dataclass(frozen=True)
@@ -88,12 +101,6 @@ class Scene:
 # ------------------------------------------------------------------------------------------------- where it stands
 
 
-def clearly_apart(one: Thing, other: Thing) -> bool:
-    """Whether the relation of two objects is plain to see: a gap along one axis, and little offset on the other."""
-    minor, major = sorted((abs(one.x - other.x), abs(one.y - other.y)))
-    return major >= DOMINANCE * minor and major >= SIZES[one.size] + SIZES[other.size] + 0.02
-
-
 def make_scene(rng: random.Random, pairs: Iterable[tuple[str, str]]) -> Scene:
     """Draw one to three different (colour, shape) pairs and place them so that every two are clearly apart.
 
@@ -112,7 +119,7 @@ def make_scene(rng: random.Random, pairs: Iterable[tuple[str, str]]) -> Scene:
             for _ in "xy"
         )
         thing = Thing(shape, colour, size, x, y)
-        if all(clearly_apart(thing, other) for other in things):
+        if all(thing.relation_to(other) for other in things):
             things.append(thing)
         else:
             things.clear()  # start over, since two objects may leave no room for a third
@@ -159,7 +166,10 @@ def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
     picture = PILImage.new("RGB", (side, side), tuple(light + rng.randint(-5, 5) for _ in "rgb"))
     canvas = ImageDraw.Draw(picture)
     for thing in scene.things:
-        colour = tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
+        shade = rng.uniform(0.88, 1.08)
+        colour = tuple(
+            min(255, max(0, round(channel * shade) + rng.randint(-14, 14))) for channel in COLOURS[thing.colour]
+        )
         tilt, scale = math.radians(rng.uniform(-8, 8)), SIZES[thing.size]
         sin, cos = math.sin(tilt) * scale, math.cos(tilt) * scale
         canvas.polygon(
@@ -178,7 +188,7 @@ def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
 #   {a} {b} {c}   the objects; {the_b} names one again
 #   {of_ab}       where a stands, seen from b; {of_abc}: seen from b and from c, which must agree
 #   {its_ba}      the same with a pronoun: "with b to its right" says where b stands, seen from a
-#   {side_ab}     the same as a side of the picture
+#   {side_ab}     the same as a side of the picture; {side_a}: seen from the middle of the picture, written m
 #   {order_abc}   a before b before c in one direction
 _OPENERS = ("", "there is ", "the picture shows ", "we see ")
 _PHRASES = {
@@ -189,28 +199,27 @@ _PHRASES = {
 }
 _FRAMES = {
     1: (
-        "{open}{a}",
-        "{open}{a} on a plain background",
+        "{side_a} there is {a}",
+        "{open}{a} {side_a}",
         "{open}{a} and nothing else",
         "{a} all by itself",
         "a picture of {a}",
     ),
     2: (
+        "{side_ab} {a}, {side_ba} {b}",
+        "{side_ab} {a} and {side_ba} {b}",
+        "{order_ab}: {a} and {b}",
+        "{of_ab} {b} there is {a}",
         "{open}{a} {of_ab} {b}",
         "{open}{a} with {b} {its_ba}",
-        "{open}{a} {side_ab} and {b} {side_ba}",
         "{a} is {of_ab} {b}",
-        "{of_ab} {b} there is {a}",
-        "{side_ab} {a}, {side_ba} {b}",
-        "{order_ab}: {a} and {b}",
     ),
     3: (
+        "{side_ab} {a}, {side_ba} {b}, and {c} {of_cab} both",
+        "{order_abc}: {a}, {b} and {c}",
+        "{open}{a} {of_abc} both {b} and {c}",
         "{open}{a} {of_ab} {b} and {of_ac} {c}",
         "{open}{a} {of_ab} {b}, and {c} {of_ca} {the_a}",
-        "{open}{a} {of_ab} {b}, which is {of_bc} {c}",
-        "{open}{a} {of_abc} both {b} and {c}",
-        "{open}{b} and {c}, with {a} {of_abc} them",
-        "{order_abc}: {a}, {b} and {c}",
     ),
 }
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -219,6 +228,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 def _stated(slot: str) -> list[tuple[str, str]]:
     """The (subject, object) pairs whose common relation a slot states: of_abc -> ab, ac; order_abc -> ab, bc."""
     kind, names = slot.split("_")
+    names = names if len(names) > 1 else names + "m"
     return list(pairwise(names)) if kind == "order" else [(names[0], name) for name in names[1:]]
 
 
@@ -241,7 +251,8 @@ def write_caption(scene: Scene, rng: random.Random) -> str:
         slots = _SLOT.findall(frame)
         for slot in slots:
             if slot not in words:
-                relation, *others = {named[one].relation_to(named[other]) for one, other in _stated(slot)}
+                places = named | {"m": MIDDLE}
+                relation, *others = {places[one].relation_to(places[other]) for one, other in _stated(slot)}
                 phrases = _PHRASES[slot.split("_")[0]]
                 if not others and relation in phrases:
                     words[slot] = phrases[relation]
@@ -326,8 +337,8 @@ def judge(caption: str, scene: Scene) -> Verdict:
     said, slots = match.groupdict(), _SLOT.findall(frame)
     unnamed = {(thing.colour, thing.shape): thing for thing in scene.things}
     facts: list[Fact] = []
-    found: dict[str, Thing | None] = {}
-    names: dict[str, str] = {}
+    found: dict[str, Thing | None] = {"m": MIDDLE}
+    names = {"m": "middle"}
     for slot in (slot for slot in slots if len(slot) == 1):
         colour, shape, size = said[f"{slot}_colour"], said[f"{slot}_shape"], said[f"{slot}_size"]
         names[slot] = f"{colour} {shape}"

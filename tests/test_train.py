@@ -1,0 +1,203 @@
+"""`train_hf.py` as a user runs it: recipes and flags, a run from start to folder, kill and resume, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qformer_captioner import train_hf
+from tests.conftest import ROOT
+
+TINY = {
+    "dataset_name": "scenes",
+    "max_train_samples": 24,
+    "max_eval_samples": 6,
+    "vision_config": {
+        "model_type": "dinov2",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "qformer_config": {
+        "num_query_tokens": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "logging_steps": 2,
+    "generation_num_beams": 1,
+    "generation_max_length": 8,
+    "metric_for_best_model": "facts",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe: TINY with changes."""
+
+    def write(**changes) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**TINY, "output_dir": str(tmp_path / "run"), **changes}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A tiny run from start to end, and what it printed at its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "output_dir": str(folder / "run")}))
+    train_hf.train(["--recipe", str(path)])
+    return folder / "run", path
+
+
+def history(folder, key):
+    return [
+        entry[key] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if key in entry
+    ]
+
+
+def test_a_run_leaves_folder_curve_sheet_and_captions(finished_run):
+    folder, _ = finished_run
+    for name in ("model.safetensors", "modeling_qformer.py", "loss_curve.png", "captions.png", "captions_step_12.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert len((folder / "captions.jsonl").read_text().splitlines()) == TINY["max_eval_samples"]
+
+
+def test_every_evaluation_logs_right_and_shuffled_images(finished_run):
+    folder, _ = finished_run
+    for key in ("eval_loss", "eval_loss_shuffled", "eval_facts", "eval_facts_shuffled"):
+        assert len(history(folder, key)) == 2, key
+
+
+def test_the_folder_loads_and_captions(finished_run):
+    folder, _ = finished_run
+    from PIL import Image
+
+    from qformer_captioner import QFormerCaptioner
+
+    model = QFormerCaptioner.from_pretrained(folder)
+    assert isinstance(model.caption(Image.new("RGB", (40, 40), "red"), max_new_tokens=4), str)
+
+
+def test_a_finished_run_says_what_is_there_and_how_to_go_on(finished_run, capsys):
+    folder, recipe = finished_run
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    train_hf.train(["--recipe", str(recipe)])
+    said = capsys.readouterr().out
+    assert "finished" in said and "--overwrite_output_dir" in said and "--num_train_epochs" in said
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_brings_back_every_weight(finished_run):
+    """Under the names in memory: the Trainer resumes without translating, and would silently drop DINOv2's."""
+    folder, _ = finished_run
+    from qformer_captioner import QFormerCaptioner
+
+    checkpoint = folder / "checkpoint-12"
+    model = QFormerCaptioner.from_pretrained(checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    assert set(weights) == set(model.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_longer_run_goes_on_where_the_finished_one_stopped(recipe, tmp_path, capsys):
+    words = ["--recipe", recipe(num_train_epochs=1)]
+    train_hf.train(words)
+    train_hf.train([*words, "--num_train_epochs", "2"])
+    assert "Going on from" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 12
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finished_run, recipe, tmp_path):
+    folder, _ = finished_run
+    command = [sys.executable, str(ROOT / "train_hf.py"), "--recipe", recipe()]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    broken, unbroken = (load_file(run / "model.safetensors") for run in (tmp_path / "run", folder))
+    assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({"lerning_rate": 1e-3}, [], "unknown field 'lerning_rate'. Did you mean 'learning_rate'"),
+        ({}, ["--num_epochs_train", "3"], "Unknown option '--num_epochs_train'"),
+        ({"caption_column": "text"}, [], "no column 'text'; its columns are 'image', 'caption', 'scene'"),
+        ({"dataset_name": "/no/such/folder"}, [], "'/no/such/folder' cannot be loaded"),
+        ({"vision_config": None}, [], "Say which captioner to train"),
+        ({"qformer_config": {"num_query_token": 3}}, [], "num_query_token"),
+        ({"prompt": "word " * 3000}, [], "The language model reads at most 2048 tokens"),
+        ({}, ["--recipe", "no_such_recipe"], "There is no recipe 'no_such_recipe'"),
+        ({}, ["--qformer_config", "{"], "--qformer_config is not valid JSON"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(recipe, changes, words, message):
+    with pytest.raises(train_hf.InputError, match="^[^\n]*$") as error:
+        train_hf.train(words if "--recipe" in words else ["--recipe", recipe(**changes), *words])
+    assert message in str(error.value)
+
+
+def test_an_output_folder_with_another_run_is_left_alone(finished_run, recipe):
+    folder, _ = finished_run
+    with pytest.raises(train_hf.InputError, match="holds another run: it differs in max_train_samples"):
+        train_hf.train(["--recipe", recipe(output_dir=str(folder), max_train_samples=20)])
+    assert (folder / "model.safetensors").exists()
+
+
+def test_an_output_folder_with_other_files_is_left_alone(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("three years")
+    with pytest.raises(train_hf.InputError, match="not empty and holds no run of ours"):
+        train_hf.train(["--recipe", recipe(), "--overwrite_output_dir"])
+    assert (tmp_path / "run" / "thesis.txt").exists()
+
+
+def test_the_command_line_wins_over_the_recipe(recipe):
+    *_, arguments = train_hf.parse_options(["--recipe", recipe(), "--learning_rate", "0.5", "--num_train_epochs", "7"])
+    assert (arguments.learning_rate, arguments.num_train_epochs) == (0.5, 7)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_parses(name, tmp_path):
+    model, data, _, arguments = train_hf.parse_options(["--recipe", name])
+    assert data.dataset_name and arguments.output_dir.startswith("outputs/")
+    assert model.vision_config or model.vision_model_name_or_path
+
+
+def test_an_error_reaches_the_shell_without_a_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "train_hf.py"), "--dataset_name", "nowhere", "--output_dir", "run"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: The data set 'nowhere' cannot be loaded")
+    assert "Traceback" not in done.stderr
