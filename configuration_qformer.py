@@ -43,7 +43,8 @@ class QFormerConfig(PreTrainedConfig):
             Epsilon of the layer norms.
 
     Raises:
-        ValueError: if a size is not positive or `hidden_size` is no multiple of `num_attention_heads`.
+        StrictDataclassClassValidationError: if a size is not positive or `hidden_size` is no multiple of
+            `num_attention_heads`. transformers wraps our `ValueError` so.
 
     Example:
 
@@ -86,7 +87,15 @@ class QFormerConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Called by transformers on construction and on save."""
-        for field in ("num_query_tokens", "hidden_size", "num_hidden_layers", "cross_attention_frequency"):
+        for field in (
+            "num_query_tokens",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "cross_attention_frequency",
+            "encoder_hidden_size",
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:

@@ -211,8 +211,8 @@ class QFormerModel(PreTrainedModel):
     _no_split_modules = ["QFormerLayer"]
     _can_record_outputs = {
         "hidden_states": QFormerLayer,
-        "attentions": OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".attention"),
-        "cross_attentions": OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name=".crossattention"),
+        "attentions": OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name="attention.attention"),
+        "cross_attentions": OutputRecorder(QFormerMultiHeadAttention, index=1, layer_name="crossattention.attention"),
     }
 
     def __init__(self, config: QFormerConfig):
@@ -539,8 +539,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
         if self._takes_position_ids:
             kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = length
+        if self._takes_logits_to_keep:  # indices and not a number: a copy multiplies several times faster than a slice
+            kwargs["logits_to_keep"] = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
         output = self.language_model(
             inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
             attention_mask=mask,
@@ -665,6 +665,10 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         for part in self._frozen_backbones():
             getattr(self, part).eval()
         return self
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As everywhere in transformers, on the language model: words and output layer are all its own."""
+        return self.language_model.resize_token_embeddings(*args, **kwargs)
 
     def print_trainable_parameters(self) -> None:
         """Print one line per part: parameters, how many of them train, dtype."""

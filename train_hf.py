@@ -83,6 +83,12 @@ class DataArguments:
     caption_column: str = option("caption", "The column of captions: a string or a list of strings in each row.")
     max_train_samples: int | None = option(None, "Train on so many rows only; of scenes: draw so many.")
     max_eval_samples: int | None = option(None, "Evaluate on so many rows only; of scenes: draw so many.")
+    smallest_crop: float | None = option(
+        None, "Train on random crops that keep at least this share of an image's area; by default on whole images."
+    )
+    captions_per_image: int | None = option(
+        None, "Draw so many captions of an image each time it is seen; by default train on all of them."
+    )
     max_caption_length: int = option(64, "Cut longer captions to so many tokens.")
 
 
@@ -221,6 +227,8 @@ def train(words: list[str]) -> None:
         raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder, or scenes).")
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
+    if training_args.label_smoothing_factor:
+        raise InputError("--label_smoothing_factor does not work here: the captioner computes its loss by itself.")
     folder = Path(training_args.output_dir)
     run = RunFolder(folder, {**asdict(model_args), **asdict(data_args)}, run_args.overwrite_output_dir)
     length = [training_args.num_train_epochs, training_args.max_steps]
@@ -245,7 +253,7 @@ def train(words: list[str]) -> None:
     )
     skipped = SkippedRows(folder / "skipped_rows.jsonl")
     columns = (data_args.image_column, data_args.caption_column, skipped)
-    train_data = CaptionDataset(train_rows, data_args.train_split, *columns)
+    train_data = CaptionDataset(train_rows, data_args.train_split, *columns, data_args.smallest_crop, data_args.captions_per_image)
     if eval_rows is None:
         eval_data = None
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False

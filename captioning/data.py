@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from pathlib import Path
 
@@ -99,6 +100,8 @@ class CaptionDataset(Dataset):
         image_column: holds images, or paths of images.
         caption_column: holds a caption, or a list of captions.
         skipped: the record.
+        smallest_crop: for training: show random parts of the images, with at least this share of their area.
+        captions_per_image: for training: draw so many of an image's captions each time; by default give all.
 
     Raises:
         InputError: if a column is not there, or no row has a caption.
@@ -111,6 +114,8 @@ class CaptionDataset(Dataset):
         image_column: str,
         caption_column: str,
         skipped: SkippedRows,
+        smallest_crop: float | None = None,
+        captions_per_image: int | None = None,
     ):
         for column in (image_column, caption_column):
             if column not in rows.column_names:
@@ -121,6 +126,8 @@ class CaptionDataset(Dataset):
                 )
         self.split = split
         self.skipped = skipped
+        self.smallest_crop = smallest_crop
+        self.captions_per_image = captions_per_image
         self.rows = rows
         # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
         self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
@@ -146,7 +153,14 @@ class CaptionDataset(Dataset):
         for step in range(len(self)):
             index = self.indices[(position + step) % len(self)]
             try:
-                return {"image": self._open(index), "captions": self.captions[index]}
+                image = self._open(index)
+                if self.smallest_crop is not None:
+                    image = random_resized_crop(image, self.smallest_crop)
+                captions = self.captions[index]
+                if self.captions_per_image is not None:
+                    drawn = torch.randperm(len(captions))[: self.captions_per_image]
+                    captions = [captions[each] for each in drawn]
+                return {"image": image, "captions": captions}
             except OSError as error:
                 self.skipped.add(self.split, index, self._file(index), str(error))
         raise InputError(f"Not one image of the {self.split} split can be read; see {self.skipped.path}.")
@@ -173,6 +187,24 @@ class CaptionDataset(Dataset):
         """Another column of the data set, of each row in order."""
         values = self.rows[name]
         return [values[index] for index in self.indices]
+
+
+def random_resized_crop(image: Image.Image, smallest: float) -> Image.Image:
+    """A random part of an image: `smallest` to all of its area, width to height 3:4 to 4:3 (Szegedy et al. 2014).
+
+    Draws from torch's random numbers, which the Trainer keeps with its checkpoints. An image from which no such part
+    can be cut stays whole.
+    """
+    width, height = image.size
+    for _ in range(10):
+        share, shape, x, y = torch.rand(4).tolist()
+        area = width * height * (smallest + (1 - smallest) * share)
+        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = round(x * (width - w)), round(y * (height - h))
+            return image.crop((left, top, left + w, top + h))
+    return image
 
 
 def _captions_of(value: str | list[str] | None) -> list[str]:

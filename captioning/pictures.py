@@ -4,7 +4,7 @@ import os
 import textwrap
 
 import matplotlib
-from PIL import Image
+from PIL import Image, ImageOps
 
 matplotlib.use("Agg")  # files only; a server has no screen
 from matplotlib import pyplot
@@ -59,16 +59,30 @@ def draw_caption_sheet(
     """
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 4.2 * rows), squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.45 / (4.2 * rows), bottom=0.02, hspace=0.05, wspace=0.06)
-    figure.suptitle(title, y=1 - 0.12 / (4.2 * rows))
+    width, height = 3.4, 4.7  # inches per image: a square, and room for its lines of text below
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False)
+    top = 1 - 0.5 / (height * rows + 0.5)
+    figure.subplots_adjust(left=0.02, right=0.98, top=top, bottom=0, hspace=0, wspace=0.06)
+    figure.suptitle(title, y=1 - 0.1 / (height * rows + 0.5), va="top")
     for axis in axes.flat:
         axis.axis("off")
         axis.set_anchor("N")
     for axis, image, caption, reference in zip(axes.flat, images, captions, references, strict=False):
-        axis.imshow(image)
-        for text, height, weight in ((caption or "(nothing)", -0.03, "bold"), (reference, -0.25, "normal")):
-            text = textwrap.shorten(text, 130).replace("$", r"\$")  # matplotlib would set mathematics
-            axis.text(0, height, textwrap.fill(text, 42), transform=axis.transAxes, va="top", fontsize=8, weight=weight)
+        # A square, at whose lower edge the image stands: text below tall images would fall off the sheet.
+        axis.imshow(ImageOps.pad(image, (340, 340), color="white", centering=(0, 1)))
+        below = -6  # points under the image
+        for text, weight in ((caption or "(nothing)", "bold"), (reference, "normal")):
+            text = textwrap.fill(textwrap.shorten(text, 150), 40)
+            axis.annotate(
+                text.replace("$", r"\$"),  # or matplotlib would set mathematics
+                (0, 0),
+                (0, below),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                va="top",
+                fontsize=8.5,
+                weight=weight,
+            )
+            below -= 13 * (text.count("\n") + 1) + 3
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

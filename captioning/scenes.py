@@ -3,9 +3,9 @@
 A picture shows one to three coloured shapes; a caption names each of them and says where they stand. Both are drawn
 from the same small description, a `Scene`, so that a caption can be checked *fact by fact*: `judge` reads a caption
 back with the very grammar that wrote it and says which of its statements hold. No string is ever compared with a
-reference, and a caption that says it differently but truly is right.
+reference: whichever sentence of the grammar a model chooses, it is right if what it states is true.
 
-The validation split asks for more than memory. Eight colour-shape pairs (`HELD_OUT`, a diagonal: one shape per colour)
+The validation split asks for more than memory. Six colour-shape pairs (`HELD_OUT`, a diagonal: one colour per shape)
 never occur in training, and *every* object of *every* validation picture is one of them. A model that gets these
 captions right has learned colour, shape, size and place as separate things.
 
@@ -40,16 +40,15 @@ COLOURS = {
     "turquoise": (50, 196, 200),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": 0.10, "large": 0.16}  # half the width of an object, as a share of the picture's side
+SIZES = {"small": 0.09, "large": 0.135}  # half the width of an object, as a share of the picture's side
 
 # Red circle, orange square, yellow triangle, green star, blue heart and purple cross.
 HELD_OUT = tuple(zip(COLOURS, SHAPES, strict=False))
 SEEN = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
 
-OBJECTS_PER_PICTURE = {1: 0.3, 2: 0.5, 3: 0.2}
-CELLS = 3  # an object stands somewhere inside one cell of an invisible grid with so many rows and columns
-GAP = 0.02  # free space between two objects along the axis of their relation, as a share of the side
-DOMINANCE = 1.7  # that axis is this much longer than the other one, so that "left of" is never "more like above"
+OBJECTS_PER_PICTURE = {1: 0.35, 2: 0.5, 3: 0.15}
+CELLS = 3  # an object stands inside one cell of an invisible grid with so many rows and columns
+GAP = 0.01  # free space between neighbours, as a share of the side; the margins of the cells leave at least this
 
 
 @dataclass(frozen=True)
@@ -62,18 +61,18 @@ class Thing:
     x: float
     y: float
 
-    def relation_to(self, other: "Thing") -> str:
-        """Where this object stands, seen from `other`: "left", "right", "above" or "below"; "" where that is unclear.
+    def stands(self, relation: str, other: "Thing") -> bool:
+        """Whether this object stands "left" or "right" of another, "above" or "below" it, with a clear gap between.
 
-        Clear is a gap along one axis, and so little offset along the other that nobody would choose that one.
+        An object may well stand left of another and above it: then both are true.
         """
-        dx, dy = self.x - other.x, self.y - other.y
-        minor, major = sorted((abs(dx), abs(dy)))
-        if major < DOMINANCE * minor or major < SIZES[self.size] + SIZES[other.size] + GAP:
-            return ""
-        if abs(dx) > abs(dy):
-            return "left" if dx < 0 else "right"
-        return "above" if dy < 0 else "below"
+        along = {
+            "left": other.x - self.x,
+            "right": self.x - other.x,
+            "above": other.y - self.y,
+            "below": self.y - other.y,
+        }
+        return along[relation] >= SIZES[self.size] + SIZES[other.size] + GAP
 
 
 MIDDLE = Thing("", "", "small", 0.5, 0.5)  # of the picture, for saying on which side of it an object stands
@@ -98,11 +97,8 @@ class Scene:
         return cls(tuple(Thing(**thing) for thing in json.loads(text)))
 
 
-# ------------------------------------------------------------------------------------------------- where it stands
-
-
 def make_scene(rng: random.Random, pairs: Iterable[tuple[str, str]]) -> Scene:
-    """Draw one to three different (colour, shape) pairs and place them so that every two are clearly apart.
+    """Draw one to three different (colour, shape) pairs, no two of them in the same row or column of the grid.
 
     >>> scene = make_scene(random.Random(0), HELD_OUT)
     >>> all((thing.colour, thing.shape) in HELD_OUT for thing in scene.things)
@@ -110,19 +106,13 @@ def make_scene(rng: random.Random, pairs: Iterable[tuple[str, str]]) -> Scene:
     """
     count = rng.choices(list(OBJECTS_PER_PICTURE), list(OBJECTS_PER_PICTURE.values()))[0]
     named = rng.sample(list(pairs), count)
-    things: list[Thing] = []
-    while len(things) < count:
-        colour, shape = named[len(things)]
+    columns, rows = (rng.sample(range(CELLS), count) for _ in "xy")
+    things = []
+    for (colour, shape), column, row in zip(named, columns, rows, strict=True):
         size = rng.choice(list(SIZES))
-        x, y = (
-            round((rng.randrange(CELLS) + 0.5) / CELLS + rng.uniform(-1, 1) * (0.5 / CELLS - SIZES[size]), 3)
-            for _ in "xy"
-        )
-        thing = Thing(shape, colour, size, x, y)
-        if all(thing.relation_to(other) for other in things):
-            things.append(thing)
-        else:
-            things.clear()  # start over, since two objects may leave no room for a third
+        room = 0.48 / CELLS - SIZES[size]  # to either side of the middle of the cell, less a margin
+        x, y = (round((cell + 0.5) / CELLS + rng.uniform(-room, room), 3) for cell in (column, row))
+        things.append(Thing(shape, colour, size, x, y))
     return Scene(tuple(things))
 
 
@@ -138,7 +128,7 @@ def _ring(count: int, *radii: float) -> list[tuple[float, float]]:
 def _heart(count: int = 40) -> list[tuple[float, float]]:
     turns = [2 * math.pi * i / count for i in range(count)]
     height = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
-    return [(math.sin(t) ** 3, -(h + 2.5) / 15.5) for t, h in zip(turns, height)]
+    return [(math.sin(t) ** 3, -(h + 2.5) / 15.5) for t, h in zip(turns, height, strict=True)]
 
 
 _QUARTER_TURNS = ((1, 0), (0, 1), (-1, 0), (0, -1))
@@ -147,8 +137,8 @@ _ARM = ((-0.34, -0.95), (0.34, -0.95), (0.34, -0.34))  # the end of one arm of t
 _OUTLINES = {
     "circle": _ring(48, 0.92),
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
-    "triangle": [(0.0, -0.92), (1.0, 0.82), (-1.0, 0.82)],
-    "star": _ring(10, 1.08, 0.45),
+    "triangle": [(0.0, -0.90), (0.95, 0.78), (-0.95, 0.78)],
+    "star": _ring(10, 1.04, 0.44),
     "heart": _heart(),
     "cross": [(u * cos - v * sin, u * sin + v * cos) for cos, sin in _QUARTER_TURNS for u, v in _ARM],
 }
@@ -167,25 +157,18 @@ def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
     canvas = ImageDraw.Draw(picture)
     for thing in scene.things:
         shade = rng.uniform(0.88, 1.08)
-        colour = tuple(
-            min(255, max(0, round(channel * shade) + rng.randint(-14, 14))) for channel in COLOURS[thing.colour]
-        )
-        tilt, scale = math.radians(rng.uniform(-8, 8)), SIZES[thing.size]
-        sin, cos = math.sin(tilt) * scale, math.cos(tilt) * scale
-        canvas.polygon(
-            [
-                (side * (thing.x + cos * u - sin * v), side * (thing.y + sin * u + cos * v))
-                for u, v in _OUTLINES[thing.shape]
-            ],
-            fill=colour,
-        )
+        shaded = [round(channel * shade) + rng.randint(-14, 14) for channel in COLOURS[thing.colour]]
+        tilt, scale = math.radians(rng.uniform(-8, 8)), side * SIZES[thing.size]
+        sin, cos, x, y = math.sin(tilt) * scale, math.cos(tilt) * scale, side * thing.x, side * thing.y
+        corners = [(x + cos * u - sin * v, y + sin * u + cos * v) for u, v in _OUTLINES[thing.shape]]
+        canvas.polygon(corners, fill=tuple(min(255, max(0, channel)) for channel in shaded))
     return picture.reduce(_OVERSAMPLING)
 
 
 # ------------------------------------------------------------------------------------------------- how it is said
 
 # One table of phrases and one of sentence frames serve both writing and reading. A frame's slots are
-#   {a} {b} {c}   the objects; {the_b} names one again
+#   {a} {b} {c}   the objects; {the_a} names one again
 #   {of_ab}       where a stands, seen from b; {of_abc}: seen from b and from c, which must agree
 #   {its_ba}      the same with a pronoun: "with b to its right" says where b stands, seen from a
 #   {side_ab}     the same as a side of the picture; {side_a}: seen from the middle of the picture, written m
@@ -209,7 +192,7 @@ _FRAMES = {
         "{side_ab} {a}, {side_ba} {b}",
         "{side_ab} {a} and {side_ba} {b}",
         "{order_ab}: {a} and {b}",
-        "{of_ab} {b} there is {a}",
+        "{of_ba} {a} there is {b}",
         "{open}{a} {of_ab} {b}",
         "{open}{a} with {b} {its_ba}",
         "{a} is {of_ab} {b}",
@@ -226,7 +209,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def _stated(slot: str) -> list[tuple[str, str]]:
-    """The (subject, object) pairs whose common relation a slot states: of_abc -> ab, ac; order_abc -> ab, bc."""
+    """The pairs whose common relation a slot states: of_abc -> ab, ac; order_abc -> ab, bc; side_a -> am."""
     kind, names = slot.split("_")
     names = names if len(names) > 1 else names + "m"
     return list(pairwise(names)) if kind == "order" else [(names[0], name) for name in names[1:]]
@@ -239,8 +222,11 @@ def write_caption(scene: Scene, rng: random.Random) -> str:
     >>> judge(write_caption(scene, random.Random(0)), scene).right
     True
     """
-    while True:  # a frame that says "both" or "from ... to" may not fit the scene: then draw again
-        named = dict(zip("abc", rng.sample(scene.things, len(scene.things))))
+    # People go through a picture from left to right; what they say about it may be about left and right or up and down.
+    named = dict(zip("abc", sorted(scene.things, key=lambda thing: thing.x), strict=False))
+    places = named | {"m": MIDDLE}
+    while True:  # not every frame fits every scene: then draw again
+        relations = rng.choice([("left", "right"), ("above", "below")])
         frame = rng.choice(_FRAMES[len(named)])
         words = {"open": rng.choice(_OPENERS)}
         for name, thing in named.items():
@@ -249,12 +235,12 @@ def write_caption(scene: Scene, rng: random.Random) -> str:
             words[name] = f"{article} {size}{thing.colour} {thing.shape}"
             words[f"the_{name}"] = f"the {thing.colour} {thing.shape}"
         slots = _SLOT.findall(frame)
-        for slot in slots:
-            if slot not in words:
-                places = named | {"m": MIDDLE}
-                relation, *others = {places[one].relation_to(places[other]) for one, other in _stated(slot)}
-                phrases = _PHRASES[slot.split("_")[0]]
-                if not others and relation in phrases:
+        for slot in (slot for slot in slots if slot not in words):
+            phrases = _PHRASES[slot.split("_")[0]]
+            for relation in relations:
+                if relation in phrases and all(
+                    places[one].stands(relation, places[other]) for one, other in _stated(slot)
+                ):
                     words[slot] = phrases[relation]
         if all(slot in words for slot in slots):
             return frame.format(**words)
@@ -324,7 +310,7 @@ def judge(caption: str, scene: Scene) -> Verdict:
     not there. A caption outside the grammar is wrong as a whole, with the single fact `Fact("form", caption, False)`.
 
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
-    >>> judge("A red star to the left of a large blue heart.", scene).right
+    >>> judge("A red star left of a large blue heart.", scene).right
     True
     >>> judge("a red star above a large blue heart", scene).wrong_facts
     (Fact(kind='relation', text='red star above blue heart', right=False),)
@@ -338,7 +324,7 @@ def judge(caption: str, scene: Scene) -> Verdict:
     unnamed = {(thing.colour, thing.shape): thing for thing in scene.things}
     facts: list[Fact] = []
     found: dict[str, Thing | None] = {"m": MIDDLE}
-    names = {"m": "middle"}
+    names = {"m": "the middle"}
     for slot in (slot for slot in slots if len(slot) == 1):
         colour, shape, size = said[f"{slot}_colour"], said[f"{slot}_shape"], said[f"{slot}_size"]
         names[slot] = f"{colour} {shape}"
@@ -350,7 +336,7 @@ def judge(caption: str, scene: Scene) -> Verdict:
         relation = next(r for r, phrase in _PHRASES[slot.split("_")[0]].items() if phrase == said[slot])
         for one, other in _stated(slot):
             a, b = found[one], found[other]
-            right = a is not None and b is not None and a.relation_to(b) == relation
+            right = a is not None and b is not None and a.stands(relation, b)
             facts.append(Fact("relation", f"{names[one]} {relation} {names[other]}", right))
     return Verdict(tuple(facts), complete=not unnamed)
 
@@ -361,7 +347,7 @@ def score_facts(captions: Iterable[str], scenes: Iterable[Scene]) -> dict[str, f
     - `facts`: every stated fact is right. The number to quote;
     - `complete`: every stated fact is right *and* no object is left out;
     - `objects`: every named object is there in that colour and shape (and size, where stated);
-    - `relations`: every stated relation holds, counted over the scenes with two or more objects.
+    - `relations`: at least one relation is stated and all hold, counted over the scenes with two or more objects.
 
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
     >>> score_facts(["a red star above a blue heart"], [scene])
@@ -369,7 +355,7 @@ def score_facts(captions: Iterable[str], scenes: Iterable[Scene]) -> dict[str, f
     """
     scenes = list(scenes)
     verdicts = [judge(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
-    related = [verdict for verdict, scene in zip(verdicts, scenes) if len(scene.things) > 1]
+    related = [verdict for verdict, scene in zip(verdicts, scenes, strict=True) if len(scene.things) > 1]
 
     def share(hits: list[bool]) -> float:
         return sum(hits) / max(len(hits), 1)
@@ -389,7 +375,7 @@ def score_facts(captions: Iterable[str], scenes: Iterable[Scene]) -> dict[str, f
 # ------------------------------------------------------------------------------------------------- the data set
 
 
-def load_scenes(num_train: int, num_validation: int, image_size: int = 64, seed: int = 0) -> DatasetDict:
+def load_scenes(num_train: int, num_validation: int, image_size: int = 48, seed: int = 0) -> DatasetDict:
     """Draw the data set: `train` has seen pairs only, `validation` held-out pairs only.
 
     Columns: `image` (PIL, RGB), `caption` (five strings), `scene` (the ground truth; read with `Scene.from_json`).
@@ -397,7 +383,7 @@ def load_scenes(num_train: int, num_validation: int, image_size: int = 64, seed:
 
     >>> data = load_scenes(num_train=2, num_validation=1)
     >>> data["train"][0]["image"].size, len(data["train"][0]["caption"])
-    ((64, 64), 5)
+    ((48, 48), 5)
     """
     features = Features({"image": Image(), "caption": List(Value("string")), "scene": Value("string")})
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner
@@ -65,7 +65,8 @@ def build_from_scratch(
     )
     side = model.config.vision_config.image_size
     model.processor = QFormerCaptionerProcessor(
-        ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        # White becomes zero: nothing to see, nothing in the patch but its place.
+        ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3),
         tokenizer,
         prompt=prompt,
         is_encoder_decoder=language.is_encoder_decoder,

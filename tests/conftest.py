@@ -4,6 +4,8 @@ import importlib.util
 import pathlib
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 if importlib.util.find_spec("qformer_captioner") is None:
@@ -13,3 +15,12 @@ if importlib.util.find_spec("qformer_captioner") is None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["qformer_captioner"] = module
     spec.loader.exec_module(module)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """A folder `shared` beside the repository, with real tokenizers, photographs and weights."""
+    for folder in ROOT.parents:
+        if (folder / "shared").is_dir():
+            return folder / "shared"
+    pytest.skip("needs a folder `shared` beside the repository")

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 from qformer_captioner.captioning import InputError
-from qformer_captioner.captioning.data import CaptionCollator, CaptionDataset, ShuffledImages, SkippedRows, load_splits
+from qformer_captioner.captioning.data import (
+    CaptionCollator,
+    CaptionDataset,
+    ShuffledImages,
+    SkippedRows,
+    load_splits,
+    random_resized_crop,
+)
 from qformer_captioner.captioning.metrics import word_f1
 from qformer_captioner.captioning.scratch import build_from_scratch
 
@@ -95,6 +102,22 @@ def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_pat
     data = captioned(load_splits(str(image_folder))[0], tmp_path).readable()
     assert len(data) == 3
     assert data.references()[0] == data[0]["captions"] == ["all green", "a green wall"]
+
+
+@pytest.mark.parametrize("smallest", [0.2, 0.9])
+def test_a_random_crop_keeps_at_least_its_share_of_the_image(smallest):
+    crops = [random_resized_crop(Image.new("RGB", (100, 80)), smallest) for _ in range(50)]
+    areas = [crop.width * crop.height / 8000 for crop in crops]
+    assert smallest - 0.02 < min(areas) <= max(areas) <= 1
+    assert len(set(areas)) > 10
+    assert all(0.7 < crop.width / crop.height < 1.4 for crop in crops)
+
+
+def test_captions_per_image_draws_some_of_the_captions(image_folder, tmp_path):
+    rows = load_splits(str(image_folder))[0]
+    data = CaptionDataset(rows, "train", "image", "captions", SkippedRows(tmp_path / "skipped"), captions_per_image=1)
+    drawn = {tuple(data[0]["captions"]) for _ in range(30)}
+    assert drawn == {("all red",), ("a red wall",)}
 
 
 def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):

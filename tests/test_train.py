@@ -158,6 +158,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finis
         ({"qformer_config": {"num_query_token": 3}}, [], "num_query_token"),
         ({"prompt": "word " * 3000}, [], "The language model reads at most 2048 tokens"),
         ({}, ["--recipe", "no_such_recipe"], "There is no recipe 'no_such_recipe'"),
+        ({}, ["--label_smoothing_factor", "0.1"], "--label_smoothing_factor does not work here"),
         ({}, ["--qformer_config", "{"], "--qformer_config is not valid JSON"),
     ],
 )

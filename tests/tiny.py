@@ -14,8 +14,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerCaptionerProcessor
@@ -29,37 +30,37 @@ SIDE = 32  # of an image, in pixels
 QUERIES = 3
 CAPTIONS = ["a red circle above a blue star", "a green heart", "two small squares, one of them yellow"]
 
+LAYERS = dict(num_hidden_layers=2, num_attention_heads=4)
 VISION = {
-    "clip": dict(model_type="clip_vision_model", num_hidden_layers=2, num_attention_heads=4, intermediate_size=40),
-    "siglip": dict(model_type="siglip_vision_model", num_hidden_layers=2, num_attention_heads=4, intermediate_size=40),
-    "dinov2": dict(model_type="dinov2", num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2),
-    "vit": dict(model_type="vit", num_hidden_layers=2, num_attention_heads=4, intermediate_size=40),
+    "clip": dict(model_type="clip_vision_model", intermediate_size=40),
+    "siglip": dict(model_type="siglip_vision_model", intermediate_size=40),
+    "dinov2": dict(model_type="dinov2", mlp_ratio=2),
+    "vit": dict(model_type="vit", intermediate_size=40),
 }
 
-LLAMA = dict(hidden_size=TEXT_WIDTH, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-LLAMA |= dict(intermediate_size=64, max_position_embeddings=64, initializer_range=0.2)
+LLAMA = LAYERS | dict(hidden_size=TEXT_WIDTH, num_key_value_heads=2, intermediate_size=64)
+LLAMA |= dict(max_position_embeddings=64, initializer_range=0.2)
 T5 = dict(d_model=TEXT_WIDTH, num_layers=2, num_heads=4, d_kv=8, d_ff=64, dropout_rate=0.0, decoder_start_token_id=0)
 BART = dict(d_model=TEXT_WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64)
 BART |= dict(decoder_attention_heads=4, decoder_ffn_dim=64, dropout=0.0, init_std=0.3, max_position_embeddings=64)
 TEXT = {
-    "t5": dict(model_type="t5", **T5, initializer_factor=3.0),
+    "t5": dict(model_type="t5", **T5, initializer_factor=2.0),
     # Flan-T5 and T5 v1.1 have an output layer of their own; transformers 5 turns that into scale_decoder_outputs=False.
-    "flan-t5": dict(
-        model_type="t5", **T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu", initializer_factor=2.0
-    ),
+    "flan-t5": dict(model_type="t5", **T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
     "bart": dict(model_type="bart", **BART, decoder_start_token_id=1, forced_eos_token_id=None),
     "llama": dict(model_type="llama", **LLAMA),
     "qwen2": dict(model_type="qwen2", **LLAMA),
     "gemma": dict(model_type="gemma", **LLAMA, head_dim=12),  # multiplies its inputs by the root of its width
     "gpt2": dict(model_type="gpt2", n_embd=TEXT_WIDTH, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
     # As in OPT-350m, words are narrower than the model.
-    "opt": dict(model_type="opt", hidden_size=TEXT_WIDTH, word_embed_proj_dim=20, num_hidden_layers=2, ffn_dim=64)
-    | dict(num_attention_heads=4, max_position_embeddings=64, init_std=0.2, do_layer_norm_before=False),
+    "opt": LAYERS
+    | dict(model_type="opt", hidden_size=TEXT_WIDTH, word_embed_proj_dim=20, do_layer_norm_before=False)
+    | dict(ffn_dim=64, max_position_embeddings=64, init_std=0.2),
     "bloom": dict(model_type="bloom", hidden_size=TEXT_WIDTH, n_layer=2, n_head=4, initializer_range=0.2),  # ALiBi
 }
-QFORMER = dict(num_query_tokens=QUERIES, hidden_size=QFORMER_WIDTH, num_hidden_layers=2, num_attention_heads=4)
-QFORMER |= dict(intermediate_size=40, initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-NO_DROPOUT = {
+QFORMER = LAYERS | dict(num_query_tokens=QUERIES, hidden_size=QFORMER_WIDTH, intermediate_size=40)
+QFORMER |= dict(initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+NO_DROPOUT = {  # the others have none by default
     "gpt2": dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
     "opt": dict(dropout=0.0),
 }
@@ -67,9 +68,8 @@ NO_DROPOUT = {
 
 def vision_config(name: str) -> PreTrainedConfig:
     """Of "clip", "siglip", "dinov2" or "vit"."""
-    return AutoConfig.for_model(
-        **VISION[name], hidden_size=VISION_WIDTH, image_size=SIDE, patch_size=16, initializer_range=0.2
-    )
+    sizes = dict(hidden_size=VISION_WIDTH, image_size=SIDE, patch_size=16)
+    return AutoConfig.for_model(**VISION[name], **LAYERS, **sizes, initializer_range=0.2)
 
 
 def text_config(name: str, **fields) -> PreTrainedConfig:
@@ -85,8 +85,16 @@ def captioner(vision: str = "clip", language: str = "llama", **qformer_fields) -
         vision_config=vision_config(vision), text_config=text_config(language), qformer_config=QFORMER | qformer_fields
     )
     model = QFormerCaptioner(config).eval()
+    torch.nn.init.normal_(model.language_projection.weight, std=0.2)  # so that the image matters
+    own_head(model.language_model)
     model.processor = processor(is_encoder_decoder=config.is_encoder_decoder)
     return model
+
+
+def own_head(model: PreTrainedModel) -> None:
+    """Give Flan-T5 its own output layer: a fresh one starts as a copy of the input embedding."""
+    if not getattr(model.config, "scale_decoder_outputs", True):
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
 
 
 def save_vision(folder: str | os.PathLike, name: str = "clip", dtype: torch.dtype = torch.float32) -> str:
@@ -102,7 +110,9 @@ def save_language(folder: str | os.PathLike, name: str = "llama", dtype: torch.d
     torch.manual_seed(5)
     config = text_config(name, **fields)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    auto_class.from_config(config, dtype=dtype).save_pretrained(folder)
+    model = auto_class.from_config(config, dtype=dtype)
+    own_head(model)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -137,8 +147,8 @@ def batch(prompts=(4, 0, 2), captions=(5, 3, 2), side: str = "left") -> dict[str
     }
 
 
-def image_processor(side: int = SIDE):
-    return ViTImageProcessor(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+def image_processor(side: int = SIDE) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
