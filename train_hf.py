@@ -251,9 +251,10 @@ def train(words: list[str]) -> None:
         data_args.max_train_samples,
         data_args.max_eval_samples,
     )
-    skipped = SkippedRows(folder / "skipped_rows.jsonl")
+    skipped = SkippedRows()
     columns = (data_args.image_column, data_args.caption_column, skipped)
-    train_data = CaptionDataset(train_rows, data_args.train_split, *columns, data_args.smallest_crop, data_args.captions_per_image)
+    varied = (data_args.smallest_crop, data_args.captions_per_image)
+    train_data = CaptionDataset(train_rows, data_args.train_split, *columns, *varied)
     if eval_rows is None:
         eval_data = None
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
@@ -273,7 +274,9 @@ def train(words: list[str]) -> None:
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
 
     # 4. Training.
+    checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
     run.start()
+    skipped.write_to(folder / "skipped_rows.jsonl")
 
     def score(captions: list[str], rows: CaptionDataset) -> dict[str, float]:
         if data_args.dataset_name == "scenes":
@@ -288,7 +291,6 @@ def train(words: list[str]) -> None:
         data_collator=collate,
         score=score,
     )
-    checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
     if checkpoint is not None:
         print(f"Going on from {checkpoint}.")
     start = time.time()

@@ -68,23 +68,35 @@ def load_splits(
 
 
 class SkippedRows:
-    """The rows that could not be used, in a JSON-lines file: split, row number, file and reason of each.
+    """The rows that could not be used: split, row number, file and reason of each.
 
-    Data-loading processes append to the same file, so a row may stand there twice; it counts once.
+    They wait in memory until the run owns its output folder and says where to write them. Data-loading processes append
+    to the same JSON-lines file, so a row may stand there twice; it counts once.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self):
+        self.path: Path | None = None
+        self.waiting: list[dict] = []
 
     def add(self, split: str, row: int, file: str | None, reason: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        entry = {"split": split, "row": row, "file": file, "reason": reason}
+        if self.path is None:
+            self.waiting.append(entry)
+            return
         with self.path.open("a") as lines:
-            lines.write(json.dumps({"split": split, "row": row, "file": file, "reason": reason}) + "\n")
+            lines.write(json.dumps(entry) + "\n")
+
+    def write_to(self, path: str | os.PathLike) -> None:
+        """Write what there is, and from now on everything, to this file, behind what a killed run left there."""
+        self.path = Path(path)
+        for entry in self.waiting:
+            self.add(**entry)
+        self.waiting = []
 
     def __len__(self) -> int:
-        if not self.path.exists():
-            return 0
-        entries = [json.loads(line) for line in self.path.read_text().splitlines()]
+        entries = list(self.waiting)
+        if self.path is not None and self.path.exists():
+            entries += [json.loads(line) for line in self.path.read_text().splitlines()]
         return len({(entry["split"], entry["row"]) for entry in entries})
 
 
@@ -163,7 +175,13 @@ class CaptionDataset(Dataset):
                 return {"image": image, "captions": captions}
             except OSError as error:
                 self.skipped.add(self.split, index, self._file(index), str(error))
-        raise InputError(f"Not one image of the {self.split} split can be read; see {self.skipped.path}.")
+        raise self._nothing_to_see()
+
+    def _nothing_to_see(self) -> InputError:
+        return InputError(
+            f"Not one image of the {self.split} split can be read, from {self._file(self.indices[0])!r} on: check the "
+            f"files, or the column {self.image_column!r}."
+        )
 
     def readable(self) -> "CaptionDataset":
         """Leave out, from the start, the rows whose image cannot be opened: an evaluation must know its rows."""
@@ -175,7 +193,7 @@ class CaptionDataset(Dataset):
             except OSError as error:
                 self.skipped.add(self.split, index, self._file(index), str(error))
         if not kept:
-            raise InputError(f"Not one image of the {self.split} split can be read; see {self.skipped.path}.")
+            raise self._nothing_to_see()
         self.indices = kept
         return self
 

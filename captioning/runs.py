@@ -19,6 +19,7 @@ class RunFolder:
     Args:
         path: the folder.
         settings: what makes this run another run if it differs; must be plain JSON.
+        overwrite: take the place of the run that is there, once [`~RunFolder.start`] is called.
 
     Raises:
         InputError: if the folder holds another run, or files that no run of ours left there.
@@ -28,6 +29,7 @@ class RunFolder:
         self.path = Path(path)
         self.record_file = self.path / "run.json"
         self.record = {"settings": json.loads(json.dumps(settings)), "finished": None}
+        self.overwrite = overwrite
         if self.path.is_file():
             raise InputError(f"The output folder {str(path)!r} is a file. Choose another --output_dir.")
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -37,7 +39,6 @@ class RunFolder:
                 f"The output folder {str(path)!r} is not empty and holds no run of ours. Choose another --output_dir."
             )
         if overwrite:
-            shutil.rmtree(self.path)
             return
         found = json.loads(self.record_file.read_text())
         theirs, ours = found["settings"], self.record["settings"]
@@ -59,10 +60,13 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> str | None:
         """Where to go on from."""
-        return get_last_checkpoint(self.path) if self.path.exists() else None
+        return get_last_checkpoint(self.path) if self.path.exists() and not self.overwrite else None
 
     def start(self) -> None:
-        """Make the folder and claim it for this run."""
+        """Make the folder and claim it for this run. Nothing has been written or deleted before."""
+        if self.overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.overwrite = False
         self.path.mkdir(parents=True, exist_ok=True)
         self.record["finished"] = None
         self._write()

@@ -37,8 +37,8 @@ def image_folder(tmp_path):
     return folder
 
 
-def captioned(rows, tmp_path, caption_column="captions"):
-    return CaptionDataset(rows, "train", "image", caption_column, SkippedRows(tmp_path / "skipped_rows.jsonl"))
+def captioned(rows, caption_column="captions"):
+    return CaptionDataset(rows, "train", "image", caption_column, SkippedRows())
 
 
 def test_a_folder_with_a_split_column_is_split_by_it(image_folder):
@@ -65,27 +65,30 @@ def test_a_data_set_that_is_not_there_is_named(tmp_path):
 def test_an_unknown_column_lists_the_columns_there_are(image_folder, tmp_path, column):
     rows = load_splits(str(image_folder))[0].rename_column(column, "other")
     with pytest.raises(InputError, match=f"no column '{column}'; its columns are .*'other'"):
-        captioned(rows, tmp_path)
+        captioned(rows)
 
 
 def test_a_caption_column_may_hold_strings(image_folder, tmp_path):
     rows = load_splits(str(image_folder))[0].map(lambda row: {"text": row["captions"][0]})
-    assert captioned(rows, tmp_path, "text")[0]["captions"] == ["all red"]
+    assert captioned(rows, "text")[0]["captions"] == ["all red"]
 
 
 def test_a_damaged_image_is_skipped_written_down_and_replaced_by_the_next(image_folder, tmp_path):
     (image_folder / "1.png").write_bytes((image_folder / "1.png").read_bytes()[:50])
-    data = captioned(load_splits(str(image_folder))[0], tmp_path)
+    data = captioned(load_splits(str(image_folder))[0])
     assert data[1]["captions"] == ["all blue", "a blue wall"]
     assert len(data.skipped) == 1
-    entry = json.loads(data.skipped.path.read_text().splitlines()[0])
+    data.skipped.write_to(tmp_path / "skipped_rows.jsonl")
+    entry = json.loads((tmp_path / "skipped_rows.jsonl").read_text())
     assert entry["row"] == 1 and entry["file"].endswith("1.png")
+    data[1]
+    assert len(data.skipped) == 1, "the same row counts once"
 
 
 def test_a_missing_image_file_is_skipped_too(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
     rows = {"image": [str(tmp_path / "gone.png"), str(tmp_path / "there.png")], "captions": [["one"], ["two"]]}
-    data = captioned(datasets.Dataset.from_dict(rows), tmp_path)
+    data = captioned(datasets.Dataset.from_dict(rows))
     assert data[0]["captions"] == ["two"]
 
 
@@ -93,13 +96,13 @@ def test_rows_without_a_caption_are_left_out_and_written_down(image_folder, tmp_
     rows = load_splits(str(image_folder))[0].map(
         lambda row, index: {"captions": ["", " "] if index == 2 else row["captions"]}, with_indices=True
     )
-    data = captioned(rows, tmp_path)
+    data = captioned(rows)
     assert (len(data), len(data.skipped)) == (3, 1)
 
 
 def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_path):
     (image_folder / "0.png").write_bytes(b"no image")
-    data = captioned(load_splits(str(image_folder))[0], tmp_path).readable()
+    data = captioned(load_splits(str(image_folder))[0]).readable()
     assert len(data) == 3
     assert data.references()[0] == data[0]["captions"] == ["all green", "a green wall"]
 
@@ -115,13 +118,13 @@ def test_a_random_crop_keeps_at_least_its_share_of_the_image(smallest):
 
 def test_captions_per_image_draws_some_of_the_captions(image_folder, tmp_path):
     rows = load_splits(str(image_folder))[0]
-    data = CaptionDataset(rows, "train", "image", "captions", SkippedRows(tmp_path / "skipped"), captions_per_image=1)
+    data = CaptionDataset(rows, "train", "image", "captions", SkippedRows(), captions_per_image=1)
     drawn = {tuple(data[0]["captions"]) for _ in range(30)}
     assert drawn == {("all red",), ("a red wall",)}
 
 
 def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):
-    data = captioned(load_splits(str(image_folder))[0], tmp_path)
+    data = captioned(load_splits(str(image_folder))[0])
     shuffled = ShuffledImages(data)
     for own, other in ((data[row], shuffled[row]) for row in range(len(data))):
         assert own["captions"] == other["captions"]

@@ -22,7 +22,7 @@ def run(shared, tmp_path_factory):
         "caption_column": "captions",
         "vision_model_name_or_path": shared / "models" / "dinov2-small",
         "language_model_name_or_path": folder / "gpt2",
-        "qformer_config": '{"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_tokens": 4}',
+        "qformer_config": '{"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}',
         "prompt": "A photo of",
         "max_train_samples": 16,
         "max_eval_samples": 4,

@@ -1,7 +1,6 @@
 """`train_hf.py` as a user runs it: recipes and flags, a run from start to folder, kill and resume, bad input."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,10 +9,12 @@ import time
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
-from qformer_captioner import train_hf
-from tests.conftest import ROOT
+from qformer_captioner import QFormerCaptioner, train_hf
+
+from .conftest import ROOT
 
 TINY = {
     "dataset_name": "scenes",
@@ -95,10 +96,6 @@ def test_every_evaluation_logs_right_and_shuffled_images(finished_run):
 
 def test_the_folder_loads_and_captions(finished_run):
     folder, _ = finished_run
-    from PIL import Image
-
-    from qformer_captioner import QFormerCaptioner
-
     model = QFormerCaptioner.from_pretrained(folder)
     assert isinstance(model.caption(Image.new("RGB", (40, 40), "red"), max_new_tokens=4), str)
 
@@ -115,8 +112,6 @@ def test_a_finished_run_says_what_is_there_and_how_to_go_on(finished_run, capsys
 def test_a_checkpoint_brings_back_every_weight(finished_run):
     """Under the names in memory: the Trainer resumes without translating, and would silently drop DINOv2's."""
     folder, _ = finished_run
-    from qformer_captioner import QFormerCaptioner
-
     checkpoint = folder / "checkpoint-12"
     model = QFormerCaptioner.from_pretrained(checkpoint)
     weights = load_file(checkpoint / "model.safetensors")
@@ -183,6 +178,36 @@ def test_an_output_folder_with_other_files_is_left_alone(recipe, tmp_path):
     assert (tmp_path / "run" / "thesis.txt").exists()
 
 
+def test_a_run_that_cannot_start_leaves_no_folder_and_costs_no_folder(finished_run, recipe, tmp_path):
+    with pytest.raises(train_hf.InputError):
+        train_hf.train(["--recipe", recipe(qformer_config={"num_query_token": 3})])
+    assert not (tmp_path / "run").exists()
+    folder, _ = finished_run
+    with pytest.raises(train_hf.InputError):
+        train_hf.train(["--recipe", recipe(output_dir=str(folder), caption_column="x"), "--overwrite_output_dir"])
+    assert (folder / "model.safetensors").exists()
+
+
+def test_overwriting_starts_afresh(recipe, tmp_path, capsys):
+    words = ["--recipe", recipe(num_train_epochs=1)]
+    train_hf.train(words)
+    (tmp_path / "run" / "note.txt").write_text("of the first run")
+    train_hf.train([*words, "--overwrite_output_dir"])
+    assert "Going on from" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "note.txt").exists()
+
+
+def test_without_a_split_to_evaluate_on_the_last_checkpoint_counts(tmp_path, recipe):
+    (tmp_path / "pictures").mkdir()
+    lines = []
+    for index in range(4):
+        Image.new("RGB", (8, 8), (60 * index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "caption": f"number {index}"}))
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    train_hf.train(["--recipe", recipe(dataset_name=str(tmp_path / "pictures"), num_train_epochs=1)])
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_the_command_line_wins_over_the_recipe(recipe):
     *_, arguments = train_hf.parse_options(["--recipe", recipe(), "--learning_rate", "0.5", "--num_train_epochs", "7"])
     assert (arguments.learning_rate, arguments.num_train_epochs) == (0.5, 7)
@@ -196,9 +221,8 @@ def test_every_recipe_parses(name, tmp_path):
 
 
 def test_an_error_reaches_the_shell_without_a_traceback(tmp_path):
-    command = [sys.executable, str(ROOT / "train_hf.py"), "--dataset_name", "nowhere", "--output_dir", "run"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    command = [sys.executable, str(ROOT / "train_hf.py"), "--dataset_name", "/nowhere", "--output_dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: The data set 'nowhere' cannot be loaded")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: The data set '/nowhere' cannot be loaded")
     assert "Traceback" not in done.stderr
