@@ -515,12 +515,11 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         room_for = 1 if labels is None else labels.shape[-1]
         prefix, prefix_mask = self.get_prefix(pixel_values, input_ids, attention_mask, image_embeds, room_for)
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
-        captions = targets.view(len(prefix), -1, targets.shape[-1])  # [B, K, T]
-
-        score = (
-            self._score_with_decoder_only if not self.config.is_encoder_decoder else self._score_with_encoder_decoder
-        )
-        logits = score(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+        captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
+        if self.config.is_encoder_decoder:
+            logits = self._score_with_encoder_decoder(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+        else:
+            logits = self._score_with_decoder_only(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
 
         loss = None
         if labels is not None:
@@ -845,9 +844,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
     def _reference(self, parts: list[str]) -> None:
         """Let saved folders refer to these parts by name instead of holding their weights."""
         self.config.referenced_backbones = parts
-        self._keys_to_ignore_on_save = {
-            key for key in self.state_dict() if key.split(".")[0] in parts
-        }  # the Trainer reads it too, to tell left out from lost
+        # The Trainer reads it too, to tell what a checkpoint leaves out from what it lost.
+        left_out = {key for key in self.state_dict() if key.split(".")[0] in parts}
+        self._keys_to_ignore_on_save = left_out | set(self.all_tied_weights_keys)
 
 
 QFormerCaptioner.register_for_auto_class("AutoModel")
