@@ -529,6 +529,12 @@ def test_from_backbones_starts_from_the_saved_weights(backbones):
     assert torch.equal(model.get_image_features(tiny.images()), reference(pixel_values=tiny.images()).last_hidden_state)
 
 
+def test_a_fresh_soft_prompt_is_as_loud_as_words(backbones):
+    model = from_backbones(backbones["clip"], backbones["llama"])
+    words = model.language_model.get_input_embeddings().weight
+    assert model.get_soft_prompt(tiny.images()).std().item() == pytest.approx(words.std().item(), rel=0.3)
+
+
 def test_flan_t5_keeps_its_own_output_layer(backbones, tmp_path):
     """Through `tie_weights`, which the Trainer calls, and through saving and loading."""
     model = from_backbones(backbones["clip"], backbones["flan-t5"])

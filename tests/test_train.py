@@ -188,6 +188,15 @@ def test_a_run_that_cannot_start_leaves_no_folder_and_costs_no_folder(finished_r
     assert (folder / "model.safetensors").exists()
 
 
+def test_a_captioner_that_exists_goes_on_training(finished_run, recipe, tmp_path):
+    folder, _ = finished_run
+    scratch = {"vision_config": None, "text_config": None, "qformer_config": None}
+    train_hf.train(["--recipe", recipe(model_name_or_path=str(folder), num_train_epochs=1, **scratch)])
+    before, after = (load_file(run / "model.safetensors") for run in (folder, tmp_path / "run"))
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["qformer.query_tokens"], after["qformer.query_tokens"])
+
+
 def test_overwriting_starts_afresh(recipe, tmp_path, capsys):
     words = ["--recipe", recipe(num_train_epochs=1)]
     train_hf.train(words)
