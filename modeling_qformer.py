@@ -348,10 +348,12 @@ class QFormerCaptionerOutput(ModelOutput):
     Args:
         loss (`[]`, float32, *optional*): mean cross-entropy in nats over the caption tokens, if there were labels.
         logits (`[B, T, V]` or `[B, K, T, V]`): scores of the word at each label; without labels, of the first word.
+        soft_prompt (`[B, Q, D]`): what the language model read in place of the image.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    soft_prompt: torch.FloatTensor | None = None
 
 
 class QFormerCaptioner(PreTrainedModel, GenerationMixin):
@@ -448,13 +450,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
 
     def get_prefix(
         self,
-        pixel_values: torch.Tensor | None = None,
+        soft_prompt: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        image_embeds: torch.Tensor | None = None,
         room_for: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What stands in front of the caption: `[queries, prompt]`, embedded `[B, Q+P, D]`, and its mask `[B, Q+P]`.
+        """What stands in front of the caption: soft prompt and prompt, embedded `[B, Q+P, D]`, and its mask `[B, Q+P]`.
 
         Prompts may be padded on either side. Padding ends up where it cannot make a batch differ from single images:
         in front of everything for a decoder, which writes on at the end, and behind it for an encoder.
@@ -463,7 +464,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             ValueError: if the prefix, with `room_for` more words of caption, is longer than the language model allows.
         """
         words = self.language_model.get_input_embeddings()
-        prefix = self.get_soft_prompt(pixel_values, image_embeds).to(words.weight.dtype)  # [B, Q, D]
+        prefix = soft_prompt.to(words.weight.dtype)  # [B, Q, D]
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         if input_ids is not None and input_ids.shape[1] > 0:
             if attention_mask is None:
@@ -513,7 +514,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             ValueError: for features of the wrong width, or more tokens than the language model allows.
         """
         room_for = 1 if labels is None else labels.shape[-1]
-        prefix, prefix_mask = self.get_prefix(pixel_values, input_ids, attention_mask, image_embeds, room_for)
+        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds)  # [B, Q, D]
+        prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, room_for)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
         if self.config.is_encoder_decoder:
@@ -526,7 +528,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             divisor = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
             loss = loss / divisor
-        return QFormerCaptionerOutput(loss=loss, logits=logits.view(*targets.shape, -1))
+        return QFormerCaptionerOutput(loss=loss, logits=logits.view(*targets.shape, -1), soft_prompt=soft_prompt)
 
     def _score_with_decoder_only(
         self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
@@ -596,9 +598,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         kwargs = config.update(**kwargs)  # what is left is for the language model
         config.max_new_tokens = config.max_new_tokens or config.max_length or self.generation_config.max_new_tokens
         config.max_length = None
-        prefix, prefix_mask = self.get_prefix(
-            pixel_values, input_ids, attention_mask, image_embeds, room_for=config.max_new_tokens
-        )
+        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds)
+        prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
         generated = self.language_model.generate(
             inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
         )
