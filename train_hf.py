@@ -2,7 +2,7 @@
 """Train a Q-Former captioner.
 
     python train_hf.py                                    # recipes/scenes.yaml: needs no data and no network
-    python train_hf.py --recipe recipes/flickr8k_dinov2_smollm2.yaml --output_dir outputs/flickr8k
+    python train_hf.py --recipe flickr8k_words --dataset_name photographs
     python train_hf.py --vision_model_name_or_path facebook/dinov2-small \
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name my_folder --caption_column text --output_dir outputs/mine

@@ -237,7 +237,7 @@ def test_the_command_line_wins_over_the_recipe(recipe):
 def test_every_recipe_parses(name, tmp_path):
     model, data, _, arguments = train_hf.parse_options(["--recipe", name])
     assert data.dataset_name and arguments.output_dir.startswith("outputs/")
-    assert model.vision_config or model.vision_model_name_or_path
+    assert model.vision_config or model.vision_model_name_or_path or model.model_name_or_path
 
 
 def test_an_error_reaches_the_shell_without_a_traceback(tmp_path):
