@@ -1,6 +1,7 @@
 """`train_hf.py` as a user runs it: recipes and flags, a run from start to folder, kill and resume, bad input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -130,14 +131,16 @@ def test_a_longer_run_goes_on_where_the_finished_one_stopped(recipe, tmp_path, c
 def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finished_run, recipe, tmp_path):
     folder, _ = finished_run
     command = [sys.executable, str(ROOT / "train_hf.py"), "--recipe", recipe()]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # The unbroken run is this process's: sums in another number of threads round differently.
+    same = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **same)
     while not (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").exists():
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, **same)
     broken, unbroken = (load_file(run / "model.safetensors") for run in (tmp_path / "run", folder))
     assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
 
