@@ -12,11 +12,10 @@ with `AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run g
 again.
 """
 
-import difflib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
@@ -36,7 +35,8 @@ from transformers import HfArgumentParser, set_seed
 
 from .captioning import InputError
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, load_splits
-from .captioning.metrics import word_f1
+from .captioning.metrics import CaptionMetrics
+from .captioning.options import make_parser, nearest_option, option, parse
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
@@ -46,10 +46,6 @@ from .modeling_qformer import QFormerCaptioner
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -103,7 +99,7 @@ class RunArguments:
     )
 
 
-def read_recipe(name: str, known: set[str]) -> list[str]:
+def read_recipe(name: str, parser: HfArgumentParser) -> list[str]:
     """A recipe as command-line words, which the parser then checks like any others.
 
     Raises:
@@ -120,12 +116,13 @@ def read_recipe(name: str, known: set[str]) -> list[str]:
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
+    known = {action.dest for action in parser._actions}
     words = []
     for key, value in recipe.items():
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {nearest[0]!r}?" if nearest else "See `python train_hf.py --help`."
-            raise InputError(f"The recipe {str(path)!r} has an unknown field {key!r}. {hint}")
+            raise InputError(
+                f"The recipe {str(path)!r} has an unknown field {key!r}. {nearest_option(parser, str(key))}"
+            )
         if isinstance(value, dict):
             words += [f"--{key}", json.dumps(value)]
         elif isinstance(value, list):
@@ -137,25 +134,14 @@ def read_recipe(name: str, known: set[str]) -> list[str]:
 
 def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
     """The recipe's options, overridden by the command line's. With neither, the recipe is `scenes`."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments),
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-    )
-    known = {action.dest for action in parser._actions}
+    classes = (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments)
+    parser = make_parser(classes, __doc__.split("\n\n")[0])
     if words and not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
         words = ["--recipe", *words]
     recipe = words[words.index("--recipe") + 1] if "--recipe" in words[:-1] else None if words else "scenes"
     if recipe is not None:
-        words = [*read_recipe(recipe, known), *words, "--recipe", recipe]
-    *options, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0].lstrip("-"), known, n=1)
-        hint = f"Did you mean --{nearest[0]}?" if nearest else "See `python train_hf.py --help`."
-        raise InputError(f"Unknown option {unknown[0]!r}. {hint}")
-    return tuple(options)
+        words = [*read_recipe(recipe, parser), *words, "--recipe", recipe]
+    return parse(parser, words)
 
 
 def as_config(text: str | None, name: str) -> dict:
@@ -278,10 +264,13 @@ def train(words: list[str]) -> None:
     run.start()
     skipped.write_to(folder / "skipped_rows.jsonl")
 
+    metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file
+
     def score(captions: list[str], rows: CaptionDataset) -> dict[str, float]:
         if data_args.dataset_name == "scenes":
             return score_facts(captions, map(Scene.from_json, rows.column("scene")))
-        return {"word_f1": word_f1(captions, rows.references())}
+        scores = metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
+        return {name: scores[name] for name in ("cider", "bleu_4", "rouge_l")}
 
     trainer = CaptionTrainer(
         model=model,

@@ -1,5 +1,6 @@
 """Results that people would rather look at than read: the loss curve and a sheet of captioned images."""
 
+import io
 import os
 import textwrap
 
@@ -38,13 +39,28 @@ def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str |
     if score_name is not None:
         right = axis.twinx()
         right.plot(*series(score_name), label=score_name.removeprefix("eval_"), color="tab:green", linestyle="--")
-        right.set_ylim(0, 1)
+        right.set_ylim(bottom=0)
         right.set_ylabel(score_name.removeprefix("eval_"))
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
     axis.legend(handles, labels)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def draw_histogram(values: list[float], label: str, count_label: str) -> bytes:
+    """Draw how often values occur, with a line at their mean; returns a PNG file."""
+    figure, axis = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    axis.hist(values, bins=50, color="tab:blue")
+    mean = sum(values) / len(values)
+    axis.axvline(mean, color="tab:orange", label=f"mean {mean:.1f}")
+    axis.set_xlabel(label)
+    axis.set_ylabel(count_label)
+    axis.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)
+    return file.getvalue()
 
 
 def draw_caption_sheet(

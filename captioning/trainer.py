@@ -35,7 +35,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the best one apart."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(default="word_f1", metadata={"help": "The score that says which it is."})
+    metric_for_best_model: str | None = field(default="cider", metadata={"help": "The score that says which it is."})
     generation_max_length: int | None = field(default=30, metadata={"help": "Tokens of a caption in evaluation."})
     generation_num_beams: int | None = field(default=3, metadata={"help": "Beams in evaluation."})
     word_warmup_epochs: float = field(
@@ -146,8 +146,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         folder = Path(self.args.output_dir)
         references = rows.references()
         with (folder / "captions.jsonl").open("w") as lines:
-            for caption, own in zip(captions, references, strict=True):
-                lines.write(json.dumps({"caption": caption, "references": own}, ensure_ascii=False) + "\n")
+            for number, (caption, own) in enumerate(zip(captions, references, strict=True)):
+                row = {"image_id": number, "caption": caption, "references": own}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         shown = range(0, len(rows), math.ceil(len(rows) / 12))
         title = f"Held-out images after step {self.state.global_step}: generated caption, one reference"
         sheet = folder / f"captions_step_{self.state.global_step}.png"
