@@ -16,6 +16,41 @@ from . import InputError
 from .scenes import load_scenes
 
 
+def load_rows(
+    name: str, config_name: str | None = None, split_column: str = "split", split: str | None = None
+) -> dict[str, datasets.Dataset]:
+    """Load a data set, by split.
+
+    Args:
+        name: a data set on the Hub, or a local folder (images with a `metadata.jsonl` or `metadata.csv`, parquet, ...).
+        config_name: which of a data set's configurations.
+        split_column: where one split holds all rows and has a column of this name, the column tells the splits.
+        split: load (and download) this split alone.
+
+    Raises:
+        InputError: for a data set or split that is not there.
+    """
+    try:
+        files = None
+        if split is not None:  # or all splits would be downloaded
+            files = datasets.load_dataset_builder(name, config_name).config.data_files
+            files = {split: files[split]} if split in files else files
+        rows = datasets.load_dataset(name, config_name, data_files=files)
+    except Exception as error:  # the library raises a different class for each way of not finding it
+        kind = "folder" if os.path.exists(name) else "data set"
+        raise InputError(
+            f"The {kind} {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a data set id of the Hub, or a "
+            "folder of images with a metadata.jsonl beside them."
+        ) from error
+    if len(rows) == 1 and split_column in (only := next(iter(rows.values()))).column_names:
+        labels = only[split_column]
+        if split is None or split in labels:
+            rows = {label: only.select([i for i, own in enumerate(labels) if own == label]) for label in set(labels)}
+    if split is not None and split not in rows:
+        raise InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, rows))}.")
+    return rows
+
+
 def load_splits(
     name: str,
     config_name: str | None = None,
@@ -44,17 +79,7 @@ def load_splits(
     if name == "scenes":
         rows = load_scenes(max_train_samples or 10_000, max_eval_samples or 200, seed=seed)
         return rows["train"], rows["validation"]
-    try:
-        rows = datasets.load_dataset(name, config_name)
-    except Exception as error:  # the library raises a different class for each way of not finding it
-        kind = "folder" if os.path.exists(name) else "data set"
-        raise InputError(
-            f"The {kind} {name!r} cannot be loaded: {str(error).splitlines()[0]} Give a data set id of the Hub, or a "
-            "folder of images with a metadata.jsonl beside them."
-        ) from error
-    if len(rows) == 1 and split_column in (only := next(iter(rows.values()))).column_names:
-        labels = only[split_column]
-        rows = {label: only.select([i for i, own in enumerate(labels) if own == label]) for label in set(labels)}
+    rows = load_rows(name, config_name, split_column)
     if eval_split is None:
         eval_split = next((split for split in ("validation", "val", "dev", "test") if split in rows), None)
     for split in (train_split, eval_split):
@@ -144,7 +169,7 @@ class CaptionDataset(Dataset):
         # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
         self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
-        self.captions = [_captions_of(value) for value in rows[caption_column]]
+        self.captions = [captions_of(value) for value in rows[caption_column]]
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
         for index in sorted(set(range(len(rows))) - set(self.indices)):
             skipped.add(split, index, self._file(index), "no caption")
@@ -225,8 +250,10 @@ def random_resized_crop(image: Image.Image, smallest: float) -> Image.Image:
     return image
 
 
-def _captions_of(value: str | list[str] | None) -> list[str]:
+def captions_of(value: str | list | None) -> list[str]:
+    """The captions in a cell, blank ones left out: a string, a list of strings, or of COCO-style `{"raw": string}`."""
     captions = [value] if isinstance(value, str) else value or []
+    captions = [caption["raw"] if isinstance(caption, dict) else caption for caption in captions]
     return [caption.strip() for caption in captions if caption and caption.strip()]
 
 

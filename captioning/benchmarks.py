@@ -1,0 +1,230 @@
+"""The standard caption benchmarks: where their images and references are, and how papers caption them."""
+
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, field
+
+import datasets
+from PIL import Image
+
+from ..processing_qformer import open_image
+from . import InputError
+from .caption_files import ImageId, ReferenceSet
+from .data import captions_of, load_rows
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set on the Hub, its columns, and the protocol of the paper that it is reported by.
+
+    Args:
+        dataset_name, split: of the Hub.
+        image_column: of images, or of addresses of images.
+        caption_column: of references: a string, a list of strings, or a list of `{"raw": string}`.
+        id_column: of the image ids that result files carry.
+        images, captions: how many there must be.
+        row_per_caption: whether an image has a row for each of its captions.
+        split_column: has the split's name in the rows that belong to the benchmark, where others stand beside them.
+        domains: address of COCO annotation JSON that says which domain an image is of, where the data set does not.
+        domain_id_column: of the ids in that file.
+        prompt, generation: the protocol; where a benchmark has none of its own, BLIP-2's (arXiv 2301.12597).
+        hidden_references: whether only the benchmark's server has them.
+    """
+
+    dataset_name: str
+    split: str
+    image_column: str
+    caption_column: str
+    id_column: str
+    images: int
+    captions: int
+    row_per_caption: bool = False
+    split_column: str = "split"
+    domains: str | None = None
+    domain_id_column: str | None = None
+    prompt: str = "a photo of"
+    generation: dict[str, int | float] = field(
+        default_factory=lambda: {"num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 8}
+    )
+    hidden_references: bool = False
+
+
+_KARPATHY = {
+    "image_column": "image",
+    "caption_column": "caption",
+    "id_column": "cocoid",
+    "images": 5_000,
+    "captions": 25_010,
+    "row_per_caption": True,
+}
+_NOCAPS = {
+    "image_column": "image",
+    "caption_column": "annotations_captions",
+    "id_column": "image_id",
+    "generation": {"num_beams": 5, "max_new_tokens": 80, "min_new_tokens": 10},
+}
+BENCHMARKS = {
+    "coco_karpathy_test": Benchmark("jxie/coco_captions", "test", **_KARPATHY),
+    "coco_karpathy_validation": Benchmark("jxie/coco_captions", "validation", **_KARPATHY),
+    "nocaps_validation": Benchmark(
+        "lmms-lab/NoCaps",
+        "validation",
+        images=4_500,
+        captions=45_000,
+        domains="https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json",
+        domain_id_column="image_open_images_id",
+        **_NOCAPS,
+    ),
+    "nocaps_test": Benchmark("lmms-lab/NoCaps", "test", images=10_600, captions=0, hidden_references=True, **_NOCAPS),
+    "flickr30k_karpathy_test": Benchmark(
+        "umaru97/flickr30k_train_val_test",
+        "test",
+        "image",
+        "caption",
+        "img_id",
+        images=1_000,
+        captions=5_000,
+    ),
+}
+
+
+@dataclass
+class EvaluationSet:
+    """Images to caption, by their ids, and their references."""
+
+    references: ReferenceSet
+    rows: datasets.Dataset  # one column, of undecoded images
+    row_of: dict[ImageId, int]
+
+    def __str__(self) -> str:
+        """How many images and captions there are, in all and of each domain."""
+        domains = sorted(Counter(self.references.domains.values()).items())
+        parts = "".join(f", {count} {domain}" for domain, count in domains)
+        return f"{len(self.row_of)} images, {self.references.number_of_captions} captions{parts}"
+
+    def open(self, image: ImageId) -> Image.Image:
+        """Open an image.
+
+        Raises:
+            OSError: if it cannot be read; the message names it.
+        """
+        (value,) = self.rows[self.row_of[image]].values()
+        if value["bytes"] is None:
+            return open_image(value["path"])
+        try:
+            return open_image(Image.open(io.BytesIO(value["bytes"])))
+        except OSError as error:
+            raise OSError(f"The image {value['path'] or image!r} cannot be read ({error}).") from error
+
+
+def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int | None = None) -> EvaluationSet:
+    """Load the images and references of a benchmark, and check that all of them are there.
+
+    Args:
+        name: a key of `BENCHMARKS`.
+        dataset_name: a copy (Hub id or folder) with the same columns, in place of the one on the Hub.
+        max_samples: keep so many images, the first ones; what comes out is no score of the benchmark.
+
+    Raises:
+        InputError: for an unknown benchmark, a data set that cannot be loaded, or other counts than the benchmark's.
+    """
+    if name not in BENCHMARKS:
+        raise InputError(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
+    benchmark = BENCHMARKS[name]
+    source = dataset_name or benchmark.dataset_name
+    rows = load_rows(source, split_column=benchmark.split_column, split=benchmark.split)[benchmark.split]
+    found = load_evaluation_set(
+        rows,
+        benchmark.image_column,
+        benchmark.caption_column,
+        benchmark.id_column,
+        benchmark.row_per_caption,
+        benchmark.hidden_references,
+    )
+    counts = (len(found.row_of), found.references.number_of_captions)
+    if counts != (benchmark.images, benchmark.captions):
+        raise InputError(
+            f"{name} has {benchmark.images} images and {benchmark.captions} captions, but {source!r} has {counts[0]} "
+            f"and {counts[1]}: it is another split or an incomplete copy."
+        )
+    if benchmark.domains is not None:
+        _add_domains(found, rows, benchmark)
+    return first(found, max_samples)
+
+
+def load_evaluation_set(
+    rows: datasets.Dataset,
+    image_column: str,
+    caption_column: str,
+    id_column: str | None = None,
+    row_per_caption: bool = False,
+    hidden_references: bool = False,
+) -> EvaluationSet:
+    """Images and references of a split.
+
+    Args:
+        rows: the split.
+        image_column, caption_column, id_column: as in [`Benchmark`]; without ids the number of a row is its image's.
+        row_per_caption: whether rows of the same id are captions of one image, and not a mistake.
+        hidden_references: do without references.
+
+    Raises:
+        InputError: for a column that is not there, an image without a caption, or ids that are there more than once.
+    """
+    for column in (image_column, caption_column, id_column):
+        if column is not None and column not in rows.column_names:
+            raise InputError(
+                f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
+                "Choose with --image_column, --caption_column and --id_column."
+            )
+    captions: dict[ImageId, list[str]] = {}
+    row_of: dict[ImageId, int] = {}
+    ids = rows[id_column] if id_column is not None else range(len(rows))
+    for row, (image, value) in enumerate(zip(ids, rows[caption_column], strict=True)):
+        row_of.setdefault(image, row)
+        captions.setdefault(image, []).extend(captions_of(value))
+    twice = [image for image, count in Counter(ids).items() if count > 1]
+    if twice and not row_per_caption:
+        raise InputError(f"{len(twice)} images are there more than once, the first of them {twice[0]!r}.")
+    without = [image for image, own in captions.items() if not own]
+    if without and not hidden_references:
+        raise InputError(
+            f"Image {without[0]!r} has no caption in the column {caption_column!r} ({len(without)} images have none)."
+        )
+    images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    paths = [value["path"] for value in images[image_column]]
+    files = {image: os.path.basename(paths[row]) for image, row in row_of.items() if paths[row]}
+    return EvaluationSet(ReferenceSet(captions, files), images, row_of)
+
+
+def first(found: EvaluationSet, number: int | None) -> EvaluationSet:
+    """The first so many images, or all."""
+    kept = list(found.row_of)[:number]
+    whole = found.references
+    references = ReferenceSet(
+        *(
+            {image: part[image] for image in kept if image in part}
+            for part in (whole.captions, whole.files, whole.domains)
+        )
+    )
+    return EvaluationSet(references, found.rows, {image: found.row_of[image] for image in kept})
+
+
+def _add_domains(found: EvaluationSet, rows: datasets.Dataset, benchmark: Benchmark) -> None:
+    try:
+        with urllib.request.urlopen(benchmark.domains, timeout=60) as file:
+            images = json.load(file)["images"]
+    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"The domains of the images cannot be read from {benchmark.domains!r} ({error}). Check the network, or "
+            "score the captions with --predictions and --references once you have that file."
+        ) from error
+    domain = {image["open_images_id"]: image["domain"] for image in images}
+    for image, key in zip(rows[benchmark.id_column], rows[benchmark.domain_id_column], strict=True):
+        if key not in domain:
+            raise InputError(f"{benchmark.domains!r} has no image {key!r}, which the data set has.")
+        found.references.domains[image] = domain[key]

@@ -1,0 +1,364 @@
+#!/usr/bin/env python
+"""Score captions, or caption a benchmark and score that.
+
+    python eval_captions.py --predictions results.json --references annotations.json --report report.html
+    python eval_captions.py --model outputs/mine --benchmark coco_karpathy_test --output_dir outputs/coco
+    python eval_captions.py --model outputs/mine --dataset_name my_folder --split dev --caption_column captions
+    torchrun --nproc_per_node 2 eval_captions.py --model outputs/mine --benchmark flickr30k_karpathy_test
+
+BLEU, ROUGE-L and CIDEr equal the COCO caption toolkit's to 1e-12, without Java. Files are COCO's JSON (annotations and
+results) or JSON lines. A killed captioning run goes on when the same command is given again.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
+    import importlib.util
+
+    _here = Path(__file__).resolve().parent
+    _spec = importlib.util.spec_from_file_location(
+        "qformer_captioner", _here / "__init__.py", submodule_search_locations=[str(_here)]
+    )
+    sys.modules["qformer_captioner"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["qformer_captioner"])
+    __package__ = "qformer_captioner"
+
+from PIL import Image
+
+from . import __version__
+from .captioning import InputError
+from .captioning.caption_files import (
+    ImageId,
+    ReferenceSet,
+    in_order,
+    read_predictions,
+    read_references,
+    sha256_of,
+    write_predictions,
+)
+from .captioning.metrics import DocumentFrequencies, References
+from .captioning.options import make_parser, option, parse
+
+# torch, the model and the data sets take seconds to import. Scoring files needs none of them, so what captions imports
+# them where it starts.
+
+OpenPicture = Callable[[ImageId], Image.Image]
+NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
+NAMES |= {
+    "cider": "CIDEr",
+    "meteor": "METEOR",
+    "spice": "SPICE",
+    "clip_score": "CLIPScore",
+    "ref_clip_score": "RefCLIPScore",
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoringArguments:
+    """What to score, and where the scores go."""
+
+    predictions: str | None = option(
+        None, "Captions to score: COCO results JSON, or JSON lines with image_id, caption."
+    )
+    references: str | None = option(None, "Their references: COCO annotation JSON, or JSON lines with captions.")
+    image_folder: str | None = option(
+        None, "Where the images that the references name are, for pictures and CLIPScore."
+    )
+    output: str | None = option(None, "Write the scores, and what makes them reproducible, to this JSON file.")
+    report: str | None = option(None, "Write a page to look at: scores, best and worst captions, a searchable table.")
+    per_image: bool = option(False, "Put the scores of each image into the JSON file, too.")
+    allow_missing: bool = option(False, "Score the images that have a prediction, though others have none.")
+    allow_empty: bool = option(False, "Score empty predictions as 0 instead of refusing them.")
+    df: str = option("corpus", "Document frequencies of CIDEr: those of the references, or a file of --save_df.")
+    save_df: str | None = option(None, "Write the document frequencies of these references to this file (.json.gz).")
+    extra_metrics: list[str] | None = field(
+        default=None, metadata={"help": "More metrics: meteor, spice (need Java), clip_score (needs the images)."}
+    )
+    clip_model_name_or_path: str = option("openai/clip-vit-base-patch32", "The model of clip_score.")
+
+
+@dataclass
+class CaptioningArguments:
+    """Which captioner captions what, and how."""
+
+    model: str | None = option(None, "Caption with this captioner (Hub id or folder), then score.")
+    revision: str | None = option(None, "Its branch, tag or commit.")
+    benchmark: str | None = option(None, "A standard benchmark, such as coco_karpathy_test.")
+    dataset_name: str | None = option(None, "Your own data (Hub id or folder), or a copy of the benchmark.")
+    dataset_config_name: str | None = option(None, "Which of its configurations.")
+    split: str | None = option(None, "Its split; by default test, validation, val or dev.")
+    image_column: str = option("image", "The column of images, or of paths.")
+    caption_column: str = option("caption", "The column of references: a string or a list of strings in each row.")
+    id_column: str | None = option(None, "The column of image ids; rows of the same id are captions of one image.")
+    max_samples: int | None = option(None, "Caption so many images only: no score of the benchmark.")
+    prompt: str | None = option(
+        None, "Text that captions follow. Default: the benchmark's, of own data the captioner's."
+    )
+    num_beams: int | None = option(None, "Beams. Default: the benchmark's, of own data 5.")
+    max_new_tokens: int | None = option(None, "Tokens of a caption at most. Default: the benchmark's, of own data 30.")
+    min_new_tokens: int | None = option(None, "Tokens of a caption at least. Default: the benchmark's, of own data 0.")
+    length_penalty: float | None = option(None, "Of beam search. Default: 1.")
+    batch_size: int = option(32, "Images at a time.")
+    num_workers: int = option(0, "Processes that open images ahead.")
+    dtype: str = option("auto", "Of the captioner's weights; auto is as they were saved.")
+    use_cpu: bool = option(False, "Leave the GPU alone.")
+    output_dir: str = option("outputs/eval", "Folder of captions, references, scores and report.")
+    overwrite_output_dir: bool = option(False, "Throw away what another run left in that folder.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scored:
+    """Captions and references in the order of the images, and their scores."""
+
+    images: list[ImageId]
+    names: list[str]  # of the images' files, or their ids
+    captions: list[str]
+    references: list[list[str]]
+    parts: dict[str, tuple[int, dict[str, float]]]  # number of images and scores: of all, then of each domain
+    per_image: dict[str, list[float]]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Of all images."""
+        return next(iter(self.parts.values()))[1]
+
+    def table(self) -> str:
+        """Scores times 100, a line for each part."""
+        width = {name: len(NAMES[name]) + 3 for name in self.scores}
+        lines = [f"{'':<12}{'images':>8}" + "".join(f"{NAMES[name]:>{width[name]}}" for name in self.scores)]
+        for part, (count, scores) in self.parts.items():
+            lines.append(f"{part:<12}{count:>8}" + "".join(f"{100 * scores[n]:>{width[n]}.2f}" for n in scores))
+        return "\n".join(lines)
+
+
+def score(
+    predictions: dict[ImageId, str],
+    references: ReferenceSet,
+    args: ScoringArguments,
+    open_picture: OpenPicture | None,
+) -> Scored:
+    """Score captions, those of each domain also by themselves: document frequencies are a domain's own there."""
+    images = in_order(predictions, references, args.allow_missing, args.allow_empty)
+    captions = [predictions[image] for image in images]
+    own_references = [references.captions[image] for image in images]
+    corpus = References(own_references, args.df)
+    if args.save_df is not None:
+        corpus.document_frequencies().save(args.save_df)
+    scores = corpus.score(captions, per_image=True, allow_empty=args.allow_empty)
+    per_image = scores.pop("per_image")
+    parts = {"entire" if references.domains else "all": (len(images), scores)}
+    for domain in sorted(set(references.domains.values())):
+        inside = [place for place, image in enumerate(images) if references.domains.get(image) == domain]
+        if inside:
+            part = References([own_references[place] for place in inside], args.df)
+            parts[domain] = len(inside), part.score([captions[p] for p in inside], allow_empty=args.allow_empty)
+    for more in extra_scores(args, captions, own_references, images, open_picture):
+        per_image |= more.pop("per_image")
+        scores |= more
+    names = [str(references.files.get(image, image)) for image in images]
+    return Scored(images, names, captions, own_references, parts, per_image)
+
+
+def extra_scores(
+    args: ScoringArguments,
+    captions: list[str],
+    references: list[list[str]],
+    images: list[ImageId],
+    open_picture: OpenPicture | None,
+) -> list[dict]:
+    """METEOR, SPICE and CLIPScore, of those that were asked for."""
+    wanted = args.extra_metrics or []
+    if unknown := set(wanted) - {"meteor", "spice", "clip_score"}:
+        raise InputError(f"--extra_metrics takes meteor, spice and clip_score, not {', '.join(sorted(unknown))}.")
+    scores = []
+    if java := [metric for metric in ("meteor", "spice") if metric in wanted]:
+        from .captioning.metrics import java_scores
+
+        scores.append(java_scores(captions, references, java, per_image=True))
+    if "clip_score" in wanted:
+        from .captioning.metrics import clip_scores
+
+        if open_picture is None:
+            raise InputError("clip_score looks at the images: say with --image_folder where they are.")
+        pictures = (open_picture(image) for image in images)
+        scores.append(clip_scores(pictures, captions, references, args.clip_model_name_or_path, per_image=True))
+    return scores
+
+
+def publish(scored: Scored, args: ScoringArguments, about: dict[str, object], open_picture: OpenPicture | None) -> None:
+    """Print the table, and write scores and page where the options want them, with what makes them reproducible."""
+    print(scored.table())
+    facts = {
+        "images": len(scored.images),
+        "references": sum(map(len, scored.references)),
+        "tokenizer": "PTB, as in the COCO caption toolkit, punctuation removed",
+        "df": "corpus" if args.df == "corpus" else f"{args.df}, sha256 {sha256_of(args.df)}",
+        "scale": "bleu, rouge_l: 0 to 1; cider: 0 to 10 (CIDEr-D); tables: times 100",
+        **about,
+        "version": __version__,
+    }
+    if args.output is not None:
+        content: dict[str, object] = {"scores": scored.scores}
+        if len(scored.parts) > 1:
+            content["parts"] = {name: {"images": count, "scores": own} for name, (count, own) in scored.parts.items()}
+        content |= facts
+        if args.per_image:
+            each = scored.per_image
+            content["per_image"] = {
+                str(image): {name: each[name][place] for name in each} for place, image in enumerate(scored.images)
+            }
+        Path(args.output).write_text(json.dumps(content, indent=2) + "\n")
+        print(f"The scores are in {args.output}.")
+    if args.report is not None:
+        from .captioning.report import write_report
+
+        write_report(args.report, scored, NAMES, facts, open_picture)
+        print(f"To look at: {args.report}.")
+
+
+def score_files(args: ScoringArguments) -> None:
+    """Score a file of captions against a file of references."""
+    references = read_references(args.references)
+    about = {
+        "references_file": args.references,
+        "references_sha256": sha256_of(args.references),
+        "predictions": args.predictions,
+        "predictions_sha256": sha256_of(args.predictions),
+    }
+    open_picture = None
+    if args.image_folder is not None:
+        folder = Path(args.image_folder)
+        if not folder.is_dir():
+            raise InputError(f"There is no folder {args.image_folder!r}: --image_folder says where the images are.")
+        from .processing_qformer import open_image
+
+        open_picture = lambda image: open_image(folder / references.files.get(image, str(image)))  # noqa: E731
+    publish(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captioning
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> None:
+    """Caption a benchmark, by as many processes as there are, and score on one."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar
+
+    from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
+    from .captioning.data import load_rows
+    from .captioning.inference import caption_images
+    from .captioning.runs import RunFolder
+    from .modeling_qformer import QFormerCaptioner
+
+    # 1. Processes. accelerate finds out by itself about every kind of processor but this one.
+    cpu = args.use_cpu or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
+
+    # 2. Images and references.
+    protocol = BENCHMARKS.get(args.benchmark)
+    if args.benchmark is not None:
+        found = load_benchmark(args.benchmark, args.dataset_name, args.max_samples)
+    elif args.dataset_name is not None:
+        rows = load_rows(args.dataset_name, args.dataset_config_name)
+        split = args.split or next((name for name in ("test", "validation", "val", "dev") if name in rows), None)
+        if split not in rows:
+            raise InputError(
+                f"{args.dataset_name!r} has no split {split or 'test'!r}; choose with --split: "
+                f"{', '.join(map(repr, rows))}."
+            )
+        columns = (args.image_column, args.caption_column, args.id_column)
+        found = first(load_evaluation_set(rows[split], *columns, row_per_caption=True), args.max_samples)
+    else:
+        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
+    state.print(f"{args.benchmark or args.dataset_name}: {found}.")
+
+    # 3. Decoding: the benchmark's protocol, unless the command line says otherwise.
+    generation = dict(protocol.generation) if protocol else {"num_beams": 5, "max_new_tokens": 30}
+    for name in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"):
+        if (value := getattr(args, name)) is not None:
+            generation[name] = value
+    prompt = args.prompt if args.prompt is not None else protocol.prompt if protocol else ""
+
+    # 4. Captions.
+    folder = Path(args.output_dir)
+    settings = {**asdict(args), "prompt": prompt, "generation": generation}
+    for name in ("overwrite_output_dir", "output_dir", "num_workers", "use_cpu"):
+        del settings[name]
+    if state.is_main_process:
+        RunFolder(folder, settings, args.overwrite_output_dir).start()
+    state.wait_for_everyone()
+    disable_progress_bar()
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = QFormerCaptioner.from_pretrained(args.model, revision=args.revision, dtype=dtype).to(state.device)
+    if model.processor is None:
+        raise InputError(f"The captioner {args.model!r} has no processor beside it.")
+    captions = caption_images(model, found, folder, prompt, args.batch_size, args.num_workers, **generation)
+    if not state.is_main_process:
+        return
+    predictions_file, references_file = folder / "captions.json", folder / "references.json"
+    write_predictions(captions, predictions_file)
+    print(f"The captions are in {predictions_file}.")
+    if protocol and protocol.hidden_references:
+        print(f"The references of {args.benchmark} are on its server alone: upload that file there.")
+        return
+    found.references.write(references_file)
+
+    # 5. Scores.
+    scoring.output = scoring.output or str(folder / "scores.json")
+    scoring.report = scoring.report or str(folder / "report.html")
+    about = {
+        "model": args.model,
+        "benchmark": args.benchmark,
+        "dataset": args.dataset_name or protocol.dataset_name,
+        "prompt": prompt or model.processor.prompt,
+        "generation": generation,
+        "references_file": str(references_file),
+        "references_sha256": sha256_of(references_file),
+        "predictions": str(predictions_file),
+        "predictions_sha256": sha256_of(predictions_file),
+    }
+    publish(score(captions, found.references, scoring, found.open), scoring, about, found.open)
+
+
+def evaluate(words: list[str]) -> None:
+    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__.split("\n\n")[0])
+    scoring, captioning = parse(parser, words)
+    if scoring.df != "corpus":
+        DocumentFrequencies.load(scoring.df)  # what is no such table should show before hours of captioning
+    if captioning.model is not None and scoring.predictions is None and scoring.references is None:
+        caption_and_score(captioning, scoring)
+    elif captioning.model is None and scoring.predictions is not None and scoring.references is not None:
+        score_files(scoring)
+    else:
+        raise InputError(
+            "Say what to score: --predictions with --references, or --model with --benchmark or --dataset_name."
+        )
+
+
+def main() -> None:
+    try:
+        evaluate(sys.argv[1:])
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
