@@ -2,6 +2,7 @@
 
 VENV := .venv
 PYTHON := python3
+EXTRAS := test
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint format
@@ -22,5 +23,5 @@ format: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

@@ -1,0 +1,49 @@
+"""What every benchmark needs: alternating repetitions, facts of the machine, a line of JSON per result."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternate(repetitions: int, **sides: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each side, measured in turn (A B A B ...) behind a warm-up each: a slow spell hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repetition in range(repetitions + 1):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Smallest, median and largest."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def machine(*packages: str) -> dict[str, object]:
+    """Processor, cores, Python, and the versions of the packages that were measured."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        processor = next(
+            (line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")),
+            processor,
+        )
+    facts = {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()}
+    return facts | {package: version(package) for package in packages}
+
+
+def write_result(name: str, result: dict[str, object]) -> None:
+    """Append a result to `benchmarks/results/<name>.jsonl`."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as lines:
+        lines.write(json.dumps(result) + "\n")
