@@ -85,6 +85,9 @@ class DataArguments:
     captions_per_image: int | None = option(
         None, "Draw so many captions of an image each time it is seen; by default train on all of them."
     )
+    flip: float = option(
+        0.0, "Train on images mirrored left to right with this probability (0.5, unless captions tell left from right)."
+    )
     max_caption_length: int = option(64, "Cut longer captions to so many tokens.")
 
 
@@ -239,7 +242,7 @@ def train(words: list[str]) -> None:
     )
     skipped = SkippedRows()
     columns = (data_args.image_column, data_args.caption_column, skipped)
-    varied = (data_args.smallest_crop, data_args.captions_per_image)
+    varied = (data_args.smallest_crop, data_args.captions_per_image, data_args.flip)
     train_data = CaptionDataset(train_rows, data_args.train_split, *columns, *varied)
     if eval_rows is None:
         eval_data = None

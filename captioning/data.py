@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..processing_qformer import QFormerCaptionerProcessor, open_image
@@ -139,6 +139,7 @@ class CaptionDataset(Dataset):
         skipped: the record.
         smallest_crop: for training: show random parts of the images, with at least this share of their area.
         captions_per_image: for training: draw so many of an image's captions each time; by default give all.
+        flip: for training: mirror an image, left to right, with this probability.
 
     Raises:
         InputError: if a column is not there, or no row has a caption.
@@ -153,6 +154,7 @@ class CaptionDataset(Dataset):
         skipped: SkippedRows,
         smallest_crop: float | None = None,
         captions_per_image: int | None = None,
+        flip: float = 0.0,
     ):
         for column in (image_column, caption_column):
             if column not in rows.column_names:
@@ -165,6 +167,7 @@ class CaptionDataset(Dataset):
         self.skipped = skipped
         self.smallest_crop = smallest_crop
         self.captions_per_image = captions_per_image
+        self.flip = flip
         self.rows = rows
         # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
         self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
@@ -193,6 +196,8 @@ class CaptionDataset(Dataset):
                 image = self._open(index)
                 if self.smallest_crop is not None:
                     image = random_resized_crop(image, self.smallest_crop)
+                if self.flip and torch.rand(()) < self.flip:
+                    image = ImageOps.mirror(image)
                 captions = self.captions[index]
                 if self.captions_per_image is not None:
                     drawn = torch.randperm(len(captions))[: self.captions_per_image]

@@ -122,6 +122,16 @@ def test_captions_per_image_draws_some_of_the_captions(image_folder, tmp_path):
     assert drawn == {("all red",), ("a red wall",)}
 
 
+def test_flip_mirrors_some_of_the_images(image_folder):
+    image = Image.new("RGB", (20, 10))
+    image.paste("red", (0, 0, 5, 10))
+    image.save(image_folder / "0.png")
+    rows = load_splits(str(image_folder))[0]
+    data = CaptionDataset(rows, "train", "image", "captions", SkippedRows(), flip=0.5)
+    drawn = {(data[0]["image"].getpixel((0, 0)), data[0]["image"].size) for _ in range(30)}
+    assert drawn == {((255, 0, 0), (20, 10)), ((0, 0, 0), (20, 10))}
+
+
 def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):
     data = captioned(load_splits(str(image_folder))[0])
     shuffled = ShuffledImages(data)
