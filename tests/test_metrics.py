@@ -82,7 +82,8 @@ def test_scores_of_real_systems_equal_the_toolkits(shared, karpathy, system):
         row["image_id"]: row["caption"] for row in json.loads((folder / f"predictions/{system}.json").read_text())
     }
     images = [image for image in karpathy if image in predictions]
-    scores = References([karpathy[image] for image in images]).score([predictions[image] for image in images])
+    captions = [predictions[image] for image in images]  # one system has nothing to say of 18 images
+    scores = References([karpathy[image] for image in images]).score(captions, allow_empty=True)
     expected = json.loads((folder / "scores.json").read_text())["reproduced"][system]
     assert len(images) == expected["n"]
     for key, theirs in zip(KEYS, ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"), strict=True):

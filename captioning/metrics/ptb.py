@@ -6,8 +6,9 @@ the same tokens. Its rules were found by feeding lines to that program and readi
 box: no source code of CoreNLP, which is under the GPL, was read or copied.
 
 How it works: a caption without surprises (words, commas, a final full stop) is lower-cased and split. Any other is
-scanned from left to right: every rule of `RULES` is tried at the place, the longest match wins, and of two equally long
-ones the earlier rule. As in the original, text that a rule looks at behind its token counts into the length.
+scanned from left to right: the rules for what begins with such a character are tried, the longest match wins, and of
+two equally long ones the earlier rule. As in the original, text that a rule looks at behind its token counts into the
+length.
 """
 
 import re
@@ -15,8 +16,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-# What the toolkit drops. Its list has -LRB-, -RRB-, -LCB- and -RCB- too, but the tokens are lower case by then: brackets
-# stay. So do "!!" and "?!".
+# What the toolkit drops. Its list has -LRB-, -RRB-, -LCB- and -RCB- too, but the tokens are lower case by then:
+# brackets stay. So do "!!" and "?!".
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", ""])
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ _SEPARATORS = dict.fromkeys(map(ord, "\n\v\f\r\u2028\u2029"), " ")
 _NAMED = "\xa0\xad¢£¤¼½¾\u2010\u2011\u058a–—―‘’‚‛“”„‟«»‹›…⁄⅓⅔€₠٫٬\x80\x85\x91\x92\x93\x94\x96\x97"
 _KINDS = {
     LETTER: "1885-1886",
-    SPACE: "1680 180e 2000-200a 202f 205f 3000",
+    SPACE: "2000-200a 3000",
     SUPERSCRIPT: "b2-b3 b9 2070 2074-2079",
     SUBSCRIPT: "2080-2089",
     SYMBOL: (  # one token each
@@ -48,10 +49,10 @@ _KINDS = {
         "bc6-bc8 bca-bcd c01-c03 c3e-c56 d3e-d44 d46-d48 e31 e34-e3a e47-e4e eb1 eb4-ebc ec8-ecd"
     ),
     DROPPED: (  # letters and digits younger than the original
-        "37f 528-52f 560 588 5ef 860-89f 8a1 8ad-8c9 978 980 9fc af9 c34 c5a-c5d c80 cdd d04 d54-d5f de6-def e86 e89 e8c e8e-e93 "
-        "e98 ea0 ea8-ea9 eac 13f5-13fd 16f1-16f8 170d 171f 1878 191d-191e 19b0-19c0 19c8-19c9 1b4c 1c80-1cbf 1cf2-1cf3 1cfa "
-        "2c2f 2c5f 312e-312f 31bb-31bf 4db6-4dbf 9fcd-9fff a698-a69d a78f a794-a79f a7ab-a7f7 a8fd-a8fe a9e0-a9fe "
-        "aa7e-aa7f ab30-abbf"
+        "37f 528-52f 560 588 5ef 860-89f 8a1 8ad-8c9 978 980 9fc af9 c34 c5a-c5d c80 cdd d04 d54-d5f de6-def e86 e89 "
+        "e8c e8e-e93 e98 ea0 ea8-ea9 eac 13f5-13fd 16f1-16f8 170d 171f 1878 191d-191e 19b0-19c0 19c8-19c9 1b4c "
+        "1c80-1cbf 1cf2-1cf3 1cfa 2c2f 2c5f 312e-312f 31bb-31bf 4db6-4dbf 9fcd-9fff a698-a69d a78f a794-a79f a7ab-a7f7 "
+        "a8fd-a8fe a9e0-a9fe aa7e-aa7f ab30-abbf"
     ),
 }
 
@@ -84,7 +85,7 @@ A = "A-Za-z"
 L = f"{A}{LETTER}"
 N = f"0-9{DIGIT}"
 APOSTROPHE = "(?:['’\x92]|&(?i:apos);)"
-QUOTE = "(?:['’\x92‘\x91`]|&(?i:apos);)"  # these pass for an apostrophe inside a word: d`Artagnan
+QUOTE = "(?:['’\x92‘‛\x91`]|&(?i:apos);)"  # these pass for an apostrophe inside a word: d`Artagnan
 BLANK = " \t\n\xa0"
 SPACES = BLANK + SPACE
 NEXT = f"[{SPACES}\x85]"  # may be the end of the line: a rule may look at the next caption's first word
@@ -95,9 +96,11 @@ PART = f"(?:[dolDOL]{QUOTE}[{L}{N}]{{2}}[{L}{N}]*+|[{L}{N}]++)"  # of a word wit
 COMPOUND = f"{PART}(?:[-_\u2010\u2011\u058a]{PART})*+"
 DOTTED = f"{WORD}(?:[.!?]{WORD})++"
 HYPHENS_BEHIND_DOTS = f"[{A}0-9][{A}0-9.,\xad]{{0,99}}+(?:-(?:(?:[{A}]\\.){{2,}}|[{A}0-9\xad]++))+"
+AMPERSANDS = "[A-Z]++(?:(?:&(?i:amp);|[&+])[A-Z]+)+"
 NAME = "[A-Za-z][A-Za-z0-9_:.-]*+"
-TAG = f"""</?{NAME}(?: +{NAME}(?: *= *(?:"[^"\n]*"|'[^'\n]*'))?)* */? *>|<[!?][A-Za-z-][^>\n]{{0,500}}>"""
-URL_PATH = f'/[^{BLANK}"<>|()]+[^{BLANK}"<>|.!?(){{}},-]'
+ATTRIBUTE = f"""{NAME}(?: *+= *+(?:"[^"\n]*"|'[^'\n]*'))?"""
+TAG = f"<{NAME}(?: ++{ATTRIBUTE})* *+(?:/ *+)?>|</{NAME} *+>|<[!?][A-Za-z-][^>\n]{{0,500}}>"
+URL_PATH = '/[^ \t\n"<>|()]+[^ \t\n"<>|.!?(){},-]'
 ADDRESS = f'[^{BLANK}"<>|(){{}}.]++'  # a part of an e-mail address
 
 
@@ -105,26 +108,24 @@ def _one_of(words: str) -> str:
     return "(?:" + "|".join(map(re.escape, words.split())) + ")"
 
 
-# Abbreviations keep their full stop. (Where a sentence ends with one of the second list, the original writes a full stop
-# more, which is dropped.)
+# Abbreviations keep their full stop. (Where a sentence ends with one of the second list, the original writes one full
+# stop more, which is dropped.)
 TITLES = (
     "adj adm adv alex assoc asst atty ave brig capt cf cie cmdr col comdr cpl dept det dr drs elec ens ft gen gov govs "
     "hon insp invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof profs pvt rep reps rev sen "
     "sens sfc sgt spc st ste supt supts treas vs wm"
 )
 ENDINGS = (
-    "al ala apr ariz assn aug bhd bldg blvd bros calif co colo conn corp cos ct dak dec ed.d esq est etc ext feb fla fri "
-    "ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn ph.d plc rd "
-    "rt sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo"
+    "al ala apr ariz assn aug bhd bldg blvd bros calif co colo conn corp cos ct dak dec ed.d esq est etc ext feb "
+    "fla fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla "
+    "penn ph.d plc rd rt sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo"
 )
-STATES = "ark az del ill la mass miss ore pa tex wash"  # not in lower case: "ill." is a word
-FIRMS = "ppte ppty pte ptes pty ptys"  # not in capitals
+STATES = "ark az del ill la mass miss ore pa tex wash"  # if they begin with a capital: "ill." is a word
 BEFORE_NUMBERS = "art ca fig figs no nos op pp prop"  # No. 5, but "no."
-ENDING = (
-    f"(?:(?i:{_one_of(ENDINGS)})|{_one_of(STATES.title())}|{_one_of(STATES.upper())}"
-    f"|{_one_of(FIRMS)}|{_one_of(FIRMS.title())})\\."
+ENDING = f"(?:(?i:{_one_of(ENDINGS)})|(?=[A-Z])(?i:{_one_of(STATES)})|[pP]{{1,2}}[tT][ey][sS]?)\\."  # Pty., Ptes.
+ABBREVIATIONS = frozenset(
+    " ".join([TITLES, ENDINGS, STATES, BEFORE_NUMBERS, "pty ptys pte ptes ppty pptys ppte pptes mfg mtg"]).split()
 )
-ABBREVIATIONS = frozenset(" ".join([TITLES, ENDINGS, STATES, FIRMS, BEFORE_NUMBERS, "mfg mtg"]).split())
 SPLIT_WORDS = frozenset(["cannot", "gonna", "gotta", "wanna", "gimme", "lemme"])
 # After these a single letter and its full stop are a word and the end of a sentence: "vitamin C. The".
 SENTENCE_STARTS = (
@@ -140,32 +141,41 @@ EXTENSIONS = (
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing. Tokens are lower-cased afterwards.
 # ---------------------------------------------------------------------------------------------------------------------
-_WRITTEN = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
+_WRITTEN = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _WRITTEN |= {"€": "$", "₠": "$", "¤": "$", "\x80": "$", "£": "#", "¢": "cents"}
 _WRITTEN |= {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "\xad": "-"}
 _WRITTEN |= {'"': "''", "–": "--", "—": "--", "―": "--", "\x96": "--", "\x97": "--", "…": "...", "\x85": "..."}
 _WRITTEN |= dict.fromkeys("\u2010\u2011\u058a٫٬", "")
 _QUOTES = {"‘": "`", "‛": "`", "‹": "`", "\x91": "`", "’": "'", "›": "'", "\x92": "'"}
 _QUOTES |= {"“": "``", "«": "``", "\x93": "``", "”": "''", "»": "''", "\x94": "''"}
-_TO_QUOTES, _TO_BRACKETS = str.maketrans(_QUOTES), str.maketrans({"(": "-lrb-", ")": "-rrb-"})
+_TO_QUOTES = str.maketrans(_QUOTES)
+_TO_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-"})
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&nbsp;": "", "&quot;": "'", "&apos;": "'"}
 _AMPERSAND = re.compile("&amp;", re.IGNORECASE)
 
 
-def _without_hyphens(text: str) -> str:
-    return text.replace("\xad", "") or "-"
+def _plainly(text: str) -> str:
+    return _AMPERSAND.sub("&", text.replace("\xad", "") or "-")
 
 
 def _straight(text: str) -> str:
     return text.replace("\xad", "").replace("&apos;", "'").translate(_TO_QUOTES)
 
 
+def _quotes(text: str) -> str:
+    return text.translate(_TO_QUOTES)
+
+
+def _brackets(text: str) -> str:
+    return text.translate(_TO_BRACKETS)
+
+
 def _unbroken(text: str) -> str:
-    return text.replace(" ", "\xa0").translate(_TO_BRACKETS)
+    return text.replace(" ", "\xa0")
 
 
 class Rule(NamedTuple):
-    """A kind of token.
+    """A kind of token, and how it is written.
 
     If the pattern has a group, the token is what the group took; what the pattern took behind it only counts into the
     length.
@@ -176,90 +186,110 @@ class Rule(NamedTuple):
     write: Callable[[str], str]
 
 
-def _rule(name: str, pattern: str, write: Callable[[str], str] = _without_hyphens) -> Rule:
+def _rule(name: str, pattern: str, write: Callable[[str], str] = _plainly) -> Rule:
     return Rule(name, re.compile(pattern), write)
 
 
-RULES = [
-    # --- words and their clitics
+# Rules for what begins with a letter or a digit.
+WORDS = [
+    # words, and where they end before a clitic
     _rule("word cut in two", "(?i:(can)not|(gon|wan)na|(got)ta|(gim|lem)me)"),  # gonna -> gon | na
-    _rule("word", WORD),  # café
     _rule("before a clitic", f"([{L}\xad]+){APOSTROPHE}(?i:[sdm]|ll|re|ve)"),  # y's -> y | 's, though y'all -> y' | all
-    _rule("clitic", f"('(?i:[sdm]|ll|re|ve))(?:[^{A}]|\\Z)", _straight),  # dog's -> dog | 's, he'd've -> he | 'd | 've
-    _rule("typographic clitic", f"(?!'){APOSTROPHE}(?i:[sdm]|ll|re|ve)", _straight),  # ’sup -> 's | up
     _rule("before n't", f"([{A}\xad]*[A-MO-Za-mo-z]\xad*)[nN]{QUOTE}[tT]"),  # didn't -> did | n't
     _rule("n't", f"(?i:n{QUOTE}t)", _straight),
-    _rule("'t is", "('[tT])(?i:is|was)"),  # 'twas -> 't | was
-    # --- apostrophes that stay
-    _rule("'em", f"{APOSTROPHE}(?i:em|till?|cause)|{APOSTROPHE}[nN]{APOSTROPHE}|{APOSTROPHE}[2-9]0[sS]"),  # '90s, 'n'
-    _rule("'n", f"({APOSTROPHE}(?:[nN]|[{N}]{{2}}))(?:[{BLANK}]|\\Z)"),  # rock 'n roll, summer of '69
-    _rule("typographic 'n", f"(?!'){APOSTROPHE}[nN]"),
+    # apostrophes that stay
     _rule("name", f"[A-HJ-XZn]{QUOTE}[{L}]{{2,}}"),  # O'Brien, D'Angelo, N'Sync
     _rule("between vowels", f"[{L}]+[aeiouyAEIOUY]{QUOTE}[aeiouA-Z][{L}]*"),  # Hawai'i, ma'am
-    _rule("words with it", "(?i:c'mon|nat'l|e'er|ev'ry|li'l|s'mores|somethin'|cap['’\x92]n|c['\x92]est)"),
-    _rule("ol'", f"(?i:[djl]{APOSTROPHE}|ol{APOSTROPHE}|o{QUOTE}o)"),
+    _rule(
+        "words with it",
+        f"(?i:c'mon|nat'l|e'er|ev'ry|li'l|s'mores|(?:somethin|dunkin|ol|[djl]){APOSTROPHE}"
+        f"|cap{APOSTROPHE}n|c{APOSTROPHE}est)",
+    ),
+    _rule("o'o", f"[oO]{QUOTE}[oO]"),
     _rule("y'all", f"([yY]{APOSTROPHE})[{L}]"),  # y' | all
-    # --- abbreviations
-    _rule("ending", f"({ENDING})[^{BLANK}]?"),  # etc.; Jr.A -> jr. | a
-    _rule("title", f"(?:(?i:{_one_of(TITLES)})|[mM]fg|[mM]tg)\\."),  # Mr.
+    # abbreviations
+    _rule("ending", f"({ENDING})(?:[^{L}{MARK}{BLANK}]?[^{BLANK}])?"),  # etc.; Jr.A -> jr. | a
+    _rule("title", f"(?:(?i:{_one_of(TITLES)})|[mM][ft][gG])\\."),  # Mr.
     _rule("before a number", f"((?i:{_one_of(BEFORE_NUMBERS)})\\.){NEXT}?[{N}]"),  # No. 5
     _rule("acronym", f"(?:[{A}]\\.)+"),  # U.S., a.m., J.
     _rule("initial at a sentence's end", f"([{A}])\\.{NEXT}+(?:{START}|{TAG}){NEXT}"),  # vitamin C. The
-    _rule(
-        "before a comma", f"((?:{WORD}|{COMPOUND}|{DOTTED}|{HYPHENS_BEHIND_DOTS}|[A-Z]+(?:&[A-Z]+)+)\\.)[,;:]"
-    ),  # dog.,
-    # --- words joined by signs
+    # words joined by signs
     _rule("compound", COMPOUND),  # black-and-white, jack-o'lantern, under_score
-    _rule("sentences without a space", DOTTED),  # man.A
     _rule("hyphens behind dots", HYPHENS_BEHIND_DOTS),  # 1.5-mile
-    _rule("slash", f"[{A}0-9]++(?:-[{A}]+)*+(?:\\\\?/[{A}0-9]+(?:-[{A}]+)*){{1,2}}"),  # 24/7, w/o, either/or
-    _rule("ampersand", "[A-Z]++(?:(?:&(?i:amp);|[&+])[A-Z]+)+", lambda text: _AMPERSAND.sub("&", text)),  # AT&T
-    _rule("s&ls", "(?i:s&(?:amp;)?ls)", lambda text: _AMPERSAND.sub("&", text)),
+    _rule(
+        "slash", f"[{A}0-9]++(?:-[{A}]++){{0,2}}(?:\\\\?/[{A}0-9]++(?:-[{A}]++){{0,2}}){{1,2}}"
+    ),  # 24/7, w/o, either/or
+    _rule("ampersand", AMPERSANDS),  # AT&T
+    _rule("s&ls", "(?i:s&(?:amp;)?ls)"),
     _rule("language", r"[cCfF]#|[cC]\+\+"),
-    _rule("file", f"[{L}{N}\xad]++(?:\\.[{L}{N}]+)*\\.(?i:{_one_of(EXTENSIONS)})(?![{L}{N}])"),  # 001.jpg
-    # --- numbers
-    _rule("number", f"[-+]?{NUMBER}"),  # 1,000  12:30  -.5
+    _rule("currency", r"[A-Z]+\$"),  # US$5 -> us$ | 5
+    _rule("file", f"[{L}{N}\xad]++(?:\\.[{L}{N}]+)*\\.(?i:{_one_of(EXTENSIONS)})(?={NEXT}|[.,!?]|\\Z)", str),  # 001.jpg
     _rule("fraction", f"(?:[{N}]{{1,4}}[- \xa0])?[{N}]{{1,4}}[/⁄][{N}]{{1,4}}", _unbroken),  # 1 1/2 is one token
     _rule("date", f"[{N}]{{1,2}}[-/][{N}]{{1,2}}[-/][{N}]{{2,4}}"),
-    _rule(  # (800) 555-1212 is one token, and so are 20 30 400000
-        "phone",
-        f"(?:\\+?[{N}]{{2,4}}[- \xa0](?:[{N}]{{2,4}}[- \xa0])?|\\([{N}]{{2,3}}\\)[ \xa0]?)[{N}]{{3,4}}[- \xa0]?[{N}]{{3,5}}",
-        _unbroken,
-    ),
-    _rule("currency", r"[A-Z]+\$"),  # US$5 -> us$ | 5
-    # --- the web
-    _rule("tag", TAG, lambda text: text.replace(" ", "\xa0")),  # <a href="x"> is one token; so is <b and c>
+    # the web
+    _rule("http", r"(?i:https?)://[^ \t\n\"<>|(){}]+[^ \t\n\"<>|.!?(){},-]", str),
+    _rule("www", f'(?i:www)\\.(?:[^ \t\n"<>|.!?(){{}},]++\\.)+[{A}]{{2,4}}'),
+    _rule("www and a path", f'(?i:www)\\.(?:[^ \t\n"<>|.!?(){{}},]++\\.)+[{A}]{{2,4}}{URL_PATH}', str),
+]
+# Rules for what begins with a sign.
+SIGNS = [
+    # apostrophes
+    _rule("clitic", f"('(?i:[sdm]|ll|re|ve))(?:[^{A}]|\\Z)", _straight),  # dog's -> dog | 's, he'd've -> he | 'd | 've
+    _rule("typographic clitic", f"(?!'){APOSTROPHE}(?i:[sdm]|ll|re|ve)", _straight),  # ’sup -> 's | up
+    _rule("'t is", "('[tT])(?i:is|was)"),  # 'twas -> 't | was
+    _rule("'em", f"{APOSTROPHE}(?i:em|till?|cause)|{APOSTROPHE}[nN]{APOSTROPHE}|{APOSTROPHE}[2-9]0[sS]"),  # '90s, 'n'
+    _rule("'n", f"({APOSTROPHE}(?:[nN]|[{N}]{{2}}))(?:[{BLANK}]|\\Z)"),  # rock 'n roll, summer of '69
+    _rule("typographic 'n", f"(?!'){APOSTROPHE}[nN]"),
+    # the web
+    _rule("tag", TAG, _unbroken),  # <a href="x"> is one token; so is <b and c>
     _rule("entity", "&(?i:amp|lt|gt|nbsp|(?-i:quot|apos));", lambda text: _ENTITIES[text.lower()]),
     _rule("entity as it stands", "&#[0-9]+;|&(?i:quot|apos);", str),
     _rule("entity for a dash", "&(?i:[mn]dash);", lambda _: "--"),
-    _rule("hash tag", f"#[{L}{MARK}\xad]+", str),  # #tag1 -> #tag | 1
+    _rule("hash tag", f"#(?:[{L}{MARK}\xad]|{ACCENTED})+", str),  # #tag1 -> #tag | 1
     _rule("user", f"@[{A}_][{A}_0-9]*"),
-    _rule("e-mail", f'(?:<|&lt;)?[{A}0-9][^{BLANK}"<>|(){{}}]{{0,99}}@(?:{ADDRESS}\\.)*{ADDRESS}(?:>|&gt;)?', str),
-    _rule("http", f'(?i:https?)://[^{BLANK}"<>|(){{}}]+[^{BLANK}"<>|.!?(){{}},-]', str),
-    _rule("www", f'(?i:www)\\.(?:[^{BLANK}"<>|.!?(){{}},]++\\.)+[{A}]{{2,4}}'),
-    _rule("www and a path", f'(?i:www)\\.(?:[^{BLANK}"<>|.!?(){{}},]++\\.)+[{A}]{{2,4}}{URL_PATH}', str),
-    _rule("com", f"(?:[^{BLANK}\"`'<>|.!?(){{}}$,-_]{{1,63}}+\\.){{1,9}}(?i:com|net|org|edu)(?:{URL_PATH})?", str),
-    # --- signs
-    _rule("run of signs", rf"\*+|(?:\\\*)+|\#+|@+|_+|<<|>>|[!?]+|{SUPERSCRIPT}+|{SUBSCRIPT}+", str),
-    _rule(
-        "smiley", r"([<>]?[:;=]['*o-]?[()\[\]{|\\@DdPpO])(?:[^A-Za-z0-9]|\Z)", lambda text: text.translate(_TO_BRACKETS)
-    ),
-    _rule("eastern smiley", r"[-^x=~<>']_[-^x=~<>']"),  # ^_^
-    _rule("face", r"\([-^x=~<>'](?:[-_.]?[-^x=~<>']|-`)\)", lambda text: text.translate(_TO_BRACKETS)),  # (^-^)
+    # runs of signs
+    _rule("run of signs", rf"\*+|(?:\\\*){{1,3}}|\#+|@+|_+|<<|>>|[!?]+|{SUPERSCRIPT}+|{SUBSCRIPT}+", str),
+    _rule("smiley", r"([<>]?[:;=]['*o-]?[()\[\]{|\\@DdPpO])(?:[^A-Za-z0-9]|\Z)", _brackets),
+    _rule("face", r"\((?:[-^x=~<>'][_.]?[-^x=~<>']|[\^x=~<>']-[\^x=~<>'`])\)", _brackets),  # (^-^)
+    _rule("written bracket", "-(?i:[lr][rsc]b)-"),
     _rule("long dash", "-----+"),
     _rule("dash", "--+", lambda _: "--"),
     _rule("ellipsis", r"\.{3,5}|\.(?:[ \xa0]\.){2,}", lambda _: "..."),
     _rule("quote", "``|''|[`‘’‛“”«»‹›\x91-\x94]", lambda _: "'"),
+    _rule("two quotes", "[`‘’‚‛“”„‟«»‹›\x91-\x94]{2}", _quotes),  # ““ -> ````, which stays
+    _rule("dropped character", f"{DROPPED}|[{SPACES}]+", lambda _: ""),
+]
+# Rules for what begins with either.
+EITHER = [
+    _rule("word", WORD),  # café
+    _rule("sentences without a space", DOTTED),  # man.A
+    _rule(  # dog., -> dog. | ,
+        "before a comma", f"((?:{WORD}|{COMPOUND}|{DOTTED}|{HYPHENS_BEHIND_DOTS}|{AMPERSANDS})\\.)[,;:]"
+    ),
+    _rule("number", f"[-+]?{NUMBER}"),  # 1,000  12:30  -.5
+    _rule(  # (800) 555-1212 is one token, and so are 20 30 400000
+        "phone",
+        f"(?:\\+?[{N}]{{2,4}}[- \xa0](?:[{N}]{{2,4}}[- \xa0])?|\\([{N}]{{2,3}}\\)[ \xa0]?)"
+        f"[{N}]{{3,4}}[- \xa0]?[{N}]{{3,5}}",
+        lambda text: _brackets(_unbroken(text)),
+    ),
     _rule(
-        "two quotes", "[`‘’‚‛“”„‟«»‹›\x91-\x94]{2}", lambda text: text.translate(_TO_QUOTES)
-    ),  # ““ -> ````, which stays
-    _rule("dropped character", DROPPED, lambda _: ""),
-    _rule("any other", f"[^{SPACES}]", lambda char: _WRITTEN.get(char, char)),
+        "e-mail",
+        f'(?:<|&(?i:lt);)?[{A}0-9][^{BLANK}"<>|(){{}}]{{0,99}}@(?:{ADDRESS}\\.)*{ADDRESS}(?:>|&(?i:gt);)?',
+        str,
+    ),
+    # No character from comma to underscore in its names: no capitals, digits or hyphens.
+    _rule("com", f"(?:[^ \t\n\"`'<>|.!?(){{}}$,-_]{{1,63}}+\\.){{1,9}}(?i:com|net|org|edu)(?:{URL_PATH})?", str),
+    _rule("eastern smiley", r"[-^x=~<>']_[-^x=~<>']"),  # ^_^
+    _rule("any other", "[^ \t\n]", lambda char: _WRITTEN.get(char, char)),
 ]
 
 # Captions of nothing but words, commas and a final full stop need no rules.
 _PLAIN = re.compile(r"[A-Za-z ,]*+\.? *")
 _NOT_PLAIN = ABBREVIATIONS | frozenset("abcdefghijklmnopqrstuvwxyz")  # if a full stop follows
+_WORDS, _SIGNS = WORDS + EITHER, SIGNS + EITHER
+_WORD_START = re.compile(f"[{L}{N}{MARK}\xad]")
+_SPACES = re.compile(f"[ \t\n][{SPACES}]*")
 _PLAIN_WORD = re.compile(r"([A-Za-z]++) ")
 
 
@@ -280,14 +310,14 @@ def _plain(caption: str) -> list[str] | None:
 def _scan(text: str, shadow: str, at: int, end: int) -> Iterator[str]:
     """The tokens between two places in the text, punctuation included."""
     while at < end:
-        if shadow[at] in SPACES:
-            at += 1
+        if match := _SPACES.match(shadow, at):
+            at = match.end()
         elif (match := _PLAIN_WORD.match(shadow, at)) and (word := match[1].lower()) not in SPLIT_WORDS:
             yield word
-            at = match.end()
+            at = match.end(1)
         else:
             longest, write, stop = 0, str, at
-            for _, pattern, rule_write in RULES:
+            for _, pattern, rule_write in _WORDS if _WORD_START.match(shadow, at) else _SIGNS:
                 if (match := pattern.match(shadow, at)) and match.end() > longest:
                     longest, write, stop = match.end(), rule_write, match.end(match.lastindex or 0)
             yield write(text[at:stop]).lower()
@@ -301,14 +331,15 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
     be the first word of the next caption: "vitamin C." gives "c." before "a dog" and "c" before "A dog". The tokens of
     a caption by itself are `tokenize([caption])[0]`.
 
-    Unlike in the original, a line separator inside a caption is a space and cannot shift the captions that follow.
-    Tokens may have a no-break space inside, as in the original ("1 1/2").
+    Unlike in the original, a line separator inside a caption is a space and cannot shift the captions that follow, and
+    an HTML attribute whose quotation mark a caption leaves open does not go on in the next one. Tokens may have a
+    no-break space inside, as in the original ("1 1/2").
 
     Example:
 
     ```python
-    >>> tokenize(["A man's well-lit kitchen, in black-and-white.", "They aren't (yet) ready!"])
-    [['a', 'man', "'s", 'well-lit', 'kitchen', 'in', 'black-and-white'], ['they', 'are', "n't", '-lrb-', 'yet', '-rrb-', 'ready']]
+    >>> tokenize(["A man's kitchen, well-lit.", "They aren't (yet)!"])
+    [['a', 'man', "'s", 'kitchen', 'well-lit'], ['they', 'are', "n't", '-lrb-', 'yet', '-rrb-']]
     ```
     """
     found: list[list[str] | None] = [_plain(caption) for caption in captions]
@@ -321,6 +352,8 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
     for place, line in enumerate(lines):
         end = start + len(line)
         if found[place] is None:
-            found[place] = [token for token in _scan(text, shadow, start, end) if token not in PUNCTUATION]
+            tokens = list(_scan(text, shadow, start, end))
+            tokens[-1:] = [token.rstrip() for token in tokens[-1:]]  # as the toolkit does: an address may end in U+00A0
+            found[place] = [token for token in tokens if token not in PUNCTUATION]
         start = end + 1
     return found
