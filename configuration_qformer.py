@@ -41,6 +41,13 @@ class QFormerConfig(PreTrainedConfig):
             Standard deviation of fresh weights, the queries' included.
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
             Epsilon of the layer norms.
+        use_qformer_text_input (`bool`, *optional*, defaults to `False`):
+            Let the Q-Former read the prompt beside the image, as InstructBLIP's does (arXiv 2305.06500): words join the
+            queries' self-attention and have a feed-forward part of their own; only queries look at the image.
+        vocab_size (`int`, *optional*, defaults to 30522):
+            Words of the Q-Former's own tokenizer (BERT's), where it reads text.
+        max_position_embeddings (`int`, *optional*, defaults to 512):
+            The longest text that it reads, in tokens.
 
     Raises:
         StrictDataclassClassValidationError: if a size is not positive or `hidden_size` is no multiple of
@@ -70,6 +77,14 @@ class QFormerConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    use_qformer_text_input: bool = False
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+
+    @classmethod
+    def field_names(cls) -> set[str]:
+        """The fields above, without those that every configuration has."""
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
 
     @classmethod
     def from_fields(cls, **sizes) -> "QFormerConfig":
@@ -78,7 +93,7 @@ class QFormerConfig(PreTrainedConfig):
         Raises:
             TypeError: for an unknown field; the message has the nearest one there is.
         """
-        known = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        known = cls.field_names()
         for name in set(sizes) - known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(sorted(known))}."

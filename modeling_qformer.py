@@ -18,15 +18,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     GenerationConfig,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -35,13 +38,15 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from .processing_qformer import ImageInput, QFormerCaptionerProcessor
+from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
+
+logger = logging.get_logger(__name__)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The Q-Former: BERT layers in which the queries also look at the image
@@ -141,7 +146,11 @@ class QFormerIntermediate(nn.Module):
 
 
 class QFormerLayer(GradientCheckpointingLayer):
-    """Self-attention, every `cross_attention_frequency` layers cross-attention to the image, feed-forward."""
+    """Self-attention, every `cross_attention_frequency` layers cross-attention to the image, feed-forward.
+
+    Words of a prompt, where the Q-Former reads any, stand behind the queries. They meet them in the self-attention, do
+    not look at the image, and have a feed-forward part of their own.
+    """
 
     def __init__(self, config: QFormerConfig, layer_index: int):
         super().__init__()
@@ -151,23 +160,32 @@ class QFormerLayer(GradientCheckpointingLayer):
             self.crossattention = QFormerAttention(config, config.encoder_hidden_size)
         self.intermediate_query = QFormerIntermediate(config)
         self.output_query = QFormerOutput(config, config.intermediate_size)
+        if config.use_qformer_text_input:
+            self.intermediate = QFormerIntermediate(config)
+            self.output = QFormerOutput(config, config.intermediate_size)
+        self.num_query_tokens = config.num_query_tokens
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # [B, Q, Dq]
+        hidden_states: torch.Tensor,  # [B, Q+P, Dq]
         encoder_hidden_states: torch.Tensor,  # [B, N, Dv]
+        attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, **kwargs)
+        hidden_states = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        queries, words = hidden_states.tensor_split([self.num_query_tokens], dim=1)  # [B, Q, Dq], [B, P, Dq]
         if self.looks_at_image:
-            hidden_states = self.crossattention(
-                hidden_states,
+            queries = self.crossattention(
+                queries,
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
                 **kwargs,
             )
-        return self.output_query(self.intermediate_query(hidden_states), hidden_states)
+        queries = self.output_query(self.intermediate_query(queries), queries)
+        if words.shape[1] == 0:
+            return queries
+        return torch.cat([queries, self.output(self.intermediate(words), words)], dim=1)
 
 
 class QFormerEncoder(nn.Module):
@@ -181,8 +199,24 @@ class QFormerEncoder(nn.Module):
         return hidden_states
 
 
+class QFormerEmbeddings(nn.Module):
+    """Words of a prompt, and their places in it."""
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)  # [B, P, Dq]
+
+
 class QFormerModel(PreTrainedModel):
     r"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1): learned queries that read an image.
+
+    With `use_qformer_text_input` it is InstructBLIP's (arXiv 2305.06500): what the queries take from the image then
+    depends on a prompt.
 
     The queries are a parameter of this module, so whatever saves the module (an adapter's `modules_to_save`, say)
     saves them too.
@@ -218,6 +252,8 @@ class QFormerModel(PreTrainedModel):
     def __init__(self, config: QFormerConfig):
         super().__init__(config)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        if config.use_qformer_text_input:
+            self.embeddings = QFormerEmbeddings(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.encoder = QFormerEncoder(config)
@@ -230,9 +266,9 @@ class QFormerModel(PreTrainedModel):
             # Queries that start equal stay equal: transformers' BLIP-2 starts them at zero, LAVIS at this.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
 
-    def get_input_embeddings(self) -> None:
-        """There are none: the queries are the input."""
-        return None
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        """Of the prompt's words. Without text there are none: the queries are the input."""
+        return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
 
     @merge_with_config_defaults
     @capture_outputs
@@ -240,6 +276,8 @@ class QFormerModel(PreTrainedModel):
         self,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Read images.
@@ -247,13 +285,16 @@ class QFormerModel(PreTrainedModel):
         Args:
             encoder_hidden_states (`[B, N, Dv]`, float): features of the images; cast to the Q-Former's dtype.
             encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature to look at, 0 for padding.
+            input_ids, attention_mask (`[B, P]`, long, *optional*): a prompt in the Q-Former's own words, where it reads
+                text; 1 for a word, 0 for padding, which stands behind the words.
             kwargs: `output_hidden_states` and `output_attentions` (the latter with eager attention) as everywhere.
 
         Returns:
             `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, the first query's).
 
         Raises:
-            ValueError: if the features do not have the width that the Q-Former was made for.
+            ValueError: if the features do not have the width that the Q-Former was made for, or for a prompt that it
+                cannot read.
         """
         width = encoder_hidden_states.shape[-1]
         if width != self.config.encoder_hidden_size:
@@ -262,8 +303,14 @@ class QFormerModel(PreTrainedModel):
                 f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained on."
             )
         encoder_hidden_states = encoder_hidden_states.to(self.query_tokens.dtype)
-        queries = self.dropout(self.layernorm(self.query_tokens))
-        queries = queries.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]
+        queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]
+        hidden_states = queries if input_ids is None else torch.cat([queries, self._embed_prompt(input_ids)], dim=1)
+        hidden_states = self.dropout(self.layernorm(hidden_states))  # [B, Q+P, Dq]
+        if attention_mask is not None:
+            seen = torch.cat([attention_mask.new_ones(queries.shape[:2]), attention_mask], dim=1)
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=seen
+            )
         if encoder_attention_mask is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
@@ -271,8 +318,50 @@ class QFormerModel(PreTrainedModel):
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        queries = self.encoder(queries, encoder_hidden_states, encoder_attention_mask=encoder_attention_mask, **kwargs)
+        queries = self.encoder(
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            **kwargs,
+        )[:, : queries.shape[1]]
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
+
+    def load_pretrained(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take over the weights of another Q-Former, and warn of all that it cannot give.
+
+        Raises:
+            ValueError: for a tensor of another shape, other than what looks at the features of another vision encoder.
+        """
+        own = self.state_dict()
+        looks = "crossattention.attention.key.weight", "crossattention.attention.value.weight"
+        fits = {name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape}
+        wrong = [name for name in weights if name in own and name not in fits and not name.endswith(looks)]
+        if wrong:
+            raise ValueError(
+                f"The pretrained Q-Former has {wrong[0]!r} of shape {tuple(weights[wrong[0]].shape)}, but "
+                f"{tuple(own[wrong[0]].shape)} was asked for ({len(wrong)} tensors differ). Leave out the fields that "
+                "the checkpoint decides."
+            )
+        self.load_state_dict(fits, strict=False)
+        if fresh := [name for name in own if name not in fits]:
+            logger.warning(
+                f"{len(fresh)} of {len(own)} tensors of the Q-Former start fresh, from {fresh[0]!r} on: the pretrained "
+                "one has none that fit."
+            )
+
+    def _embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if not self.config.use_qformer_text_input:
+            raise ValueError(
+                "This Q-Former reads no text: leave out `qformer_input_ids`, or make a Q-Former with "
+                "`use_qformer_text_input=True`."
+            )
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The prompt is {input_ids.shape[1]} tokens long, but the Q-Former reads at most "
+                f"{self.config.max_position_embeddings}. Shorten it."
+            )
+        return self.embeddings(input_ids)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,6 +369,7 @@ class QFormerModel(PreTrainedModel):
 # ----------------------------------------------------------------------------------------------------------------------
 
 BACKBONES = ("vision_model", "language_model")
+CAPTIONERS = ("blip-2", "instructblip")  # of transformers; their parts can be ours
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -309,19 +399,65 @@ def load_backbone(
             config = config.vision_config if "vision_config" in config.sub_configs else config
         backbone = auto_class.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs)
     except OSError as error:
-        raise OSError(
-            f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: check "
-            "the name or put the folder back, log in with `hf auth login` if it is private or gated, and make sure the "
-            "Hub can be reached or the model is in the cache. A captioner saved with `include_backbones=True` does not "
-            f"need it. ({str(error).splitlines()[0]})"
-        ) from error
+        raise cannot_load(part, name_or_path, revision, error) from error
     backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     return backbone
+
+
+def cannot_load(part: str, name_or_path: str, revision: str | None, error: OSError) -> OSError:
+    return OSError(
+        f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: check the "
+        "name or put the folder back, log in with `hf auth login` if it is private or gated, and make sure the Hub can "
+        "be reached or the model is in the cache. A captioner saved with `include_backbones=True` does not need it. "
+        f"({str(error).splitlines()[0]})"
+    )
+
+
+def read_weights(
+    path: str | os.PathLike, prefix: str = "", revision: str | None = None, **hub_kwargs
+) -> dict[str, torch.Tensor]:
+    """The tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`."""
+    hub_kwargs["revision"] = revision
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if index is None:
+        files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
+    else:
+        files, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
+    weights = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            weights.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
+    return weights
+
+
+def backbone_weights(
+    part: str, name_or_path: str, revision: str | None, dtype: str | torch.dtype, **hub_kwargs
+) -> dict[str, torch.Tensor]:
+    """The weights of a backbone by the names that a captioner has for them.
+
+    Raises:
+        OSError: if it cannot be fetched; the message names it and says what to do.
+    """
+    try:
+        is_part = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs).model_type in CAPTIONERS
+        if is_part:  # of a BLIP-2, whose parts have the same names as ours
+            return read_weights(name_or_path, f"{part}.", revision, **hub_kwargs)
+    except OSError as error:
+        raise cannot_load(part, name_or_path, revision, error) from error
+    backbone = load_backbone(part, name_or_path, revision, dtype, **hub_kwargs)
+    return {f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()}
 
 
 def commit_of(name_or_path: str | os.PathLike, revision: str | None) -> str | None:
     """The commit of the Hub that a model came from, read off the cache; `None` for a plain folder."""
     return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, revision=revision), None)
+
+
+def vision_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A vision encoder with random weights. `AutoModel` does not know BLIP-2's own, which its captioners come with."""
+    if config.model_type == Blip2VisionConfig.model_type:
+        return Blip2VisionModel._from_config(config, dtype=dtype)
+    return AutoModel.from_config(config, dtype=dtype)
 
 
 def untie_t5_head(language_model: PreTrainedModel) -> None:
@@ -396,7 +532,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             return getattr(torch, config.dtypes[part]) if config.dtypes else torch.get_default_dtype()
 
         if vision_model is None:
-            vision_model = AutoModel.from_config(config.vision_config, dtype=dtype("vision_model"))
+            vision_model = vision_model_from_config(config.vision_config, dtype("vision_model"))
         if language_model is None:
             auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             language_model = auto_class.from_config(config.text_config, dtype=dtype("language_model"))
@@ -433,12 +569,17 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             return self.vision_model(pixel_values.to(dtype_of(self.vision_model))).last_hidden_state
 
     def get_soft_prompt(
-        self, pixel_values: torch.Tensor | None = None, image_embeds: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Turn images `[B, 3, H, W]`, or their features `[B, N, Dv]`, into what the language model reads: `[B, Q, D]`.
 
         Raises:
-            ValueError: if not exactly one of the two is given, or the features have another width.
+            ValueError: if not exactly one of the two is given, if the features have another width, or if the Q-Former
+                gets a prompt (`qformer_input_ids`, `[B, P']`) and reads no text.
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError(
@@ -446,7 +587,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             )
         if image_embeds is None:
             image_embeds = self.get_image_features(pixel_values)
-        return self.language_projection(self.qformer(image_embeds).last_hidden_state)
+        queries = self.qformer(image_embeds, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask)
+        return self.language_projection(queries.last_hidden_state)
 
     def get_prefix(
         self,
@@ -494,6 +636,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -504,6 +648,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             pixel_values (`[B, 3, H, W]`, float): images; or
             image_embeds (`[B, N, Dv]`, float): features of images, computed before.
             input_ids, attention_mask (`[B, P]`, long, *optional*): the prompt only.
+            qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): the prompt in the Q-Former's own
+                words, where it reads text.
             labels (`[B, T]` or `[B, K, T]`, long, *optional*): one caption or K captions of each image,
                 end-of-sequence included, padded with -100. The image is encoded once for all of them.
             num_items_in_batch (*optional*): divide the summed loss by this instead of by the number of caption tokens,
@@ -514,7 +660,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             ValueError: for features of the wrong width, or more tokens than the language model allows.
         """
         room_for = 1 if labels is None else labels.shape[-1]
-        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds)  # [B, Q, D]
+        soft_prompt = self.get_soft_prompt(
+            pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask
+        )  # [B, Q, D]
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, room_for)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
@@ -574,6 +722,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs,
@@ -581,7 +731,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         """Write captions, with every decoding option of transformers' `generate`.
 
         Args:
-            pixel_values, input_ids, attention_mask, image_embeds: as in `forward`.
+            pixel_values, input_ids, attention_mask, image_embeds, qformer_input_ids, qformer_attention_mask: as in
+                `forward`.
             labels: ignored, so that a training batch can be passed as it is.
             generation_config, kwargs: as everywhere in transformers (`num_beams`, `do_sample`, ...). `max_length` and
                 `min_length` count the tokens of the caption, like `max_new_tokens` and `min_new_tokens`.
@@ -598,7 +749,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         kwargs = config.update(**kwargs)  # what is left is for the language model
         config.max_new_tokens = config.max_new_tokens or config.max_length or self.generation_config.max_new_tokens
         config.max_length = None
-        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds)
+        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
         generated = self.language_model.generate(
             inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
@@ -691,9 +842,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         freeze_language_model: bool = True,
         dtype: str | torch.dtype = "auto",
         prompt: str = "",
+        qformer: str | os.PathLike | None = None,
+        qformer_revision: str | None = None,
+        qformer_tokenizer: str | os.PathLike | None = None,
         **qformer_fields,
     ) -> "QFormerCaptioner":
-        r"""Put a fresh Q-Former between two pretrained models.
+        r"""Put a Q-Former between two pretrained models: a fresh one, or a pretrained one with a fresh projection.
 
         Args:
             vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
@@ -702,10 +856,17 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             dtype (`str` or `torch.dtype`, defaults to `"auto"`): of the backbones; "auto" is each one's own. The
                 Q-Former and the projection are always float32.
             prompt (`str`, defaults to `""`): text between the queries and the caption, where a call gives none.
+            qformer (`str`, *optional*): Hub id or folder of a checkpoint to take the Q-Former out of: a BLIP-2, an
+                InstructBLIP, a captioner or Q-Former of ours, or a BERT (whose layers then begin with BERT's weights).
+                What does not fit, such as the sight of another vision encoder, starts fresh; a warning says so.
+            qformer_revision (`str`, *optional*): its branch, tag or commit.
+            qformer_tokenizer (`str`, *optional*): Hub id or folder of the tokenizer of a Q-Former that reads text
+                (`use_qformer_text_input=True`); by default the one that came with `qformer`, else BERT's.
             qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
 
         Raises:
             OSError: if a backbone cannot be fetched.
+            ValueError: if the pretrained Q-Former cannot be read, or has other sizes than the fields say.
             TypeError: for a keyword that is not a field of [`QFormerConfig`].
 
         Example:
@@ -716,6 +877,14 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         ... )  # doctest: +SKIP
         ```
         """
+        weights = None
+        if qformer is not None:
+            try:
+                from qformer_captioner.captioning.convert import load_qformer  # does not travel to the Hub
+            except ImportError as error:
+                raise ImportError("To begin with a pretrained Q-Former, pip install qformer-captioner.") from error
+            pretrained_fields, weights = load_qformer(qformer, qformer_revision)
+            qformer_fields = {**pretrained_fields, **qformer_fields}
         qformer_config = QFormerConfig.from_fields(**qformer_fields)
         vision_model = load_backbone("vision_model", os.fspath(vision), vision_revision, dtype)
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
@@ -740,9 +909,13 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         words = model.language_model.get_input_embeddings().weight
         std = words.float().std().item() / config.qformer_config.hidden_size**0.5
         nn.init.normal_(model.language_projection.weight, std=std)
+        if weights is not None:
+            model.qformer.load_pretrained(weights)
         model.processor = QFormerCaptionerProcessor.from_backbones(
             vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
         )
+        if qformer_config.use_qformer_text_input:
+            model.processor.qformer_tokenizer = load_qformer_tokenizer(qformer_tokenizer, qformer, qformer_revision)
         model._reference(model._frozen_backbones())
         model.eval()
         model.print_trainable_parameters()
@@ -771,17 +944,16 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         kwargs = {**kwargs, "config": config, "dtype": dtype}
 
         if config.referenced_backbones and kwargs.get("state_dict") is None:
-            weights = cls._own_weights(pretrained_model_name_or_path, hub_kwargs)
+            weights = read_weights(pretrained_model_name_or_path, **hub_kwargs)
             download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
             for part in config.referenced_backbones:
-                backbone = load_backbone(
+                weights |= backbone_weights(
                     part,
                     getattr(config, f"{part}_name_or_path"),
                     getattr(config, f"{part}_revision"),
                     getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
                     **download,
                 )
-                weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
             loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
@@ -794,15 +966,6 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is not None:
             model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
         return loaded
-
-    @staticmethod
-    def _own_weights(path: str | os.PathLike, hub_kwargs: dict) -> dict[str, torch.Tensor]:
-        """The tensors in a captioner's own folder, which may be sharded."""
-        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if index is None:
-            return load_file(cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs))
-        shards, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
-        return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
 
     # --- Saving -------------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
+QFORMER_TOKENIZER = "qformer_tokenizer"
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 ImageInput = str | os.PathLike | Image.Image
 
 
@@ -38,6 +40,19 @@ def open_image(image: ImageInput) -> Image.Image:
         raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
 
 
+def load_qformer_tokenizer(
+    name: str | os.PathLike | None, qformer: str | os.PathLike | None, revision: str | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Q-Former that reads text: the one named, else the one that came with it, else BERT's."""
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    if qformer is None:
+        return AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
+    file = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
+    own = cached_file(qformer, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return AutoTokenizer.from_pretrained(qformer, revision=revision, subfolder=QFORMER_TOKENIZER if own else "")
+
+
 class QFormerCaptionerProcessor(ProcessorMixin):
     r"""Prepares what a [`QFormerCaptioner`] reads and reads what it writes.
 
@@ -48,6 +63,8 @@ class QFormerCaptionerProcessor(ProcessorMixin):
         prompt (`str`, defaults to `""`): text between the image and the caption, where a call gives none.
         is_encoder_decoder (`bool`, defaults to `False`): whether the language model is one. Its captions get the
             tokenizer's own special tokens; those of a decoder-only model only an end-of-sequence.
+
+    A Q-Former that reads the prompt, too, has a tokenizer of its own: `processor.qformer_tokenizer`.
 
     Example:
 
@@ -71,6 +88,26 @@ class QFormerCaptionerProcessor(ProcessorMixin):
         self.prompt = prompt
         self.is_encoder_decoder = is_encoder_decoder
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        # No argument of `__init__`: all tokenizers that are one must be there, and most Q-Formers read no text.
+        self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+        """As everywhere in transformers."""
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
+        return super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "QFormerCaptionerProcessor":
+        """As everywhere in transformers."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        file = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
+        if cached_file(pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=QFORMER_TOKENIZER, **hub_kwargs
+            )
+        return processor
 
     @classmethod
     def from_backbones(
@@ -120,7 +157,7 @@ class QFormerCaptionerProcessor(ProcessorMixin):
 
         Returns:
             `pixel_values` (`[B, 3, H, W]`), if there are images; `input_ids` and `attention_mask` (`[B, P]`; P may
-            be 0).
+            be 0); with a `qformer_tokenizer` the same prompts as `qformer_input_ids` and `qformer_attention_mask`.
 
         Raises:
             OSError: for an image that cannot be read, naming it.
@@ -140,7 +177,11 @@ class QFormerCaptionerProcessor(ProcessorMixin):
             raise ValueError(
                 f"There are {len(images)} images but {len(prompts)} prompts: give one prompt, or one each."
             )
-        batch.update(self._tokenize_prompts([prompt or self.prompt for prompt in prompts]))
+        prompts = [prompt or self.prompt for prompt in prompts]
+        batch.update(self._tokenize_prompts(prompts))
+        if self.qformer_tokenizer is not None:
+            words = self.qformer_tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
+            batch["qformer_input_ids"], batch["qformer_attention_mask"] = words["input_ids"], words["attention_mask"]
         return BatchFeature(batch)
 
     def _tokenize_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

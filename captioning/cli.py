@@ -1,0 +1,30 @@
+"""The command `qformer-captioner`: the scripts of this package under one name.
+
+qformer-captioner train --recipe scenes
+qformer-captioner eval --predictions results.json --references annotations.json
+qformer-captioner convert Salesforce/blip2-opt-2.7b outputs/blip2
+"""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "qformer_captioner.train_hf",
+    "eval": "qformer_captioner.eval_captions",
+    "convert": "qformer_captioner.captioning.convert",
+}
+
+
+def main() -> None:
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return
+    if command not in COMMANDS:
+        raise SystemExit(f"error: There is no command {command!r}; there are {', '.join(COMMANDS)}.")
+    sys.argv = [f"qformer-captioner {command}", *sys.argv[2:]]
+    importlib.import_module(COMMANDS[command]).main()
+
+
+if __name__ == "__main__":
+    main()
