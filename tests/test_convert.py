@@ -1,7 +1,6 @@
 """A converted captioner is the same function as transformers' own: outputs, losses, gradients, captions."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from qformer_captioner.captioning import InputError, convert
 from qformer_captioner.captioning.old_scripts import OldScriptsCaptioner
 
 from . import tiny
-from .conftest import ROOT
+from .hub import Hub
 
 QUERIES, IMAGE_TOKEN = 4, tiny.WORDS - 1
 VISION = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, patch_size=16)
@@ -168,6 +167,29 @@ def test_backbones_by_reference_load_from_the_checkpoint(kind, tmp_path):
     assert (tmp_path / "ours" / "model.safetensors").stat().st_size < size + 20_000
     batch = inputs(kind)
     assert torch.equal(ours(**batch).soft_prompt, soft_prompt(model, batch))
+
+
+def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
+    model = source("blip2", "opt")
+    model.save_pretrained(tmp_path / "source")
+    program = (
+        "import torch\n"
+        "from qformer_captioner import QFormerCaptioner\n"
+        "from qformer_captioner.captioning.convert import convert\n"
+        "convert('org/blip2', 'ours')\n"
+        "model = QFormerCaptioner.from_pretrained('ours')\n"
+        "print(model.config.language_model_name_or_path, model.config.vision_model_revision)\n"
+        "torch.save(model.state_dict(), 'weights.pt')"
+    )
+    with Hub() as hub:
+        hub.files["model", "org/blip2"] = {file.name: file.read_bytes() for file in (tmp_path / "source").iterdir()}
+        environment = hub.environment(tmp_path / "home")
+        run = [sys.executable, "-c", program]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"org/blip2 {hub.commit(('model', 'org/blip2'))}"
+    weights = torch.load(tmp_path / "weights.pt")
+    assert all(torch.equal(weights[convert.our_name(name)], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_instruction_changes_what_the_queries_take(tmp_path):
@@ -395,9 +417,7 @@ convert.convert(source, "ours", include_backbones=True)
 print(sum(file.stat().st_size for file in Path("ours").glob("*.safetensors")) / 2**20, memory("VmHWM") - before)
 """
     run = [sys.executable, "-c", program]
-    done = subprocess.run(
-        run, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT.parent)}
-    )
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
     size, peak = map(float, done.stdout.split("\n")[-2].split())
     assert size > 190
     assert peak < 120
