@@ -43,14 +43,25 @@ def open_image(image: ImageInput) -> Image.Image:
 def load_qformer_tokenizer(
     name: str | os.PathLike | None, qformer: str | os.PathLike | None, revision: str | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Q-Former that reads text: the one named, else the one that came with it, else BERT's."""
-    if name is not None:
-        return AutoTokenizer.from_pretrained(name)
-    if qformer is None:
-        return AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
-    file = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
-    own = cached_file(qformer, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return AutoTokenizer.from_pretrained(qformer, revision=revision, subfolder=QFORMER_TOKENIZER if own else "")
+    """The tokenizer of a Q-Former that reads text: the one named, else the one that came with it, else BERT's.
+
+    Raises:
+        OSError: if it cannot be fetched; the message names it.
+    """
+    subfolder = ""
+    if name is None and qformer is not None:
+        name, file = qformer, f"{QFORMER_TOKENIZER}/tokenizer_config.json"
+        if cached_file(qformer, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+            subfolder = QFORMER_TOKENIZER
+    else:
+        name, revision = name or "google-bert/bert-base-uncased", None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The Q-Former reads text, but its tokenizer cannot be loaded from {str(name)!r}: name one with "
+            f"`qformer_tokenizer` ({str(error).splitlines()[0]})."
+        ) from error
 
 
 class QFormerCaptionerProcessor(ProcessorMixin):

@@ -298,6 +298,14 @@ def test_bert_gives_its_layers_to_queries_and_words(backbones, bert):
     assert ours(**inputs).soft_prompt.shape == (2, 3, tiny.TEXT_WIDTH)
 
 
+def test_a_fresh_q_former_that_reads_text_takes_the_tokenizer_it_is_given(backbones, bert):
+    fields = tiny.QFORMER | dict(use_qformer_text_input=True, vocab_size=13)
+    ours = QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=bert, **fields)
+    assert ours.processor(images=tiny.picture(), text="a b")["qformer_input_ids"].tolist() == [[2, 5, 6, 3]]
+    with pytest.raises(OSError, match="cannot be loaded from '/nowhere': name one with `qformer_tokenizer`"):
+        QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer="/nowhere", **fields)
+
+
 def test_the_q_formers_tokenizer_is_saved_and_loaded(backbones, bert, tmp_path):
     ours = QFormerCaptioner.from_backbones(*backbones, qformer=bert, num_query_tokens=3)
     ours.save_pretrained(tmp_path / "ours", include_backbones=True)

@@ -225,6 +225,21 @@ def test_the_metric_gives_the_scores_of_the_references_class():
     assert alone == {key: expected[key] for key in KEYS}
 
 
+def test_the_metric_takes_half_a_character_arrays_and_columns():
+    import datasets
+
+    from qformer_captioner.captioning.metrics import Cider
+
+    references = [["a dog \ud83d runs", "a dog"], ["a cat"]]
+    expected = References(references).score(["a dog runs", "a cat \ud83d"], ["cider"])
+    metric = Cider()
+    assert metric.compute(predictions=["a dog runs", "a cat \ud83d"], references=references) == expected
+    arrays = [np.array(["a dog runs", "a dog"]), np.array(["a cat"])]
+    assert metric.compute(predictions=np.array(["a dog runs", "a cat"]), references=arrays) == expected
+    rows = datasets.Dataset.from_dict({"ours": ["a dog runs", "a cat"], "theirs": [["a dog runs", "a dog"], ["a cat"]]})
+    assert metric.compute(predictions=rows["ours"], references=rows["theirs"]) == expected
+
+
 def test_the_metric_takes_other_references_the_next_time():
     from qformer_captioner.captioning.metrics import Cider
 

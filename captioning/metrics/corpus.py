@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -50,10 +50,10 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
         InputError: if not; the message names the first offender and counts all of them.
     """
     _refuse(
-        [i for i, own in enumerate(references) if isinstance(own, str) or not isinstance(own, Sequence)],
+        [i for i, own in enumerate(references) if isinstance(own, str) or not isinstance(own, Iterable)],
         lambda i: f"The references of prediction {i} are {references[i]!r} and no list of strings",
     )
-    _refuse([i for i, own in enumerate(references) if not own], lambda i: f"Prediction {i} has no references")
+    _refuse([i for i, own in enumerate(references) if len(own) == 0], lambda i: f"Prediction {i} has no references")
     _refuse(
         [i for i, own in enumerate(references) if not all(isinstance(text, str) for text in own)],
         lambda i: f"The references of prediction {i} are {references[i]!r}, and not all of them are strings",

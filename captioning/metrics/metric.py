@@ -87,6 +87,8 @@ class CaptionMetrics(evaluate.Metric):
         if predictions is not None and references is not None:
             # evaluate would print all of them, and say nothing of which is wrong.
             check_texts(predictions, references, options.get("allow_empty", False))
+            predictions = [_storable(text) for text in predictions]
+            references = [[_storable(text) for text in own] for own in references]
         return super().compute(predictions=predictions, references=references, **options)
 
     def _compute(
@@ -100,6 +102,11 @@ class CaptionMetrics(evaluate.Metric):
         if self._scored is None or self._scored[0] != (references, df):
             self._scored = (references, df), References(references, df)
         return self._scored[1].score(predictions, self.metrics, per_image, allow_empty)
+
+
+def _storable(text: str) -> str:
+    """Without halves of characters, which Arrow cannot store and the tokenizer drops."""
+    return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
 class Bleu(CaptionMetrics):
