@@ -13,6 +13,7 @@ again.
 """
 
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
 
 import torch
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import HfArgumentParser, set_seed
 
 from .captioning import InputError
@@ -64,6 +67,12 @@ class ModelArguments:
     freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
     dtype: str = option("auto", "Of pretrained backbones. auto: bfloat16 where the GPU has it, else float32.")
     prompt: str = option("", "Text between the image and the caption.")
+    lora_r: int | None = option(None, "Train LoRA adapters of this rank on the language model, beside the Q-Former.")
+    lora_alpha: int = option(32, "Scale of LoRA adapters; what they add counts alpha / r times.")
+    lora_dropout: float = option(0.0, "Dropout in front of LoRA adapters.")
+    lora_target_modules: str | None = option(
+        None, "Which layers of the language model get them, such as q_proj,v_proj; by default peft's choice."
+    )
 
 
 @dataclass
@@ -204,6 +213,42 @@ def build_model(args: ModelArguments, train_captions: list[list[str]]) -> QForme
     return model
 
 
+def add_lora(model: QFormerCaptioner, args: ModelArguments, base: Path, included: bool | list[str]) -> PeftModel:
+    """Put LoRA adapters on the language model; they, the Q-Former and the projection train and are saved together.
+
+    An adapter needs the captioner that it was put on: one that was fresh is kept in the folder `base`.
+
+    Raises:
+        InputError: if the language model has no layers of the names asked for.
+    """
+    if args.lora_r < 1:
+        raise InputError(f"--lora_r is the rank of the adapters and at least 1, not {args.lora_r}.")
+    if args.model_name_or_path is None:
+        if base.exists():  # the run goes on
+            model = QFormerCaptioner.from_pretrained(base)
+        else:
+            model.save_pretrained(base, include_backbones=included)
+        model.name_or_path = str(base)
+    names = args.lora_target_modules.split(",") if args.lora_target_modules else None
+    names = names or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.text_config.model_type)
+    if names is None:
+        kind = model.config.text_config.model_type
+        raise InputError(f"peft knows no usual layers of a {kind!r}: name them with --lora_target_modules.")
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"language_model\..*\.({'|'.join(map(re.escape, names))})",
+        modules_to_save=["qformer", "language_projection"],
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"The language model has no layers named {' or '.join(names)} ({error}).") from error
+    model.print_trainable_parameters()
+    return model
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,6 +311,9 @@ def train(words: list[str]) -> None:
     checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
     run.start()
     skipped.write_to(folder / "skipped_rows.jsonl")
+    included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
+    if model_args.lora_r is not None:
+        model = add_lora(model, model_args, folder / "base", included)
 
     metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file
 
@@ -290,11 +338,14 @@ def train(words: list[str]) -> None:
     seconds = time.time() - start
 
     # 5. The folder that others load.
-    included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
-    model.save_pretrained(folder, include_backbones=included)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        model.processor.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, include_backbones=included)
     trainer.save_state()
     speed = result.metrics["train_samples_per_second"]
     best = trainer.state.best_metric

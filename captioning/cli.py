@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "qformer_captioner.train_hf",
     "eval": "qformer_captioner.eval_captions",
     "convert": "qformer_captioner.captioning.convert",
+    "export": "qformer_captioner.captioning.export",
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -173,6 +174,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         translating them back: those weights would silently keep their fresh values.
         """
         output_dir = output_dir or self.args.output_dir
+        if isinstance(self.model, PeftModel):  # which saves just that by itself
+            super()._save(output_dir, state_dict)
+            return
         self.model.save_pretrained(
             output_dir,
             include_backbones=False,

@@ -1,0 +1,146 @@
+"""LoRA on the language model: what trains, what is saved, and that it captions the same in every form."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from qformer_captioner import QFormerCaptioner, train_hf
+from qformer_captioner.captioning.export import export
+
+from . import tiny
+
+
+def words(folder, output_dir, language="llama", **options) -> list[str]:
+    """A command line that trains LoRA adapters between two tiny pretrained backbones for four steps."""
+    options = {
+        "dataset_name": "scenes",
+        "max_train_samples": 16,
+        "max_eval_samples": 4,
+        "vision_model_name_or_path": folder / "vision",
+        "language_model_name_or_path": folder / language,
+        "qformer_config": json.dumps(tiny.QFORMER),
+        "lora_r": 4,
+        "output_dir": output_dir,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 0.02,
+        "generation_num_beams": 1,
+        "generation_max_length": 6,
+        "metric_for_best_model": "facts",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    } | options
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """A folder with a vision encoder and two language models."""
+    folder = tmp_path_factory.mktemp("backbones")
+    tiny.save_vision(folder / "vision")
+    tiny.save_language(folder / "llama", max_position_embeddings=256)
+    tiny.save_language(folder / "t5", "t5")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def run(request, backbones, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    train_hf.train(words(backbones, folder, request.param))
+    return folder
+
+
+def test_gradients_reach_adapters_q_former_and_projection_and_nothing_else(backbones, tmp_path):
+    args = train_hf.parse_options(words(backbones, tmp_path / "run"))[0]
+    model = train_hf.add_lora(train_hf.build_model(args, []), args, tmp_path / "base", True).train()
+    batch = tiny.batch()
+    for _ in range(2):  # the second half of an adapter starts at zero, so the first learns from the second step on
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    trained = {name for name in reached if "modules_to_save.default" in name or ".lora_" in name}
+    assert reached == trained
+    for part in (
+        "language_model.model.layers.0.self_attn.q_proj.lora_A",
+        "qformer.modules_to_save",
+        "language_projection",
+    ):
+        assert any(part in name and model.get_parameter(name).grad.abs().max() > 0 for name in trained), part
+
+
+def test_the_folder_holds_the_adapter_with_q_former_and_projection(run):
+    weights = load_file(run / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in weights)
+    assert any(name.endswith("qformer.query_tokens") for name in weights)
+    assert any("language_projection" in name for name in weights)
+    assert not [name for name in weights if "vision_model" in name]
+    assert (run / "base" / "config.json").exists() and not (run / "model.safetensors").exists()
+
+
+def test_adapter_merged_folder_and_live_model_caption_the_same(run, tmp_path):
+    batch = tiny.batch()
+    live = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(run / "base"), run).eval()
+    expected = live(**batch)
+    assert not torch.allclose(
+        expected.logits, QFormerCaptioner.from_pretrained(run / "base").eval()(**batch).logits, atol=1e-3
+    )
+    export(run, tmp_path / "merged")
+    prompt = {name: value for name, value in batch.items() if name != "labels"}
+    captions = live.generate(**prompt, max_new_tokens=8, num_beams=2)
+    for loaded in (
+        AutoModel.from_pretrained(run, trust_remote_code=True),
+        AutoModelForImageTextToText.from_pretrained(run, trust_remote_code=True),
+        AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True),
+    ):
+        torch.testing.assert_close(loaded.eval()(**batch).logits, expected.logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(loaded.generate(**prompt, max_new_tokens=8, num_beams=2), captions)
+        assert isinstance(loaded.caption(tiny.picture(), max_new_tokens=4), str)
+
+
+def test_two_adapters_on_one_base_can_be_swapped(run, tmp_path):
+    base = QFormerCaptioner.from_pretrained(run / "base")
+    model = PeftModel.from_pretrained(base, run, adapter_name="first").eval()
+    with torch.no_grad():  # another adapter: the same, and all of it doubled
+        other = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(run / "base"), run)
+        for name, parameter in other.named_parameters():
+            if ".lora_" in name or "modules_to_save.default" in name:
+                parameter *= 2
+        other.save_pretrained(tmp_path / "other")
+    model.load_adapter(tmp_path / "other", adapter_name="second")
+    logits = {}
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        logits.setdefault(name, []).append(model(**tiny.batch()).logits)
+    assert torch.equal(*logits["first"])
+    torch.testing.assert_close(logits["second"][0], other.eval()(**tiny.batch()).logits)
+    assert not torch.allclose(logits["second"][0], logits["first"][0], atol=1e-3)
+
+
+def test_a_run_that_goes_on_ends_like_an_unbroken_one(backbones, tmp_path):
+    train_hf.train(words(backbones, tmp_path / "whole", num_train_epochs=2))
+    half = words(backbones, tmp_path / "halves", num_train_epochs=2, max_steps=-1)
+    # Stopped half-way: its schedule is that of the whole.
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    train_hf.train([*half, "--resume_from_checkpoint", str(checkpoint)])
+    whole, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_target_modules": "no_such_layer"}, "no layers named no_such_layer"),
+        ({"lora_r": 0}, "--lora_r is the rank .* not 0"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named(backbones, tmp_path, options, message):
+    with pytest.raises(train_hf.InputError, match=message):
+        train_hf.train(words(backbones, tmp_path / "run", **options))
