@@ -36,4 +36,4 @@ def parse(parser: HfArgumentParser, words: list[str]) -> tuple:
 def nearest_option(parser: HfArgumentParser, name: str, dashes: str = "") -> str:
     """A sentence that helps whoever misspelt an option."""
     nearest = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
-    return f"Did you mean {dashes}{nearest[0]}?" if nearest else "See --help."
+    return f"Did you mean {dashes + nearest[0]!r}?" if nearest else "See --help."

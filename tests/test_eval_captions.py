@@ -120,7 +120,7 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
         ([], "Say what to score"),
         (["--predictions", "a.json"], "Say what to score"),
         (["--predictions", "a.json", "--references", "b.json"], "There is no file 'b.json'"),
-        (["--prediction", "a.json"], "Unknown option '--prediction'. Did you mean --predictions?"),
+        (["--prediction", "a.json"], "Unknown option '--prediction'. Did you mean '--predictions'"),
         (["--model", "m"], "Say what to caption"),
         (["--model", "m", "--benchmark", "coco"], "There is no benchmark 'coco'; there are coco_karpathy_test, "),
     ],
