@@ -7,21 +7,21 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint format
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python train_hf.py
 
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/installed
+format: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed-$(EXTRAS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

@@ -154,7 +154,8 @@ def score(
     images = in_order(predictions, references, args.allow_missing, args.allow_empty)
     captions = [predictions[image] for image in images]
     own_references = [references.captions[image] for image in images]
-    corpus = References(own_references, args.df)
+    df = args.df if args.df == "corpus" else DocumentFrequencies.load(args.df)
+    corpus = References(own_references, df)
     if args.save_df is not None:
         corpus.document_frequencies().save(args.save_df)
     scores = corpus.score(captions, per_image=True, allow_empty=args.allow_empty)
@@ -163,7 +164,7 @@ def score(
     for domain in sorted(set(references.domains.values())):
         inside = [place for place, image in enumerate(images) if references.domains.get(image) == domain]
         if inside:
-            part = References([own_references[place] for place in inside], args.df)
+            part = References([own_references[place] for place in inside], df)
             parts[domain] = len(inside), part.score([captions[p] for p in inside], allow_empty=args.allow_empty)
     for more in extra_scores(args, captions, own_references, images, open_picture):
         per_image |= more.pop("per_image")
@@ -187,14 +188,15 @@ def extra_scores(
     if java := [metric for metric in ("meteor", "spice") if metric in wanted]:
         from .captioning.metrics import java_scores
 
-        scores.append(java_scores(captions, references, java, per_image=True))
+        scores.append(java_scores(captions, references, java, True, args.allow_empty))
     if "clip_score" in wanted:
         from .captioning.metrics import clip_scores
 
         if open_picture is None:
             raise InputError("clip_score looks at the images: say with --image_folder where they are.")
         pictures = (open_picture(image) for image in images)
-        scores.append(clip_scores(pictures, captions, references, args.clip_model_name_or_path, per_image=True))
+        clip = args.clip_model_name_or_path
+        scores.append(clip_scores(pictures, captions, references, clip, per_image=True, allow_empty=args.allow_empty))
     return scores
 
 
@@ -245,7 +247,9 @@ def score_files(args: ScoringArguments) -> None:
             raise InputError(f"There is no folder {args.image_folder!r}: --image_folder says where the images are.")
         from .processing_qformer import open_image
 
-        open_picture = lambda image: open_image(folder / references.files.get(image, str(image)))  # noqa: E731
+        def open_picture(image: ImageId) -> Image.Image:
+            return open_image(folder / references.files.get(image, str(image)))
+
     publish(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
 
 
@@ -311,6 +315,8 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     if model.processor is None:
         raise InputError(f"The captioner {args.model!r} has no processor beside it.")
     captions = caption_images(model, found, folder, prompt, args.batch_size, args.num_workers, **generation)
+    state.wait_for_everyone()
+    state.destroy_process_group()  # the others end here, and should not be missed
     if not state.is_main_process:
         return
     predictions_file, references_file = folder / "captions.json", folder / "references.json"
@@ -341,8 +347,14 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
 def evaluate(words: list[str]) -> None:
     parser = make_parser((ScoringArguments, CaptioningArguments), __doc__.split("\n\n")[0])
     scoring, captioning = parse(parser, words)
+    # What cannot work should show before hours of captioning.
     if scoring.df != "corpus":
-        DocumentFrequencies.load(scoring.df)  # what is no such table should show before hours of captioning
+        DocumentFrequencies.load(scoring.df)
+    for path in (scoring.output, scoring.report, scoring.save_df):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise InputError(f"There is no folder for {path!r}: make it first.")
+    if captioning.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype is auto, float32, bfloat16 or float16, not {captioning.dtype!r}.")
     if captioning.model is not None and scoring.predictions is None and scoring.references is None:
         caption_and_score(captioning, scoring)
     elif captioning.model is None and scoring.predictions is not None and scoring.references is not None:

@@ -392,12 +392,16 @@ def load_backbone(
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
-        if part == "language_model":
+        if config.model_type in CAPTIONERS:
+            backbone = load_part_of_captioner(part, name_or_path, config, revision, dtype, **hub_kwargs)
+        elif part == "language_model":
             auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            backbone = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, **hub_kwargs)
         else:
-            auto_class = AutoModel
             config = config.vision_config if "vision_config" in config.sub_configs else config
-        backbone = auto_class.from_pretrained(name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs)
+            backbone = AutoModel.from_pretrained(
+                name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs
+            )
     except OSError as error:
         raise cannot_load(part, name_or_path, revision, error) from error
     backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
@@ -430,22 +434,36 @@ def read_weights(
     return weights
 
 
-def backbone_weights(
-    part: str, name_or_path: str, revision: str | None, dtype: str | torch.dtype, **hub_kwargs
-) -> dict[str, torch.Tensor]:
-    """The weights of a backbone by the names that a captioner has for them.
+def load_part_of_captioner(
+    part: str,
+    name_or_path: str,
+    config: PreTrainedConfig,
+    revision: str | None,
+    dtype: str | torch.dtype,
+    **hub_kwargs,
+) -> PreTrainedModel:
+    """A backbone out of a BLIP-2 or InstructBLIP of transformers, whose parts have the same names as ours."""
+    weights = read_weights(name_or_path, f"{part}.", revision, **hub_kwargs)
+    weights = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
+    if dtype == "auto":
+        dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    if part == "vision_model":
+        backbone = vision_model_from_config(blip2_vision_config(config.vision_config), dtype)
+    else:
+        auto_class = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
+        backbone = auto_class.from_config(config.text_config, dtype=dtype)
+        untie_t5_head(backbone)
+        if "shared.weight" in weights:  # a T5 that had its output layer tied in memory saved one tensor for both
+            weights.setdefault("lm_head.weight", weights["shared.weight"])
+    missing, _ = backbone.load_state_dict(weights, strict=False)
+    if missing := sorted(set(missing) - set(backbone.all_tied_weights_keys)):
+        raise OSError(f"{name_or_path!r} has no {missing[0]!r} in its {part}.")
+    return backbone
 
-    Raises:
-        OSError: if it cannot be fetched; the message names it and says what to do.
-    """
-    try:
-        is_part = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs).model_type in CAPTIONERS
-        if is_part:  # of a BLIP-2, whose parts have the same names as ours
-            return read_weights(name_or_path, f"{part}.", revision, **hub_kwargs)
-    except OSError as error:
-        raise cannot_load(part, name_or_path, revision, error) from error
-    backbone = load_backbone(part, name_or_path, revision, dtype, **hub_kwargs)
-    return {f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()}
+
+def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:
+    """The vision encoder of a BLIP-2 or InstructBLIP: they are the same."""
+    return Blip2VisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
 
 
 def commit_of(name_or_path: str | os.PathLike, revision: str | None) -> str | None:
@@ -947,13 +965,14 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             weights = read_weights(pretrained_model_name_or_path, **hub_kwargs)
             download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
             for part in config.referenced_backbones:
-                weights |= backbone_weights(
+                backbone = load_backbone(
                     part,
                     getattr(config, f"{part}_name_or_path"),
                     getattr(config, f"{part}_revision"),
                     getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
                     **download,
                 )
+                weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
             loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)

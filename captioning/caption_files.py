@@ -64,6 +64,8 @@ def read_references(path: str | os.PathLike) -> ReferenceSet:
             counts all of them.
     """
     content = _read_json(path)
+    if not isinstance(content, dict | list):
+        raise InputError(f"{str(path)!r} holds no captions: give COCO annotation JSON, or JSON lines.")
     if isinstance(content, dict):
         references = _from_coco(content, path)
     else:
@@ -112,7 +114,12 @@ def _from_coco(content: dict, path: str | os.PathLike) -> ReferenceSet:
     for one in annotations:
         captions[one["image_id"]].append(one["caption"])
     files = {image: row["file_name"] for image, row in images.items() if "file_name" in row}
-    domains = {image: row["domain"] for image, row in images.items() if "domain" in row}
+    domains = {image: row["domain"] for image, row in images.items() if row.get("domain") is not None}
+    _refuse(
+        path,
+        [image for image, domain in domains.items() if not isinstance(domain, str)],
+        lambda image: f"the domain of image {image!r} is {domains[image]!r} and no string",
+    )
     return ReferenceSet(captions, files, domains)
 
 
@@ -159,7 +166,8 @@ def in_order(
     if unknown:
         raise InputError(
             f"There is a prediction for image {unknown[0]!r}, of which there are no references ({len(unknown)} of "
-            f"{len(predictions)} predictions are so). Is it the file of another data set or split?"
+            f"{len(predictions)} predictions are so). Is it the file of another data set or split? Ids must be of one "
+            f"kind, too: the references' are like {next(iter(references.captions))!r}."
         )
     missing = [image for image in references.captions if image not in predictions]
     if missing and not allow_missing:
@@ -206,6 +214,8 @@ def _read_json(path: str | os.PathLike) -> dict | list:
                     f"{at.colno}."
                 ) from error
         return rows
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        raise InputError(f"{str(path)!r} is no file of captions ({error}).") from error
 
 
 def _rows_by_id(rows: list, path: str | os.PathLike, keys: Sequence[str] = ID_KEYS) -> dict[ImageId, dict]:

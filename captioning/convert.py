@@ -14,20 +14,21 @@ import argparse
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, Blip2VisionConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from ..modeling_qformer import CAPTIONERS, QFormerCaptioner, QFormerModel, commit_of
+from ..modeling_qformer import CAPTIONERS, QFormerCaptioner, QFormerModel, blip2_vision_config, commit_of
 from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
 from . import InputError
 
@@ -59,7 +60,7 @@ class Checkpoint:
             if index is not None:
                 names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
             files = [cached_file(source, name, revision=revision) for name in names]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"The checkpoint {self.source!r} cannot be read: {str(error).splitlines()[0]} Give a folder or Hub id "
                 "with a config.json and safetensors files."
@@ -145,7 +146,8 @@ def load_qformer(source: str | os.PathLike, revision: str | None = None) -> tupl
             ours.removeprefix("qformer."): name for ours, name in names.items() if ours and ours.startswith("qformer.")
         }
         fields = qformer_fields(config.qformer_config)
-        fields.setdefault("num_query_tokens", getattr(config, "num_query_tokens", None))
+        if config.model_type in CAPTIONERS:  # theirs stands beside the Q-Former's other fields
+            fields["num_query_tokens"] = config.num_query_tokens
     elif config.model_type == QFormerConfig.model_type:
         names = {name: name for name in checkpoint.file_of if not name.startswith(STAGE_1_HEADS)}
         fields = qformer_fields(config)
@@ -182,7 +184,7 @@ def convert(
         InputError: for another architecture, tensors that are missing, left over or of another shape, a file that is
             cut off, or a folder that is not empty. Nothing is written then.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{str(out)!r} is there already and not empty. Choose another folder.")
     checkpoint = Checkpoint(source, revision)
@@ -192,17 +194,23 @@ def convert(
             f"{checkpoint.source!r} is a {config.model_type!r}: what converts is Blip2ForConditionalGeneration, "
             "Blip2ForImageTextRetrieval and InstructBlipForConditionalGeneration."
         )
-    unfinished = out.with_name(out.name + ".unfinished")
-    try:
-        if "Blip2ForImageTextRetrieval" in architectures:
-            _convert_retrieval(checkpoint, unfinished)
-        else:
-            _convert_captioner(checkpoint, unfinished, include_backbones)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
+        unfinished = Path(folder) / "captioner"
+        try:
+            if "Blip2ForImageTextRetrieval" in architectures:
+                _convert_retrieval(checkpoint, unfinished)
+            else:
+                _convert_captioner(checkpoint, unfinished, include_backbones)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:  # sizes or names that cannot be
+            raise InputError(
+                f"The configuration of {checkpoint.source!r} cannot be used: {' '.join(str(error).split())}"
+            ) from error
         if out.exists():
             out.rmdir()
         unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _convert_captioner(checkpoint: Checkpoint, out: Path, include_backbones: bool) -> None:
@@ -214,9 +222,8 @@ def _convert_captioner(checkpoint: Checkpoint, out: Path, include_backbones: boo
             ours: name for ours, name in names.items() if not re.search(r"^qformer.*\d\.(intermediate|output)\.", ours)
         }
     fields = {"num_query_tokens": source.num_query_tokens, "use_qformer_text_input": reads_text}
-    theirs = source.vision_config.to_dict()
     config = QFormerCaptionerConfig(
-        vision_config=Blip2VisionConfig(**{key: theirs[key] for key in theirs if key != "model_type"}),
+        vision_config=blip2_vision_config(source.vision_config),
         qformer_config=QFormerConfig.from_fields(**qformer_fields(source.qformer_config) | fields),
         text_config=source.text_config,
         freeze_vision_model=True,
@@ -267,6 +274,9 @@ def _match(
     for alias, original in tied.items():  # whichever of them was saved
         if original not in names and alias in names:
             names[original] = names[alias]
+    head, words = "language_model.lm_head.weight", "language_model.shared.weight"
+    if head in expected and head not in tied and head not in names and words in names:
+        names[head] = names[words]  # transformers 5 ties every T5's output layer, and saved that one tensor
     wanted = [name for name in expected if name not in tied]
     for kind, offenders in (
         ("has no", [name for name in wanted if name not in names]),
@@ -322,7 +332,10 @@ def _write(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SAFE_WEIGHTS_NAME
         tensors = checkpoint.read(names[ours] for ours in shard)
-        save_file({ours: tensors[names[ours]] for ours in shard}, out / file, metadata={"format": "pt"})
+        copies = {ours: tensors[names[ours]] for ours in shard}
+        if len(tensors) < len(copies):  # one tensor serves as two, and a file holds none twice
+            copies = {ours: tensor.clone() for ours, tensor in copies.items()}
+        save_file(copies, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {}, "weight_map": weight_map}

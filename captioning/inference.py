@@ -64,6 +64,7 @@ def caption_images(
     state = PartialState()
     ids = list(found.row_of)
     done = _progress(Path(folder))
+    state.wait_for_everyone()  # or a slow process would take for done what a fast one has just begun with
     batches = [list(range(start, min(start + batch_size, len(ids)))) for start in range(0, len(ids), batch_size)]
     batches = [batch for batch in batches if not all(ids[place] in done for place in batch)]
     mine = batches[state.process_index :: state.num_processes]

@@ -89,6 +89,8 @@ class OldScriptsCaptioner(QFormerCaptioner):
                 the backbones.
         """
         weights = state_dict if isinstance(state_dict, dict) else _read(state_dict)
+        if not isinstance(weights, dict):
+            raise InputError(f"What was saved is a {type(weights).__name__} and no state dict.")
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}  # of DataParallel
         if "query_tokens" not in weights or "fc.weight" not in weights:
             raise InputError(
@@ -96,6 +98,11 @@ class OldScriptsCaptioner(QFormerCaptioner):
             )
         queries = weights["query_tokens"]
         weights["query_tokens"] = queries = queries.reshape(1, *queries.shape[-2:])
+        if queries.shape[-1] % num_attention_heads:
+            raise InputError(
+                f"A Q-Former of width {queries.shape[-1]} cannot have {num_attention_heads} attention heads: give the "
+                "number that it was trained with as `num_attention_heads`."
+            )
         layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
         projected = weights.get("imgproj.weight")
         qformer = OldScriptsQFormer(
@@ -144,4 +151,5 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for each way in which a file can be broken
-        raise InputError(f"{str(path)!r} holds no state dict that torch.load can read ({error}).") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{str(path)!r} holds no state dict that torch.load can read ({reason}).") from error

@@ -23,11 +23,14 @@ def parse(parser: HfArgumentParser, words: list[str]) -> tuple:
     """Turn a command line into its dataclasses.
 
     Raises:
-        InputError: for an unknown option; the message has the nearest one there is.
+        InputError: for an unknown option, with the nearest one there is, or options that do not go together.
     """
-    *options, unknown = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *options, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # options that do not go together, by the Trainer's own word
+        raise InputError(" ".join(str(error).split())) from error
     if unknown:
         raise InputError(f"Unknown option {unknown[0]!r}. {nearest_option(parser, unknown[0].lstrip('-'), '--')}")
     return tuple(options)

@@ -72,6 +72,8 @@ def test_predictions_are_coco_results_or_json_lines(write):
         ('[{"image_id": 1, "caption": "a d', "no valid JSON, it may have been cut off: Unterminated string .* line 1"),
         ('{"image_id": 1, "caption": "a"}\n{"image_id": 2, "cap', "no valid JSON.* line 2"),
         ("[\n1,\n", "no valid JSON.* line 3"),
+        ("[" * 100_000, "is no file of captions"),
+        ("1" * 5_000, "is no file of captions"),
         ([{"caption": "a"}, {"image_id": 1, "caption": "a"}, {}], r"entry 0 has no 'image_id' .* \(2 in all\)"),
         ([1], "entry 0 has no 'image_id'"),
         ([{"image_id": 1}], "image 1 has no 'caption'"),
@@ -93,7 +95,9 @@ def test_bad_predictions_are_named_and_counted(write, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (5, "holds no captions"),
         ({"annotations": []}, "no list 'images'"),
+        (COCO | {"images": [{"id": 7, "domain": ["a"]}, {"id": 5}]}, r"domain of image 7 is \['a'\] and no string"),
         (COCO | {"images": COCO["images"] * 2}, r"image 7 is there more than once \(2 in all\)"),
         (COCO | {"images": COCO["images"][:1]}, "an annotation is of image 5, which is not among"),
         (COCO | {"images": [*COCO["images"], {"id": 9}]}, "image 9 has no reference"),

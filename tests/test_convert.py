@@ -44,6 +44,7 @@ TEXT = {
     "opt, untied": dict(word_embed_proj_dim=tiny.TEXT_WIDTH, tie_word_embeddings=False),
     "t5": dict(initializer_factor=1.0),
     "flan-t5": dict(initializer_factor=1.0),
+    "flan-t5, one tensor": dict(initializer_factor=1.0),  # saved by transformers 5, which ties its output layer
     "llama": {},
     "llama, tied": dict(tie_word_embeddings=True),
 }
@@ -69,7 +70,8 @@ def source(kind: str, text: str, size: str = "usual", dtype: torch.dtype = torch
         image_token_index=IMAGE_TOKEN,
     )
     model = model_class(config).eval()
-    tiny.own_head(model.language_model)
+    if "one tensor" not in text:
+        tiny.own_head(model.language_model)
     with torch.no_grad():
         for parameter in (*model.vision_model.parameters(), *model.qformer.parameters(), model.query_tokens):
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -160,13 +162,16 @@ def test_bfloat16_stays_bfloat16_and_gives_the_same(kind, tmp_path):
     torch.testing.assert_close(ours(**batch).logits, expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("text", ["opt", "flan-t5", "flan-t5, one tensor"])
 @pytest.mark.parametrize("kind", ["blip2", "instructblip"])
-def test_backbones_by_reference_load_from_the_checkpoint(kind, tmp_path):
-    model, ours = converted(source(kind, "opt"), tmp_path, include_backbones=False)
+def test_backbones_by_reference_load_from_the_checkpoint(kind, text, tmp_path):
+    model, ours = converted(source(kind, text), tmp_path, include_backbones=False)
     size = sum(tensor.numel() * 4 for part in (ours.qformer, ours.language_projection) for tensor in part.parameters())
     assert (tmp_path / "ours" / "model.safetensors").stat().st_size < size + 20_000
     batch = inputs(kind)
     assert torch.equal(ours(**batch).soft_prompt, soft_prompt(model, batch))
+    expected = caption_logits(model, model(**theirs(model, batch)).logits)
+    torch.testing.assert_close(ours(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
@@ -258,6 +263,20 @@ def test_the_q_former_of_a_blip2_goes_in_front_of_another_language_model(backbon
     expected = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
     torch.testing.assert_close(ours.qformer(features).last_hidden_state, expected, atol=1e-5, rtol=0)
     assert ours.language_projection.weight.shape[0] == tiny.TEXT_WIDTH
+
+
+def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_model(backbones, tmp_path):
+    model = source("instructblip", "opt")
+    model.save_pretrained(tmp_path / "source")
+    tiny.image_processor().save_pretrained(tmp_path / "source")
+    tiny.tokenizer().save_pretrained(tmp_path / "source" / "qformer_tokenizer")
+    ours = QFormerCaptioner.from_backbones(tmp_path / "source", backbones[1], qformer=tmp_path / "source")
+    batch = inputs("instructblip")
+    features = model.vision_model(batch["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(ours.get_image_features(batch["pixel_values"]), features, atol=1e-6, rtol=0)
+    ours.save_pretrained(tmp_path / "ours")  # refers to the vision encoder in there
+    loaded = QFormerCaptioner.from_pretrained(tmp_path / "ours")
+    assert torch.equal(loaded(**batch).logits, ours(**batch).logits)
 
 
 def test_another_vision_encoder_is_seen_afresh_and_a_warning_says_so(backbones, tmp_path, caplog):
@@ -356,6 +375,12 @@ def rewrite(folder, change) -> None:
     save_file(change(weights), folder / "model.safetensors")
 
 
+def change_config(folder, **fields) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    content["qformer_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -371,6 +396,9 @@ def rewrite(folder, change) -> None:
             "has another shape of 'qformer.query_tokens'",
         ),
         (lambda f: (f / "config.json").write_text(json.dumps({"model_type": "gpt2"})), "is a 'gpt2'"),
+        (lambda f: change_config(f, hidden_act="nope"), "configuration of .* cannot be used: .*nope"),
+        (lambda f: change_config(f, num_attention_heads=7), "configuration of .* cannot be used: .*multiple"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "cannot be read: 'weight_map'"),
         (lambda f: shutil.rmtree(f), "cannot be read"),
     ],
 )
@@ -532,6 +560,7 @@ def test_the_old_scripts_weights_can_be_trained_on_and_kept(backbones, tmp_path)
         (lambda w: {n: w[n] for n in w if n != "layers.0.ffn.4.bias"}, "'layers.0.ffn.4.bias' is missing, left over"),
         (lambda w: w | {"extra": torch.ones(1)}, "'extra' is missing, left over"),
         (lambda w: {"weight": torch.ones(1)}, "has no 'query_tokens'"),
+        (lambda w: old_weights(24, 40), "width 40 cannot have 16 attention heads"),
         (lambda w: old_weights(30, tiny.TEXT_WIDTH), "reads features of width 30 .* the backbones have 24"),
     ],
 )

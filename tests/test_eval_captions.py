@@ -122,6 +122,8 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
         (["--predictions", "a.json", "--references", "b.json"], "There is no file 'b.json'"),
         (["--prediction", "a.json"], "Unknown option '--prediction'. Did you mean '--predictions'"),
         (["--model", "m"], "Say what to caption"),
+        (["--model", "m", "--dtype", "half"], "--dtype is auto, float32, bfloat16 or float16, not 'half'"),
+        (["--output", "/no/such/folder/scores.json"], "There is no folder for '/no/such/folder/scores.json'"),
         (["--model", "m", "--benchmark", "coco"], "There is no benchmark 'coco'; there are coco_karpathy_test, "),
     ],
 )
@@ -182,6 +184,28 @@ def test_two_processes_killed_and_gone_on_give_the_same(one_process, captioner, 
     assert len(list((tmp_path / "two").glob("progress-*.jsonl"))) == 2
     assert (tmp_path / "two" / "captions.json").read_text() == (one_process / "captions.json").read_text()
     assert scores(tmp_path / "two") == scores(one_process)
+
+
+def test_a_process_that_starts_late_takes_its_share_all_the_same(captioner, pictures, tmp_path):
+    """What the early one has captioned by then must not change how the batches are shared."""
+    program = (
+        "import sys, time\n"
+        "from accelerate import PartialState\n"
+        "from qformer_captioner import QFormerCaptioner, eval_captions\n"
+        "load = QFormerCaptioner.from_pretrained.__func__\n"
+        "def late(cls, *args, **kwargs):\n"
+        "    time.sleep(4 * PartialState().process_index)\n"
+        "    return load(cls, *args, **kwargs)\n"
+        "QFormerCaptioner.from_pretrained = classmethod(late)\n"
+        "eval_captions.evaluate(sys.argv[1:])"
+    )
+    (tmp_path / "late.py").write_text(program)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run += [str(tmp_path / "late.py"), *command(captioner, pictures, tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(json.loads((tmp_path / "run" / "captions.json").read_text())) == 11
 
 
 def test_what_is_captioned_already_is_not_captioned_again(one_process, captioner, pictures, tmp_path):

@@ -59,6 +59,13 @@ def test_clip_score_takes_a_generator_and_tells_each_image(clip):
     assert "ref_clip_score" not in scores
 
 
+def test_clip_score_takes_empty_captions_where_they_are_allowed(clip):
+    pictures = [tiny.picture()] * 2
+    with pytest.raises(InputError, match="Prediction 0 is empty"):
+        clip_scores(pictures, ["", "a"], REFERENCES, clip)
+    assert clip_scores(pictures, ["", "a"], REFERENCES, clip, allow_empty=True)["clip_score"] >= 0
+
+
 def test_clip_score_wants_an_image_for_each_caption_and_a_model(clip):
     with pytest.raises(InputError, match="1 images but 2 captions"):
         clip_scores([tiny.picture()], PREDICTIONS, model_name_or_path=clip)
@@ -81,6 +88,8 @@ def test_meteor_is_the_toolkits():
         expected, each = meteor.Meteor().compute_score(
             dict(enumerate(tokens)), {i: [" ".join(words)] for i, words in enumerate(tokenize(PREDICTIONS))}
         )
+    empty = java_scores(["", PREDICTIONS[1]], REFERENCES, ["meteor"], per_image=True, allow_empty=True)
+    assert empty["per_image"]["meteor"][0] == 0
     got = java_scores(PREDICTIONS, REFERENCES, ["meteor"], per_image=True)
     assert got["meteor"] == pytest.approx(expected, abs=1e-12)
     assert got["per_image"]["meteor"] == pytest.approx(each, abs=1e-12)

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, CLIPModel
 
 from ...processing_qformer import ImageInput, open_image
 from .. import InputError
-from .corpus import check_texts
+from .corpus import check_predictions, check_references
 
 PREFIX = "A photo depicts "  # stands before every text, references too
 WEIGHT = 2.5  # spreads the cosines, which hardly exceed 0.4, over 0 to 1
@@ -26,6 +26,7 @@ def clip_scores(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     per_image: bool = False,
+    allow_empty: bool = False,
 ) -> dict[str, float | dict[str, list[float]]]:
     """CLIPScore, `2.5 * max(cos(image, caption), 0)`, and with references RefCLIPScore, its harmonic mean with the
     highest `max(cos(caption, reference), 0)`.
@@ -38,6 +39,7 @@ def clip_scores(
         batch_size: images or texts that go through the model at a time.
         device: where the model runs. float16 would move the scores, so it runs in float32 everywhere.
         per_image: add `"per_image"`, a dictionary with the same keys and a list of scores each.
+        allow_empty: score an empty prediction instead of refusing it.
 
     Returns:
         `clip_score`, and with references `ref_clip_score`: means over the images.
@@ -53,7 +55,9 @@ def clip_scores(
     {'clip_score': 0.7616, 'ref_clip_score': 0.8227}
     ```
     """
-    check_texts(predictions, [("",)] * len(predictions) if references is None else references)
+    check_predictions(predictions, None if references is None else len(references), allow_empty)
+    if references is not None:
+        check_references(references)
     try:
         model = CLIPModel.from_pretrained(model_name_or_path, dtype=torch.float32).eval().to(device)
         processor = AutoProcessor.from_pretrained(model_name_or_path)

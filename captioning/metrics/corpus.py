@@ -18,16 +18,16 @@ from .rouge import rouge_l
 METRICS = ("bleu", "rouge_l", "cider")
 
 
-def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]], allow_empty: bool = False) -> None:
-    """See that predictions and references can be scored.
+def check_predictions(predictions: Sequence[str], number: int | None = None, allow_empty: bool = False) -> None:
+    """See that predictions can be scored, and that they are as many as there are lists of references.
 
     Raises:
         InputError: if not; the message names the first offender and counts all of them.
     """
-    if len(predictions) != len(references):
+    if number is not None and len(predictions) != number:
         raise InputError(
-            f"There are {len(predictions)} predictions but {len(references)} lists of references: give one list of "
-            "references for each prediction."
+            f"There are {len(predictions)} predictions but {number} lists of references: give one list of references "
+            "for each prediction."
         )
     if not len(predictions):
         raise InputError("There is nothing to score: the list of predictions is empty.")
@@ -40,7 +40,6 @@ def check_texts(predictions: Sequence[str], references: Sequence[Sequence[str]],
             [i for i, text in enumerate(predictions) if not text.strip()],
             lambda i: f"Prediction {i} is empty (`allow_empty` scores it as 0)",
         )
-    check_references(references)
 
 
 def check_references(references: Sequence[Sequence[str]]) -> None:
@@ -91,6 +90,7 @@ class References:
     """
 
     def __init__(self, references: Sequence[Sequence[str]], df: str | os.PathLike | DocumentFrequencies = "corpus"):
+        references = list(references)
         check_references(references)
         self.number_of_images = len(references)
         self.number_of_references = sum(map(len, references))
@@ -149,9 +149,12 @@ class References:
 
         Raises:
             InputError: for another number of predictions, one that is empty or no string.
+            ValueError: for an unknown metric.
         """
-        # One list of references each: those given were checked when they came.
-        check_texts(predictions, [("",)] * self.number_of_images, allow_empty)
+        predictions = list(predictions)
+        check_predictions(predictions, self.number_of_images, allow_empty)
+        if unknown := set(metrics) - set(METRICS):
+            raise ValueError(f"There is no metric {min(unknown)!r} here; there are {', '.join(METRICS)}.")
         tokens = tokenize(predictions)
         words = [_words(each) for each in tokens]
         lengths = np.fromiter(map(len, words), np.int64, len(words))  # [I]

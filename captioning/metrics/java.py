@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 
 from .. import InputError
-from .corpus import check_texts
+from .corpus import check_predictions, check_references
 from .ptb import tokenize
 
 JAVA_METRICS = ("meteor", "spice")
@@ -17,6 +17,7 @@ def java_scores(
     references: Sequence[Sequence[str]],
     metrics: Sequence[str] = JAVA_METRICS,
     per_image: bool = False,
+    allow_empty: bool = False,
 ) -> dict[str, float | dict[str, list[float]]]:
     """METEOR 1.5 (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016, arXiv 1607.08822), between 0 and 1.
 
@@ -27,6 +28,7 @@ def java_scores(
         references: the reference captions of each image.
         metrics: which of "meteor" and "spice".
         per_image: add `"per_image"`, a dictionary with the same keys and a list of scores each.
+        allow_empty: score an empty prediction instead of refusing it.
 
     Raises:
         InputError: if Java or pycocoevalcap is missing, if a metric's own program fails, or for captions that cannot be
@@ -39,7 +41,8 @@ def java_scores(
     {'meteor': 0.31239469345701887}
     ```
     """
-    check_texts(predictions, references)
+    check_predictions(predictions, len(references), allow_empty)
+    check_references(references)
     if shutil.which("java") is None:
         raise InputError(
             f"{' and '.join(metrics)} need Java, and there is no `java` on the PATH: install a Java runtime (Debian: "

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
+from .. import InputError
 from .cider import DocumentFrequencies
-from .corpus import METRICS, References, check_texts
+from .corpus import METRICS, References, check_predictions, check_references
 
 _CITATIONS = {
     "bleu": """@inproceedings{papineni2002bleu,
@@ -84,11 +85,16 @@ class CaptionMetrics(evaluate.Metric):
         Raises:
             InputError: for predictions or references that cannot be scored; the message names the first.
         """
-        if predictions is not None and references is not None:
-            # evaluate would print all of them, and say nothing of which is wrong.
-            check_texts(predictions, references, options.get("allow_empty", False))
-            predictions = [_storable(text) for text in predictions]
-            references = [[_storable(text) for text in own] for own in references]
+        if (predictions is None) != (references is None):
+            raise InputError("Give predictions and references, or neither behind `add` and `add_batch`.")
+        if predictions is None:
+            return super().compute(**options)
+        # evaluate would print all of them, and say nothing of which is wrong.
+        predictions, references = list(predictions), list(references)
+        check_predictions(predictions, len(references), options.get("allow_empty", False))
+        check_references(references)
+        predictions = [_storable(text) for text in predictions]
+        references = [[_storable(text) for text in own] for own in references]
         return super().compute(predictions=predictions, references=references, **options)
 
     def _compute(
