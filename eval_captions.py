@@ -10,6 +10,7 @@ BLEU, ROUGE-L and CIDEr equal the COCO caption toolkit's to 1e-12, without Java.
 results) or JSON lines. A killed captioning run goes on when the same command is given again.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -258,6 +259,16 @@ def score_files(args: ScoringArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def version_of(model: str, revision: str | None) -> object:
+    """What tells weights from others by the same name: their commit, or their files' sizes and times."""
+    from .modeling_qformer import commit_of
+
+    if not Path(model).is_dir():
+        return commit_of(model, revision)
+    files = sorted(Path(model).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> None:
     """Caption a benchmark, by as many processes as there are, and score on one."""
     from datetime import timedelta
@@ -306,6 +317,9 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     settings = {**asdict(args), "prompt": prompt, "generation": generation}
     for name in ("overwrite_output_dir", "output_dir", "num_workers", "use_cpu"):
         del settings[name]
+    # Captions of a captioner that was trained on since, or of other data by the same name, are not to be gone on with.
+    settings["weights"] = version_of(args.model, args.revision)
+    settings["references"] = hashlib.sha256(json.dumps(list(found.references.captions.items())).encode()).hexdigest()
     if state.is_main_process:
         RunFolder(folder, settings, args.overwrite_output_dir).start()
     state.wait_for_everyone()
@@ -353,6 +367,8 @@ def evaluate(words: list[str]) -> None:
     for path in (scoring.output, scoring.report, scoring.save_df):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise InputError(f"There is no folder for {path!r}: make it first.")
+    if captioning.batch_size < 1:
+        raise InputError(f"--batch_size is at least 1, not {captioning.batch_size}.")
     if captioning.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is auto, float32, bfloat16 or float16, not {captioning.dtype!r}.")
     if captioning.model is not None and scoring.predictions is None and scoring.references is None:

@@ -349,6 +349,11 @@ class QFormerModel(PreTrainedModel):
                 f"{len(fresh)} of {len(own)} tensors of the Q-Former start fresh, from {fresh[0]!r} on: the pretrained "
                 "one has none that fit."
             )
+        if dropped := [name for name in weights if name not in own]:
+            logger.warning(
+                f"{len(dropped)} of {len(weights)} tensors of the pretrained Q-Former are left out, from "
+                f"{dropped[0]!r} on: this one has no such part."
+            )
 
     def _embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         if not self.config.use_qformer_text_input:
@@ -933,7 +938,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
         )
         if qformer_config.use_qformer_text_input:
-            model.processor.qformer_tokenizer = load_qformer_tokenizer(qformer_tokenizer, qformer, qformer_revision)
+            model.processor.qformer_tokenizer = load_qformer_tokenizer(
+                qformer_tokenizer, qformer, qformer_revision, qformer_config.vocab_size
+            )
         model._reference(model._frozen_backbones())
         model.eval()
         model.print_trainable_parameters()

@@ -41,12 +41,12 @@ def open_image(image: ImageInput) -> Image.Image:
 
 
 def load_qformer_tokenizer(
-    name: str | os.PathLike | None, qformer: str | os.PathLike | None, revision: str | None
+    name: str | os.PathLike | None, qformer: str | os.PathLike | None, revision: str | None, vocab_size: int
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a Q-Former that reads text: the one named, else the one that came with it, else BERT's.
 
     Raises:
-        OSError: if it cannot be fetched; the message names it.
+        OSError: if it cannot be fetched, or has another vocabulary than the Q-Former; the message names it.
     """
     subfolder = ""
     if name is None and qformer is not None:
@@ -56,7 +56,11 @@ def load_qformer_tokenizer(
     else:
         name, revision = name or "google-bert/bert-base-uncased", None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder)
+        # Where its files are missing, transformers makes up one of a handful of words, and says nothing.
+        if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
+            raise ValueError(f"it knows {len(tokenizer)} words, pads with {tokenizer.pad_token}; needed: {vocab_size}")
+        return tokenizer
     except (OSError, ValueError) as error:
         raise OSError(
             f"The Q-Former reads text, but its tokenizer cannot be loaded from {str(name)!r}: name one with "
@@ -163,8 +167,8 @@ class QFormerCaptionerProcessor(ProcessorMixin):
         Args:
             images: one image or several: PIL images, paths or URLs.
             text: one prompt for all images, or one for each. Nothing, or an empty string, is the processor's `prompt`.
-            kwargs: options of the image processor or the tokenizer, such as `do_resize=False`. The result is always
-                padded torch tensors.
+            kwargs: options of the image processor, such as `do_resize=False`. The result is always padded torch
+                tensors.
 
         Returns:
             `pixel_values` (`[B, 3, H, W]`), if there are images; `input_ids` and `attention_mask` (`[B, P]`; P may

@@ -158,9 +158,12 @@ def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunA
 
 def as_config(text: str | None, name: str) -> dict:
     try:
-        return json.loads(text) if text else {}
+        config = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
         raise InputError(f"--{name} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise InputError(f'--{name} must be JSON fields and values, such as {{"hidden_size": 384}}, not {text}.')
+    return config
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The standard caption benchmarks: where their images and references are, and how papers caption them."""
 
-import io
 import json
 import os
 import urllib.error
@@ -11,10 +10,9 @@ from dataclasses import dataclass, field
 import datasets
 from PIL import Image
 
-from ..processing_qformer import open_image
 from . import InputError
 from .caption_files import ImageId, ReferenceSet
-from .data import captions_of, load_rows
+from .data import captions_of, load_rows, open_cell
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,8 @@ class EvaluationSet:
         Raises:
             OSError: if it cannot be read; the message names it.
         """
-        (value,) = self.rows[self.row_of[image]].values()
-        if value["bytes"] is None:
-            return open_image(value["path"])
-        try:
-            return open_image(Image.open(io.BytesIO(value["bytes"])))
-        except OSError as error:
-            raise OSError(f"The image {value['path'] or image!r} cannot be read ({error}).") from error
+        (cell,) = self.rows[self.row_of[image]].values()
+        return open_cell(cell)
 
 
 def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int | None = None) -> EvaluationSet:

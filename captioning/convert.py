@@ -60,7 +60,7 @@ class Checkpoint:
             if index is not None:
                 names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
             files = [cached_file(source, name, revision=revision) for name in names]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"The checkpoint {self.source!r} cannot be read: {str(error).splitlines()[0]} Give a folder or Hub id "
                 "with a config.json and safetensors files."
@@ -308,7 +308,9 @@ def _processor(checkpoint: Checkpoint, is_encoder_decoder: bool, reads_text: boo
             source, source, revision, revision, is_encoder_decoder=is_encoder_decoder
         )
         if reads_text:
-            processor.qformer_tokenizer = load_qformer_tokenizer(None, source, revision)
+            processor.qformer_tokenizer = load_qformer_tokenizer(
+                None, source, revision, checkpoint.config.qformer_config.vocab_size
+            )
         return processor
     except (OSError, ValueError) as error:
         print(f"{source!r} has no processor ({str(error).splitlines()[0]}), so neither has the captioner.")

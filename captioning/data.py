@@ -183,8 +183,7 @@ class CaptionDataset(Dataset):
         return self.images[index][self.image_column]["path"]
 
     def _open(self, index: int) -> Image.Image:
-        image = self.images[index][self.image_column]
-        return open_image(Image.open(io.BytesIO(image["bytes"])) if image["bytes"] else image["path"])
+        return open_cell(self.images[index][self.image_column])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -235,6 +234,21 @@ class CaptionDataset(Dataset):
         """Another column of the data set, of each row in order."""
         values = self.rows[name]
         return [values[index] for index in self.indices]
+
+
+def open_cell(cell: dict) -> Image.Image:
+    """Open an image as an undecoded column holds it: `{"bytes": ..., "path": ...}`, of which one is enough.
+
+    Raises:
+        OSError: if it cannot be read; the message names it where it has a name.
+    """
+    if cell["bytes"] is None:
+        return open_image(cell["path"])
+    try:
+        return open_image(Image.open(io.BytesIO(cell["bytes"])))
+    except Exception as error:  # as many kinds as `open_image` knows
+        name = os.path.basename(cell["path"] or "") or "without a name"
+        raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
 
 
 def random_resized_crop(image: Image.Image, smallest: float) -> Image.Image:

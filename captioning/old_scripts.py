@@ -61,7 +61,7 @@ class OldScriptsQFormer(nn.Module):
 
 
 class OldScriptsCaptioner(QFormerCaptioner):
-    """A captioner with such a Q-Former. It captions and trains like any; to keep it, save `model.old_state_dict()`."""
+    """A captioner with such a Q-Former. It captions and gives losses like any; keep it by its `old_state_dict()`."""
 
     @classmethod
     def from_state_dict(
@@ -91,6 +91,8 @@ class OldScriptsCaptioner(QFormerCaptioner):
         weights = state_dict if isinstance(state_dict, dict) else _read(state_dict)
         if not isinstance(weights, dict):
             raise InputError(f"What was saved is a {type(weights).__name__} and no state dict.")
+        if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
+            raise InputError("What was saved holds more than named tensors: it is no state dict.")
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}  # of DataParallel
         if "query_tokens" not in weights or "fc.weight" not in weights:
             raise InputError(

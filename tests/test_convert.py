@@ -24,6 +24,7 @@ from transformers import (
 from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
 from qformer_captioner.captioning import InputError, convert
 from qformer_captioner.captioning.old_scripts import OldScriptsCaptioner
+from qformer_captioner.captioning.scratch import train_tokenizer
 
 from . import tiny
 from .hub import Hub
@@ -269,7 +270,8 @@ def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_
     model = source("instructblip", "opt")
     model.save_pretrained(tmp_path / "source")
     tiny.image_processor().save_pretrained(tmp_path / "source")
-    tiny.tokenizer().save_pretrained(tmp_path / "source" / "qformer_tokenizer")
+    words = " ".join(f"word{i} word{i}" for i in range(60))
+    train_tokenizer([words], vocab_size=50).save_pretrained(tmp_path / "source" / "qformer_tokenizer")
     ours = QFormerCaptioner.from_backbones(tmp_path / "source", backbones[1], qformer=tmp_path / "source")
     batch = inputs("instructblip")
     features = model.vision_model(batch["pixel_values"]).last_hidden_state
@@ -323,6 +325,8 @@ def test_a_fresh_q_former_that_reads_text_takes_the_tokenizer_it_is_given(backbo
     assert ours.processor(images=tiny.picture(), text="a b")["qformer_input_ids"].tolist() == [[2, 5, 6, 3]]
     with pytest.raises(OSError, match="cannot be loaded from '/nowhere': name one with `qformer_tokenizer`"):
         QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer="/nowhere", **fields)
+    with pytest.raises(OSError, match="cannot be loaded from .*it knows 13 words"):
+        QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=bert, **fields | {"vocab_size": 99})
 
 
 def test_the_q_formers_tokenizer_is_saved_and_loaded(backbones, bert, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,16 @@ def test_what_is_captioned_already_is_not_captioned_again(one_process, captioner
     eval_captions.evaluate(command(captioner, pictures, tmp_path / "run"))
     captions = [row["caption"] for row in json.loads((tmp_path / "run" / "captions.json").read_text())]
     assert captions[-1] == "from before"
+
+
+def test_captions_of_weights_that_have_changed_are_not_gone_on_with(captioner, pictures, tmp_path):
+    model = tmp_path / "captioner"
+    shutil.copytree(captioner, model)
+    words = command(str(model), pictures, tmp_path / "run")
+    eval_captions.evaluate(words)
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())  # saved anew
+    with pytest.raises(InputError, match="holds another run: it differs in weights"):
+        eval_captions.evaluate(words)
 
 
 def test_an_image_that_cannot_be_read_is_named_and_costs_the_others_nothing(captioner, pictures, tmp_path):

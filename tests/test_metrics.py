@@ -117,6 +117,15 @@ def test_a_fraction_is_two_words_to_bleu_and_one_to_rouge():
     assert scores["rouge_l"] == pytest.approx((0.5 + 1) / 2)
 
 
+def test_white_space_inside_a_token_splits_it_for_bleu_and_cider_as_in_the_toolkit():
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap (the extra [java]) to compare with")
+    caption = "see http://a.com/x\u3000king here"
+    tokens = [" ".join(words) for words in tokenize([caption, "a dog"])]
+    assert "\u3000" in tokens[0]
+    scores = References([[caption, "a b c"], ["a dog"]]).score([caption, "a dog"], per_image=True)
+    assert_equal(scores, toolkit_scores(tokens, [[tokens[0], "a b c"], [tokens[1]]]))
+
+
 def test_empty_predictions_score_0_where_they_are_allowed():
     scores = References([["a dog runs"], ["a cat"]]).score(["", "a cat"], per_image=True, allow_empty=True)
     assert [scores["per_image"][key][0] for key in ("bleu_1", "rouge_l", "cider")] == [0, 0, 0]

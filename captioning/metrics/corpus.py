@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +24,8 @@ def check_predictions(predictions: Sequence[str], number: int | None = None, all
     Raises:
         InputError: if not; the message names the first offender and counts all of them.
     """
+    if isinstance(predictions, str):
+        raise InputError("The predictions are one string: give a list of captions, one for each image.")
     if number is not None and len(predictions) != number:
         raise InputError(
             f"There are {len(predictions)} predictions but {number} lists of references: give one list of references "
@@ -49,7 +51,7 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
         InputError: if not; the message names the first offender and counts all of them.
     """
     _refuse(
-        [i for i, own in enumerate(references) if isinstance(own, str) or not isinstance(own, Iterable)],
+        [i for i, own in enumerate(references) if isinstance(own, str) or not isinstance(own, Collection)],
         lambda i: f"The references of prediction {i} are {references[i]!r} and no list of strings",
     )
     _refuse([i for i, own in enumerate(references) if len(own) == 0], lambda i: f"Prediction {i} has no references")
@@ -151,7 +153,6 @@ class References:
             InputError: for another number of predictions, one that is empty or no string.
             ValueError: for an unknown metric.
         """
-        predictions = list(predictions)
         check_predictions(predictions, self.number_of_images, allow_empty)
         if unknown := set(metrics) - set(METRICS):
             raise ValueError(f"There is no metric {min(unknown)!r} here; there are {', '.join(METRICS)}.")
@@ -197,5 +198,5 @@ class References:
 
 
 def _words(tokens: list[str]) -> list[str]:
-    """Tokens as BLEU and CIDEr see them: a no-break space, which fractions hold ("2 1/2"), splits a token there."""
-    return " ".join(tokens).split() if any("\u00a0" in token for token in tokens) else tokens
+    """Tokens as BLEU and CIDEr see them: white space inside one, as in fractions ("2 1/2"), splits it."""
+    return " ".join(tokens).split()

@@ -90,7 +90,7 @@ class CaptionMetrics(evaluate.Metric):
         if predictions is None:
             return super().compute(**options)
         # evaluate would print all of them, and say nothing of which is wrong.
-        predictions, references = list(predictions), list(references)
+        references = list(references)
         check_predictions(predictions, len(references), options.get("allow_empty", False))
         check_references(references)
         predictions = [_storable(text) for text in predictions]
