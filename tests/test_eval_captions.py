@@ -211,11 +211,11 @@ def test_a_process_that_starts_late_takes_its_share_all_the_same(captioner, pict
 
 def test_what_is_captioned_already_is_not_captioned_again(one_process, captioner, pictures, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("run.json", "progress-0.jsonl"):
-        (tmp_path / "run" / name).write_text((one_process / name).read_text().replace("]\n", "", 1))  # a line cut off
-    progress = tmp_path / "run" / "progress-0.jsonl"
-    lines = progress.read_text().split("\n")
-    progress.write_text("\n".join(lines).replace(json.loads(lines[-2])[1], "from before"))
+    shutil.copy(one_process / "run.json", tmp_path / "run")
+    lines = (one_process / "progress-0.jsonl").read_text().split("\n")
+    lines[1] = lines[1][:-3]  # cut off by a kill
+    lines[-2] = json.dumps([10, "from before"])
+    (tmp_path / "run" / "progress-0.jsonl").write_text("\n".join(lines))
     eval_captions.evaluate(command(captioner, pictures, tmp_path / "run"))
     captions = [row["caption"] for row in json.loads((tmp_path / "run" / "captions.json").read_text())]
     assert captions[-1] == "from before"
