@@ -189,7 +189,7 @@ def load_evaluation_set(
             f"Image {without[0]!r} has no caption in the column {caption_column!r} ({len(without)} images have none)."
         )
     images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-    paths = [value["path"] for value in images[image_column]]
+    paths = [cell and cell["path"] for cell in images[image_column]]
     files = {image: os.path.basename(paths[row]) for image, row in row_of.items() if paths[row]}
     return EvaluationSet(ReferenceSet(captions, files), images, row_of)
 

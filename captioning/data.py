@@ -180,7 +180,8 @@ class CaptionDataset(Dataset):
             raise InputError(f"No row of the {split} split has a caption in its column {caption_column!r}.")
 
     def _file(self, index: int) -> str | None:
-        return self.images[index][self.image_column]["path"]
+        cell = self.images[index][self.image_column]
+        return cell and cell["path"]
 
     def _open(self, index: int) -> Image.Image:
         return open_cell(self.images[index][self.image_column])
@@ -236,12 +237,14 @@ class CaptionDataset(Dataset):
         return [values[index] for index in self.indices]
 
 
-def open_cell(cell: dict) -> Image.Image:
+def open_cell(cell: dict | None) -> Image.Image:
     """Open an image as an undecoded column holds it: `{"bytes": ..., "path": ...}`, of which one is enough.
 
     Raises:
-        OSError: if it cannot be read; the message names it where it has a name.
+        OSError: if there is none or it cannot be read; the message names it where it has a name.
     """
+    if cell is None:
+        raise OSError("The row has no image.")
     if cell["bytes"] is None:
         return open_image(cell["path"])
     try:

@@ -132,6 +132,18 @@ def test_flip_mirrors_some_of_the_images(image_folder):
     assert drawn == {((255, 0, 0), (20, 10)), ((0, 0, 0), (20, 10))}
 
 
+def test_a_row_without_an_image_is_skipped_and_written_down(image_folder):
+    rows = load_splits(str(image_folder))[0]
+    whole = [
+        {"image": image, "captions": captions} for image, captions in zip(rows["image"], rows["captions"], strict=True)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    rows = datasets.Dataset.from_list([whole[0] | {"image": None}, *whole[1:]], features=features)
+    data = captioned(rows)
+    assert data[0]["image"].size == (20, 10)  # the next one's
+    assert data.skipped.waiting == [{"split": "train", "row": 0, "file": None, "reason": "The row has no image."}]
+
+
 def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):
     data = captioned(load_splits(str(image_folder))[0])
     shuffled = ShuffledImages(data)
