@@ -1,7 +1,7 @@
 """qformer-captioner: a Q-Former that lets a frozen language model see.
 
-The root of the repository is this package and is also what a Hub repository holds, so this file imports lazily:
-`configuration_qformer.py`, `modeling_qformer.py` and `processing_qformer.py` must work without it.
+The root of the repository is this package and is also what a Hub repository holds, so this file imports lazily: the
+files that travel to the Hub (`*_qformer.py`) must work without it.
 """
 
 import importlib

@@ -261,7 +261,7 @@ def score_files(args: ScoringArguments) -> None:
 
 def version_of(model: str, revision: str | None) -> object:
     """What tells weights from others by the same name: their commit, or their files' sizes and times."""
-    from .modeling_qformer import commit_of
+    from .backbones_qformer import commit_of
 
     if not Path(model).is_dir():
         return commit_of(model, revision)
@@ -278,9 +278,9 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from transformers.utils.logging import disable_progress_bar
 
     from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
-    from .captioning.data import load_rows
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
+    from .captioning.sources import load_rows
     from .modeling_qformer import QFormerCaptioner
 
     # 1. Processes. accelerate finds out by itself about every kind of processor but this one.

@@ -4,8 +4,8 @@
     soft prompt + prompt tokens -> language_model -> caption
 
 Read from top to bottom: the layers of the Q-Former, the Q-Former, the captioner (what it computes, then how it is
-loaded and saved with its frozen backbones). The Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters
-carry the names of transformers' `Blip2QFormerModel`.
+loaded and saved with the backbones of backbones_qformer.py). The Q-Former is BLIP-2's (Li et al. 2023, arXiv
+2301.12597); its parameters carry the names of transformers' `Blip2QFormerModel`.
 
 In the shapes below B is images, K captions of an image, N image tokens, Q queries, P prompt tokens, T caption tokens,
 V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q-Former and the vision encoder.
@@ -18,18 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    Blip2VisionConfig,
-    Blip2VisionModel,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -38,11 +32,20 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .backbones_qformer import (
+    BACKBONES,
+    commit_of,
+    dtype_of,
+    is_frozen,
+    load_backbone,
+    read_weights,
+    untie_t5_head,
+    vision_model_from_config,
+)
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
 
@@ -372,132 +375,6 @@ class QFormerModel(PreTrainedModel):
 # ----------------------------------------------------------------------------------------------------------------------
 # The captioner
 # ----------------------------------------------------------------------------------------------------------------------
-
-BACKBONES = ("vision_model", "language_model")
-CAPTIONERS = ("blip-2", "instructblip")  # of transformers; their parts can be ours
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether none of its parameters trains."""
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of its floating-point weights."""
-    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
-
-
-def load_backbone(
-    part: str, name_or_path: str, revision: str | None = None, dtype: str | torch.dtype = "auto", **hub_kwargs
-) -> PreTrainedModel:
-    """Load a vision encoder (`part="vision_model"`) or a language model from the Hub or a folder.
-
-    Raises:
-        OSError: if it cannot be fetched; the message names it and says what to do.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
-        if config.model_type in CAPTIONERS:
-            backbone = load_part_of_captioner(part, name_or_path, config, revision, dtype, **hub_kwargs)
-        elif part == "language_model":
-            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            backbone = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, **hub_kwargs)
-        else:
-            config = config.vision_config if "vision_config" in config.sub_configs else config
-            backbone = AutoModel.from_pretrained(
-                name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs
-            )
-    except OSError as error:
-        raise cannot_load(part, name_or_path, revision, error) from error
-    backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
-    return backbone
-
-
-def cannot_load(part: str, name_or_path: str, revision: str | None, error: OSError) -> OSError:
-    return OSError(
-        f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: check the "
-        "name or put the folder back, log in with `hf auth login` if it is private or gated, and make sure the Hub can "
-        "be reached or the model is in the cache. A captioner saved with `include_backbones=True` does not need it. "
-        f"({str(error).splitlines()[0]})"
-    )
-
-
-def read_weights(
-    path: str | os.PathLike, prefix: str = "", revision: str | None = None, **hub_kwargs
-) -> dict[str, torch.Tensor]:
-    """The tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`."""
-    hub_kwargs["revision"] = revision
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if index is None:
-        files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
-    else:
-        files, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
-    weights = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            weights.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
-    return weights
-
-
-def load_part_of_captioner(
-    part: str,
-    name_or_path: str,
-    config: PreTrainedConfig,
-    revision: str | None,
-    dtype: str | torch.dtype,
-    **hub_kwargs,
-) -> PreTrainedModel:
-    """A backbone out of a BLIP-2 or InstructBLIP of transformers, whose parts have the same names as ours."""
-    weights = read_weights(name_or_path, f"{part}.", revision, **hub_kwargs)
-    weights = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
-    if dtype == "auto":
-        dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    if part == "vision_model":
-        backbone = vision_model_from_config(blip2_vision_config(config.vision_config), dtype)
-    else:
-        auto_class = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
-        backbone = auto_class.from_config(config.text_config, dtype=dtype)
-        untie_t5_head(backbone)
-        if "shared.weight" in weights:  # a T5 that had its output layer tied in memory saved one tensor for both
-            weights.setdefault("lm_head.weight", weights["shared.weight"])
-    missing, _ = backbone.load_state_dict(weights, strict=False)
-    if missing := sorted(set(missing) - set(backbone.all_tied_weights_keys)):
-        raise OSError(f"{name_or_path!r} has no {missing[0]!r} in its {part}.")
-    return backbone
-
-
-def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:
-    """The vision encoder of a BLIP-2 or InstructBLIP: they are the same."""
-    return Blip2VisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
-
-
-def commit_of(name_or_path: str | os.PathLike, revision: str | None) -> str | None:
-    """The commit of the Hub that a model came from, read off the cache; `None` for a plain folder."""
-    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, revision=revision), None)
-
-
-def vision_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A vision encoder with random weights. `AutoModel` does not know BLIP-2's own, which its captioners come with."""
-    if config.model_type == Blip2VisionConfig.model_type:
-        return Blip2VisionModel._from_config(config, dtype=dtype)
-    return AutoModel.from_config(config, dtype=dtype)
-
-
-def untie_t5_head(language_model: PreTrainedModel) -> None:
-    """Keep the output layer of T5 v1.1 and Flan-T5 their own.
-
-    These models have one, and the only trace of it is `scale_decoder_outputs=False`: transformers 5 declares all T5
-    output layers tied to the input embedding, so that a later `tie_weights()` (Trainer and FSDP call it) would silently
-    overwrite it.
-    """
-    if getattr(language_model.config, "scale_decoder_outputs", True):
-        return
-    language_model._tied_weights_keys = {
-        name: source for name, source in language_model._tied_weights_keys.items() if name != "lm_head.weight"
-    }
-    language_model.all_tied_weights_keys.pop("lm_head.weight", None)
-    if language_model.lm_head.weight is language_model.shared.weight:
-        language_model.lm_head.weight = nn.Parameter(language_model.shared.weight.detach().clone())
 
 
 @dataclass

@@ -37,12 +37,13 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import HfArgumentParser, set_seed
 
 from .captioning import InputError
-from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, load_splits
+from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows
 from .captioning.metrics import CaptionMetrics
 from .captioning.options import make_parser, nearest_option, option, parse
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
+from .captioning.sources import load_splits
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
 from .modeling_qformer import QFormerCaptioner
 

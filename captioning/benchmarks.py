@@ -12,7 +12,8 @@ from PIL import Image
 
 from . import InputError
 from .caption_files import ImageId, ReferenceSet
-from .data import captions_of, load_rows, open_cell
+from .data import captions_of, open_cell
+from .sources import load_rows
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ..backbones_qformer import CAPTIONERS, blip2_vision_config, commit_of
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from ..modeling_qformer import CAPTIONERS, QFormerCaptioner, QFormerModel, blip2_vision_config, commit_of
+from ..modeling_qformer import QFormerCaptioner, QFormerModel
 from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
 from . import InputError
 

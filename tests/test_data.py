@@ -13,10 +13,10 @@ from qformer_captioner.captioning.data import (
     CaptionDataset,
     ShuffledImages,
     SkippedRows,
-    load_splits,
     random_resized_crop,
 )
 from qformer_captioner.captioning.scratch import build_from_scratch
+from qformer_captioner.captioning.sources import load_splits
 
 COLOURS = ["red", "green", "blue", "yellow"]
 

@@ -246,6 +246,7 @@ def test_a_folder_holds_what_opens_it(folders, folder):
         "tokenizer_config.json",
         "chat_template.jinja",
         "configuration_qformer.py",
+        "backbones_qformer.py",
         "modeling_qformer.py",
         "processing_qformer.py",
     }
