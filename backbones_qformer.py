@@ -35,25 +35,50 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
+class AbsentVisionModel(nn.Module):
+    """Stands in the place of a vision encoder where its features come precomputed, and takes no memory."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        self.nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)  # tells the dtype it would have
+
+    def forward(self, *args, **kwargs):
+        raise ValueError(
+            "This captioner was loaded without its vision encoder and reads precomputed features (`image_embeds`). To "
+            "show it images, call its `load_vision_model()` first."
+        )
+
+
 def load_backbone(
-    part: str, name_or_path: str, revision: str | None = None, dtype: str | torch.dtype = "auto", **hub_kwargs
-) -> PreTrainedModel:
+    part: str,
+    name_or_path: str,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    absent: bool = False,
+    **hub_kwargs,
+) -> PreTrainedModel | AbsentVisionModel:
     """Load a vision encoder (`part="vision_model"`) or a language model from the Hub or a folder.
+
+    With `absent`, only the configuration of the vision encoder is fetched.
 
     Raises:
         OSError: if it cannot be fetched; the message names it and says what to do.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
-        if config.model_type in CAPTIONERS:
+        if absent:
+            config = vision_config_of(config)
+            dtype = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
+            backbone = AbsentVisionModel(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        elif config.model_type in CAPTIONERS:
             backbone = load_part_of_captioner(part, name_or_path, config, revision, dtype, **hub_kwargs)
         elif part == "language_model":
             auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             backbone = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, **hub_kwargs)
         else:
-            config = config.vision_config if "vision_config" in config.sub_configs else config
             backbone = AutoModel.from_pretrained(
-                name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs
+                name_or_path, config=vision_config_of(config), revision=revision, dtype=dtype, **hub_kwargs
             )
     except OSError as error:
         raise cannot_load(part, name_or_path, revision, error) from error
@@ -112,6 +137,13 @@ def load_part_of_captioner(
     if missing := sorted(set(missing) - set(backbone.all_tied_weights_keys)):
         raise OSError(f"{name_or_path!r} has no {missing[0]!r} in its {part}.")
     return backbone
+
+
+def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the vision encoder in whatever it is a part of (CLIP, SigLIP, BLIP-2), or it itself."""
+    if config.model_type in CAPTIONERS:
+        return blip2_vision_config(config.vision_config)
+    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
 def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:

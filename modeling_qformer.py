@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbones_qformer import (
     BACKBONES,
+    AbsentVisionModel,
     commit_of,
     dtype_of,
     is_frozen,
@@ -423,7 +424,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         config: QFormerCaptionerConfig,
-        vision_model: PreTrainedModel | None = None,
+        vision_model: PreTrainedModel | AbsentVisionModel | None = None,
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
@@ -715,6 +716,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         super().train(mode)
         for part in self._frozen_backbones():
             getattr(self, part).eval()
+        if self.language_model.is_activation_checkpointing:
+            # transformers recomputes activations of layers in training mode only. A layer's own flag does nothing else,
+            # its children stay in evaluation mode; but OPT's and BART's layers drop out by themselves, so not theirs.
+            for layer in self.language_model.modules():
+                if isinstance(layer, GradientCheckpointingLayer) and not vars(layer).get("dropout"):
+                    layer.training = mode
         return self
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
@@ -745,6 +752,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         qformer: str | os.PathLike | None = None,
         qformer_revision: str | None = None,
         qformer_tokenizer: str | os.PathLike | None = None,
+        load_vision_model: bool = True,
         **qformer_fields,
     ) -> "QFormerCaptioner":
         r"""Put a Q-Former between two pretrained models: a fresh one, or a pretrained one with a fresh projection.
@@ -762,6 +770,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             qformer_revision (`str`, *optional*): its branch, tag or commit.
             qformer_tokenizer (`str`, *optional*): Hub id or folder of the tokenizer of a Q-Former that reads text
                 (`use_qformer_text_input=True`); by default the one that came with `qformer`, else BERT's.
+            load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
+                its precomputed features; [`~QFormerCaptioner.load_vision_model`] fetches it later.
             qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
 
         Raises:
@@ -786,7 +796,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             pretrained_fields, weights = load_qformer(qformer, qformer_revision)
             qformer_fields = {**pretrained_fields, **qformer_fields}
         qformer_config = QFormerConfig.from_fields(**qformer_fields)
-        vision_model = load_backbone("vision_model", os.fspath(vision), vision_revision, dtype)
+        vision_model = load_backbone(
+            "vision_model", os.fspath(vision), vision_revision, dtype, absent=not load_vision_model
+        )
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         config = QFormerCaptionerConfig(
             # Copies: a composite config resets the attention implementation of the configs that it is made of.
@@ -804,6 +816,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         own = language_model.generation_config.to_dict()
         special_tokens = {name: own[name] for name in own if name.endswith("_token_id") and own[name] is not None}
         model = cls(config, vision_model=vision_model, language_model=language_model)
+        for part in BACKBONES:
+            if not is_frozen(getattr(model, part)):
+                getattr(model, part).float()  # what trains needs more digits than bfloat16 has
         model.generation_config.update(**special_tokens)
         # Queries start as loud as words do: a frozen language model has never read anything much louder.
         words = model.language_model.get_input_embeddings().weight
@@ -824,14 +839,18 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         return model
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, dtype=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, config=None, dtype=None, load_vision_model=True, **kwargs
+    ):
         """Load a captioner from a folder or the Hub, with the backbones that it keeps by reference.
 
         Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
-        was saved in. Backbones that were frozen are frozen again.
+        was saved in. Backbones that were frozen are frozen again. `load_vision_model=False` leaves the vision encoder
+        out of memory, as in `from_backbones`.
 
         Raises:
             OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
+            ValueError: if the vision encoder is to be left out, but could not be fetched by its name later.
         """
         hub_kwargs = {
             name: kwargs[name]
@@ -845,17 +864,28 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             config.dtypes = None
         kwargs = {**kwargs, "config": config, "dtype": dtype}
 
-        if config.referenced_backbones and kwargs.get("state_dict") is None:
+        if not load_vision_model and not (config.freeze_vision_model and config.vision_model_name_or_path):
+            raise ValueError(
+                f"The captioner {str(pretrained_model_name_or_path)!r} has a vision encoder of its own and cannot be "
+                "loaded without it."
+            )
+        fetched = set(config.referenced_backbones or []) | ({"vision_model"} if not load_vision_model else set())
+        if fetched and kwargs.get("state_dict") is None:
             weights = read_weights(pretrained_model_name_or_path, **hub_kwargs)
             download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
-            for part in config.referenced_backbones:
+            for part in fetched:
+                absent = part == "vision_model" and not load_vision_model
                 backbone = load_backbone(
                     part,
                     getattr(config, f"{part}_name_or_path"),
                     getattr(config, f"{part}_revision"),
                     getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
+                    absent=absent,
                     **download,
                 )
+                if absent:
+                    kwargs["vision_model"] = backbone
+                    weights = {name: weights[name] for name in weights if not name.startswith("vision_model.")}
                 weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
             loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -869,6 +899,18 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         if pretrained_model_name_or_path is not None:
             model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
         return loaded
+
+    def load_vision_model(self) -> None:
+        """Fetch the vision encoder of a captioner that was loaded without it; otherwise do nothing.
+
+        Raises:
+            OSError: if it cannot be fetched; the message names it.
+        """
+        if isinstance(self.vision_model, AbsentVisionModel):
+            name, revision = self.config.vision_model_name_or_path, self.config.vision_model_revision
+            vision_model = load_backbone("vision_model", name, revision, dtype_of(self.vision_model))
+            self.vision_model = vision_model.requires_grad_(False).eval().to(self.device)
+            self._reference(self.config.referenced_backbones or [])
 
     # --- Saving -------------------------------------------------------------------------------------------------------
 
@@ -893,6 +935,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             included = list(include_backbones)
             if unknown := set(included) - set(BACKBONES):
                 raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
+        if "vision_model" in included:
+            self.load_vision_model()
         frozen = self._frozen_backbones()
         self._reference(
             [

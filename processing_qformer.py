@@ -199,6 +199,19 @@ class QFormerCaptionerProcessor(ProcessorMixin):
             batch["qformer_input_ids"], batch["qformer_attention_mask"] = words["input_ids"], words["attention_mask"]
         return BatchFeature(batch)
 
+    def as_chat(self, prompt: str) -> str:
+        """A prompt as a user's turn in the language model's own chat template, up to where it is to answer.
+
+        Raises:
+            ValueError: if its tokenizer has none.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        if bos is not None and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            text = text.removeprefix(bos)  # the tokenizer adds its own, and one is enough
+        return text
+
     def _tokenize_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         if not any(prompts) and not self.tokenizer("").input_ids:
             # Tokenizers give empty *float* tensors here.

@@ -12,8 +12,12 @@ with `AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run g
 again.
 """
 
+import contextlib
+import io
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -37,13 +41,14 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import HfArgumentParser, set_seed
 
 from .captioning import InputError
-from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows
+from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
+from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
 from .captioning.options import make_parser, nearest_option, option, parse
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
-from .captioning.sources import load_splits
+from .captioning.sources import EVAL_SPLITS, load_splits
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
 from .modeling_qformer import QFormerCaptioner
 
@@ -67,7 +72,8 @@ class ModelArguments:
     freeze_vision_model: bool = option(True, "Keep a pretrained vision encoder as it is.")
     freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
     dtype: str = option("auto", "Of pretrained backbones. auto: bfloat16 where the GPU has it, else float32.")
-    prompt: str = option("", "Text between the image and the caption.")
+    prompt: list[str] | None = option(None, "Text between the image and the caption; of several, training draws one.")
+    use_chat_template: bool = option(False, "Put the prompt into the language model's chat template, as a user's turn.")
     lora_r: int | None = option(None, "Train LoRA adapters of this rank on the language model, beside the Q-Former.")
     lora_alpha: int = option(32, "Scale of LoRA adapters; what they add counts alpha / r times.")
     lora_dropout: float = option(0.0, "Dropout in front of LoRA adapters.")
@@ -97,6 +103,9 @@ class DataArguments:
     )
     flip: float = option(
         0.0, "Train on images mirrored left to right with this probability (0.5, unless captions tell left from right)."
+    )
+    features: str | None = option(
+        None, "Folder of precompute_features.py: train on what is in it, without the vision encoder in memory."
     )
     max_caption_length: int = option(64, "Cut longer captions to so many tokens.")
 
@@ -172,8 +181,10 @@ def as_config(text: str | None, name: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build_model(args: ModelArguments, train_captions: list[list[str]]) -> QFormerCaptioner:
-    """The captioner that the options ask for.
+def build_model(
+    args: ModelArguments, train_captions: list[list[str]], load_vision_model: bool = True
+) -> QFormerCaptioner:
+    """The captioner that the options ask for, if need be without its vision encoder.
 
     Raises:
         InputError: if they ask for none, or for two.
@@ -190,6 +201,7 @@ def build_model(args: ModelArguments, train_captions: list[list[str]]) -> QForme
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    prompt = args.prompt[0] if args.prompt else ""
     qformer_config = as_config(args.qformer_config, "qformer_config")
     if all(configs):
         return build_from_scratch(
@@ -197,7 +209,7 @@ def build_model(args: ModelArguments, train_captions: list[list[str]]) -> QForme
             as_config(args.text_config, "text_config"),
             qformer_config,
             (caption for captions in train_captions for caption in captions),
-            prompt=args.prompt,
+            prompt=prompt,
         )
     if all(backbones):
         return QFormerCaptioner.from_backbones(
@@ -207,32 +219,35 @@ def build_model(args: ModelArguments, train_captions: list[list[str]]) -> QForme
             freeze_vision_model=args.freeze_vision_model,
             freeze_language_model=args.freeze_language_model,
             dtype=dtype,
-            prompt=args.prompt,
+            prompt=prompt,
+            load_vision_model=load_vision_model,
             **qformer_config,
         )
-    model = QFormerCaptioner.from_pretrained(args.model_name_or_path)
+    model = QFormerCaptioner.from_pretrained(args.model_name_or_path, load_vision_model=load_vision_model)
     if model.processor is None:
         raise InputError(f"The captioner {args.model_name_or_path!r} has no processor beside it.")
-    model.processor.prompt = args.prompt or model.processor.prompt
+    model.processor.prompt = prompt or model.processor.prompt
     return model
 
 
-def add_lora(model: QFormerCaptioner, args: ModelArguments, base: Path, included: bool | list[str]) -> PeftModel:
-    """Put LoRA adapters on the language model; they, the Q-Former and the projection train and are saved together.
+def keep_base(model: QFormerCaptioner, base: Path, included: bool | list[str]) -> None:
+    """Save the fresh captioner that adapters are put on: they are nothing without it."""
+    if base.exists():  # the run goes on
+        return
+    unfinished = base.with_suffix(".tmp")  # a kill while writing must not leave half of it
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, include_backbones=included)
+    unfinished.rename(base)
 
-    An adapter needs the captioner that it was put on: one that was fresh is kept in the folder `base`.
+
+def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
+    """Put LoRA adapters on the language model; they, the Q-Former and the projection train and are saved together.
 
     Raises:
         InputError: if the language model has no layers of the names asked for.
     """
     if args.lora_r < 1:
         raise InputError(f"--lora_r is the rank of the adapters and at least 1, not {args.lora_r}.")
-    if args.model_name_or_path is None:
-        if base.exists():  # the run goes on
-            model = QFormerCaptioner.from_pretrained(base)
-        else:
-            model.save_pretrained(base, include_backbones=included)
-        model.name_or_path = str(base)
     names = args.lora_target_modules.split(",") if args.lora_target_modules else None
     names = names or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.text_config.model_type)
     if names is None:
@@ -258,9 +273,34 @@ def add_lora(model: QFormerCaptioner, args: ModelArguments, base: Path, included
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def read_features(store: FeatureStore, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Let the options say what a store of features says: which data set, which vision encoder.
+
+    Raises:
+        InputError: if other options ask for images.
+    """
+    if data_args.smallest_crop is not None or data_args.flip:
+        raise InputError(
+            "--smallest_crop and --flip change images, and --features has none any more: give them to "
+            "precompute_features.py, with --views."
+        )
+    if not model_args.freeze_vision_model or model_args.vision_config is not None:
+        raise InputError("With --features there is no vision encoder that could train.")
+    if data_args.dataset_name is None:
+        for name, value in store.dataset.items():
+            setattr(data_args, name, value)
+    if model_args.language_model_name_or_path is not None and model_args.vision_model_name_or_path is None:
+        model_args.vision_model_name_or_path = store.vision_model_name_or_path
+        model_args.vision_model_revision = store.vision_model_revision
+
+
 def train(words: list[str]) -> None:
     # 1. Options, and the folder that the run owns.
     model_args, data_args, run_args, training_args = parse_options(words)
+    store = None
+    if data_args.features is not None:
+        store = FeatureStore(data_args.features)
+        read_features(store, model_args, data_args)
     if data_args.dataset_name is None:
         raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder, or scenes).")
     if run_args.include_backbones not in ("auto", "true", "false"):
@@ -291,19 +331,35 @@ def train(words: list[str]) -> None:
     )
     skipped = SkippedRows()
     columns = (data_args.image_column, data_args.caption_column, skipped)
-    varied = (data_args.smallest_crop, data_args.captions_per_image, data_args.flip)
-    train_data = CaptionDataset(train_rows, data_args.train_split, *columns, *varied)
+    variations = Variations(
+        data_args.smallest_crop, data_args.flip, data_args.captions_per_image, seed=training_args.seed
+    )
+    features = store and store.split(data_args.train_split)
+    train_data = CaptionDataset(train_rows, data_args.train_split, *columns, variations, features)
     if eval_rows is None:
         eval_data = None
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
         print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
     else:
-        eval_data = CaptionDataset(eval_rows, data_args.eval_split or "evaluation", *columns).readable()
+        eval_split = data_args.eval_split or next(split for split in EVAL_SPLITS if store is None or split in store.layouts)
+        eval_data = CaptionDataset(
+            eval_rows, data_args.eval_split or "evaluation", *columns, features=store and store.split(eval_split)
+        ).readable()
 
     # 3. Captioner.
     try:
-        model = build_model(model_args, train_data.captions)
-        collate = CaptionCollator(model.processor, data_args.max_caption_length)
+        model = build_model(model_args, train_data.captions, load_vision_model=store is None)
+        processor = model.processor
+        if model_args.use_chat_template:
+            processor.prompt = processor.as_chat(processor.prompt)
+        if len(model_args.prompt or ()) > 1:
+            variations.prompts = model_args.prompt
+            if model_args.use_chat_template:
+                variations.prompts = [processor.as_chat(prompt) for prompt in model_args.prompt]
+        if store is not None:
+            name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
+            store.check(name, revision, processor.image_processor)
+        collate = CaptionCollator(processor, data_args.max_caption_length)
         with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
             model(**collate([train_data[0]]))
     except (OSError, TypeError, ValueError) as error:
@@ -312,12 +368,22 @@ def train(words: list[str]) -> None:
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
 
     # 4. Training.
+    first = training_args.process_index == 0  # the process that writes
     checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
-    run.start()
-    skipped.write_to(folder / "skipped_rows.jsonl")
     included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
+    wait_for_everyone = training_args.distributed_state.wait_for_everyone
+    wait_for_everyone()  # nobody looks into the folder any more
+    if first:
+        run.start()
+        skipped.write_to(folder / "skipped_rows.jsonl")
+    wait_for_everyone()
     if model_args.lora_r is not None:
-        model = add_lora(model, model_args, folder / "base", included)
+        if model_args.model_name_or_path is None:
+            if first:
+                keep_base(model, folder / "base", included)
+            wait_for_everyone()
+            model = QFormerCaptioner.from_pretrained(folder / "base", load_vision_model=store is None)
+        model = add_lora(model, model_args)
 
     metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file
 
@@ -368,8 +434,11 @@ def train(words: list[str]) -> None:
 
 
 def main() -> None:
+    # Of several processes the first one speaks.
+    silent = contextlib.redirect_stdout(io.StringIO()) if int(os.environ.get("RANK", 0)) else contextlib.nullcontext()
     try:
-        train(sys.argv[1:])
+        with silent:
+            train(sys.argv[1:])
     except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ..processing_qformer import QFormerCaptionerProcessor, open_image
 from . import InputError
+from .features import SplitFeatures
 
 
 class SkippedRows:
@@ -48,8 +51,57 @@ class SkippedRows:
         return len({(entry["split"], entry["row"]) for entry in entries})
 
 
+@dataclass
+class Variations:
+    """What training shows differently each time it comes to a row.
+
+    All of it follows from the seed, the epoch and the row, and from nothing else: so it does not matter how many
+    processes and workers load the data, nor where a killed run goes on.
+
+    Args:
+        smallest_crop: show random parts of the images, with at least this share of their area.
+        flip: mirror an image, left to right, with this probability.
+        captions_per_image: draw so many of an image's captions each time; by default give all.
+        prompts: draw one of these.
+        seed: of all that.
+    """
+
+    smallest_crop: float | None = None
+    flip: float = 0.0
+    captions_per_image: int | None = None
+    prompts: Sequence[str] = ()
+    seed: int = 0
+
+    def random(self, epoch: int, row: int) -> torch.Generator:
+        """The source of the random numbers of one row in one epoch."""
+        return torch.Generator().manual_seed(hash((self.seed, epoch, row)) % 2**63)
+
+    def vary_image(self, image: Image.Image, random: torch.Generator) -> Image.Image:
+        """A crop of an image, perhaps mirrored."""
+        if self.smallest_crop is not None:
+            image = random_resized_crop(image, self.smallest_crop, random)
+        if self.flip and torch.rand((), generator=random) < self.flip:
+            image = ImageOps.mirror(image)
+        return image
+
+    def vary_text(self, captions: list[str], random: torch.Generator) -> dict:
+        """Some of the captions, and a prompt where there are any."""
+        if self.captions_per_image is not None:
+            drawn = torch.randperm(len(captions), generator=random)[: self.captions_per_image]
+            captions = [captions[each] for each in drawn]
+        if not self.prompts:
+            return {"captions": captions}
+        return {
+            "captions": captions,
+            "prompt": self.prompts[int(torch.randint(len(self.prompts), (), generator=random))],
+        }
+
+
 class CaptionDataset(Dataset):
     """Rows of `{"image": PIL image, "captions": [str, ...]}`; one that cannot be read is skipped and written down.
+
+    With `features` they are `{"image_embeds": [N, Dv], "captions": [str, ...]}`; with prompts to draw from, each has a
+    `"prompt"`, too.
 
     A row without any caption is left out from the start. Whether an image can be read shows when it is opened: in
     training the next row takes its place, for evaluation [`~CaptionDataset.readable`] opens all of them first.
@@ -60,12 +112,11 @@ class CaptionDataset(Dataset):
         image_column: holds images, or paths of images.
         caption_column: holds a caption, or a list of captions.
         skipped: the record.
-        smallest_crop: for training: show random parts of the images, with at least this share of their area.
-        captions_per_image: for training: draw so many of an image's captions each time; by default give all.
-        flip: for training: mirror an image, left to right, with this probability.
+        variations: what training shows differently each time.
+        features: of the same rows, to be read instead of the images.
 
     Raises:
-        InputError: if a column is not there, or no row has a caption.
+        InputError: if a column is not there, no row has a caption, or there are features of other rows.
     """
 
     def __init__(
@@ -75,11 +126,10 @@ class CaptionDataset(Dataset):
         image_column: str,
         caption_column: str,
         skipped: SkippedRows,
-        smallest_crop: float | None = None,
-        captions_per_image: int | None = None,
-        flip: float = 0.0,
+        variations: Variations | None = None,
+        features: SplitFeatures | None = None,
     ):
-        for column in (image_column, caption_column):
+        for column in (caption_column,) if features else (image_column, caption_column):
             if column not in rows.column_names:
                 there = ", ".join(map(repr, rows.column_names))
                 raise InputError(
@@ -88,12 +138,14 @@ class CaptionDataset(Dataset):
                 )
         self.split = split
         self.skipped = skipped
-        self.smallest_crop = smallest_crop
-        self.captions_per_image = captions_per_image
-        self.flip = flip
+        self.variations = variations or Variations()
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # so that data-loading processes see it move on
         self.rows = rows
-        # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
-        self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+        self.features = features
+        self.images = None
+        if image_column in rows.column_names:
+            # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
+            self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
         self.captions = [captions_of(value) for value in rows[caption_column]]
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
@@ -101,13 +153,32 @@ class CaptionDataset(Dataset):
             skipped.add(split, index, self._file(index), "no caption")
         if not self.indices:
             raise InputError(f"No row of the {split} split has a caption in its column {caption_column!r}.")
+        if features is not None:
+            self._leave_out_rows_without_features()
+
+    def _leave_out_rows_without_features(self) -> None:
+        if len(self.features) < len(self.rows):
+            raise InputError(
+                f"The {self.split} split has {len(self.rows)} rows, but there are features of {len(self.features)} "
+                "only: precompute them again."
+            )
+        for index in self.indices:
+            if not self.features.present[index]:
+                self.skipped.add(self.split, index, self._file(index), "no features: its image could not be read")
+        self.indices = [index for index in self.indices if self.features.present[index]]
+        if not self.indices:
+            raise InputError(f"Not one row of the {self.split} split has features.")
 
     def _file(self, index: int) -> str | None:
-        cell = self.images[index][self.image_column]
+        cell = self.images and self.images[index][self.image_column]
         return cell and cell["path"]
 
     def _open(self, index: int) -> Image.Image:
         return open_cell(self.images[index][self.image_column])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Vary the rows as epoch `epoch` does."""
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -115,20 +186,18 @@ class CaptionDataset(Dataset):
     def __getitem__(self, position: int) -> dict:
         for step in range(len(self)):
             index = self.indices[(position + step) % len(self)]
+            random = self.variations.random(int(self.epoch), index)
             try:
-                image = self._open(index)
-                if self.smallest_crop is not None:
-                    image = random_resized_crop(image, self.smallest_crop)
-                if self.flip and torch.rand(()) < self.flip:
-                    image = ImageOps.mirror(image)
-                captions = self.captions[index]
-                if self.captions_per_image is not None:
-                    drawn = torch.randperm(len(captions))[: self.captions_per_image]
-                    captions = [captions[each] for each in drawn]
-                return {"image": image, "captions": captions}
+                return {**self._look(index, random), **self.variations.vary_text(self.captions[index], random)}
             except OSError as error:
                 self.skipped.add(self.split, index, self._file(index), str(error))
         raise self._nothing_to_see()
+
+    def _look(self, index: int, random: torch.Generator) -> dict:
+        if self.features is None:
+            return {"image": self.variations.vary_image(self._open(index), random)}
+        view = int(torch.randint(self.features.views, (), generator=random)) if self.features.views > 1 else 0
+        return {"image_embeds": self.features.read([index], [view])[0]}
 
     def _nothing_to_see(self) -> InputError:
         return InputError(
@@ -138,6 +207,8 @@ class CaptionDataset(Dataset):
 
     def readable(self) -> "CaptionDataset":
         """Leave out, from the start, the rows whose image cannot be opened: an evaluation must know its rows."""
+        if self.features is not None:
+            return self
         kept = []
         for index in self.indices:
             try:
@@ -149,6 +220,15 @@ class CaptionDataset(Dataset):
             raise self._nothing_to_see()
         self.indices = kept
         return self
+
+    def picture(self, position: int) -> Image.Image:
+        """The image of a row for people to look at; a grey one where only its features are there."""
+        try:
+            if self.images is not None:
+                return self._open(self.indices[position])
+        except OSError:  # it was there when its features were computed
+            pass
+        return Image.new("RGB", (64, 64), "lightgray")
 
     def references(self) -> list[list[str]]:
         """The captions of each row, in order."""
@@ -177,15 +257,14 @@ def open_cell(cell: dict | None) -> Image.Image:
         raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
 
 
-def random_resized_crop(image: Image.Image, smallest: float) -> Image.Image:
+def random_resized_crop(image: Image.Image, smallest: float, random: torch.Generator) -> Image.Image:
     """A random part of an image: `smallest` to all of its area, width to height 3:4 to 4:3 (Szegedy et al. 2014).
 
-    Draws from torch's random numbers, which the Trainer keeps with its checkpoints. An image from which no such part
-    can be cut stays whole.
+    An image from which no such part can be cut stays whole.
     """
     width, height = image.size
     for _ in range(10):
-        share, shape, x, y = torch.rand(4).tolist()
+        share, shape, x, y = torch.rand(4, generator=random).tolist()
         area = width * height * (smallest + (1 - smallest) * share)
         ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -214,15 +293,16 @@ class ShuffledImages(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> dict:
-        return {**self.dataset[position], "image": self.dataset[self.image_of[position]]["image"]}
+        own = self.dataset.captions[self.dataset.indices[position]]
+        return {**self.dataset[self.image_of[position]], "captions": own}
 
 
 class CaptionCollator:
     """Rows of a [`CaptionDataset`] to a batch of a [`QFormerCaptioner`].
 
-    Returns `pixel_values` `[B, 3, H, W]`, `input_ids` and `attention_mask` `[B, P]` of the prompt, and `labels`
-    `[B, K, T]`: all captions of each image, end-of-sequence included, padded with -100 (a row with fewer captions than
-    the others has rows of nothing but -100).
+    Returns `pixel_values` `[B, 3, H, W]` or `image_embeds` `[B, N, Dv]`, `input_ids` and `attention_mask` `[B, P]` of
+    the prompt, and `labels` `[B, K, T]`: all captions of each image, end-of-sequence included, padded with -100 (a row
+    with fewer captions than the others has rows of nothing but -100).
     """
 
     def __init__(self, processor: QFormerCaptionerProcessor, max_caption_length: int | None = None):
@@ -230,10 +310,15 @@ class CaptionCollator:
         self.max_caption_length = max_caption_length
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = self.processor(images=[row["image"] for row in rows])
+        prompts = [row.get("prompt") or self.processor.prompt for row in rows]
+        if "image" in rows[0]:
+            batch = self.processor(images=[row["image"] for row in rows], text=prompts)
+        else:
+            batch = self.processor(text=prompts)
+            batch["image_embeds"] = torch.stack([row["image_embeds"] for row in rows])
         ids = [
-            [self.processor.encode_caption(caption, max_length=self.max_caption_length) for caption in row["captions"]]
-            for row in rows
+            [self.processor.encode_caption(caption, prompt, self.max_caption_length) for caption in row["captions"]]
+            for prompt, row in zip(prompts, rows, strict=True)
         ]
         number = max(len(captions) for captions in ids)
         length = max(len(caption) for captions in ids for caption in captions)

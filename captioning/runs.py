@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from . import InputError
 
@@ -59,8 +59,11 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> str | None:
-        """Where to go on from."""
-        return get_last_checkpoint(self.path) if self.path.exists() and not self.overwrite else None
+        """Where to go on from: the last checkpoint that was written to its end."""
+        if self.overwrite:
+            return None
+        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        return next((str(path) for path in reversed(checkpoints) if is_complete(path)), None)
 
     def start(self) -> None:
         """Make the folder and claim it for this run. Nothing has been written or deleted before."""
@@ -80,3 +83,12 @@ class RunFolder:
         unfinished = self.record_file.with_suffix(".tmp")  # a kill while writing must not cost the record
         unfinished.write_text(json.dumps(self.record, indent=2) + "\n")
         unfinished.replace(self.record_file)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: its `trainer_state.json` is the last file."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        return True
+    except (OSError, ValueError):
+        return False

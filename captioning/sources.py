@@ -7,6 +7,8 @@ import datasets
 from . import InputError
 from .scenes import load_scenes
 
+EVAL_SPLITS = ("validation", "val", "dev", "test")  # the first there is
+
 
 def load_rows(
     name: str, config_name: str | None = None, split_column: str = "split", split: str | None = None
@@ -73,7 +75,7 @@ def load_splits(
         return rows["train"], rows["validation"]
     rows = load_rows(name, config_name, split_column)
     if eval_split is None:
-        eval_split = next((split for split in ("validation", "val", "dev", "test") if split in rows), None)
+        eval_split = next((split for split in EVAL_SPLITS if split in rows), None)
     for split in (train_split, eval_split):
         if split is not None and split not in rows:
             raise InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, rows))}.")

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import speed_metrics
 
+from .averaging import AveragedWeights
 from .data import CaptionDataset, ShuffledImages
 from .pictures import draw_caption_sheet, draw_loss_curve
 from .words import WordLoss
@@ -46,9 +49,36 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
         default=0.0, metadata={"help": "After that, add so much of the word loss to the caption loss."}
     )
 
+    vision_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the vision encoder, where it trains; by default as all the rest."}
+    )
+    language_model_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the language model or its LoRA adapters; by default as all the rest."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Evaluate and end with a moving average of the weights, such as 0.999."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16; by default where the GPU has it. Weights stay float32."}
+    )
+
     def __post_init__(self):
+        if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+
+class EpochTeller(TrainerCallback):
+    """Tells the training data which epoch it is, so that rows vary."""
+
+    def __init__(self, rows: CaptionDataset):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        """Before the first row of an epoch, also of one that a killed run is in the middle of."""
+        self.rows.set_epoch(int(state.epoch))
 
 
 class CaptionTrainer(Seq2SeqTrainer):
@@ -61,7 +91,8 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     With `args.word_warmup_epochs` training begins by asking the soft prompt alone for the words of the captions
     ([`WordLoss`]), which wakes the queries up; with `args.word_loss_weight` it goes on asking beside the caption loss.
-    What is logged as training loss is the sum.
+    What is logged as training loss is the sum. Beside it stand the images per second since the last line, and memory in
+    GB: the most that the GPU needed, else what the process has.
 
     Args:
         score: from captions and the data set that they describe to named scores; higher is better.
@@ -71,11 +102,49 @@ class CaptionTrainer(Seq2SeqTrainer):
     def __init__(self, *args, score: ScoreFunction, **kwargs):
         super().__init__(*args, **kwargs)
         self.score = score
+        self.last_logged = (time.time(), self.state.global_step)
+        self.add_callback(EpochTeller(self.train_dataset))
+        self.average = None
+        if self.args.ema_decay is not None:
+            self.average = AveragedWeights(self.model, self.args.ema_decay)
+            self.add_callback(self.average)
         self.word_loss = None
         if self.args.word_warmup_epochs or self.args.word_loss_weight:
             encode = self.data_collator.processor.encode_caption
             captions = [encode(caption) for row in self.train_dataset.references() for caption in row]
             self.word_loss = WordLoss(captions, self.model.get_input_embeddings().weight)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's, in which the backbones may have learning rates of their own."""
+        optimizer = super().create_optimizer(model)
+        name_of = {parameter: name for name, parameter in (model or self.model).named_parameters()}
+        for part in ("vision_model", "language_model"):
+            rate = getattr(self.args, f"{part}_learning_rate")
+            for group in list(optimizer.param_groups) if rate is not None else ():
+                own = [parameter for parameter in group["params"] if part in name_of[parameter].split(".")]
+                if own:
+                    group["params"] = [each for each in group["params"] if part not in name_of[each].split(".")]
+                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
+
+    def train(self, *args, **kwargs):
+        """As the Trainer does; ends with the averaged weights, where there are any."""
+        result = super().train(*args, **kwargs)
+        if self.average is not None:
+            self.average.swap()
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer does, with speed and memory beside the training loss."""
+        if "loss" in logs:
+            then, step = self.last_logged
+            self.last_logged = now, _ = time.time(), self.state.global_step
+            images = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["images_per_second"] = round((self.state.global_step - step) * images / (now - then), 2)
+            gpu = torch.cuda.is_available() and not self.args.use_cpu
+            memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
+            logs["memory_gb"] = round(memory / 1e9, 2)
+        super().log(logs, start_time)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The caption loss; in training the word loss too, or alone while it warms up."""
@@ -99,6 +168,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate as the class says. Takes what `Trainer.evaluate` takes."""
+        if self.average is None:
+            return self._measure(eval_dataset, metric_key_prefix)
+        with self.average.in_place():
+            return self._measure(eval_dataset, metric_key_prefix)
+
+    def _measure(self, eval_dataset: CaptionDataset | None, metric_key_prefix: str) -> dict[str, float]:
         start = time.time()
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {
@@ -118,12 +193,24 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.log(metrics)
         if self.is_world_process_zero():
             self._leave_pictures(rows, captions)
+        self.last_logged = (time.time(), self.state.global_step)  # evaluation is no time of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @torch.no_grad()
     def _mean_loss(self, rows: CaptionDataset | ShuffledImages, description: str) -> float:
-        loader = self.get_eval_dataloader(rows)
-        return self.evaluation_loop(loader, description, prediction_loss_only=True).metrics["eval_loss"]
+        """Nats per caption token. The Trainer's own mean of batch means would depend on batches and processes."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        nats, tokens = 0.0, 0
+        for batch in tqdm(self.get_eval_dataloader(rows), description, leave=False, disable=self.args.disable_tqdm):
+            batch = self._prepare_inputs(batch)
+            labels = batch["labels"].flatten(1)  # [B, K*T]
+            with self.compute_loss_context_manager():
+                logits = model(**batch).logits.flatten(1, -2)  # [B, K*T, V]
+            losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(dim=1)
+            losses, counts = self.accelerator.gather_for_metrics((losses, (labels != -100).sum(dim=1)))
+            nats, tokens = nats + losses.double().sum().item(), tokens + counts.sum().item()
+        return nats / tokens
 
     def generate_captions(self, rows: CaptionDataset) -> list[str]:
         """Caption every row, in order, by `generation_num_beams` beams of up to `generation_max_length` tokens."""
@@ -154,7 +241,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         title = f"Held-out images after step {self.state.global_step}: generated caption, one reference"
         sheet = folder / f"captions_step_{self.state.global_step}.png"
         draw_caption_sheet(
-            [rows[row]["image"] for row in shown],
+            [rows.picture(row) for row in shown],
             [captions[row] for row in shown],
             [references[row][0] for row in shown],
             sheet,
@@ -174,6 +261,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         translating them back: those weights would silently keep their fresh values.
         """
         output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        if self.average is not None:
+            self.average.save(output_dir)
         if isinstance(self.model, PeftModel):  # which saves just that by itself
             super()._save(output_dir, state_dict)
             return
@@ -185,3 +275,21 @@ class CaptionTrainer(Seq2SeqTrainer):
             save_original_format=False,
         )
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the Trainer does; no process goes on before all have.
+
+        What comes after is `trainer_state.json`: a checkpoint that has it is complete, whenever the run is killed.
+        """
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(self.state.best_model_checkpoint)

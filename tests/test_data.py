@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from qformer_captioner.captioning import InputError
 from qformer_captioner.captioning.data import (
@@ -13,6 +14,7 @@ from qformer_captioner.captioning.data import (
     CaptionDataset,
     ShuffledImages,
     SkippedRows,
+    Variations,
     random_resized_crop,
 )
 from qformer_captioner.captioning.scratch import build_from_scratch
@@ -36,8 +38,8 @@ def image_folder(tmp_path):
     return folder
 
 
-def captioned(rows, caption_column="captions"):
-    return CaptionDataset(rows, "train", "image", caption_column, SkippedRows())
+def captioned(rows, caption_column="captions", **options):
+    return CaptionDataset(rows, "train", "image", caption_column, SkippedRows(), **options)
 
 
 def test_a_folder_with_a_split_column_is_split_by_it(image_folder):
@@ -108,27 +110,61 @@ def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_pat
 
 @pytest.mark.parametrize("smallest", [0.2, 0.9])
 def test_a_random_crop_keeps_at_least_its_share_of_the_image(smallest):
-    crops = [random_resized_crop(Image.new("RGB", (100, 80)), smallest) for _ in range(50)]
+    random = torch.Generator().manual_seed(0)
+    crops = [random_resized_crop(Image.new("RGB", (100, 80)), smallest, random) for _ in range(50)]
     areas = [crop.width * crop.height / 8000 for crop in crops]
     assert smallest - 0.02 < min(areas) <= max(areas) <= 1
     assert len(set(areas)) > 10
     assert all(0.7 < crop.width / crop.height < 1.4 for crop in crops)
 
 
-def test_captions_per_image_draws_some_of_the_captions(image_folder, tmp_path):
+def epochs(data: CaptionDataset, number: int = 30) -> list[dict]:
+    """The first row as so many epochs show it."""
+    rows = []
+    for epoch in range(number):
+        data.set_epoch(epoch)
+        rows.append(data[0])
+    return rows
+
+
+def test_captions_per_image_draws_some_of_the_captions(image_folder):
+    data = captioned(load_splits(str(image_folder))[0], variations=Variations(captions_per_image=1))
+    assert {tuple(row["captions"]) for row in epochs(data)} == {("all red",), ("a red wall",)}
+
+
+def test_prompts_are_drawn(image_folder):
+    data = captioned(load_splits(str(image_folder))[0], variations=Variations(prompts=["a photo of", "it shows"]))
+    assert {row["prompt"] for row in epochs(data)} == {"a photo of", "it shows"}
+
+
+def test_what_a_row_shows_follows_from_seed_epoch_and_row_alone(image_folder):
     rows = load_splits(str(image_folder))[0]
-    data = CaptionDataset(rows, "train", "image", "captions", SkippedRows(), captions_per_image=1)
-    drawn = {tuple(data[0]["captions"]) for _ in range(30)}
-    assert drawn == {("all red",), ("a red wall",)}
+    first, second, other = (
+        captioned(rows, variations=Variations(0.3, 0.5, 1, ["a", "b"], seed=seed)) for seed in (0, 0, 1)
+    )
+    second[1], second[2]  # rows in between, or another process's, change nothing
+    assert [str(row) for row in epochs(first)] != [str(row) for row in epochs(other)]
+    for row, again in zip(epochs(first), epochs(second), strict=True):
+        assert row["image"].tobytes() == again["image"].tobytes()
+        assert (row["captions"], row["prompt"]) == (again["captions"], again["prompt"])
+
+
+def test_data_loading_processes_that_stay_see_the_next_epoch(image_folder):
+    data = captioned(load_splits(str(image_folder))[0], variations=Variations(prompts=[str(n) for n in range(1000)]))
+    loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=list)
+    drawn = []
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        drawn += [[row["prompt"] for batch in loader for row in batch]]
+    assert drawn[0] != drawn[1]
 
 
 def test_flip_mirrors_some_of_the_images(image_folder):
     image = Image.new("RGB", (20, 10))
     image.paste("red", (0, 0, 5, 10))
     image.save(image_folder / "0.png")
-    rows = load_splits(str(image_folder))[0]
-    data = CaptionDataset(rows, "train", "image", "captions", SkippedRows(), flip=0.5)
-    drawn = {(data[0]["image"].getpixel((0, 0)), data[0]["image"].size) for _ in range(30)}
+    data = captioned(load_splits(str(image_folder))[0], variations=Variations(flip=0.5))
+    drawn = {(row["image"].getpixel((0, 0)), row["image"].size) for row in epochs(data)}
     assert drawn == {((255, 0, 0), (20, 10)), ((0, 0, 0), (20, 10))}
 
 
