@@ -1,0 +1,438 @@
+"""Features of images on disk: what a vision encoder says of every image, computed once by `precompute_features.py`.
+
+A store is a folder of plain files:
+
+    index.json                  which vision encoder, which data set, how many rows; written last
+    skipped_rows.jsonl          the rows that have no features, and why
+    train/00000.npy             `[rows, views, N, Dv]`, so many rows of the split, zeros where there are no features
+    train/00000.skipped.jsonl   the skipped rows of these, where there are any
+    run.json                    what the run that made it was asked for
+
+Rows are read with `pread` and not through a memory map: the pages of a map count as memory of the process until it
+ends, and a disk that fails kills the process instead of raising an error.
+"""
+
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor
+
+from ..backbones_qformer import commit_of
+from . import InputError
+
+INDEX, SKIPPED = "index.json", "skipped_rows.jsonl"
+FORMAT = 1
+OPEN_FILES = 256  # of a split at a time; a process may have 1024 in all on most systems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whose features
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionKey:
+    """What features depend on: the vision encoder's weights, and how its image processor prepares an image.
+
+    Weights of the Hub are told by name and commit, those of a folder by their content: a folder may move, and may be
+    trained on.
+    """
+
+    name_or_path: str
+    revision: str | None
+    weights_sha256: str | None
+    image_processor: dict
+
+    @classmethod
+    def of(cls, name_or_path: str, revision: str | None, image_processor: BaseImageProcessor) -> "VisionKey":
+        """Look up commit or content.
+
+        Raises:
+            OSError: if there is no such model.
+        """
+        weights = None
+        if os.path.isdir(name_or_path):
+            name_or_path = os.path.abspath(name_or_path)
+            files = [path for path in Path(name_or_path).iterdir() if path.suffix in (".safetensors", ".bin")]
+            digest = hashlib.sha256()
+            for path in sorted(files):
+                with path.open("rb") as file:
+                    hashlib.file_digest(file, lambda: digest)
+            weights = digest.hexdigest()
+        config = json.loads(image_processor.to_json_string())
+        for not_of_images in ("auto_map", "processor_class"):
+            config.pop(not_of_images, None)
+        return cls(str(name_or_path), commit_of(name_or_path, revision), weights, config)
+
+    def same_weights(self, other: "VisionKey") -> bool:
+        if self.weights_sha256 is not None or other.weights_sha256 is not None:
+            return self.weights_sha256 == other.weights_sha256
+        return (self.name_or_path, self.revision) == (other.name_or_path, other.revision)
+
+    def __str__(self) -> str:
+        version = f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else f"revision {self.revision}"
+        return f"{self.name_or_path!r} ({version})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where they are
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """Where the features of a split are: row `r` is in shard `r // rows_per_shard`.
+
+    Args:
+        folder: of the split's shards.
+        rows: of the split.
+        rows_per_shard: the last shard may have fewer.
+        views: of each image.
+        shape: `(N, Dv)`, of one view.
+        dtype: "float16" or "float32".
+    """
+
+    folder: Path
+    rows: int
+    rows_per_shard: int
+    views: int
+    shape: tuple[int, int]
+    dtype: str
+
+    @property
+    def view_bytes(self) -> int:
+        return self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.rows // self.rows_per_shard))
+
+    def rows_of(self, shard: int) -> range:
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.rows))
+
+    def bytes_of(self, shard: int) -> int:
+        return len(self.rows_of(shard)) * self.views * self.view_bytes
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.npy"
+
+    def skipped_path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.skipped.jsonl"
+
+    def start_of(self, shard: int) -> int:
+        """Where the numbers of a shard begin in its file.
+
+        Raises:
+            OSError, ValueError: if it is not there, or is not what it should be.
+        """
+        array = np.load(self.path(shard), mmap_mode="r")  # reads the header, and checks the size
+        expected = (len(self.rows_of(shard)), self.views, *self.shape)
+        if array.shape != expected or array.dtype != self.dtype:
+            raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not {self.dtype} {list(expected)}")
+        return array.offset
+
+    def is_complete(self, shard: int) -> bool:
+        try:
+            self.start_of(shard)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def write(self, shard: int, features: Iterable[tuple[np.ndarray, list[dict]]]) -> None:
+        """Write a shard out of batches `[rows, views, N, Dv]` and entries of skipped rows, all of it or nothing.
+
+        A kill leaves a file of another name behind, which the next call writes anew.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished, skipped = self.path(shard).with_suffix(".tmp"), []
+        with unfinished.open("wb") as file:
+            shape = (len(self.rows_of(shard)), self.views, *self.shape)
+            header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for array, entries in features:
+                file.write(np.ascontiguousarray(array).data)
+                skipped += entries
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave a whole file of zeros
+        self.skipped_path(shard).unlink(missing_ok=True)
+        if skipped:
+            write_whole(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
+        unfinished.replace(self.path(shard))
+
+    def skipped_lines(self) -> Iterator[str]:
+        for shard in self.shards:
+            if self.skipped_path(shard).exists():
+                yield self.skipped_path(shard).read_text()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def finish_store(folder: Path, vision: VisionKey, dataset: dict, splits: dict[str, SplitLayout]) -> int:
+    """Write what makes a folder of shards a store; returns the number of rows without features.
+
+    Raises:
+        InputError: if a split has no features at all.
+    """
+    text = ""
+    for name, layout in splits.items():
+        own = "".join(layout.skipped_lines())
+        if own.count("\n") == layout.rows:
+            first = json.loads(own.split("\n")[0])
+            raise InputError(
+                f"Not one row of the split {name!r} can be used; of the first, {first['file'] or 'row 0'!r}: "
+                f"{first['reason']} Check the column, or the files."
+            )
+        text += own
+    write_whole(folder / SKIPPED, text)
+    fields = ("rows", "rows_per_shard", "views", "shape", "dtype")
+    index = {
+        "format": FORMAT,
+        "vision_model": asdict(vision),
+        "dataset": dataset,
+        "splits": {name: {field: getattr(layout, field) for field in fields} for name, layout in splits.items()},
+    }
+    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return text.count("\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class FeatureStore:
+    """The features of a data set's images, by split.
+
+    Args:
+        folder: what `precompute_features.py` made.
+
+    Raises:
+        InputError: if the folder is no store, or one that is not finished or is damaged.
+
+    Example:
+
+    ```python
+    >>> store = FeatureStore("features")  # doctest: +SKIP
+    >>> train = store.split("train")  # doctest: +SKIP
+    >>> train.read([5, 0, 17]).shape  # doctest: +SKIP
+    torch.Size([3, 50, 768])
+    ```
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        path = self.folder / INDEX
+        if not path.is_file():
+            if (self.folder / "run.json").is_file():
+                raise InputError(
+                    f"The features in {str(folder)!r} are not finished: give the same command of "
+                    "precompute_features.py again, and it goes on."
+                )
+            raise InputError(f"There are no features in {str(folder)!r}: make them with precompute_features.py.")
+        try:
+            index = json.loads(path.read_text())
+            if index["format"] != FORMAT:
+                raise InputError(
+                    f"The features in {str(folder)!r} are of format {index['format']}, and this version reads "
+                    f"{FORMAT}: make them again with precompute_features.py --overwrite_output_dir."
+                )
+            self.vision = VisionKey(**index["vision_model"])
+            self.dataset: dict = index["dataset"]
+            self.layouts = {
+                name: SplitLayout(self.folder / name, **{**fields, "shape": tuple(fields["shape"])})
+                for name, fields in index["splits"].items()
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise damaged(path, error) from error
+
+    @property
+    def vision_model_name_or_path(self) -> str:
+        return self.vision.name_or_path
+
+    @property
+    def vision_model_revision(self) -> str | None:
+        """Its commit on the Hub; `None` for a folder."""
+        return self.vision.revision
+
+    def check(self, name_or_path: str, revision: str | None, image_processor: BaseImageProcessor) -> None:
+        """Make sure that the features are those of this vision encoder.
+
+        Raises:
+            InputError: if they are another's, or of images that were prepared otherwise.
+            OSError: if the model cannot be found.
+        """
+        asked = VisionKey.of(name_or_path, revision, image_processor)
+        remedy = "Choose other features, or make these with precompute_features.py."
+        if not self.vision.same_weights(asked):
+            raise InputError(
+                f"The features in {str(self.folder)!r} are those of the vision model {self.vision}, not of {asked}. "
+                f"{remedy}"
+            )
+        theirs, ours = self.vision.image_processor, asked.image_processor
+        if different := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
+            key = different[0]
+            raise InputError(
+                f"The features in {str(self.folder)!r} are of images that another image processor prepared: it "
+                f"differs in {', '.join(different)} ({key} was {theirs.get(key)!r}, now {ours.get(key)!r}). {remedy}"
+            )
+
+    def split(self, name: str) -> "SplitFeatures":
+        """The features of a split.
+
+        Raises:
+            InputError: if there are none, or files of it are missing or damaged.
+        """
+        if name not in self.layouts:
+            there = ", ".join(map(repr, self.layouts))
+            raise InputError(f"The features in {str(self.folder)!r} have no split {name!r}; they have {there}.")
+        return SplitFeatures(self.layouts[name], self._reasons(name))
+
+    def _reasons(self, name: str) -> dict[int, str]:
+        path = self.folder / SKIPPED
+        try:
+            entries = map(json.loads, path.read_text().splitlines())
+            return {entry["row"]: entry["reason"] for entry in entries if entry["split"] == name}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, error) from error
+
+
+class SplitFeatures:
+    """The features of a split's images, row by row as [`~sources.load_rows`] gives them.
+
+    It can be handed to other processes and read by several threads. What it needs in memory does not depend on how many
+    rows there are or have been read, but for a bit for each: `present`.
+
+    Attributes:
+        views: of each image; 0 is the whole image, the others are random parts of it.
+        shape: `(N, Dv)` of one view.
+        dtype: `torch.float16` or `torch.float32`.
+        present: bool `[rows]`, `False` where the image could not be read.
+        reasons: why, by row.
+
+    Raises:
+        InputError: if a shard is missing or damaged.
+    """
+
+    def __init__(self, layout: SplitLayout, reasons: dict[int, str]):
+        self.layout = layout
+        self.views = layout.views
+        self.shape = layout.shape
+        self.dtype = getattr(torch, layout.dtype)
+        self.reasons = reasons
+        self.present = np.ones(layout.rows, dtype=bool)
+        self.present[list(reasons)] = False
+        self._files: dict[int, tuple] = {}
+        self._memory = _Memory()
+        for shard in layout.shards:
+            self._start_of(shard)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": {}, "_memory": _Memory()}
+
+    def __len__(self) -> int:
+        return self.layout.rows
+
+    def __getitem__(self, row: int | tuple[int, int]) -> torch.Tensor:
+        """Features `[N, Dv]` of a row's whole image, or of a view: `features[row, view]`."""
+        row, view = row if isinstance(row, tuple) else (row, 0)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"There are {len(self)} rows, and no row {row}.")  # also what ends a `for` loop
+        return self.read([row % len(self)], [view])[0]
+
+    def read(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> torch.Tensor:
+        """Read features of several rows, in any order: `[B, N, Dv]` in the store's dtype.
+
+        Args:
+            rows: numbers of rows.
+            views: which view of each; by default the whole image.
+
+        Raises:
+            IndexError: for a row or view that there is not.
+            ValueError: for a row without features.
+            InputError: if a shard has become damaged.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        views = np.zeros_like(rows) if views is None else np.asarray(views, dtype=np.int64)
+        if ((rows < 0) | (rows >= len(self)) | (views < 0) | (views >= self.views)).any():
+            raise IndexError(f"There are {len(self)} rows of {self.views} views each, numbered from 0.")
+        if not self.present[rows].all():
+            row = rows[~self.present[rows]][0].item()
+            raise ValueError(f"Row {row} has no features: {self.reasons[row]} Leave out the rows that are not present.")
+        shards, places = np.divmod(rows, self.layout.rows_per_shard)
+        size = self.layout.view_bytes
+        positions = (places * self.views + views) * size
+        files = {shard: self._file(shard) for shard in np.unique(shards).tolist()}
+        array = self._memory.take((len(rows), *self.shape), self.layout.dtype)
+        memory = memoryview(array).cast("B") if rows.size else b""
+        begins = range(0, len(rows) * size, size)
+        for begin, shard, position in zip(begins, shards.tolist(), positions.tolist(), strict=True):
+            file, start = files[shard]
+            if os.preadv(file.fileno(), [memory[begin : begin + size]], start + position) != size:
+                raise damaged(self.layout.path(shard), "it is cut off")
+        return torch.from_numpy(array)
+
+    def _file(self, shard: int) -> tuple:
+        """The open file of a shard, and where its numbers begin."""
+        found = self._files.get(shard)
+        if found is None:
+            if len(self._files) >= OPEN_FILES:
+                self._files.pop(next(iter(self._files)))  # closed when nobody reads from it any more
+            found = self.layout.path(shard).open("rb", buffering=0), self._start_of(shard)
+            self._files[shard] = found
+        return found
+
+    def _start_of(self, shard: int) -> int:
+        try:
+            return self.layout.start_of(shard)
+        except (OSError, ValueError) as error:
+            raise damaged(self.layout.path(shard), error) from error
+
+
+class _Memory:
+    """Memory of batches, used again when the last tensor that sees it is gone.
+
+    The system hands out fresh memory page by page, each filled with zeros. For a large batch that takes longer than to
+    read it.
+    """
+
+    def __init__(self):
+        self.free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        try:
+            memory = self.free.pop()
+        except IndexError:
+            memory = np.empty(size, np.uint8)
+        if memory.nbytes < size:
+            memory = np.empty(size, np.uint8)
+        array = memory[:size].view(dtype).reshape(shape)
+        weakref.finalize(array, self._give_back, memory).atexit = False
+        return array
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        if len(self.free) < 4:
+            self.free.append(memory)
+
+
+def damaged(path: Path, error: object) -> InputError:
+    text = " ".join(str(error).split()).removesuffix(".")
+    return InputError(
+        f"The file {str(path)!r} of the features is missing or damaged ({text}): give the same command of "
+        "precompute_features.py again, and it is made anew."
+    )
