@@ -341,10 +341,11 @@ def train(words: list[str]) -> None:
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
         print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
     else:
-        eval_split = data_args.eval_split or next(split for split in EVAL_SPLITS if store is None or split in store.layouts)
-        eval_data = CaptionDataset(
-            eval_rows, data_args.eval_split or "evaluation", *columns, features=store and store.split(eval_split)
-        ).readable()
+        eval_split = data_args.eval_split or "evaluation"
+        if store is not None:
+            eval_split = data_args.eval_split or next((name for name in EVAL_SPLITS if name in store.layouts), "dev")
+        features = store and store.split(eval_split)
+        eval_data = CaptionDataset(eval_rows, eval_split, *columns, features=features).readable()
 
     # 3. Captioner.
     try:

@@ -1,6 +1,7 @@
 """Results that people would rather look at than read: the loss curve and a sheet of captioned images."""
 
 import io
+import math
 import os
 import textwrap
 
@@ -14,6 +15,9 @@ from matplotlib import pyplot
 def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str | os.PathLike) -> None:
     """Draw training loss, evaluation loss with right and with shuffled images, and the caption score, over steps.
 
+    The training loss is drawn as it was logged, and as the mean of each epoch in its middle; the axis on top counts
+    epochs.
+
     Args:
         log_history: the Trainer's (`trainer.state.log_history`).
         score_name: key of the caption score in it, such as "eval_facts"; drawn against the right-hand axis.
@@ -26,11 +30,21 @@ def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str |
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for key, label, style in (
-        ("loss", "training loss", {"color": "tab:gray", "linewidth": 1}),
+        ("loss", "training loss", {"color": "tab:gray", "linewidth": 1, "alpha": 0.6}),
         ("eval_loss", "held-out loss, right images", {"color": "tab:blue", "marker": "o"}),
         ("eval_loss_shuffled", "held-out loss, shuffled images", {"color": "tab:orange", "marker": "o"}),
     ):
         axis.plot(*series(key), label=label, **style)
+    epochs = mean_of_epochs(log_history)
+    if len(epochs) > 1:
+        axis.plot(*zip(*epochs, strict=True), label="its mean of each epoch", color="black", marker=".")
+    last = max((entry for entry in log_history if entry.get("epoch")), key=lambda entry: entry["step"], default=None)
+    if last is not None:
+        steps_per_epoch = last["step"] / last["epoch"]
+        top = axis.secondary_xaxis(
+            "top", functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+        )
+        top.set_xlabel("epoch")
     axis.set_xlabel("step")
     axis.set_ylabel("cross-entropy, nats per token")
     axis.set_ylim(bottom=0)
@@ -46,6 +60,18 @@ def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str |
     axis.legend(handles, labels)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def mean_of_epochs(log_history: list[dict]) -> list[tuple[float, float]]:
+    """The mean training loss of each epoch, with the step in its middle."""
+    epochs: dict[int, list[dict]] = {}
+    for entry in log_history:
+        if "loss" in entry:
+            epochs.setdefault(math.ceil(entry["epoch"]), []).append(entry)
+    return [
+        (sum(entry["step"] for entry in own) / len(own), sum(entry["loss"] for entry in own) / len(own))
+        for own in epochs.values()
+    ]
 
 
 def draw_histogram(values: list[float], label: str, count_label: str) -> bytes:

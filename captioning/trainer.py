@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -168,9 +169,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate as the class says. Takes what `Trainer.evaluate` takes."""
-        if self.average is None:
-            return self._measure(eval_dataset, metric_key_prefix)
-        with self.average.in_place():
+        averaged = nullcontext() if self.average is None else self.average.in_place()
+        # Loading data draws random numbers. Training must not notice, or it would go on otherwise after a kill.
+        with averaged, torch.random.fork_rng(devices=[]):
             return self._measure(eval_dataset, metric_key_prefix)
 
     def _measure(self, eval_dataset: CaptionDataset | None, metric_key_prefix: str) -> dict[str, float]:
