@@ -110,7 +110,8 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_on
 
 def test_two_processes_log_the_losses_of_one(backbones, tmp_path):
     train_hf.train(command(backbones, tmp_path / "one", batch_size=4))
-    words = [sys.executable, *TWO, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "two", batch_size=2)]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
+    words = [sys.executable, *launch, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "two", batch_size=2)]
     done = subprocess.run(words, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.count("Trained in") == 1, "one process speaks"
     for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
