@@ -397,8 +397,8 @@ def announce(layouts: dict[str, SplitLayout], folder: Path, overwrite: bool) -> 
         free += sum(path.stat().st_size for path in folder.rglob("*.npy"))
     if needed > free:
         raise InputError(
-            f"The features need {in_words(needed)} more, and the disk of {str(folder)!r} has {in_words(free)} free: make "
-            "room, choose another --output_dir, or ask for less with --splits, --views or --dtype float16."
+            f"The features need {in_words(needed)} more, and the disk of {str(folder)!r} has {in_words(free)} free: "
+            "make room, choose another --output_dir, or ask for less with --splits, --views or --dtype float16."
         )
 
 
