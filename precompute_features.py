@@ -135,6 +135,9 @@ class VisionEncoder:
         pixel_values = image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
         self.size = pixel_values.shape[1:]
         self.shape = tuple(self(pixel_values).shape[1:])
+        if len(self.shape) != 2:
+            name = args.vision_model_name_or_path
+            raise InputError(f"The features of {name!r} are {list(self.shape)} of an image: a Q-Former reads [N, D].")
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -349,7 +352,7 @@ def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
         if split not in found:
             there = ", ".join(map(repr, found))
             raise InputError(f"The data set {args.dataset_name!r} has no split {split!r}; it has {there}.")
-        if not re.fullmatch(r"\w[\w.-]*", str(split)):
+        if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
             raise InputError(f"The split {split!r} has a name that no folder can have: choose others with --splits.")
         if column not in found[split].column_names:
             there, choose = ", ".join(map(repr, found[split].column_names)), "--image_column or --embeddings_column"
@@ -433,10 +436,13 @@ def precompute(words: list[str]) -> None:
     except OSError as error:
         raise cannot_load("vision_model", name, revision, error) from error
     vision = VisionKey.of(name, revision, image_processor)
-    if args.embeddings_column is not None:
-        source = ReadyEmbeddings(rows, args)
-    else:
-        source = VisionEncoder(args, image_processor, state.device)
+    try:
+        if args.embeddings_column is not None:
+            source = ReadyEmbeddings(rows, args)
+        else:
+            source = VisionEncoder(args, image_processor, state.device)
+    except (TypeError, ValueError) as error:  # of a model that sees nothing
+        raise InputError(" ".join(str(error).split())) from error
 
     # 3. The folder.
     folder = Path(args.output_dir)
@@ -460,8 +466,8 @@ def precompute(words: list[str]) -> None:
     }
     for each in ("rows_per_shard", "dtype", "train_split", "views", "smallest_crop", "flip", "seed"):
         settings[each] = getattr(args, each)
-    run = RunFolder(folder, settings, args.overwrite_output_dir)
     if state.is_main_process:
+        run = RunFolder(folder, settings, args.overwrite_output_dir)
         announce(layouts, folder, args.overwrite_output_dir)
         run.start()
     state.wait_for_everyone()

@@ -189,11 +189,11 @@ def finish_store(folder: Path, vision: VisionKey, dataset: dict, splits: dict[st
     text = ""
     for name, layout in splits.items():
         own = "".join(layout.skipped_lines())
-        if own.count("\n") == layout.rows:
-            first = json.loads(own.split("\n")[0])
+        if 0 < layout.rows == own.count("\n"):
+            reason = json.loads(own.split("\n")[0])["reason"]
             raise InputError(
-                f"Not one row of the split {name!r} can be used; of the first, {first['file'] or 'row 0'!r}: "
-                f"{first['reason']} Check the column, or the files."
+                f"Not one row of the split {name!r} can be used ({reason}): check the column, or the files, and give "
+                "the command with --overwrite_output_dir."
             )
         text += own
     write_whole(folder / SKIPPED, text)
