@@ -1,6 +1,7 @@
 """The command `qformer-captioner`: the scripts of this package under one name.
 
 qformer-captioner train --recipe scenes
+qformer-captioner features --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder
 qformer-captioner eval --predictions results.json --references annotations.json
 qformer-captioner convert Salesforce/blip2-opt-2.7b outputs/blip2
 """
@@ -10,6 +11,7 @@ import sys
 
 COMMANDS = {
     "train": "qformer_captioner.train_hf",
+    "features": "qformer_captioner.precompute_features",
     "eval": "qformer_captioner.eval_captions",
     "convert": "qformer_captioner.captioning.convert",
     "export": "qformer_captioner.captioning.export",

@@ -29,7 +29,7 @@ from . import InputError
 
 INDEX, SKIPPED = "index.json", "skipped_rows.jsonl"
 FORMAT = 1
-OPEN_FILES = 256  # of a split at a time; a process may have 1024 in all on most systems
+OPEN_FILES = 512  # of a split at a time; a process may have 1024 in all on most systems
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,11 +189,11 @@ def finish_store(folder: Path, vision: VisionKey, dataset: dict, splits: dict[st
     text = ""
     for name, layout in splits.items():
         own = "".join(layout.skipped_lines())
-        if own.count("\n") == layout.rows:
-            first = json.loads(own.split("\n")[0])
+        if 0 < layout.rows == own.count("\n"):
+            reason = json.loads(own.split("\n")[0])["reason"]
             raise InputError(
-                f"Not one row of the split {name!r} can be used; of the first, {first['file'] or 'row 0'!r}: "
-                f"{first['reason']} Check the column, or the files."
+                f"Not one row of the split {name!r} can be used ({reason}): check the column, or the files, and give "
+                "the command with --overwrite_output_dir."
             )
         text += own
     write_whole(folder / SKIPPED, text)
@@ -338,8 +338,7 @@ class SplitFeatures:
         self.present[list(reasons)] = False
         self._files: dict[int, tuple] = {}
         self._memory = _Memory()
-        for shard in layout.shards:
-            self._start_of(shard)
+        self._starts = [self._start_of(shard) for shard in layout.shards]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}, "_memory": _Memory()}
@@ -392,7 +391,7 @@ class SplitFeatures:
         if found is None:
             if len(self._files) >= OPEN_FILES:
                 self._files.pop(next(iter(self._files)))  # closed when nobody reads from it any more
-            found = self.layout.path(shard).open("rb", buffering=0), self._start_of(shard)
+            found = self.layout.path(shard).open("rb", buffering=0), self._starts[shard]
             self._files[shard] = found
         return found
 

@@ -1,0 +1,515 @@
+#!/usr/bin/env python
+"""Run a vision encoder once over a data set, and keep what it says of each image on disk.
+
+    python precompute_features.py --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder \
+        --output_dir outputs/features
+    torchrun --nproc_per_node 8 precompute_features.py --vision_model_name_or_path google/siglip-base-patch16-224 \
+        --dataset_name coco --views 4 --smallest_crop 0.4 --output_dir outputs/features
+    python precompute_features.py --vision_model_name_or_path openai/clip-vit-base-patch32 \
+        --dataset_name shirsh10mall/Image_Captioning_GCC_Embeddings --embeddings_column image_embeddings
+
+`train_hf.py --features outputs/features` then trains without the vision encoder. A killed run goes on when the same
+command is given again. Embeddings that a data set has already go the same way, and no vision encoder is run.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
+    import importlib.util
+
+    _here = Path(__file__).resolve().parent
+    _spec = importlib.util.spec_from_file_location(
+        "qformer_captioner", _here / "__init__.py", submodule_search_locations=[str(_here)]
+    )
+    sys.modules["qformer_captioner"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["qformer_captioner"])
+    __package__ = "qformer_captioner"
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from .backbones_qformer import cannot_load, dtype_of, load_backbone
+from .captioning import InputError
+from .captioning.data import open_cell, random_resized_crop
+from .captioning.features import SplitLayout, VisionKey, finish_store
+from .captioning.options import make_parser, option, parse
+from .captioning.runs import RunFolder
+from .captioning.sources import load_rows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FeatureArguments:
+    """Which features of which images, and where they go."""
+
+    vision_model_name_or_path: str | None = option(None, "The vision encoder (Hub id or folder).")
+    vision_model_revision: str | None = option(None, "Its branch, tag or commit.")
+    dataset_name: str | None = option(None, "The data set (Hub id or local folder).")
+    dataset_config_name: str | None = option(None, "Which of its configurations.")
+    splits: list[str] | None = field(default=None, metadata={"help": "Which of its splits; by default all."})
+    split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
+    image_column: str = option("image", "The column of images, or of paths.")
+    embeddings_column: str | None = option(
+        None, "A column of embeddings to take instead: lists [D], [N, D] or [1, N, D] in every row."
+    )
+    max_samples: int | None = option(None, "Only so many rows of each split, the first ones.")
+    train_split: str = option("train", "The split that gets several views of each image; all others get one.")
+    views: int = option(1, "Of each image to train on: the whole image first, then random parts of it.")
+    smallest_crop: float | None = option(None, "Random parts keep at least this share of an image's area.")
+    flip: float = option(0.0, "Random parts are mirrored left to right with this probability.")
+    seed: int = option(0, "Of the random parts.")
+    dtype: str = option("float16", "Of the numbers on disk: float16, or float32 in twice the room.")
+    compute_dtype: str = option("auto", "Of the vision encoder. auto: bfloat16 where the GPU has it, else float32.")
+    batch_size: int = option(64, "Images at a time.")
+    rows_per_shard: int = option(2048, "Rows of a file; what a killed run has not finished of one is done again.")
+    dataloader_num_workers: int = option(0, "Processes that open images ahead, for each process that computes.")
+    use_cpu: bool = option(False, "Leave the GPU alone.")
+    output_dir: str = option("outputs/features", "The folder of features.")
+    overwrite_output_dir: bool = option(False, "Throw away the features that are in that folder.")
+
+
+def check(args: FeatureArguments) -> None:
+    """Find what cannot work before anything is loaded."""
+    if args.vision_model_name_or_path is None:
+        raise InputError("Say whose features: --vision_model_name_or_path (a Hub id or a folder).")
+    if args.dataset_name is None:
+        raise InputError("Say what to compute features of: --dataset_name (a Hub id or a local folder).")
+    if args.dtype not in ("float16", "float32"):
+        raise InputError(f"--dtype is float16 or float32, not {args.dtype!r}.")
+    if args.compute_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--compute_dtype is auto, float32, bfloat16 or float16, not {args.compute_dtype!r}.")
+    for name in ("batch_size", "rows_per_shard", "views", "max_samples"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name} is at least 1, not {value}.")
+    varied = args.smallest_crop is not None or args.flip > 0
+    if (args.views > 1) != varied:
+        raise InputError("--views 2 or more goes with --smallest_crop or --flip, or all views would be the same.")
+    if args.embeddings_column is not None and args.views > 1:
+        raise InputError("Ready-made embeddings have one view: leave out --views, or --embeddings_column.")
+
+
+# Features of images
+# ----------------------------------------------------------------------------------------------------------------------
+
+Skipped = dict[str, object]  # split, row, file and reason, as `captioning.data.SkippedRows` has them
+Batch = tuple[
+    np.ndarray, list[Skipped]
+]  # features [rows, views, N, Dv], zeros where there are none; why there are none
+
+
+class VisionEncoder:
+    """Computes features as a captioner does, see `QFormerCaptioner.get_image_features`.
+
+    Raises:
+        OSError: if the model or its image processor cannot be fetched.
+    """
+
+    def __init__(self, args: FeatureArguments, image_processor: BaseImageProcessor, device: torch.device):
+        self.dtype = args.compute_dtype
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        self.args, self.image_processor, self.device = args, image_processor, device
+        model = load_backbone(
+            "vision_model", args.vision_model_name_or_path, args.vision_model_revision, getattr(torch, self.dtype)
+        )
+        self.model = model.eval().to(device)
+        pixel_values = image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+        self.size = pixel_values.shape[1:]
+        self.shape = tuple(self(pixel_values).shape[1:])
+        if len(self.shape) != 2:
+            name = args.vision_model_name_or_path
+            raise InputError(f"The features of {name!r} are {list(self.shape)} of an image: a Q-Former reads [N, D].")
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`[B, 3, H, W]` -> `[B, N, Dv]`."""
+        pixel_values = pixel_values.to(self.device, dtype_of(self.model), non_blocking=True)
+        return self.model(pixel_values).last_hidden_state
+
+    def features(self, rows: datasets.Dataset, split: str, views: int, batches: list[range]) -> Iterator[Batch]:
+        """Of each batch of rows."""
+        loader = DataLoader(
+            Pictures(rows, split, views, self.image_processor, self.size, self.args),
+            batch_sampler=batches,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch, (pixel_values, skipped) in zip(batches, loader, strict=True):
+            if isinstance(pixel_values, InputError):
+                raise pixel_values
+            found = None
+            if pixel_values is not None:
+                found = torch.cat([self(images) for images in pixel_values.split(self.args.batch_size)])
+                found = found.unflatten(0, (-1, views))
+            yield as_stored(found, split, batch, skipped, (views, *self.shape), self.args.dtype)
+
+
+class Pictures(Dataset):
+    """Opens the image of a row and prepares its views `[views, 3, H, W]`. One that cannot be read comes as an entry."""
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        split: str,
+        views: int,
+        image_processor: BaseImageProcessor,
+        size: torch.Size,
+        args: FeatureArguments,
+    ):
+        # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
+        self.images = rows.select_columns(args.image_column)
+        self.images = self.images.cast_column(args.image_column, datasets.Image(decode=False))
+        self.split, self.views, self.size, self.args = split, views, size, args
+        self.image_processor = image_processor
+
+    def __getitem__(self, row: int) -> torch.Tensor | Skipped | InputError:
+        cell = self.images[row][self.args.image_column]
+        try:
+            image = open_cell(cell)
+            pictures = [random_view(image, row, view, self.args) if view else image for view in range(self.views)]
+            pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        except (OSError, ValueError) as error:  # ValueError: an image processor can make nothing of its shape
+            reason = " ".join(str(error).split())
+            return {"split": self.split, "row": row, "file": cell and cell["path"], "reason": reason}
+        if pixel_values.shape[1:] != self.size:
+            return InputError(
+                f"The image processor of {self.args.vision_model_name_or_path!r} makes row {row} of {self.split!r} "
+                f"{list(pixel_values.shape[1:])} and another {list(self.size)}: features need images of one size."
+            )
+        return pixel_values
+
+
+def random_view(image: Image.Image, row: int, view: int, args: FeatureArguments) -> Image.Image:
+    """A random part of an image, the same one whenever and by whomever it is drawn."""
+    seed = np.random.SeedSequence([args.seed, row, view]).generate_state(1, np.uint64).item()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if args.smallest_crop is not None:
+            image = random_resized_crop(image, args.smallest_crop)
+        return ImageOps.mirror(image) if torch.rand(()) < args.flip else image
+
+
+def collate(rows: list[torch.Tensor | Skipped | InputError]) -> tuple[torch.Tensor | InputError | None, list[Skipped]]:
+    """Pixel values of the rows that can be read, `None` if there are none, and the entries of the others."""
+    # An error is handed on: raised in a process of the loader, it would reach the user as a page.
+    if errors := [row for row in rows if isinstance(row, InputError)]:
+        return errors[0], []
+    found = [row for row in rows if torch.is_tensor(row)]
+    return torch.cat(found) if found else None, [row for row in rows if not torch.is_tensor(row)]
+
+
+def as_stored(
+    found: torch.Tensor | None, split: str, batch: range, skipped: list[Skipped], shape: tuple[int, ...], dtype: str
+) -> Batch:
+    """The features of the rows that are not skipped, as all of a batch's rows are stored.
+
+    Raises:
+        InputError: if numbers are too large for the dtype.
+    """
+    array = np.zeros((len(batch), *shape), dtype)
+    if found is None:
+        return array, skipped
+    without = {entry["row"] for entry in skipped}
+    rows = [row for row in batch if row not in without]
+    finite = found.isfinite().flatten(1).all(1).tolist()
+    stored = found.to(getattr(torch, dtype)).cpu().numpy()
+    reason = "Its features are not finite."
+    for row, good, features in zip(rows, finite, stored, strict=True):
+        if not good:
+            skipped = [*skipped, {"split": split, "row": row, "file": None, "reason": reason}]
+        elif not np.isfinite(features).all():
+            raise InputError(f"Features of row {row} of {split!r} do not fit {dtype}: give --dtype float32.")
+        else:
+            array[row - batch.start] = features
+    return array, sorted(skipped, key=lambda entry: entry["row"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features that a data set comes with
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ReadyEmbeddings:
+    """Takes features out of a column.
+
+    Args:
+        rows: the splits.
+        args: which column, and whose features they are said to be.
+
+    Raises:
+        InputError: if there is nothing in the column, or what is there is no features of that vision encoder.
+    """
+
+    dtype = None  # nothing is computed
+
+    def __init__(self, rows: dict[str, datasets.Dataset], args: FeatureArguments):
+        self.args = args
+        split, own = next(iter(rows.items()))
+        cells = (cell for row in range(len(own)) for cell in self._cells(own, split, range(row, row + 1)))
+        first = next((cell for cell in cells if cell is not None), None)
+        if first is None:
+            raise InputError(f"The column {args.embeddings_column!r} of the split {split!r} is empty.")
+        self.shape = tuple(first.shape)
+        name = args.vision_model_name_or_path
+        try:
+            config = AutoConfig.from_pretrained(name, revision=args.vision_model_revision)
+        except OSError as error:
+            raise cannot_load("vision_model", name, args.vision_model_revision, error) from error
+        config = config.vision_config if "vision_config" in config.sub_configs else config
+        if config.hidden_size != self.shape[1]:
+            raise InputError(
+                f"The embeddings in the column {args.embeddings_column!r} are {self.shape[1]} wide, and features of "
+                f"{name!r} are {config.hidden_size}: name the model that they are of."
+            )
+
+    def features(self, rows: datasets.Dataset, split: str, views: int, batches: list[range]) -> Iterator[Batch]:
+        """Of each batch of rows."""
+        for batch in batches:
+            skipped, found = [], []
+            for row, cell in zip(batch, self._cells(rows, split, batch), strict=True):
+                if cell is None:
+                    skipped.append({"split": split, "row": row, "file": None, "reason": "The row has no embeddings."})
+                elif tuple(cell.shape) != self.shape:
+                    raise InputError(
+                        f"The embeddings in the column {self.args.embeddings_column!r} differ in shape: those of row "
+                        f"{row} of {split!r} are {list(cell.shape)}, others {list(self.shape)}."
+                    )
+                else:
+                    found.append(cell)
+            found = torch.stack(found)[:, None] if found else None
+            yield as_stored(found, split, batch, skipped, (views, *self.shape), self.args.dtype)
+
+    def _cells(self, rows: datasets.Dataset, split: str, batch: range) -> list[torch.Tensor | None]:
+        """Cells of the column as `[N, Dv]` in float32, `None` for an empty one."""
+        column = rows.with_format("arrow")[batch.start : batch.stop][self.args.embeddings_column]
+        return [self._as_features(cell, split, row) for row, cell in zip(batch, column, strict=True)]
+
+    def _as_features(self, cell: pa.Scalar, split: str, row: int) -> torch.Tensor | None:
+        if isinstance(cell, pa.ExtensionScalar):  # `datasets.Array2D`
+            cell = cell.value
+        if cell is None or not cell.is_valid:
+            return None
+        kind, shape = cell.type, []
+        if isinstance(cell, pa.ListScalar):
+            values = cell.values
+            shape.append(len(values))
+            while is_list(values.type):
+                lengths = values.value_lengths().unique().to_pylist()
+                shape.append(lengths[0] if len(lengths) == 1 else None)  # lists of several lengths, or none
+                values = values.flatten()
+            kind = values.type
+        if len(shape) == 3 and shape[0] == 1:
+            shape = shape[1:]
+        number = pa.types.is_floating(kind) or pa.types.is_integer(kind)
+        if not number or len(shape) not in (1, 2) or not all(shape):
+            raise InputError(
+                f"The column {self.args.embeddings_column!r} must hold numbers in lists [D], [N, D] or [1, N, D], but "
+                f"row {row} of {split!r} is {cell.type}, {'lists of lengths ' + str(shape) if shape else 'no list'}."
+            )
+        return torch.from_numpy(values.to_numpy(zero_copy_only=False).astype(np.float32)).view(-1, shape[-1])
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
+    """The splits that were asked for, by name.
+
+    Raises:
+        InputError: if one of them, or the column, is not there.
+    """
+    wanted = args.splits[0] if args.splits is not None and len(args.splits) == 1 else None
+    found = load_rows(args.dataset_name, args.dataset_config_name, args.split_column, wanted)
+    splits = args.splits or sorted(found, key=str)
+    column = args.embeddings_column or args.image_column
+    for split in splits:
+        if split not in found:
+            there = ", ".join(map(repr, found))
+            raise InputError(f"The data set {args.dataset_name!r} has no split {split!r}; it has {there}.")
+        if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
+            raise InputError(f"The split {split!r} has a name that no folder can have: choose others with --splits.")
+        if column not in found[split].column_names:
+            there, choose = ", ".join(map(repr, found[split].column_names)), "--image_column or --embeddings_column"
+            raise InputError(f"The data set has no column {column!r}; its columns are {there}. Choose with {choose}.")
+    if args.views > 1 and args.train_split not in splits:
+        raise InputError(f"There is no split {args.train_split!r} to have {args.views} views: choose by --train_split.")
+    return {
+        split: found[split].select(range(min(len(found[split]), args.max_samples or sys.maxsize))) for split in splits
+    }
+
+
+def about_data(args: FeatureArguments) -> dict[str, str | None]:
+    """What the index says of the data set."""
+    local = os.path.exists(args.dataset_name)
+    return {
+        "name": os.path.abspath(args.dataset_name) if local else args.dataset_name,
+        "config_name": args.dataset_config_name,
+        # The builder tells data sets in the cache by the commit that they are of.
+        "revision": None if local else datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name).hash,
+        "split_column": args.split_column,
+        "image_column": None if args.embeddings_column else args.image_column,
+        "embeddings_column": args.embeddings_column,
+    }
+
+
+def missing_shards(layouts: dict[str, SplitLayout]) -> list[tuple[str, int]]:
+    return [(split, own) for split, layout in layouts.items() for own in layout.shards if not layout.is_complete(own)]
+
+
+def announce(layouts: dict[str, SplitLayout], folder: Path, overwrite: bool) -> None:
+    """Say how much room the features take.
+
+    Raises:
+        InputError: if the disk has not the room.
+    """
+    total = sum(layout.bytes_of(shard) for layout in layouts.values() for shard in layout.shards)
+    needed = total if overwrite else sum(layouts[split].bytes_of(shard) for split, shard in missing_shards(layouts))
+    for split, layout in layouts.items():
+        tokens, width = layout.shape
+        print(f"{split}: {layout.rows:,} rows, {layout.views} x [{tokens} x {width}] {layout.dtype} of each")
+    print(f"{in_words(total)} in {folder}, {in_words(total - needed)} of it there already")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if overwrite and folder.exists():
+        free += sum(path.stat().st_size for path in folder.rglob("*.npy"))
+    if needed > free:
+        raise InputError(
+            f"The features need {in_words(needed)} more, and the disk of {str(folder)!r} has {in_words(free)} free: "
+            "make room, choose another --output_dir, or ask for less with --splits, --views or --dtype float16."
+        )
+
+
+def in_words(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def batches_of(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def counted(batches: Iterator[Batch], bar: tqdm, processes: int) -> Iterator[Batch]:
+    """The same batches, and a bar that moves as if all processes were as fast as this one."""
+    for batch in batches:
+        bar.update(len(batch[0]) * processes)
+        yield batch
+
+
+def precompute(words: list[str]) -> None:
+    # 1. Options, and the processes. accelerate finds out by itself about every kind of processor but this one.
+    (args,) = parse(make_parser((FeatureArguments,), __doc__.split("\n\n")[0]), words)
+    check(args)
+    cpu = args.use_cpu or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
+    disable_progress_bar()
+
+    # 2. Rows, and who knows their features.
+    rows = load_splits(args)
+    name, revision = args.vision_model_name_or_path, args.vision_model_revision
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise cannot_load("vision_model", name, revision, error) from error
+    vision = VisionKey.of(name, revision, image_processor)
+    try:
+        if args.embeddings_column is not None:
+            source = ReadyEmbeddings(rows, args)
+        else:
+            source = VisionEncoder(args, image_processor, state.device)
+    except (TypeError, ValueError) as error:  # of a model that sees nothing
+        raise InputError(" ".join(str(error).split())) from error
+
+    # 3. The folder.
+    folder = Path(args.output_dir)
+    layouts = {
+        split: SplitLayout(
+            folder=folder / split,
+            rows=len(own),
+            rows_per_shard=args.rows_per_shard,
+            views=args.views if split == args.train_split else 1,
+            shape=source.shape,
+            dtype=args.dtype,
+        )
+        for split, own in rows.items()
+    }
+    dataset = about_data(args)
+    settings = {
+        "vision_model": asdict(vision),
+        "dataset": dataset,
+        "rows": {split: len(own) for split, own in rows.items()},
+        "compute_dtype": source.dtype,
+    }
+    for each in ("rows_per_shard", "dtype", "train_split", "views", "smallest_crop", "flip", "seed"):
+        settings[each] = getattr(args, each)
+    if state.is_main_process:
+        run = RunFolder(folder, settings, args.overwrite_output_dir)
+        announce(layouts, folder, args.overwrite_output_dir)
+        run.start()
+    state.wait_for_everyone()
+
+    # 4. Shards.
+    todo = missing_shards(layouts)
+    state.wait_for_everyone()  # or a slow process would take for done what a fast one has just written
+    mine = todo[state.process_index :: state.num_processes]
+    total = sum(layout.rows for layout in layouts.values())
+    left = sum(len(layouts[split].rows_of(shard)) for split, shard in todo)
+    with tqdm(
+        total=total, initial=total - left, desc="features", unit="rows", disable=not state.is_main_process
+    ) as bar:
+        for split, layout in layouts.items():
+            shards = [shard for own, shard in mine if own == split]
+            step = max(1, args.batch_size // layout.views)
+            batches = {shard: batches_of(layout.rows_of(shard), step) for shard in shards}
+            features = source.features(
+                rows[split], split, layout.views, [each for own in batches.values() for each in own]
+            )
+            features = counted(features, bar, state.num_processes)
+            for shard in shards:
+                layout.write(shard, islice(features, len(batches[shard])))
+
+    # 5. The store.
+    state.wait_for_everyone()
+    state.destroy_process_group()  # the others end here, and should not be missed
+    if not state.is_main_process:
+        return
+    skipped = finish_store(folder, vision, dataset, layouts)
+    run.finish(rows=total, skipped=skipped)
+    print(f"The features of {total - skipped:,} rows are in {folder}.")
+    if skipped:
+        print(f"{skipped:,} rows have none; {folder / 'skipped_rows.jsonl'} says which and why.")
+
+
+def main() -> None:
+    try:
+        precompute(sys.argv[1:])
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
