@@ -890,7 +890,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
+            # peft writes down the one, transformers the other.
+            model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         else:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded

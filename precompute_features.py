@@ -38,7 +38,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
@@ -46,7 +46,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .backbones_qformer import cannot_load, dtype_of, load_backbone
 from .captioning import InputError
-from .captioning.data import open_cell, random_resized_crop
+from .captioning.data import Variations, open_cell
 from .captioning.features import SplitLayout, VisionKey, finish_store
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
@@ -202,11 +202,8 @@ class Pictures(Dataset):
 def random_view(image: Image.Image, row: int, view: int, args: FeatureArguments) -> Image.Image:
     """A random part of an image, the same one whenever and by whomever it is drawn."""
     seed = np.random.SeedSequence([args.seed, row, view]).generate_state(1, np.uint64).item()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if args.smallest_crop is not None:
-            image = random_resized_crop(image, args.smallest_crop)
-        return ImageOps.mirror(image) if torch.rand(()) < args.flip else image
+    variations = Variations(smallest_crop=args.smallest_crop, flip=args.flip)
+    return variations.vary_image(image, torch.Generator().manual_seed(seed))
 
 
 def collate(rows: list[torch.Tensor | Skipped | InputError]) -> tuple[torch.Tensor | InputError | None, list[Skipped]]:

@@ -287,8 +287,10 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
     if not model_args.freeze_vision_model or model_args.vision_config is not None:
         raise InputError("With --features there is no vision encoder that could train.")
     if data_args.dataset_name is None:
-        for name, value in store.dataset.items():
-            setattr(data_args, name, value)
+        data_args.dataset_name = store.dataset["name"]
+        data_args.dataset_config_name = store.dataset["config_name"]
+        data_args.split_column = store.dataset["split_column"]
+        data_args.image_column = store.dataset["image_column"] or data_args.image_column
     if model_args.language_model_name_or_path is not None and model_args.vision_model_name_or_path is None:
         model_args.vision_model_name_or_path = store.vision_model_name_or_path
         model_args.vision_model_revision = store.vision_model_revision

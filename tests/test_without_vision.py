@@ -19,13 +19,14 @@ def folder(tmp_path_factory):
     tiny.save_vision(folder / "vision")
     tiny.save_language(folder / "llama", max_position_embeddings=256)
     captioner = QFormerCaptioner.from_backbones(folder / "vision", folder / "llama", **tiny.QFORMER)
+    torch.nn.init.normal_(captioner.language_projection.weight, std=0.2)  # so that the image matters
     captioner.save_pretrained(folder / "referring")
     captioner.save_pretrained(folder / "including", include_backbones=True)
     (folder / "pictures").mkdir()
     lines = []
     for row in range(20):
         tiny.picture(row).save(folder / "pictures" / f"{row}.png")
-        entry = {"file_name": f"{row}.png", "caption": tiny.CAPTIONS, "split": "train" if row < 16 else "dev"}
+        entry = {"file_name": f"{row}.png", "caption": tiny.CAPTIONS[row % 3], "split": "train" if row < 16 else "dev"}
         lines.append(json.dumps(entry))
     (folder / "pictures" / "broken.png").write_bytes(b"no picture")
     lines.append(json.dumps({"file_name": "broken.png", "caption": tiny.CAPTIONS, "split": "dev"}))
@@ -117,12 +118,14 @@ def losses(output_dir) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
 def test_a_run_on_features_has_the_losses_of_a_run_on_images(folder, tmp_path, dtype, tolerance):
     precompute(folder, tmp_path / "features", dtype=dtype)
-    train_hf.train(command(folder, tmp_path / "images"))
-    # Data set and vision encoder are those of the features, where nothing else is said.
-    own = {"dataset_name": None, "vision_model_name_or_path": None}
-    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    seeing = {"vision_model_name_or_path": None, "language_model_name_or_path": None, "qformer_config": None}
+    seeing["model_name_or_path"] = folder / "referring"
+    train_hf.train(command(folder, tmp_path / "images", **seeing))
+    seeing["dataset_name"] = None  # the features say it
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **seeing))
     expected, found = losses(tmp_path / "images"), losses(tmp_path / "run")
     assert len(found) > 10
+    assert (expected[-3] - expected[-2]).abs() > 0.01, "which image it is must matter"
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert (tmp_path / "run" / "captions.png").exists()
     assert "broken.png" in (tmp_path / "run" / "skipped_rows.jsonl").read_text()
@@ -153,6 +156,13 @@ def test_what_does_not_go_with_features_is_one_sentence(folder, tmp_path, option
     options = {name: str(value).format(folder=folder) for name, value in options.items()}
     with pytest.raises(train_hf.InputError, match=message):
         train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **options))
+
+
+def test_a_fresh_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
+    precompute(folder, tmp_path / "features")
+    own = {"vision_model_name_or_path": None, "num_train_epochs": 1}
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    assert isinstance(QFormerCaptioner.from_pretrained(tmp_path / "run").caption(tiny.picture()), str)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
