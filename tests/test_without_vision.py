@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
         entry = {"file_name": f"{row}.png", "caption": tiny.CAPTIONS[row % 3], "split": "train" if row < 16 else "dev"}
         lines.append(json.dumps(entry))
     (folder / "pictures" / "broken.png").write_bytes(b"no picture")
-    lines.append(json.dumps({"file_name": "broken.png", "caption": tiny.CAPTIONS, "split": "dev"}))
+    lines.append(json.dumps({"file_name": "broken.png", "caption": tiny.CAPTIONS[0], "split": "dev"}))
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
