@@ -93,6 +93,9 @@ class DataArguments:
     split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
     image_column: str = option("image", "The column of images, or of paths.")
     caption_column: str = option("caption", "The column of captions: a string or a list of strings in each row.")
+    image_id_column: str | None = option(
+        None, "Rows with the same value in this column are captions of one image: train on them in one pass."
+    )
     max_train_samples: int | None = option(None, "Train on so many rows only; of scenes: draw so many.")
     max_eval_samples: int | None = option(None, "Evaluate on so many rows only; of scenes: draw so many.")
     smallest_crop: float | None = option(
@@ -337,7 +340,9 @@ def train(words: list[str]) -> None:
         data_args.smallest_crop, data_args.flip, data_args.captions_per_image, seed=training_args.seed
     )
     features = store and store.split(data_args.train_split)
-    train_data = CaptionDataset(train_rows, data_args.train_split, *columns, variations, features)
+    train_data = CaptionDataset(
+        train_rows, data_args.train_split, *columns, variations, features, data_args.image_id_column
+    )
     if eval_rows is None:
         eval_data = None
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
@@ -347,7 +352,9 @@ def train(words: list[str]) -> None:
         if store is not None:
             eval_split = data_args.eval_split or next((name for name in EVAL_SPLITS if name in store.layouts), "dev")
         features = store and store.split(eval_split)
-        eval_data = CaptionDataset(eval_rows, eval_split, *columns, features=features).readable()
+        eval_data = CaptionDataset(
+            eval_rows, eval_split, *columns, features=features, image_id_column=data_args.image_id_column
+        ).readable()
 
     # 3. Captioner.
     try:

@@ -114,6 +114,7 @@ class CaptionDataset(Dataset):
         skipped: the record.
         variations: what training shows differently each time.
         features: of the same rows, to be read instead of the images.
+        image_id_column: rows with the same value in it are captions of one image, and become one row.
 
     Raises:
         InputError: if a column is not there, no row has a caption, or there are features of other rows.
@@ -128,13 +129,17 @@ class CaptionDataset(Dataset):
         skipped: SkippedRows,
         variations: Variations | None = None,
         features: SplitFeatures | None = None,
+        image_id_column: str | None = None,
     ):
-        for column in (caption_column,) if features else (image_column, caption_column):
-            if column not in rows.column_names:
+        for option, column in (
+            ("image_column", image_column if features is None else None),
+            ("caption_column", caption_column),
+            ("image_id_column", image_id_column),
+        ):
+            if column is not None and column not in rows.column_names:
                 there = ", ".join(map(repr, rows.column_names))
                 raise InputError(
-                    f"The data set has no column {column!r}; its columns are {there}. "
-                    "Choose with --image_column and --caption_column."
+                    f"The data set has no column {column!r}; its columns are {there}. Choose with --{option}."
                 )
         self.split = split
         self.skipped = skipped
@@ -148,13 +153,28 @@ class CaptionDataset(Dataset):
             self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
         self.captions = [captions_of(value) for value in rows[caption_column]]
+        others = set()
+        if image_id_column is not None:
+            others = self._gather_captions(rows[image_id_column])
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
-        for index in sorted(set(range(len(rows))) - set(self.indices)):
+        for index in sorted(set(range(len(rows))) - set(self.indices) - others):
             skipped.add(split, index, self._file(index), "no caption")
         if not self.indices:
             raise InputError(f"No row of the {split} split has a caption in its column {caption_column!r}.")
         if features is not None:
             self._leave_out_rows_without_features()
+
+    def _gather_captions(self, image_ids: list) -> set[int]:
+        """Give all captions of an image to its first row; returns the other rows."""
+        first_row = {}
+        others = set()
+        for index, image_id in enumerate(image_ids):
+            first = first_row.setdefault(image_id, index)
+            if first != index:
+                self.captions[first] += self.captions[index]
+                self.captions[index] = []
+                others.add(index)
+        return others
 
     def _leave_out_rows_without_features(self) -> None:
         if len(self.features) < len(self.rows):

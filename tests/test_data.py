@@ -101,6 +101,15 @@ def test_rows_without_a_caption_are_left_out_and_written_down(image_folder, tmp_
     assert (len(data), len(data.skipped)) == (3, 1)
 
 
+def test_rows_of_one_image_become_one_row_with_all_its_captions(image_folder):
+    rows = load_splits(str(image_folder))[0]
+    rows = datasets.concatenate_datasets([rows, rows.select([1]).map(lambda row: {"captions": ["more"]})])
+    rows = rows.add_column("image_id", [7, 8, 9, 10, 8])
+    data = captioned(rows, image_id_column="image_id")
+    assert data.references()[1] == ["all green", "a green wall", "more"]
+    assert (len(data), len(data.skipped)) == (4, 0)
+
+
 def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_path):
     (image_folder / "0.png").write_bytes(b"no image")
     data = captioned(load_splits(str(image_folder))[0]).readable()
