@@ -470,6 +470,8 @@ def precompute(words: list[str]) -> None:
         run = RunFolder(folder, settings, args.overwrite_output_dir)
         announce(layouts, folder, args.overwrite_output_dir)
         run.start()
+        for layout in layouts.values():
+            layout.remove_unfinished()
     state.wait_for_everyone()
 
     # 4. Shards.

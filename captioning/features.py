@@ -149,10 +149,11 @@ class SplitLayout:
     def write(self, shard: int, features: Iterable[tuple[np.ndarray, list[dict]]]) -> None:
         """Write a shard out of batches `[rows, views, N, Dv]` and entries of skipped rows, all of it or nothing.
 
-        A kill leaves a file of another name behind, which the next call writes anew.
+        A kill leaves a file of another name behind, see [`~SplitLayout.remove_unfinished`].
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished, skipped = self.path(shard).with_suffix(".tmp"), []
+        unfinished = self.path(shard).with_suffix(f".{os.getpid()}.tmp")  # nobody else's, should the run go on twice
+        skipped = []
         with unfinished.open("wb") as file:
             shape = (len(self.rows_of(shard)), self.views, *self.shape)
             header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": shape}
@@ -166,6 +167,11 @@ class SplitLayout:
         if skipped:
             write_whole(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
         unfinished.replace(self.path(shard))
+
+    def remove_unfinished(self) -> None:
+        """Throw away what killed runs have left behind."""
+        for path in self.folder.glob("*.tmp"):
+            path.unlink()
 
     def skipped_lines(self) -> Iterator[str]:
         for shard in self.shards:

@@ -24,6 +24,7 @@ from qformer_captioner.processing_qformer import open_image
 
 from . import tiny
 from .conftest import ROOT
+from .hub import Hub
 
 ROWS, BROKEN = 19, 3  # of the training split
 VIEWS = ["--views", "3", "--smallest_crop", "0.3", "--flip", "0.5"]
@@ -222,7 +223,7 @@ def test_finished_shards_are_kept_and_a_half_written_one_is_done_again(views, vi
     folder = tmp_path / "store"
     shutil.copytree(views, folder)
     (folder / "index.json").unlink()
-    (folder / "train" / "00003.npy").rename(folder / "train" / "00003.tmp")  # a kill before the last step
+    (folder / "train" / "00003.npy").rename(folder / "train" / "00003.123.tmp")  # a kill before the last step
     whole = (folder / "train" / "00004.npy").read_bytes()
     (folder / "train" / "00004.npy").write_bytes(whole[:-1])  # what no kill leaves behind, but a full disk may
     kept = (folder / "train" / "00002.npy").stat().st_ino
@@ -259,10 +260,38 @@ def test_the_same_folder_with_other_weights_is_refused(vision, pictures, tmp_pat
         precompute_features.precompute(command(folder, pictures, tmp_path / "store"))
 
 
-def test_another_revision_is_refused():
-    key = VisionKey("org/vision", "1" * 40, None, {})
-    assert key.same_weights(VisionKey("org/vision", "1" * 40, None, {}))
-    assert not key.same_weights(VisionKey("org/vision", "2" * 40, None, {}))
+def test_of_the_hub_commits_are_kept_and_another_one_is_refused(vision, tmp_path):
+    data = with_embeddings(tmp_path / "data", EMBEDDINGS.tolist())
+    program = (
+        "import sys\n"
+        "import tests.conftest\n"
+        "from transformers import AutoImageProcessor\n"
+        "from qformer_captioner import precompute_features\n"
+        "from qformer_captioner.captioning.features import FeatureStore\n"
+        "if sys.argv[2:]:\n"
+        "    precompute_features.precompute(sys.argv[2:])\n"
+        "FeatureStore(sys.argv[1]).check('org/vision', None, AutoImageProcessor.from_pretrained('org/vision'))"
+    )
+    store = tmp_path / "store"
+    words = command("org/vision", "org/data", store, "--embeddings_column", "own")
+    with Hub() as hub:
+        files = {path.name: path.read_bytes() for path in Path(vision).iterdir()}
+        hub.files["model", "org/vision"] = files
+        hub.files["dataset", "org/data"] = {"train.parquet": (data / "train.parquet").read_bytes()}
+        commits = [hub.commit(("model", "org/vision")), hub.commit(("dataset", "org/data"))]
+
+        def run(*words: str) -> subprocess.CompletedProcess:
+            environment = ENVIRONMENT | hub.environment(tmp_path / "home")
+            run = [sys.executable, "-c", program, str(store), *words]
+            return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=100)
+
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+        features = FeatureStore(store)
+        assert [features.vision_model_revision, features.dataset["revision"]] == commits
+        files["README.md"] = b"another commit"
+        done = run()
+        assert f"of the vision model 'org/vision' (revision {commits[0]}), not of 'org/vision' (rev" in done.stderr
 
 
 def test_another_image_processor_is_refused(store, vision):
