@@ -191,21 +191,17 @@ def draw(rates: dict[str, dict[str, dict[str, float]]], rows: list[dict[str, flo
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     sides = list(next(iter(rates.values())))
     for place, (size, own) in enumerate(rates.items()):
-        values = [own[side]["median"] for side in sides]
-        errors = np.array(
-            [[own[side]["median"] - own[side]["min"], own[side]["max"] - own[side]["median"]] for side in sides]
-        )
-        axes[0].barh(
-            np.arange(len(sides)) + 0.27 * (place - 1), values, 0.25, xerr=errors.T, label=f"batches of {size}"
-        )
-    axes[0].axvline(80_000, color="grey", linestyle=":", linewidth=1)
-    axes[0].set(yticks=range(len(sides)), yticklabels=sides, xlabel="rows of [50 x 768] float16 a second, one core")
+        values = [own[side]["median"] / 1000 for side in sides]
+        errors = [[abs(own[side][end] / 1000 - own[side]["median"] / 1000) for side in sides] for end in ("min", "max")]
+        axes[0].barh(np.arange(len(sides)) + 0.27 * (place - 1), values, 0.25, xerr=errors, label=f"batches of {size}")
+    axes[0].axvline(80, color="grey", linestyle=":", linewidth=1)
+    axes[0].set(yticks=range(len(sides)), yticklabels=sides, xlabel="thousand rows of [50 x 768] float16 a second")
     axes[0].invert_yaxis()
     axes[0].legend(fontsize=8)
     for side in ("ours", "numpy memmap"):
         own = [row for row in rows if row["side"] == side]
         axes[1].plot([row["rows_read"] for row in own], [row["mb"] for row in own], marker="o", label=side)
-    axes[1].set(xlabel="rows read, of 1,000,000", ylabel="MB of the process", xlim=(0, None), ylim=(0, None))
+    axes[1].set(xlabel="rows read, of 1,000,000", ylabel="MB more than before", xlim=(0, None), ylim=(0, None))
     axes[1].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
