@@ -396,7 +396,7 @@ class SplitFeatures:
         found = self._files.get(shard)
         if found is None:
             if len(self._files) >= OPEN_FILES:
-                self._files.pop(next(iter(self._files)))  # closed when nobody reads from it any more
+                self._files.pop(next(iter(self._files)), None)  # closed when nobody reads from it any more
             found = self.layout.path(shard).open("rb", buffering=0), self._starts[shard]
             self._files[shard] = found
         return found
