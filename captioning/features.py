@@ -250,21 +250,21 @@ class FeatureStore:
             raise InputError(f"There are no features in {str(folder)!r}: make them with precompute_features.py.")
         try:
             index = json.loads(path.read_text())
-            if index["format"] != FORMAT:
-                raise InputError(
-                    f"The features in {str(folder)!r} are of format {index['format']}, and this version reads "
-                    f"{FORMAT}: make them again with precompute_features.py --overwrite_output_dir."
-                )
-            self.vision = VisionKey(**index["vision_model"])
-            self.dataset: dict = index["dataset"]
-            self.layouts = {
-                name: SplitLayout(self.folder / name, **{**fields, "shape": tuple(fields["shape"])})
-                for name, fields in index["splits"].items()
-            }
+            version = index["format"]
+            if version == FORMAT:
+                self.vision = VisionKey(**index["vision_model"])
+                self.dataset: dict = index["dataset"]
+                self.layouts = {
+                    name: SplitLayout(self.folder / name, **{**fields, "shape": tuple(fields["shape"])})
+                    for name, fields in index["splits"].items()
+                }
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
             raise damaged(path, error) from error
+        if version != FORMAT:
+            raise InputError(
+                f"The features in {str(folder)!r} are of format {version}, and this version reads {FORMAT}: make them "
+                "again with precompute_features.py --overwrite_output_dir."
+            )
 
     @property
     def vision_model_name_or_path(self) -> str:
