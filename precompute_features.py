@@ -107,13 +107,12 @@ def check(args: FeatureArguments) -> None:
         raise InputError("Ready-made embeddings have one view: leave out --views, or --embeddings_column.")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Features of images
 # ----------------------------------------------------------------------------------------------------------------------
 
 Skipped = dict[str, object]  # split, row, file and reason, as `captioning.data.SkippedRows` has them
-Batch = tuple[
-    np.ndarray, list[Skipped]
-]  # features [rows, views, N, Dv], zeros where there are none; why there are none
+Batch = tuple[np.ndarray, list[Skipped]]  # features [rows, views, N, Dv], and why there are none where they are zeros
 
 
 class VisionEncoder:
@@ -176,14 +175,12 @@ class Pictures(Dataset):
         size: torch.Size,
         args: FeatureArguments,
     ):
-        # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
-        self.images = rows.select_columns(args.image_column)
-        self.images = self.images.cast_column(args.image_column, datasets.Image(decode=False))
+        self.rows = rows
         self.split, self.views, self.size, self.args = split, views, size, args
         self.image_processor = image_processor
 
     def __getitem__(self, row: int) -> torch.Tensor | Skipped | InputError:
-        cell = self.images[row][self.args.image_column]
+        cell = self.rows[row][self.args.image_column]
         try:
             image = open_cell(cell)
             pictures = [random_view(image, row, view, self.args) if view else image for view in range(self.views)]
@@ -336,29 +333,38 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
-    """The splits that were asked for, by name.
+    """The column of images or embeddings, of the splits that were asked for. Images are undecoded.
 
     Raises:
-        InputError: if one of them, or the column, is not there.
+        InputError: if a split or the column is not there, or cannot hold images.
     """
     wanted = args.splits[0] if args.splits is not None and len(args.splits) == 1 else None
     found = load_rows(args.dataset_name, args.dataset_config_name, args.split_column, wanted)
     splits = args.splits or sorted(found, key=str)
+    if args.views > 1 and args.train_split not in splits:
+        raise InputError(f"There is no split {args.train_split!r} to have {args.views} views: choose by --train_split.")
     column = args.embeddings_column or args.image_column
+    choose = "Choose with --image_column or --embeddings_column."
+    columns = {}
     for split in splits:
         if split not in found:
             there = ", ".join(map(repr, found))
             raise InputError(f"The data set {args.dataset_name!r} has no split {split!r}; it has {there}.")
         if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
             raise InputError(f"The split {split!r} has a name that no folder can have: choose others with --splits.")
-        if column not in found[split].column_names:
-            there, choose = ", ".join(map(repr, found[split].column_names)), "--image_column or --embeddings_column"
-            raise InputError(f"The data set has no column {column!r}; its columns are {there}. Choose with {choose}.")
-    if args.views > 1 and args.train_split not in splits:
-        raise InputError(f"There is no split {args.train_split!r} to have {args.views} views: choose by --train_split.")
-    return {
-        split: found[split].select(range(min(len(found[split]), args.max_samples or sys.maxsize))) for split in splits
-    }
+        rows = found[split]
+        if column not in rows.column_names:
+            there = ", ".join(map(repr, rows.column_names))
+            raise InputError(f"The data set has no column {column!r}; its columns are {there}. {choose}")
+        rows = rows.select_columns(column).select(range(min(len(rows), args.max_samples or len(rows))))
+        if args.embeddings_column is None:
+            try:  # undecoded: a damaged image must fail one by one, and not inside the library, batch by batch
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+            except (TypeError, ValueError, pa.ArrowException) as error:
+                kind = rows.features[column]
+                raise InputError(f"The column {column!r} holds {kind}, and no images or paths. {choose}") from error
+        columns[split] = rows
+    return columns
 
 
 def about_data(args: FeatureArguments) -> dict[str, str | None]:
@@ -467,6 +473,8 @@ def precompute(words: list[str]) -> None:
         run = RunFolder(folder, settings, args.overwrite_output_dir)
         announce(layouts, folder, args.overwrite_output_dir)
         run.start()
+        for layout in layouts.values():
+            layout.remove_unfinished()
     state.wait_for_everyone()
 
     # 4. Shards.

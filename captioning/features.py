@@ -149,10 +149,11 @@ class SplitLayout:
     def write(self, shard: int, features: Iterable[tuple[np.ndarray, list[dict]]]) -> None:
         """Write a shard out of batches `[rows, views, N, Dv]` and entries of skipped rows, all of it or nothing.
 
-        A kill leaves a file of another name behind, which the next call writes anew.
+        A kill leaves a file of another name behind, see [`~SplitLayout.remove_unfinished`].
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished, skipped = self.path(shard).with_suffix(".tmp"), []
+        unfinished = self.path(shard).with_suffix(f".{os.getpid()}.tmp")  # nobody else's, should the run go on twice
+        skipped = []
         with unfinished.open("wb") as file:
             shape = (len(self.rows_of(shard)), self.views, *self.shape)
             header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": shape}
@@ -166,6 +167,11 @@ class SplitLayout:
         if skipped:
             write_whole(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
         unfinished.replace(self.path(shard))
+
+    def remove_unfinished(self) -> None:
+        """Throw away what killed runs have left behind."""
+        for path in self.folder.glob("*.tmp"):
+            path.unlink()
 
     def skipped_lines(self) -> Iterator[str]:
         for shard in self.shards:
@@ -244,21 +250,21 @@ class FeatureStore:
             raise InputError(f"There are no features in {str(folder)!r}: make them with precompute_features.py.")
         try:
             index = json.loads(path.read_text())
-            if index["format"] != FORMAT:
-                raise InputError(
-                    f"The features in {str(folder)!r} are of format {index['format']}, and this version reads "
-                    f"{FORMAT}: make them again with precompute_features.py --overwrite_output_dir."
-                )
-            self.vision = VisionKey(**index["vision_model"])
-            self.dataset: dict = index["dataset"]
-            self.layouts = {
-                name: SplitLayout(self.folder / name, **{**fields, "shape": tuple(fields["shape"])})
-                for name, fields in index["splits"].items()
-            }
+            version = index["format"]
+            if version == FORMAT:
+                self.vision = VisionKey(**index["vision_model"])
+                self.dataset: dict = index["dataset"]
+                self.layouts = {
+                    name: SplitLayout(self.folder / name, **{**fields, "shape": tuple(fields["shape"])})
+                    for name, fields in index["splits"].items()
+                }
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
             raise damaged(path, error) from error
+        if version != FORMAT:
+            raise InputError(
+                f"The features in {str(folder)!r} are of format {version}, and this version reads {FORMAT}: make them "
+                "again with precompute_features.py --overwrite_output_dir."
+            )
 
     @property
     def vision_model_name_or_path(self) -> str:
@@ -390,7 +396,7 @@ class SplitFeatures:
         found = self._files.get(shard)
         if found is None:
             if len(self._files) >= OPEN_FILES:
-                self._files.pop(next(iter(self._files)))  # closed when nobody reads from it any more
+                self._files.pop(next(iter(self._files)), None)  # closed when nobody reads from it any more
             found = self.layout.path(shard).open("rb", buffering=0), self._starts[shard]
             self._files[shard] = found
         return found

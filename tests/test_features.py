@@ -24,6 +24,7 @@ from qformer_captioner.processing_qformer import open_image
 
 from . import tiny
 from .conftest import ROOT
+from .hub import Hub
 
 ROWS, BROKEN = 19, 3  # of the training split
 VIEWS = ["--views", "3", "--smallest_crop", "0.3", "--flip", "0.5"]
@@ -42,7 +43,9 @@ def pictures(tmp_path_factory):
     rows = []
     for i in range(ROWS + 4):
         tiny.picture(seed=i).save(folder / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "split": "train" if i < ROWS else "dev", "caption": "a star"})
+        rows.append(
+            {"file_name": f"{i}.png", "split": "train" if i < ROWS else "dev", "caption": "a star", "number": i}
+        )
     (folder / f"{BROKEN}.png").write_bytes(b"no picture")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -222,7 +225,7 @@ def test_finished_shards_are_kept_and_a_half_written_one_is_done_again(views, vi
     folder = tmp_path / "store"
     shutil.copytree(views, folder)
     (folder / "index.json").unlink()
-    (folder / "train" / "00003.npy").rename(folder / "train" / "00003.tmp")  # a kill before the last step
+    (folder / "train" / "00003.npy").rename(folder / "train" / "00003.123.tmp")  # a kill before the last step
     whole = (folder / "train" / "00004.npy").read_bytes()
     (folder / "train" / "00004.npy").write_bytes(whole[:-1])  # what no kill leaves behind, but a full disk may
     kept = (folder / "train" / "00002.npy").stat().st_ino
@@ -259,10 +262,38 @@ def test_the_same_folder_with_other_weights_is_refused(vision, pictures, tmp_pat
         precompute_features.precompute(command(folder, pictures, tmp_path / "store"))
 
 
-def test_another_revision_is_refused():
-    key = VisionKey("org/vision", "1" * 40, None, {})
-    assert key.same_weights(VisionKey("org/vision", "1" * 40, None, {}))
-    assert not key.same_weights(VisionKey("org/vision", "2" * 40, None, {}))
+def test_of_the_hub_commits_are_kept_and_another_one_is_refused(vision, tmp_path):
+    data = with_embeddings(tmp_path / "data", EMBEDDINGS.tolist())
+    program = (
+        "import sys\n"
+        "import tests.conftest\n"
+        "from transformers import AutoImageProcessor\n"
+        "from qformer_captioner import precompute_features\n"
+        "from qformer_captioner.captioning.features import FeatureStore\n"
+        "if sys.argv[2:]:\n"
+        "    precompute_features.precompute(sys.argv[2:])\n"
+        "FeatureStore(sys.argv[1]).check('org/vision', None, AutoImageProcessor.from_pretrained('org/vision'))"
+    )
+    store = tmp_path / "store"
+    words = command("org/vision", "org/data", store, "--embeddings_column", "own")
+    with Hub() as hub:
+        files = {path.name: path.read_bytes() for path in Path(vision).iterdir()}
+        hub.files["model", "org/vision"] = files
+        hub.files["dataset", "org/data"] = {"train.parquet": (data / "train.parquet").read_bytes()}
+        commits = [hub.commit(("model", "org/vision")), hub.commit(("dataset", "org/data"))]
+
+        def run(*words: str) -> subprocess.CompletedProcess:
+            environment = ENVIRONMENT | hub.environment(tmp_path / "home")
+            run = [sys.executable, "-c", program, str(store), *words]
+            return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=100)
+
+        done = run(*words)
+        assert done.returncode == 0, done.stderr
+        features = FeatureStore(store)
+        assert [features.vision_model_revision, features.dataset["revision"]] == commits
+        files["README.md"] = b"another commit"
+        done = run()
+        assert f"of the vision model 'org/vision' (revision {commits[0]}), not of 'org/vision' (rev" in done.stderr
 
 
 def test_another_image_processor_is_refused(store, vision):
@@ -329,6 +360,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(vision, p
         (["--splits", "test"], "has no split 'test'; it has"),
         (["--image_column", "picture"], "no column 'picture'; its columns are .*'image'"),
         (["--image_column", "caption"], "Not one row of the split 'dev' can be used .There is no image file"),
+        (["--image_column", "number"], "The column 'number' holds Value.*int64.*, and no images or paths. Choose with"),
         (["--batch_size", "0"], "--batch_size is at least 1, not 0"),
         (["--view", "2"], "Unknown option '--view'. Did you mean '--views'"),
     ],
@@ -466,23 +498,24 @@ def test_memory_does_not_grow_with_the_rows_that_are_read(tmp_path):
         "import tests.conftest\n"
         "import numpy as np\n"
         "from qformer_captioner.captioning.features import FeatureStore\n"
-        "train = FeatureStore(sys.argv[1]).split('train')\n"
-        "for start in range(0, len(train), 2000):\n"
-        "    train.read(range(start, start + 1000), np.zeros(1000, int))\n"
-        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+        "for folder in sys.argv[1:]:\n"
+        "    train = FeatureStore(folder).split('train')\n"
+        "    for start in range(0, len(train), 2000):\n"
+        "        train.read(range(start, start + 1000), np.zeros(1000, int))\n"
+        "    print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
     )
-    peaks = []
-    for rows in (10_000, 1_000_000):
-        layout = layout_of(tmp_path / str(rows), rows, 100_000, shape=(4, 64))
+    folders = [tmp_path / "few", tmp_path / "many"]
+    for folder, rows in zip(folders, (10_000, 1_000_000), strict=True):
+        layout = layout_of(folder, rows, 100_000, shape=(4, 64))
         for shard in layout.shards:
             layout.write(shard, [])  # a header and nothing behind it
             os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard))
-        finish_store(tmp_path / str(rows), VisionKey("org/vision", "1" * 40, None, {}), {}, {"train": layout})
-        read = [sys.executable, "-c", program, str(tmp_path / str(rows))]
-        done = subprocess.run(read, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] < peaks[0] + 20
+        finish_store(folder, VisionKey("org/vision", "1" * 40, None, {}), {}, {"train": layout})
+    read = [sys.executable, "-c", program, *map(str, folders)]
+    done = subprocess.run(read, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    few, many = (int(peak) / 1024 for peak in done.stdout.split())
+    assert many < few + 2
 
 
 def test_images_of_a_path_column_are_opened(vision, pictures, tmp_path, store):
