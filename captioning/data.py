@@ -100,8 +100,8 @@ class Variations:
 class CaptionDataset(Dataset):
     """Rows of `{"image": PIL image, "captions": [str, ...]}`; one that cannot be read is skipped and written down.
 
-    With `features` they are `{"image_embeds": [N, Dv], "captions": [str, ...]}`; with prompts to draw from, each has a
-    `"prompt"`, too.
+    With `features`, `"image_embeds"` in place of an image says which row and view of which features, for a batch of them
+    to be read at once. With prompts to draw from, each row has a `"prompt"`, too.
 
     A row without any caption is left out from the start. Whether an image can be read shows when it is opened: in
     training the next row takes its place, for evaluation [`~CaptionDataset.readable`] opens all of them first.
@@ -217,7 +217,7 @@ class CaptionDataset(Dataset):
         if self.features is None:
             return {"image": self.variations.vary_image(self._open(index), random)}
         view = int(torch.randint(self.features.views, (), generator=random)) if self.features.views > 1 else 0
-        return {"image_embeds": self.features.read([index], [view])[0]}
+        return {"image_embeds": (self.features, index, view)}
 
     def _nothing_to_see(self) -> InputError:
         return InputError(
@@ -335,7 +335,8 @@ class CaptionCollator:
             batch = self.processor(images=[row["image"] for row in rows], text=prompts)
         else:
             batch = self.processor(text=prompts)
-            batch["image_embeds"] = torch.stack([row["image_embeds"] for row in rows])
+            features, indices, views = zip(*(row["image_embeds"] for row in rows), strict=True)
+            batch["image_embeds"] = features[0].read(indices, views)  # one copy, from file to batch
         ids = [
             [self.processor.encode_caption(caption, prompt, self.max_caption_length) for caption in row["captions"]]
             for prompt, row in zip(prompts, rows, strict=True)

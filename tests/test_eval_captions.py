@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from qformer_captioner.captioning.benchmarks import load_benchmark
 from . import tiny
 from .conftest import ROOT
 from .hub import Hub
+from .processes import kill
 
 REFERENCES = {
     "images": [{"id": i, "file_name": f"{i}.png", "domain": "in-domain" if i < 3 else "near-domain"} for i in range(5)],
@@ -172,14 +172,13 @@ def test_two_processes_killed_and_gone_on_give_the_same(one_process, captioner, 
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run += [str(ROOT / "eval_captions.py"), *command(captioner, pictures, tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL)
     give_up = time.time() + 100
     while not any("[" in path.read_text() for path in (tmp_path / "two").glob("progress-*.jsonl")):
         assert process.poll() is None, "the run ended before it was killed"
         assert time.time() < give_up, "the run captions nothing"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not (tmp_path / "two" / "captions.json").exists()
     subprocess.run(run, env=environment, check=True, capture_output=True, timeout=100)
     assert len(list((tmp_path / "two").glob("progress-*.jsonl"))) == 2

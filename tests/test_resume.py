@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from qformer_captioner import precompute_features, train_hf
 
 from . import tiny
 from .conftest import ROOT
+from .processes import kill
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in another number of threads round differently
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -89,19 +89,18 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_on
     def run(name: str) -> list[str]:
         return [sys.executable, *launcher, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / name, **more)]
 
-    own_group = {"cwd": tmp_path, "env": ONE_THREAD, "start_new_session": True}
     if launcher:
-        subprocess.run(run("unbroken"), check=True, capture_output=True, timeout=120, **own_group)
+        subprocess.run(run("unbroken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
     else:
         train_hf.train(command(backbones, tmp_path / "unbroken", **more))
-    process = subprocess.Popen(run("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **own_group)
+    process = subprocess.Popen(run("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     while not list((tmp_path / "broken").glob("checkpoint-*")):
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.4))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(run("broken"), check=True, capture_output=True, timeout=120, **own_group)
+    kill(process)
+    assert not (tmp_path / "broken" / "model.safetensors").exists(), "the run ended before it was killed"
+    subprocess.run(run("broken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
     file = "adapter_model.safetensors" if variant == "lora" else "model.safetensors"
     broken, unbroken = (load_file(tmp_path / name / file) for name in ("broken", "unbroken"))
     assert broken.keys() == unbroken.keys()
