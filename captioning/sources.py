@@ -236,6 +236,7 @@ def load_splits(
     seed: int = 0,
     revision: str | None = None,
     streaming: bool = False,
+    evaluate: bool = True,
 ) -> tuple[Rows, datasets.Dataset | None]:
     """Load the rows to train on and the rows to evaluate on.
 
@@ -250,6 +251,7 @@ def load_splits(
         revision: which branch, tag or commit of a data set on the Hub.
         streaming: give all rows to train on as a stream. Those to evaluate on are read into memory, 500 unless
             `max_eval_samples` says otherwise.
+        evaluate: load rows to evaluate on, where there are any.
 
     Raises:
         InputError: for a data set or split that is not there, or a file that cannot be read.
@@ -260,24 +262,53 @@ def load_splits(
     rows = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
     if eval_split is None:
         eval_split = next((split for split in EVAL_SPLITS if split in rows), None)
-    for split in (train_split, eval_split):
+    for split in (train_split, eval_split if evaluate else None):
         if split is not None and split not in rows:
             raise InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, rows))}.")
-    train, evaluation = rows[train_split], eval_split and rows[eval_split]
-    if streaming:
-        number = max_eval_samples or STREAMED_EVAL_SAMPLES
-        return train, evaluation and read_into_memory(evaluation, f"The split {eval_split!r} of {name!r}", number)
-    return first(train, max_train_samples), evaluation and first(evaluation, max_eval_samples)
+    train = rows[train_split] if streaming else first(rows[train_split], max_train_samples)
+    if not evaluate or eval_split is None:
+        return train, None
+    return train, held_out(rows[eval_split], f"The split {eval_split!r} of {name!r}", max_eval_samples)
+
+
+def load_held_out(
+    name: str,
+    eval_split: str | None = None,
+    split_column: str = "split",
+    max_eval_samples: int | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset:
+    """Load rows to evaluate on from a data set of their own; where it has one split only, that.
+
+    Raises:
+        InputError: for a data set or split that is not there, or a file that cannot be read.
+    """
+    if name == "scenes":
+        return load_scenes(1, max_eval_samples or 200)["validation"]
+    rows = load_rows(name, split_column=split_column, streaming=streaming)
+    split = eval_split or next((each for each in EVAL_SPLITS if each in rows), None)
+    if eval_split is None and len(rows) == 1:
+        (split,) = rows
+    if split not in rows:
+        raise InputError(
+            f"The data set {name!r} has no split {split or 'validation'!r}; it has {', '.join(map(repr, rows))}. "
+            "Choose with --eval_split."
+        )
+    return held_out(rows[split], f"The split {split!r} of {name!r}", max_eval_samples)
+
+
+def held_out(rows: Rows, name: str, number: int | None) -> datasets.Dataset:
+    """The first so many rows; those of a stream are read into memory."""
+    if isinstance(rows, datasets.Dataset):
+        return first(rows, number)
+    content = list(rows_of(rows.take(number or STREAMED_EVAL_SAMPLES), name))
+    info = datasets.DatasetInfo(builder_name=rows.info.builder_name)
+    return datasets.Dataset.from_list(content, features=rows.features, info=info)
 
 
 def first(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
     """The first so many rows, or all."""
     return rows.select(range(min(number or len(rows), len(rows))))
-
-
-def read_into_memory(rows: datasets.IterableDataset, name: str, number: int) -> datasets.Dataset:
-    """The first rows of a stream."""
-    return datasets.Dataset.from_list(list(rows_of(rows.take(number), name)), features=rows.features)
 
 
 def rows_of(rows: datasets.IterableDataset, name: str) -> Iterator[dict]:
