@@ -302,8 +302,8 @@ def held_out(rows: Rows, name: str, number: int | None) -> datasets.Dataset:
     if isinstance(rows, datasets.Dataset):
         return first(rows, number)
     content = list(rows_of(rows.take(number or STREAMED_EVAL_SAMPLES), name))
-    info = datasets.DatasetInfo(builder_name=rows.info.builder_name)
-    return datasets.Dataset.from_list(content, features=rows.features, info=info)
+    info = datasets.DatasetInfo(features=rows.features, builder_name=rows.info.builder_name)
+    return datasets.Dataset.from_list(content, info=info)
 
 
 def first(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:

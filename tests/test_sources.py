@@ -11,9 +11,12 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image, ImageColor
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from qformer_captioner import train_hf
 from qformer_captioner.captioning import InputError
 from qformer_captioner.captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from qformer_captioner.captioning.mixing import CaptionMixture
@@ -531,3 +534,139 @@ def test_streams_are_mixed_in_these_shares_at_any_time(folder, weights):
     for count in (8, 24, 80):
         shown = Counter(row["captions"][0][0] for row, _ in zip(iter(data), range(count), strict=False))
         assert abs(shown["a"] - count * weights[0] / sum(weights)) <= 1, (count, shown)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbones")
+    return tiny.save_vision(folder / "vision"), tiny.save_language(folder / "llama")
+
+
+@pytest.fixture
+def words(backbones, folder):
+    """A command line that streams 40 rows from two files for eight steps."""
+    for file in range(2):
+        rows = [
+            {"image": f"pictures/{COLOURS[number % 6]}.png", "caption": tiny.CAPTIONS[number % 3]}
+            for number in range(20 * file, 20 * file + 20)
+        ]
+        write_jsonl(folder / f"train-{file}.jsonl", rows)
+    write_jsonl(folder / "dev.jsonl", [{**row, "caption": tiny.CAPTIONS} for row in rows_with_paths()])
+
+    def make(**options) -> list[str]:
+        options = {
+            "dataset_name": folder / "train-*.jsonl",
+            "eval_dataset_name": folder / "dev.jsonl",
+            "streaming": "true",
+            "shuffle_buffer": 5,
+            "max_steps": 8,
+            "smallest_crop": 0.5,
+            "vision_model_name_or_path": backbones[0],
+            "language_model_name_or_path": backbones[1],
+            "qformer_config": json.dumps(tiny.QFORMER),
+            "output_dir": folder / "run",
+            "per_device_train_batch_size": 8,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "eval_strategy": "no",
+            "load_best_model_at_end": "false",
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 9,
+            "generation_num_beams": 1,
+            "generation_max_length": 6,
+            "use_cpu": "true",
+            "disable_tqdm": "true",
+        } | options
+        command = []
+        for name, value in options.items():
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return command
+
+    return make
+
+
+def losses(folder) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_stream_trains_and_goes_on_with_the_same_rows_after_a_kill(words, folder):
+    """Eight batches of eight are more than the forty rows of a pass; checkpoint 6 lies in the second one."""
+    train_hf.train(words())
+    for step in (3, 6):
+        again = folder / f"again-{step}"
+        checkpoint = folder / "run" / f"checkpoint-{step}"
+        train_hf.train(words(output_dir=again, resume_from_checkpoint=checkpoint))
+        ours, theirs = (load_file(run / "model.safetensors") for run in (folder / "run", again))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), step
+    train_hf.train(words(output_dir=folder / "other", shuffle_buffer=0))
+    assert losses(folder / "other") != losses(folder / "run")
+
+
+def test_a_stream_is_evaluated_and_saved_every_so_many_steps(words, folder, capsys):
+    train_hf.train(words(eval_strategy="epoch", save_strategy="epoch", max_steps=20, load_best_model_at_end="true"))
+    assert "--eval_strategy is steps, --eval_steps 2" in capsys.readouterr().out
+    history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == list(range(2, 21, 2))
+    assert len((folder / "run" / "captions.jsonl").read_text().splitlines()) == len(COLOURS)
+
+
+def test_the_word_loss_and_a_fresh_captioner_read_the_captions_of_a_stream(words, folder):
+    scratch = {"vision_model_name_or_path": None, "language_model_name_or_path": None}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = words(
+        vision_config=json.dumps({"model_type": "vit", "image_size": 16, "patch_size": 8, **sizes}),
+        text_config=json.dumps({"model_type": "llama", **sizes}),
+        qformer_config=json.dumps(sizes),
+        word_loss_weight=0.1,
+        max_steps=2,
+    )
+    for name in scratch:
+        place = options.index(f"--{name}")
+        del options[place : place + 2]
+    train_hf.train(options)
+    assert len(losses(folder / "run")) == 2
+
+
+def test_a_mixture_trains(words, folder):
+    train_hf.train(
+        words(
+            streaming="false",
+            dataset_name=[folder / "train-0.jsonl", write_tar(folder / "rows.tar", folder)],
+            dataset_weights=[3, 1],
+            image_column=["image", "png"],
+            caption_column=["caption", "json.caption"],
+            max_steps=-1,
+            num_train_epochs=1,
+        )
+    )
+    assert len(losses(folder / "run")) == 3  # 6 rows of the tar, 18 of the other's 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": -1}, "A stream has no end: say .* --max_steps"),
+        ({"dataset_weights": [1, 2]}, "--dataset_weights must be 1 numbers above 0"),
+        ({"dataset_name": ["a", "b"], "dataset_weights": [1, 0]}, "--dataset_weights must be 2 numbers above 0"),
+        (
+            {"dataset_name": ["a.csv", "b.csv", "c.csv"], "image_column": ["a", "b"]},
+            "--image_column has 2 values for 3",
+        ),
+        ({"dataset_name": "gone.csv"}, "There is no file 'gone.csv'"),
+        ({"eval_dataset_name": "gone.csv"}, "There is no file 'gone.csv'"),
+        ({"image_folder": "gone"}, "There is no folder of images 'gone'"),
+        ({"caption_column": "text"}, "no column 'text'; its columns are 'image', 'caption'"),
+        ({"shuffle_buffer": -1}, "--shuffle_buffer is a number of rows"),
+        ({"image_id_column": "image"}, "--image_id_column gathers rows"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(words, options, message):
+    with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
+        train_hf.train(words(**options))
