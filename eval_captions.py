@@ -93,11 +93,12 @@ class CaptioningArguments:
     model: str | None = option(None, "Caption with this captioner (Hub id or folder), then score.")
     revision: str | None = option(None, "Its branch, tag or commit.")
     benchmark: str | None = option(None, "A standard benchmark, such as coco_karpathy_test.")
-    dataset_name: str | None = option(None, "Your own data (Hub id or folder), or a copy of the benchmark.")
+    dataset_name: str | None = option(None, "Your own data (Hub id, folder or file), or a copy of the benchmark.")
     dataset_config_name: str | None = option(None, "Which of its configurations.")
     split: str | None = option(None, "Its split; by default test, validation, val or dev.")
     image_column: str = option("image", "The column of images, or of paths.")
     caption_column: str = option("caption", "The column of references: a string or a list of strings in each row.")
+    image_folder: str | None = option(None, "Where paths in the image column start; by default where the file lies.")
     id_column: str | None = option(None, "The column of image ids; rows of the same id are captions of one image.")
     max_samples: int | None = option(None, "Caption so many images only: no score of the benchmark.")
     prompt: str | None = option(
@@ -280,7 +281,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
-    from .captioning.sources import load_rows
+    from .captioning.sources import folder_of_images, load_rows
     from .modeling_qformer import QFormerCaptioner
 
     # 1. Processes. accelerate finds out by itself about every kind of processor but this one.
@@ -300,7 +301,9 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
                 f"{', '.join(map(repr, rows))}."
             )
         columns = (args.image_column, args.caption_column, args.id_column)
-        found = first(load_evaluation_set(rows[split], *columns, row_per_caption=True), args.max_samples)
+        image_folder = folder_of_images(args.dataset_name, rows[split], args.image_folder)
+        found = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
+        found = first(found, args.max_samples)
     else:
         raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
     state.print(f"{args.benchmark or args.dataset_name}: {found}.")

@@ -50,7 +50,7 @@ from .captioning.data import Variations, open_cell
 from .captioning.features import SplitLayout, VisionKey, finish_store
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
-from .captioning.sources import load_rows
+from .captioning.sources import folder_of_images, load_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -179,13 +179,14 @@ class Pictures(Dataset):
         # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
         self.images = rows.select_columns(args.image_column)
         self.images = self.images.cast_column(args.image_column, datasets.Image(decode=False))
+        self.folder = folder_of_images(args.dataset_name, rows)
         self.split, self.views, self.size, self.args = split, views, size, args
         self.image_processor = image_processor
 
     def __getitem__(self, row: int) -> torch.Tensor | Skipped | InputError:
         cell = self.images[row][self.args.image_column]
         try:
-            image = open_cell(cell)
+            image = open_cell(cell, self.folder)
             pictures = [random_view(image, row, view, self.args) if view else image for view in range(self.views)]
             pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         except (OSError, ValueError) as error:  # ValueError: an image processor can make nothing of its shape

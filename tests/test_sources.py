@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from qformer_captioner import train_hf
 from qformer_captioner.captioning import InputError
+from qformer_captioner.captioning.benchmarks import load_evaluation_set
 from qformer_captioner.captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from qformer_captioner.captioning.mixing import CaptionMixture
 from qformer_captioner.captioning.sources import folder_of_images, load_rows, load_splits, locate
@@ -282,6 +286,13 @@ def test_an_unknown_split_names_those_there_are(split_folder):
 def test_a_data_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         load_splits(str(tmp_path / "nowhere"))
+
+
+def test_rows_of_a_file_are_an_evaluation_set(folder):
+    name = write_csv(folder / "rows.csv")
+    rows = load_rows(name)["train"]
+    found = load_evaluation_set(rows, "image", "caption", image_folder=folder_of_images(name, rows))
+    assert [found.open(image).getpixel((0, 0)) for image in found.row_of] == list(map(ImageColor.getrgb, COLOURS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -607,6 +618,25 @@ def test_a_stream_trains_and_goes_on_with_the_same_rows_after_a_kill(words, fold
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), step
     train_hf.train(words(output_dir=folder / "other", shuffle_buffer=0))
     assert losses(folder / "other") != losses(folder / "run")
+
+
+def test_two_processes_killed_and_gone_on_log_the_losses_of_one(words, folder):
+    """From one file, so that rows are shared out and not files: then the batches of both are those of one process."""
+    one_file = {"dataset_name": folder / "train-0.jsonl", "dataloader_num_workers": 1}
+    train_hf.train(words(output_dir=folder / "one", **one_file))
+    options = words(output_dir=folder / "two", per_device_train_batch_size=4, **one_file)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run += [str(ROOT / "train_hf.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(run, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list((folder / "two").glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "two" / "model.safetensors").exists()
+    subprocess.run(run, env=environment, check=True, capture_output=True, timeout=120)
+    torch.testing.assert_close(losses(folder / "two"), losses(folder / "one"), rtol=1e-5, atol=1e-5)
 
 
 def test_a_stream_is_evaluated_and_saved_every_so_many_steps(words, folder, capsys):
