@@ -68,6 +68,7 @@ class FeatureArguments:
     splits: list[str] | None = field(default=None, metadata={"help": "Which of its splits; by default all."})
     split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
     image_column: str = option("image", "The column of images, or of paths.")
+    image_folder: str | None = option(None, "Where paths in the image column start; by default where the file lies.")
     embeddings_column: str | None = option(
         None, "A column of embeddings to take instead: lists [D], [N, D] or [1, N, D] in every row."
     )
@@ -179,7 +180,7 @@ class Pictures(Dataset):
         # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
         self.images = rows.select_columns(args.image_column)
         self.images = self.images.cast_column(args.image_column, datasets.Image(decode=False))
-        self.folder = folder_of_images(args.dataset_name, rows)
+        self.folder = folder_of_images(args.dataset_name, rows, args.image_folder)
         self.split, self.views, self.size, self.args = split, views, size, args
         self.image_processor = image_processor
 

@@ -331,15 +331,17 @@ def of_each(args: DataArguments, name: str, default: str | None = None) -> list:
     return values if len(values) > 1 else values * len(args.dataset_name)
 
 
-def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) -> None:
+def check_data(args: DataArguments, store: FeatureStore | None, training_args: CaptionTrainingArguments) -> None:
     """Find options that do not go together before anything is loaded."""
     sets, weights = len(args.dataset_name), args.dataset_weights
     if weights is not None and (len(weights) != sets or not all(0 < weight < float("inf") for weight in weights)):
         raise InputError(f"--dataset_weights must be {sets} numbers above 0, one for each data set, not {weights}.")
     if store is not None and (args.streaming or sets > 1):
         raise InputError("--features are of one data set, and not of a stream: leave out --features, or the others.")
-    if args.streaming and max_steps < 1:
+    if args.streaming and training_args.max_steps < 1:
         raise InputError("A stream has no end: say how long to train on it with --max_steps.")
+    if args.streaming and training_args.word_warmup_epochs > 1:
+        raise InputError("A stream has no epochs: --word_warmup_epochs is a share of the run here, at most 1.")
     if args.streaming and args.image_id_column is not None:
         raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
     if args.shuffle_buffer < 0:
@@ -435,7 +437,7 @@ def train(words: list[str]) -> None:
         read_features(store, model_args, data_args)
     if data_args.dataset_name is None:
         raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder or file, or scenes).")
-    check_data(data_args, store, training_args.max_steps)
+    check_data(data_args, store, training_args)
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
     if training_args.label_smoothing_factor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import fsspec
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
@@ -280,10 +281,14 @@ def open_cell(cell: dict | None, folder: Path | None = None) -> Image.Image:
     """
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise OSError("The row has no image.")
-    if cell["bytes"] is None:
-        return open_image(cell["path"] if folder is None else locate(cell["path"], folder))
+    content, path = cell["bytes"], cell["path"]
+    if content is None and (folder is not None or not path.startswith(("hf://", "zip://"))):
+        return open_image(path if folder is None else locate(path, folder))
     try:
-        return open_image(Image.open(io.BytesIO(cell["bytes"])))
+        if content is None:  # a stream of images on the Hub, or in an archive
+            with fsspec.open(path) as file:
+                content = file.read()
+        return open_image(Image.open(io.BytesIO(content)))
     except Exception as error:  # as many kinds as `open_image` knows
         name = os.path.basename(cell["path"] or "") or "without a name"
         raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error

@@ -219,10 +219,7 @@ def split_by(rows: Rows, column: str) -> dict[str, Rows]:
 
 def undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
     """Images of a stream as bytes or paths: a damaged one must fail where it is opened, not inside the library."""
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, datasets.Image) and feature.decode:
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
+    return rows.decode(False) if rows.features else rows
 
 
 def load_splits(
@@ -258,7 +255,7 @@ def load_splits(
     """
     if name == "scenes":
         rows = load_scenes(max_train_samples or 10_000, max_eval_samples or 200, seed=seed)
-        return rows["train"].to_iterable_dataset() if streaming else rows["train"], rows["validation"]
+        return undecoded(rows["train"].to_iterable_dataset()) if streaming else rows["train"], rows["validation"]
     rows = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
     if eval_split is None:
         eval_split = next((split for split in EVAL_SPLITS if split in rows), None)

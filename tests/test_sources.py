@@ -223,6 +223,12 @@ def test_karpathys_file_tells_splits_and_restval_is_trained_on(folder):
     assert len(take(stream(folder / "dataset.json"), 4)) == 4
 
 
+def test_drawn_pictures_stream_too():
+    rows = load_splits("scenes", max_train_samples=3, max_eval_samples=1, streaming=True)[0]
+    data = CaptionStream([StreamSource("scenes", rows, "image", "caption")], SkippedRows())
+    assert next(iter(data))["image"].size == (48, 48)
+
+
 def test_wildcards_and_numbers_in_braces_name_the_same_files(folder):
     for number in range(3):
         write_jsonl(folder / f"rows-{number:03}.jsonl", rows_with_paths()[2 * number : 2 * number + 2])
@@ -237,19 +243,25 @@ def test_words_that_pandas_takes_for_nothing_are_captions(folder):
     assert [entry["row"] for entry in skipped.waiting] == [1]
 
 
-def test_a_revision_of_a_data_set_on_the_hub_is_asked_for(tmp_path):
+def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(folder, tmp_path):
     """In a process of its own, which asks another Hub."""
     with Hub() as hub:
-        hub.files["dataset", "org/captions"] = {"train.jsonl": b'{"caption": "a dog"}\n'}
+        metadata = b'{"file_name": "red.png", "caption": "a dog"}\n'
+        hub.files["dataset", "org/pictures"] = {"train/red.png": png(folder, "red"), "train/metadata.jsonl": metadata}
         program = (
             f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
+            "from qformer_captioner.captioning.data import SkippedRows\n"
             "from qformer_captioner.captioning.sources import load_rows\n"
-            "print(load_rows('org/captions', revision='v1')['train'][0])\n"
+            "from qformer_captioner.captioning.streams import CaptionStream, StreamSource\n"
+            "print(load_rows('org/pictures', revision='v1')['train'][0]['caption'])\n"
+            "source = StreamSource('', load_rows('org/pictures', streaming=True)['train'], 'image', 'caption')\n"
+            "print(next(iter(CaptionStream([source], SkippedRows()))))\n"
         )
         environment = hub.environment(tmp_path / "home")
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout == "{'caption': 'a dog'}\n", done.stderr
-    assert [asked for asked in hub.asked if asked.endswith("/org/captions/revision/v1")]
+    first, second = done.stdout.splitlines() or pytest.fail(done.stderr)
+    assert first == "a dog" and "size=20x10" in second
+    assert [asked for asked in hub.asked if asked.endswith("/org/pictures/revision/v1")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -482,6 +494,14 @@ def test_too_few_rows_for_the_processes_that_read_is_said(many):
         next(iter(stream(many, process=39, processes=40)))
 
 
+def test_a_damaged_image_of_a_stream_is_a_broken_row_too(folder):
+    (folder / "pictures" / "red.png").write_bytes(b"no image")
+    for kind in ("folder of images", "parquet, images"):
+        skipped = SkippedRows()
+        assert take(stream(KINDS[kind](folder), skipped=skipped), 1)[0][1] == tuple(CAPTIONS[1])
+        assert "cannot be read, it may be damaged" in skipped.waiting[0]["reason"], kind
+
+
 def test_a_broken_row_of_a_stream_is_written_down_once(folder):
     rows = rows_with_paths()
     rows[1]["image"] = "gone.png"
@@ -695,6 +715,7 @@ def test_a_mixture_trains(words, folder):
         ({"caption_column": "text"}, "no column 'text'; its columns are 'image', 'caption'"),
         ({"shuffle_buffer": -1}, "--shuffle_buffer is a number of rows"),
         ({"image_id_column": "image"}, "--image_id_column gathers rows"),
+        ({"word_warmup_epochs": 3}, "--word_warmup_epochs is a share of the run here"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(words, options, message):
