@@ -98,7 +98,6 @@ class CaptioningArguments:
     split: str | None = option(None, "Its split; by default test, validation, val or dev.")
     image_column: str = option("image", "The column of images, or of paths.")
     caption_column: str = option("caption", "The column of references: a string or a list of strings in each row.")
-    image_folder: str | None = option(None, "Where paths in the image column start; by default where the file lies.")
     id_column: str | None = option(None, "The column of image ids; rows of the same id are captions of one image.")
     max_samples: int | None = option(None, "Caption so many images only: no score of the benchmark.")
     prompt: str | None = option(
@@ -301,7 +300,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
                 f"{', '.join(map(repr, rows))}."
             )
         columns = (args.image_column, args.caption_column, args.id_column)
-        image_folder = folder_of_images(args.dataset_name, rows[split], args.image_folder)
+        image_folder = folder_of_images(args.dataset_name, rows[split], scoring.image_folder)
         found = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
         found = first(found, args.max_samples)
     else:
