@@ -93,7 +93,7 @@ class CaptioningArguments:
     model: str | None = option(None, "Caption with this captioner (Hub id or folder), then score.")
     revision: str | None = option(None, "Its branch, tag or commit.")
     benchmark: str | None = option(None, "A standard benchmark, such as coco_karpathy_test.")
-    dataset_name: str | None = option(None, "Your own data (Hub id or folder), or a copy of the benchmark.")
+    dataset_name: str | None = option(None, "Your own data (Hub id, folder or file), or a copy of the benchmark.")
     dataset_config_name: str | None = option(None, "Which of its configurations.")
     split: str | None = option(None, "Its split; by default test, validation, val or dev.")
     image_column: str = option("image", "The column of images, or of paths.")
@@ -280,7 +280,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
-    from .captioning.sources import load_rows
+    from .captioning.sources import folder_of_images, load_rows
     from .modeling_qformer import QFormerCaptioner
 
     # 1. Processes. accelerate finds out by itself about every kind of processor but this one.
@@ -300,7 +300,9 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
                 f"{', '.join(map(repr, rows))}."
             )
         columns = (args.image_column, args.caption_column, args.id_column)
-        found = first(load_evaluation_set(rows[split], *columns, row_per_caption=True), args.max_samples)
+        image_folder = folder_of_images(args.dataset_name, rows[split], scoring.image_folder)
+        found = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
+        found = first(found, args.max_samples)
     else:
         raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
     state.print(f"{args.benchmark or args.dataset_name}: {found}.")

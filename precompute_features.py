@@ -50,7 +50,7 @@ from .captioning.data import Variations, open_cell
 from .captioning.features import SplitLayout, VisionKey, finish_store
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
-from .captioning.sources import load_rows
+from .captioning.sources import find_files, folder_of_images, load_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -65,9 +65,11 @@ class FeatureArguments:
     vision_model_revision: str | None = option(None, "Its branch, tag or commit.")
     dataset_name: str | None = option(None, "The data set (Hub id or local folder).")
     dataset_config_name: str | None = option(None, "Which of its configurations.")
+    dataset_revision: str | None = option(None, "Its branch, tag or commit on the Hub.")
     splits: list[str] | None = field(default=None, metadata={"help": "Which of its splits; by default all."})
     split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
     image_column: str = option("image", "The column of images, or of paths.")
+    image_folder: str | None = option(None, "Where paths in the image column start; by default where the file lies.")
     embeddings_column: str | None = option(
         None, "A column of embeddings to take instead: lists [D], [N, D] or [1, N, D] in every row."
     )
@@ -176,13 +178,14 @@ class Pictures(Dataset):
         args: FeatureArguments,
     ):
         self.rows = rows
+        self.folder = folder_of_images(args.dataset_name, rows, args.image_folder)
         self.split, self.views, self.size, self.args = split, views, size, args
         self.image_processor = image_processor
 
     def __getitem__(self, row: int) -> torch.Tensor | Skipped | InputError:
         cell = self.rows[row][self.args.image_column]
         try:
-            image = open_cell(cell)
+            image = open_cell(cell, self.folder)
             pictures = [random_view(image, row, view, self.args) if view else image for view in range(self.views)]
             pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
         except (OSError, ValueError) as error:  # ValueError: an image processor can make nothing of its shape
@@ -339,7 +342,9 @@ def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
         InputError: if a split or the column is not there, or cannot hold images.
     """
     wanted = args.splits[0] if args.splits is not None and len(args.splits) == 1 else None
-    found = load_rows(args.dataset_name, args.dataset_config_name, args.split_column, wanted)
+    found = load_rows(
+        args.dataset_name, args.dataset_config_name, args.split_column, wanted, revision=args.dataset_revision
+    )
     splits = args.splits or sorted(found, key=str)
     if args.views > 1 and args.train_split not in splits:
         raise InputError(f"There is no split {args.train_split!r} to have {args.views} views: choose by --train_split.")
@@ -369,12 +374,16 @@ def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
 
 def about_data(args: FeatureArguments) -> dict[str, str | None]:
     """What the index says of the data set."""
-    local = os.path.exists(args.dataset_name)
+    local = bool(find_files(args.dataset_name)) or os.path.exists(args.dataset_name)
+    revision = None
+    if not local:  # the builder tells data sets in the cache by the commit that they are of
+        revision = datasets.load_dataset_builder(
+            args.dataset_name, args.dataset_config_name, revision=args.dataset_revision
+        ).hash
     return {
         "name": os.path.abspath(args.dataset_name) if local else args.dataset_name,
         "config_name": args.dataset_config_name,
-        # The builder tells data sets in the cache by the commit that they are of.
-        "revision": None if local else datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name).hash,
+        "revision": revision,
         "split_column": args.split_column,
         "image_column": None if args.embeddings_column else args.image_column,
         "embeddings_column": args.embeddings_column,

@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,17 +39,20 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, IntervalStrategy, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from .captioning import InputError
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
+from .captioning.mixing import CaptionMixture
 from .captioning.options import make_parser, nearest_option, option, parse
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
-from .captioning.sources import EVAL_SPLITS, load_splits
+from .captioning.sources import EVAL_SPLITS, folder_of_images, load_held_out, load_splits
+from .captioning.streams import CaptionStream, StreamSource
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
 from .modeling_qformer import QFormerCaptioner
 
@@ -86,17 +90,31 @@ class ModelArguments:
 class DataArguments:
     """Which captions of which images."""
 
-    dataset_name: str | None = option(None, 'A data set (Hub id or local folder), or "scenes" for drawn pictures.')
-    dataset_config_name: str | None = option(None, "Which of its configurations.")
+    dataset_name: list[str] | None = option(
+        None, 'Data sets: Hub ids, folders, files (parquet, JSON, CSV, tar; wildcards), or "scenes" for drawn pictures.'
+    )
+    dataset_weights: list[float] | None = option(None, "Of several: their shares of the rows; by default equal ones.")
+    dataset_config_name: list[str] | None = option(None, "Which configuration of each, or of all.")
+    dataset_revision: list[str] | None = option(None, "Branch, tag or commit of each on the Hub, or of all.")
+    eval_dataset_name: str | None = option(None, "Evaluate on this data set; by default on the first one.")
+    streaming: bool = option(False, "Read rows while training goes on, and keep none. Needs --max_steps.")
+    shuffle_buffer: int = option(1000, "Shuffle so many rows of a stream among each other, and its files.")
     train_split: str = option("train", "The split to train on.")
     eval_split: str | None = option(None, "The split to evaluate on; by default validation, val, dev or test.")
     split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
-    image_column: str = option("image", "The column of images, or of paths.")
-    caption_column: str = option("caption", "The column of captions: a string or a list of strings in each row.")
+    image_column: list[str] | None = option(
+        None, 'The column of images, or of paths, of each data set, or of all; by default "image".'
+    )
+    caption_column: list[str] | None = option(
+        None, 'The column of captions: a string or a list in each row, also inside another (a.b). By default "caption".'
+    )
     image_id_column: str | None = option(
         None, "Rows with the same value in this column are captions of one image: train on them in one pass."
     )
-    max_train_samples: int | None = option(None, "Train on so many rows only; of scenes: draw so many.")
+    image_folder: list[str] | None = option(
+        None, "Where paths in the image column start, of each data set, or of all; by default where the file lies."
+    )
+    max_train_samples: int | None = option(None, "Train on so many rows of each data set; of scenes: draw so many.")
     max_eval_samples: int | None = option(None, "Evaluate on so many rows only; of scenes: draw so many.")
     smallest_crop: float | None = option(
         None, "Train on random crops that keep at least this share of an image's area; by default on whole images."
@@ -185,7 +203,7 @@ def as_config(text: str | None, name: str) -> dict:
 
 
 def build_model(
-    args: ModelArguments, train_captions: list[list[str]], load_vision_model: bool = True
+    args: ModelArguments, train_captions: Iterable[list[str]], load_vision_model: bool = True
 ) -> QFormerCaptioner:
     """The captioner that the options ask for, if need be without its vision encoder.
 
@@ -290,13 +308,125 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
     if not model_args.freeze_vision_model or model_args.vision_config is not None:
         raise InputError("With --features there is no vision encoder that could train.")
     if data_args.dataset_name is None:
-        data_args.dataset_name = store.dataset["name"]
-        data_args.dataset_config_name = store.dataset["config_name"]
+        for option_name, key in (
+            ("dataset_name", "name"),
+            ("dataset_config_name", "config_name"),
+            ("dataset_revision", "revision"),
+            ("image_column", "image_column"),
+        ):
+            if store.dataset[key] is not None:
+                setattr(data_args, option_name, [store.dataset[key]])
         data_args.split_column = store.dataset["split_column"]
-        data_args.image_column = store.dataset["image_column"] or data_args.image_column
     if model_args.language_model_name_or_path is not None and model_args.vision_model_name_or_path is None:
         model_args.vision_model_name_or_path = store.vision_model_name_or_path
         model_args.vision_model_revision = store.vision_model_revision
+
+
+def of_each(args: DataArguments, name: str, default: str | None = None) -> list:
+    """What an option says of each data set: it may be given once for all."""
+    values = getattr(args, name) or [default]
+    if len(values) not in (1, len(args.dataset_name)):
+        raise InputError(
+            f"--{name} has {len(values)} values for {len(args.dataset_name)} data sets: give one of each, or of all."
+        )
+    return values if len(values) > 1 else values * len(args.dataset_name)
+
+
+def check_data(args: DataArguments, store: FeatureStore | None, training_args: CaptionTrainingArguments) -> None:
+    """Find options that do not go together before anything is loaded."""
+    sets, weights = len(args.dataset_name), args.dataset_weights
+    if weights is not None and (len(weights) != sets or not all(0 < weight < float("inf") for weight in weights)):
+        raise InputError(f"--dataset_weights must be {sets} numbers above 0, one for each data set, not {weights}.")
+    if store is not None and (args.streaming or sets > 1):
+        raise InputError("--features are of one data set, and not of a stream: leave out --features, or the others.")
+    if args.streaming and training_args.max_steps < 1:
+        raise InputError("A stream has no end: say how long to train on it with --max_steps.")
+    if args.streaming and training_args.word_warmup_epochs > 1:
+        raise InputError("A stream has no epochs: --word_warmup_epochs is a share of the run here, at most 1.")
+    if args.streaming and args.image_id_column is not None:
+        raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
+    if args.shuffle_buffer < 0:
+        raise InputError(f"--shuffle_buffer is a number of rows, or 0 to keep their order, not {args.shuffle_buffer}.")
+
+
+def load_data(
+    args: DataArguments,
+    store: FeatureStore | None,
+    skipped: SkippedRows,
+    variations: Variations,
+    process: int = 0,
+    processes: int = 1,
+) -> tuple[CaptionDataset | CaptionMixture | CaptionStream, CaptionDataset | None]:
+    """The rows to train on, and those to evaluate on if there are any.
+
+    Raises:
+        InputError: if they cannot be loaded.
+    """
+    parts, sources, evaluation = [], [], None
+    names = args.dataset_name
+    for number, (name, config, revision, image_column, caption_column, image_folder) in enumerate(
+        zip(
+            names,
+            of_each(args, "dataset_config_name"),
+            of_each(args, "dataset_revision"),
+            of_each(args, "image_column", "image"),
+            of_each(args, "caption_column", "caption"),
+            of_each(args, "image_folder"),
+            strict=True,
+        )
+    ):
+        train_rows, eval_rows = load_splits(
+            name,
+            config,
+            args.train_split,
+            args.eval_split,
+            args.split_column,
+            args.max_train_samples,
+            args.max_eval_samples,
+            revision=revision,
+            streaming=args.streaming,
+            evaluate=number == 0 and args.eval_dataset_name is None,
+        )
+        folder = folder_of_images(name, train_rows, image_folder)
+        label = args.train_split if len(names) == 1 else f"{args.train_split} of {name}"
+        if args.streaming:
+            sources.append(
+                StreamSource(label, train_rows, image_column, caption_column, folder, args.max_train_samples)
+            )
+        else:
+            features = store and store.split(args.train_split)
+            columns = (image_column, caption_column, skipped, variations, features, args.image_id_column, folder)
+            parts.append(CaptionDataset(train_rows, label, *columns))
+        if number == 0:
+            if args.eval_dataset_name is not None:
+                eval_rows = load_held_out(
+                    args.eval_dataset_name, args.eval_split, args.split_column, args.max_eval_samples, args.streaming
+                )
+                folder = folder_of_images(args.eval_dataset_name, eval_rows, image_folder)
+            if eval_rows is not None:
+                split = args.eval_split or "evaluation"
+                if store is not None:
+                    split = args.eval_split or next((name for name in EVAL_SPLITS if name in store.layouts), "dev")
+                features = store and store.split(split)
+                columns = (image_column, caption_column, skipped, None, features, args.image_id_column, folder)
+                evaluation = CaptionDataset(eval_rows, split, *columns).readable()
+    if args.streaming:
+        stream = CaptionStream(
+            sources, skipped, variations, args.dataset_weights, args.shuffle_buffer, process, processes
+        )
+        return stream, evaluation
+    if len(parts) > 1:
+        return CaptionMixture(parts, args.dataset_weights or [1.0] * len(parts)), evaluation
+    return parts[0], evaluation
+
+
+def count_in_steps(args: CaptionTrainingArguments) -> None:
+    """Evaluate and save a stream every so many steps: it has no epochs."""
+    for kind, strategy in (("eval", IntervalStrategy), ("save", SaveStrategy)):
+        if getattr(args, f"{kind}_strategy") == "epoch":
+            setattr(args, f"{kind}_strategy", strategy("steps"))
+            setattr(args, f"{kind}_steps", max(1, args.max_steps // 10))
+            print(f"A stream has no epochs: --{kind}_strategy is steps, --{kind}_steps {max(1, args.max_steps // 10)}.")
 
 
 def train(words: list[str]) -> None:
@@ -307,7 +437,8 @@ def train(words: list[str]) -> None:
         store = FeatureStore(data_args.features)
         read_features(store, model_args, data_args)
     if data_args.dataset_name is None:
-        raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder, or scenes).")
+        raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder or file, or scenes).")
+    check_data(data_args, store, training_args)
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
     if training_args.label_smoothing_factor:
@@ -325,40 +456,21 @@ def train(words: list[str]) -> None:
     set_seed(training_args.seed)
 
     # 2. Data.
-    train_rows, eval_rows = load_splits(
-        data_args.dataset_name,
-        data_args.dataset_config_name,
-        data_args.train_split,
-        data_args.eval_split,
-        data_args.split_column,
-        data_args.max_train_samples,
-        data_args.max_eval_samples,
-    )
     skipped = SkippedRows()
-    columns = (data_args.image_column, data_args.caption_column, skipped)
     variations = Variations(
         data_args.smallest_crop, data_args.flip, data_args.captions_per_image, seed=training_args.seed
     )
-    features = store and store.split(data_args.train_split)
-    train_data = CaptionDataset(
-        train_rows, data_args.train_split, *columns, variations, features, data_args.image_id_column
-    )
-    if eval_rows is None:
-        eval_data = None
+    processes = (training_args.process_index, training_args.world_size)
+    train_data, eval_data = load_data(data_args, store, skipped, variations, *processes)
+    if data_args.streaming:
+        count_in_steps(training_args)
+    if eval_data is None:
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
         print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
-    else:
-        eval_split = data_args.eval_split or "evaluation"
-        if store is not None:
-            eval_split = data_args.eval_split or next((name for name in EVAL_SPLITS if name in store.layouts), "dev")
-        features = store and store.split(eval_split)
-        eval_data = CaptionDataset(
-            eval_rows, eval_split, *columns, features=features, image_id_column=data_args.image_id_column
-        ).readable()
 
     # 3. Captioner.
     try:
-        model = build_model(model_args, train_data.captions, load_vision_model=store is None)
+        model = build_model(model_args, train_data.references(), load_vision_model=store is None)
         processor = model.processor
         if model_args.use_chat_template:
             processor.prompt = processor.as_chat(processor.prompt)
@@ -371,7 +483,7 @@ def train(words: list[str]) -> None:
             store.check(name, revision, processor.image_processor)
         collate = CaptionCollator(processor, data_args.max_caption_length)
         with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
-            model(**collate([train_data[0]]))
+            model(**collate([next(iter(train_data))]))
     except (OSError, TypeError, ValueError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
@@ -398,7 +510,7 @@ def train(words: list[str]) -> None:
     metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file
 
     def score(captions: list[str], rows: CaptionDataset) -> dict[str, float]:
-        if data_args.dataset_name == "scenes":
+        if (data_args.eval_dataset_name or data_args.dataset_name[0]) == "scenes":
             return score_facts(captions, map(Scene.from_json, rows.column("scene")))
         scores = metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
         return {name: scores[name] for name in ("cider", "bleu_4", "rouge_l")}

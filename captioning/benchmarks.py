@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from . import InputError
 from .caption_files import ImageId, ReferenceSet
 from .data import captions_of, open_cell
-from .sources import load_rows
+from .sources import load_rows, with_nested
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class EvaluationSet:
     references: ReferenceSet
     rows: datasets.Dataset  # one column, of undecoded images
     row_of: dict[ImageId, int]
+    image_folder: Path | None = None  # inside which paths of images lie
 
     def __str__(self) -> str:
         """How many images and captions there are, in all and of each domain."""
@@ -112,7 +114,7 @@ class EvaluationSet:
             OSError: if it cannot be read; the message names it.
         """
         (cell,) = self.rows[self.row_of[image]].values()
-        return open_cell(cell)
+        return open_cell(cell, self.image_folder)
 
 
 def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int | None = None) -> EvaluationSet:
@@ -157,6 +159,7 @@ def load_evaluation_set(
     id_column: str | None = None,
     row_per_caption: bool = False,
     hidden_references: bool = False,
+    image_folder: Path | None = None,
 ) -> EvaluationSet:
     """Images and references of a split.
 
@@ -165,10 +168,12 @@ def load_evaluation_set(
         image_column, caption_column, id_column: as in [`Benchmark`]; without ids the number of a row is its image's.
         row_per_caption: whether rows of the same id are captions of one image, and not a mistake.
         hidden_references: do without references.
+        image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
 
     Raises:
         InputError: for a column that is not there, an image without a caption, or ids that are there more than once.
     """
+    rows = with_nested(rows, image_column, caption_column)
     for column in (image_column, caption_column, id_column):
         if column is not None and column not in rows.column_names:
             raise InputError(
@@ -192,7 +197,7 @@ def load_evaluation_set(
     images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     paths = [cell and cell["path"] for cell in images[image_column]]
     files = {image: os.path.basename(paths[row]) for image, row in row_of.items() if paths[row]}
-    return EvaluationSet(ReferenceSet(captions, files), images, row_of)
+    return EvaluationSet(ReferenceSet(captions, files), images, row_of, image_folder)
 
 
 def first(found: EvaluationSet, number: int | None) -> EvaluationSet:
@@ -205,7 +210,7 @@ def first(found: EvaluationSet, number: int | None) -> EvaluationSet:
             for part in (whole.captions, whole.files, whole.domains)
         )
     )
-    return EvaluationSet(references, found.rows, {image: found.row_of[image] for image in kept})
+    return EvaluationSet(references, found.rows, {image: found.row_of[image] for image in kept}, found.image_folder)
 
 
 def _add_domains(found: EvaluationSet, rows: datasets.Dataset, benchmark: Benchmark) -> None:

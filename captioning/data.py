@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import fsspec
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from ..processing_qformer import QFormerCaptionerProcessor, open_image
 from . import InputError
 from .features import SplitFeatures
+from .sources import locate, with_nested
 
 
 class SkippedRows:
@@ -100,8 +102,8 @@ class Variations:
 class CaptionDataset(Dataset):
     """Rows of `{"image": PIL image, "captions": [str, ...]}`; one that cannot be read is skipped and written down.
 
-    With `features`, `"image_embeds"` in place of an image says which row and view of which features, for a batch of them
-    to be read at once. With prompts to draw from, each row has a `"prompt"`, too.
+    With `features`, `"image_embeds"` in place of an image says which row and view of which features: a batch of them is
+    read at once. With prompts to draw from, each row has a `"prompt"`, too.
 
     A row without any caption is left out from the start. Whether an image can be read shows when it is opened: in
     training the next row takes its place, for evaluation [`~CaptionDataset.readable`] opens all of them first.
@@ -115,6 +117,7 @@ class CaptionDataset(Dataset):
         variations: what training shows differently each time.
         features: of the same rows, to be read instead of the images.
         image_id_column: rows with the same value in it are captions of one image, and become one row.
+        image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
 
     Raises:
         InputError: if a column is not there, no row has a caption, or there are features of other rows.
@@ -130,17 +133,16 @@ class CaptionDataset(Dataset):
         variations: Variations | None = None,
         features: SplitFeatures | None = None,
         image_id_column: str | None = None,
+        image_folder: Path | None = None,
     ):
+        rows = with_nested(rows, image_column, caption_column)
         for option, column in (
             ("image_column", image_column if features is None else None),
             ("caption_column", caption_column),
             ("image_id_column", image_id_column),
         ):
             if column is not None and column not in rows.column_names:
-                there = ", ".join(map(repr, rows.column_names))
-                raise InputError(
-                    f"The data set has no column {column!r}; its columns are {there}. Choose with --{option}."
-                )
+                raise no_such_column(option, column, rows.column_names)
         self.split = split
         self.skipped = skipped
         self.variations = variations or Variations()
@@ -152,6 +154,7 @@ class CaptionDataset(Dataset):
             # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
             self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         self.image_column = image_column
+        self.image_folder = image_folder
         self.captions = [captions_of(value) for value in rows[caption_column]]
         others = set()
         if image_id_column is not None:
@@ -194,7 +197,7 @@ class CaptionDataset(Dataset):
         return cell and cell["path"]
 
     def _open(self, index: int) -> Image.Image:
-        return open_cell(self.images[index][self.image_column])
+        return open_cell(self.images[index][self.image_column], self.image_folder)
 
     def set_epoch(self, epoch: int) -> None:
         """Vary the rows as epoch `epoch` does."""
@@ -260,18 +263,32 @@ class CaptionDataset(Dataset):
         return [values[index] for index in self.indices]
 
 
-def open_cell(cell: dict | None) -> Image.Image:
+def no_such_column(option: str, column: str, there: Sequence[str]) -> InputError:
+    """An error that names the columns there are."""
+    there = ", ".join(map(repr, there))
+    return InputError(f"The data set has no column {column!r}; its columns are {there}. Choose with --{option}.")
+
+
+def open_cell(cell: dict | None, folder: Path | None = None) -> Image.Image:
     """Open an image as an undecoded column holds it: `{"bytes": ..., "path": ...}`, of which one is enough.
+
+    Args:
+        cell: the image.
+        folder: its path must lie inside this folder; by default it may lie anywhere.
 
     Raises:
         OSError: if there is none or it cannot be read; the message names it where it has a name.
     """
-    if cell is None:
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise OSError("The row has no image.")
-    if cell["bytes"] is None:
-        return open_image(cell["path"])
+    content, path = cell["bytes"], cell["path"]
+    if content is None and (folder is not None or not path.startswith(("hf://", "zip://"))):
+        return open_image(path if folder is None else locate(path, folder))
     try:
-        return open_image(Image.open(io.BytesIO(cell["bytes"])))
+        if content is None:  # a stream of images on the Hub, or in an archive
+            with fsspec.open(path) as file:
+                content = file.read()
+        return open_image(Image.open(io.BytesIO(content)))
     except Exception as error:  # as many kinds as `open_image` knows
         name = os.path.basename(cell["path"] or "") or "without a name"
         raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
@@ -295,10 +312,15 @@ def random_resized_crop(image: Image.Image, smallest: float, random: torch.Gener
 
 
 def captions_of(value: str | list | None) -> list[str]:
-    """The captions in a cell, blank ones left out: a string, a list of strings, or of COCO-style `{"raw": string}`."""
-    captions = [value] if isinstance(value, str) else value or []
-    captions = [caption["raw"] if isinstance(caption, dict) else caption for caption in captions]
-    return [caption.strip() for caption in captions if caption and caption.strip()]
+    """The captions in a cell, blank ones left out: a string, a list of strings, or of COCO-style `{"raw": string}`.
+
+    COCO itself says "caption" for "raw". Numbers are text that a reader of files took for numbers.
+    """
+    captions = value if isinstance(value, list) else [value]
+    captions = [
+        caption.get("raw", caption.get("caption")) if isinstance(caption, dict) else caption for caption in captions
+    ]
+    return [str(caption).strip() for caption in captions if caption is not None and str(caption).strip()]
 
 
 class ShuffledImages(Dataset):

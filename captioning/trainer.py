@@ -11,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -21,6 +23,7 @@ from transformers.trainer_utils import speed_metrics
 from .averaging import AveragedWeights
 from .data import CaptionDataset, ShuffledImages
 from .pictures import draw_caption_sheet, draw_loss_curve
+from .streams import CaptionStream
 from .words import WordLoss
 
 ScoreFunction = Callable[[list[str], CaptionDataset], dict[str, float]]
@@ -114,6 +117,25 @@ class CaptionTrainer(Seq2SeqTrainer):
             encode = self.data_collator.processor.encode_caption
             captions = [encode(caption) for row in self.train_dataset.references() for caption in row]
             self.word_loss = WordLoss(captions, self.model.get_input_embeddings().weight)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's; of a stream, one that leaves it alone.
+
+        The Trainer would have one process open the images of all, or each process open all images. A stream shares its
+        rows among the processes by itself.
+        """
+        if not isinstance(self.train_dataset, CaptionStream):
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        return DataLoaderShard(
+            self.train_dataset,
+            device=self.args.device,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's, in which the backbones may have learning rates of their own."""

@@ -42,26 +42,6 @@ def captioned(rows, caption_column="captions", **options):
     return CaptionDataset(rows, "train", "image", caption_column, SkippedRows(), **options)
 
 
-def test_a_folder_with_a_split_column_is_split_by_it(image_folder):
-    train, evaluation = load_splits(str(image_folder))
-    assert (len(train), len(evaluation)) == (4, 2)
-
-
-def test_max_samples_keeps_the_first_rows(image_folder):
-    train, evaluation = load_splits(str(image_folder), max_train_samples=3, max_eval_samples=1)
-    assert (len(train), len(evaluation)) == (3, 1)
-
-
-def test_an_unknown_split_names_those_there_are(image_folder):
-    with pytest.raises(InputError, match="no split 'val'; it has .*'dev'"):
-        load_splits(str(image_folder), eval_split="val")
-
-
-def test_a_data_set_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
-        load_splits(str(tmp_path / "nowhere"))
-
-
 @pytest.mark.parametrize("column", ["image", "captions"])
 def test_an_unknown_column_lists_the_columns_there_are(image_folder, tmp_path, column):
     rows = load_splits(str(image_folder))[0].rename_column(column, "other")

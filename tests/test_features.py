@@ -522,7 +522,8 @@ def test_images_of_a_path_column_are_opened(vision, pictures, tmp_path, store):
     paths = {"image": [str(pictures / f"{i}.png") for i in range(3)], "caption": ["a"] * 3}
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_dict(paths).to_parquet(tmp_path / "data" / "train.parquet")
-    precompute_features.precompute(command(vision, tmp_path / "data", tmp_path / "own", "--dtype", "float32"))
+    more = ["--dtype", "float32", "--image_folder", str(pictures)]
+    precompute_features.precompute(command(vision, tmp_path / "data", tmp_path / "own", *more))
     ours, theirs = (FeatureStore(folder).split("train") for folder in (tmp_path / "own", store))
     torch.testing.assert_close(ours.read(range(3)), theirs.read(range(3)))
     assert open_image(paths["image"][0]).size == (40, 50)
