@@ -7,9 +7,9 @@
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name my_folder --caption_column text --output_dir outputs/mine
 
-A recipe is a YAML file of the options below; options on the command line win over it. The folder that comes out opens
-with `AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run goes on when the same command is given
-again.
+A recipe is a YAML file of the options below; it may begin with another, and several may be named (`--recipe clip_llama
+coco_karpathy`). Options on the command line win over it. The folder that comes out opens with
+`AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run goes on when the same command is given again.
 """
 
 import contextlib
@@ -35,16 +35,15 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     __package__ = "qformer_captioner"
 
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from .captioning import InputError
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
-from .captioning.options import make_parser, nearest_option, option, parse
+from .captioning.options import make_parser, option, parse, read_recipes, recipes_of
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
@@ -117,56 +116,22 @@ class DataArguments:
 class RunArguments:
     """What becomes of the output folder."""
 
-    recipe: str | None = option(None, "YAML file of options, or the name of one in recipes/. The command line wins.")
+    recipe: list[str] | None = option(
+        None, "YAML files of options, or names of such in recipes/: later ones win, and the command line over all."
+    )
     overwrite_output_dir: bool = option(False, "Throw away the run that is in the output folder.")
     include_backbones: str = option(
         "auto", "Put frozen backbones into the final folder: true, false, or auto for those from a local folder."
     )
 
 
-def read_recipe(name: str, parser: HfArgumentParser) -> list[str]:
-    """A recipe as command-line words, which the parser then checks like any others.
-
-    Raises:
-        InputError: if there is no such recipe, it is no YAML mapping, or one of its fields is unknown.
-    """
-    folder = Path(__file__).parent / "recipes"
-    path = Path(name) if Path(name).is_file() else folder / f"{Path(name).stem}.yaml"
-    if not path.is_file():
-        there = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
-        raise InputError(f"There is no recipe {name!r}. Give a YAML file, or one of {there}.")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
-    known = {action.dest for action in parser._actions}
-    words = []
-    for key, value in recipe.items():
-        if key not in known:
-            raise InputError(
-                f"The recipe {str(path)!r} has an unknown field {key!r}. {nearest_option(parser, str(key))}"
-            )
-        if isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{key}", str(value)]
-    return words
-
-
 def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
-    """The recipe's options, overridden by the command line's. With neither, the recipe is `scenes`."""
+    """The recipes' options, overridden by the command line's. With neither, the recipe is `scenes`."""
     classes = (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments)
     parser = make_parser(classes, __doc__.split("\n\n")[0])
-    if words and not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
-        words = ["--recipe", *words]
-    recipe = words[words.index("--recipe") + 1] if "--recipe" in words[:-1] else None if words else "scenes"
-    if recipe is not None:
-        words = [*read_recipe(recipe, parser), *words, "--recipe", recipe]
-    return parse(parser, words)
+    if not words or not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
+        words = ["--recipe", *(words or ["scenes"])]
+    return parse(parser, [*read_recipes(recipes_of(words), parser), *words])
 
 
 def as_config(text: str | None, name: str) -> dict:
