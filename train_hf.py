@@ -34,6 +34,7 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     _spec.loader.exec_module(sys.modules["qformer_captioner"])
     __package__ = "qformer_captioner"
 
+import datasets
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -67,6 +68,13 @@ class ModelArguments:
     language_model_revision: str | None = option(None, "Its branch, tag or commit.")
     vision_config: str | None = option(None, "From scratch: the vision encoder's configuration, as JSON.")
     text_config: str | None = option(None, "From scratch: the language model's configuration, as JSON.")
+    qformer_name_or_path: str | None = option(
+        None, "A pretrained Q-Former to begin with: of a BLIP-2, an InstructBLIP, a captioner of ours, or a BERT."
+    )
+    qformer_revision: str | None = option(None, "Its branch, tag or commit.")
+    qformer_tokenizer: str | None = option(
+        None, "The tokenizer of a Q-Former that reads the prompt; by default the pretrained one's, else BERT's."
+    )
     qformer_config: str | None = option(None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.')
     freeze_vision_model: bool = option(True, "Keep a pretrained vision encoder as it is.")
     freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
@@ -94,6 +102,9 @@ class DataArguments:
     caption_column: str = option("caption", "The column of captions: a string or a list of strings in each row.")
     image_id_column: str | None = option(
         None, "Rows with the same value in this column are captions of one image: train on them in one pass."
+    )
+    train_val_split: float | None = option(
+        None, "Where there is no split to evaluate on: hold out this share of the training rows, the last ones."
     )
     max_train_samples: int | None = option(None, "Train on so many rows only; of scenes: draw so many.")
     max_eval_samples: int | None = option(None, "Evaluate on so many rows only; of scenes: draw so many.")
@@ -189,6 +200,9 @@ def build_model(
             dtype=dtype,
             prompt=prompt,
             load_vision_model=load_vision_model,
+            qformer=args.qformer_name_or_path,
+            qformer_revision=args.qformer_revision,
+            qformer_tokenizer=args.qformer_tokenizer,
             **qformer_config,
         )
     model = QFormerCaptioner.from_pretrained(args.model_name_or_path, load_vision_model=load_vision_model)
@@ -264,6 +278,24 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
         model_args.vision_model_revision = store.vision_model_revision
 
 
+def hold_out(
+    rows: datasets.Dataset, share: float, max_eval_samples: int | None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Rows to train on, and the last ones to evaluate on: not drawn, as rows of one image often stand side by side.
+
+    Raises:
+        InputError: for a share that leaves one of the two empty.
+    """
+    held_out = round(share * len(rows))
+    if not 0 < held_out < len(rows):
+        raise InputError(
+            f"--train_val_split is the share of the {len(rows)} training rows to hold out; {share:g} leaves none to "
+            f"{'evaluate' if held_out <= 0 else 'train'} on."
+        )
+    first = len(rows) - held_out
+    return rows.select(range(first)), rows.select(range(first, min(len(rows), first + (max_eval_samples or held_out))))
+
+
 def train(words: list[str]) -> None:
     # 1. Options, and the folder that the run owns.
     model_args, data_args, run_args, training_args = parse_options(words)
@@ -299,6 +331,8 @@ def train(words: list[str]) -> None:
         data_args.max_train_samples,
         data_args.max_eval_samples,
     )
+    if eval_rows is None and data_args.train_val_split is not None:
+        train_rows, eval_rows = hold_out(train_rows, data_args.train_val_split, data_args.max_eval_samples)
     skipped = SkippedRows()
     columns = (data_args.image_column, data_args.caption_column, skipped)
     variations = Variations(
