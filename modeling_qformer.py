@@ -857,6 +857,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             if name in kwargs
         }
+        # `AutoModel` was given an adapter: transformers would forget it where a captioner refers to its backbones.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         config = copy.deepcopy(config)
@@ -899,6 +902,11 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         model._reference(config.referenced_backbones or [])
         if pretrained_model_name_or_path is not None:
             model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
+        if adapter is not None:
+            adapter_kwargs = {**hub_kwargs, **adapter_kwargs}
+            model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
+            own = QFormerCaptionerProcessor.from_folder_if_any(adapter, **adapter_kwargs)
+            model.processor = own if own is not None else model.processor  # the adapter may be of another prompt
         return loaded
 
     def load_vision_model(self) -> None:
