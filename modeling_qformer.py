@@ -749,7 +749,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         # peft asks the captioner, and not its parts, which kind of adapters their layers need.
         self.is_loaded_in_4bit = quantization_config.load_in_4bit
         self.is_loaded_in_8bit = quantization_config.load_in_8bit
-        self._reference(self.config.referenced_backbones or [])
+        named = {"language_model"} if self.config.language_model_name_or_path is not None else set()
+        self._reference(sorted(named | set(self.config.referenced_backbones or []), key=BACKBONES.index))
         self.to(self.language_model.device)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
@@ -989,13 +990,6 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
         if "vision_model" in included:
             self.load_vision_model()
-        if is_quantized(self.language_model) and (
-            "language_model" in included or self.config.language_model_name_or_path is None
-        ):
-            raise ValueError(
-                "A quantised language model cannot be saved, its weights are rounded: refer to it by name "
-                "(`include_backbones=False`), or load the captioner without `quantization_config`."
-            )
         frozen = self._frozen_backbones()
         self._reference(
             [
@@ -1004,6 +998,11 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 if part not in included and getattr(self.config, f"{part}_name_or_path") is not None
             ]
         )
+        if is_quantized(self.language_model) and "language_model" not in self.config.referenced_backbones:
+            raise ValueError(
+                "The weights of a quantised language model are not saved, they are rounded: refer to it by name "
+                "(`include_backbones=False`), or load the captioner without `quantization_config`."
+            )
         self.config.freeze_vision_model = "vision_model" in frozen
         self.config.freeze_language_model = "language_model" in frozen
         self.config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}

@@ -38,8 +38,10 @@ import datasets
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import set_seed
+from transformers import BitsAndBytesConfig, set_seed
+from transformers.utils import is_bitsandbytes_available
 
+from .backbones_qformer import dtype_of, is_frozen
 from .captioning import InputError
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from .captioning.features import FeatureStore
@@ -87,6 +89,10 @@ class ModelArguments:
     lora_target_modules: str | None = option(
         None, "Which layers of the language model get them, such as q_proj,v_proj; by default peft's choice."
     )
+    load_in_4bit: bool = option(False, "Keep the frozen language model in 4 bits; with --lora_r that is QLoRA.")
+    load_in_8bit: bool = option(False, "Keep the frozen language model in 8 bits.")
+    bnb_4bit_quant_type: str = option("nf4", "The 4 bits: nf4 or fp4.")
+    use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits, too.")
 
 
 @dataclass
@@ -222,8 +228,43 @@ def keep_base(model: QFormerCaptioner, base: Path, included: bool | list[str]) -
     unfinished.rename(base)
 
 
+def read_quantization(
+    model: QFormerCaptioner, args: ModelArguments, include_backbones: str
+) -> BitsAndBytesConfig | None:
+    """How the options want the language model quantised, if at all.
+
+    Raises:
+        InputError: if it cannot be, or the captioner could not be saved.
+    """
+    if not args.load_in_4bit and not args.load_in_8bit:
+        return None
+    if args.load_in_4bit and args.load_in_8bit:
+        raise InputError("Choose between --load_in_4bit and --load_in_8bit.")
+    if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise InputError(f"--bnb_4bit_quant_type must be nf4 or fp4, not {args.bnb_4bit_quant_type!r}.")
+    if not is_bitsandbytes_available():
+        raise InputError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install 'qformer-captioner[qlora]'.")
+    if not is_frozen(model.language_model):
+        raise InputError("A language model in 4 or 8 bits cannot train: leave it frozen, or add --lora_r.")
+    named = model.config.language_model_name_or_path is not None
+    if args.lora_r is None and (not named or include_backbones == "true"):  # an adapter refers to the whole captioner
+        raise InputError(
+            "Of a language model in 4 or 8 bits only the name can be saved, not the weights: leave out "
+            "--include_backbones true, or add --lora_r."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        bnb_4bit_compute_dtype=dtype_of(model.language_model),
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+    )
+
+
 def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
     """Put LoRA adapters on the language model; they, the Q-Former and the projection train and are saved together.
+
+    On one in 4 bits as on any: peft's `prepare_model_for_kbit_training` would only turn what is frozen to float32.
 
     Raises:
         InputError: if the language model has no layers of the names asked for.
@@ -375,6 +416,9 @@ def train(words: list[str]) -> None:
         raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
+    quantization = read_quantization(model, model_args, run_args.include_backbones)
+    if quantization is not None and model_args.lora_r is None:
+        model.quantize_language_model(quantization)
 
     # 4. Training.
     first = training_args.process_index == 0  # the process that writes
@@ -392,6 +436,8 @@ def train(words: list[str]) -> None:
                 keep_base(model, folder / "base", included)
             wait_for_everyone()
             model = QFormerCaptioner.from_pretrained(folder / "base", load_vision_model=store is None)
+        if quantization is not None:
+            model.quantize_language_model(quantization)
         model = add_lora(model, model_args)
 
     metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file
