@@ -13,6 +13,7 @@ coco_karpathy`). Options on the command line win over it. The folder that comes 
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -34,7 +35,6 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     _spec.loader.exec_module(sys.modules["qformer_captioner"])
     __package__ = "qformer_captioner"
 
-import datasets
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -319,22 +319,24 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
         model_args.vision_model_revision = store.vision_model_revision
 
 
-def hold_out(
-    rows: datasets.Dataset, share: float, max_eval_samples: int | None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Rows to train on, and the last ones to evaluate on: not drawn, as rows of one image often stand side by side.
+def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | None) -> CaptionDataset:
+    """Take the last rows out of the training data, to evaluate on.
+
+    Not drawn ones: where a row is a caption, those of one image stand side by side.
 
     Raises:
-        InputError: for a share that leaves one of the two empty.
+        InputError: for a share that leaves one of the two without rows.
     """
-    held_out = round(share * len(rows))
-    if not 0 < held_out < len(rows):
+    first = len(train_data) - round(share * len(train_data))
+    if not 0 < first < len(train_data):
         raise InputError(
-            f"--train_val_split is the share of the {len(rows)} training rows to hold out; {share:g} leaves none to "
-            f"{'evaluate' if held_out <= 0 else 'train'} on."
+            f"--train_val_split is the share of the {len(train_data)} training rows to hold out; with {share:g} none "
+            f"are left to {'train' if first <= 0 else 'evaluate'} on."
         )
-    first = len(rows) - held_out
-    return rows.select(range(first)), rows.select(range(first, min(len(rows), first + (max_eval_samples or held_out))))
+    eval_data = copy.copy(train_data)
+    eval_data.variations = Variations()
+    train_data.indices, eval_data.indices = train_data.indices[:first], train_data.indices[first:][:max_eval_samples]
+    return eval_data.readable()
 
 
 def train(words: list[str]) -> None:
@@ -372,8 +374,6 @@ def train(words: list[str]) -> None:
         data_args.max_train_samples,
         data_args.max_eval_samples,
     )
-    if eval_rows is None and data_args.train_val_split is not None:
-        train_rows, eval_rows = hold_out(train_rows, data_args.train_val_split, data_args.max_eval_samples)
     skipped = SkippedRows()
     columns = (data_args.image_column, data_args.caption_column, skipped)
     variations = Variations(
@@ -383,7 +383,9 @@ def train(words: list[str]) -> None:
     train_data = CaptionDataset(
         train_rows, data_args.train_split, *columns, variations, features, data_args.image_id_column
     )
-    if eval_rows is None:
+    if eval_rows is None and data_args.train_val_split is not None:
+        eval_data = hold_out(train_data, data_args.train_val_split, data_args.max_eval_samples)
+    elif eval_rows is None:
         eval_data = None
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
         print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
