@@ -761,6 +761,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         """Print one line per part: parameters, how many of them train, dtype."""
         for name, part in self.named_children():
             total = sum(parameter.numel() for parameter in part.parameters())
+            if is_quantized(part):  # several to the byte
+                total = part.num_parameters()
             trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
             dtype = str(dtype_of(part)).removeprefix("torch.")
             print(f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}")

@@ -245,7 +245,7 @@ def read_quantization(
     if not is_bitsandbytes_available():
         raise InputError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install 'qformer-captioner[qlora]'.")
     if not is_frozen(model.language_model):
-        raise InputError("A language model in 4 or 8 bits cannot train: leave it frozen, or add --lora_r.")
+        raise InputError("A language model in 4 or 8 bits cannot train, only adapters on it can: leave it frozen.")
     named = model.config.language_model_name_or_path is not None
     if args.lora_r is None and (not named or include_backbones == "true"):  # an adapter refers to the whole captioner
         raise InputError(

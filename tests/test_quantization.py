@@ -111,6 +111,13 @@ def test_a_quantised_captioner_saves_names_and_no_bits(backbones, bits, tmp_path
         model.save_pretrained(tmp_path / "all", include_backbones=True)
 
 
+def test_parameters_in_bits_count_as_many_as_they_are(backbones, bits, capsys):  # noqa: F811
+    captioner(backbones)
+    whole = capsys.readouterr().out
+    captioner(backbones, bits=bits)
+    assert capsys.readouterr().out == whole
+
+
 def test_a_language_model_that_trains_is_not_quantised(backbones, bits):  # noqa: F811
     model = QFormerCaptioner.from_backbones(
         backbones / "vision", backbones / "llama", freeze_language_model=False, **tiny.QFORMER
@@ -119,8 +126,7 @@ def test_a_language_model_that_trains_is_not_quantised(backbones, bits):  # noqa
         model.quantize_language_model(bits)
 
 
-@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
-@pytest.mark.parametrize("language", ["llama", "t5"])
+@pytest.mark.parametrize(("language", "option"), [("llama", "load_in_4bit"), ("t5", "load_in_8bit")])
 def test_qlora_opens_in_bits_and_without_and_merges_without(backbones, tmp_path, language, option):  # noqa: F811
     run = tmp_path / "run"
     train_hf.train(words(backbones, run, language, **{option: "true"}))
@@ -132,6 +138,9 @@ def test_qlora_opens_in_bits_and_without_and_merges_without(backbones, tmp_path,
     for folder in (run, tmp_path / "merged"):
         model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
         torch.testing.assert_close(model(**BATCH).logits, expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "again", include_backbones=False)  # there is no other name for what was merged
+    again = QFormerCaptioner.from_pretrained(tmp_path / "again").eval()
+    torch.testing.assert_close(again(**BATCH).logits, model(**BATCH).logits)
 
     bits = BitsAndBytesConfig(**{option: True})
     model = AutoModel.from_pretrained(run, trust_remote_code=True, quantization_config=bits).eval()

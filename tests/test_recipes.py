@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from qformer_captioner import train_hf
-from qformer_captioner.captioning.data import CaptionCollator
+from qformer_captioner.captioning.data import CaptionCollator, CaptionDataset, SkippedRows
 from qformer_captioner.captioning.options import RECIPE_FOLDERS, RECIPES, load_recipe, make_parser, merge
 
 from . import tiny
@@ -384,6 +384,16 @@ def test_recipes_that_begin_with_each_other_are_refused(write):
 def test_an_unknown_recipe_is_named_with_those_that_there_are(write):
     with pytest.raises(train_hf.InputError, match="no recipe 'clip_t6'.* clip_t5,.* coco_karpathy,"):
         options("--recipe", write("own", recipe="clip_t6"))
+
+
+def test_the_last_images_are_held_out_with_all_of_their_captions():
+    cell = {"bytes": picture_bytes(0), "path": None}
+    columns = {"image": [cell] * 7, "caption": [f"caption {row}" for row in range(7)], "id": [0, 0, 1, 2, 2, 3, 3]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    train_data = CaptionDataset(rows, "train", "image", "caption", SkippedRows(), image_id_column="id")
+    eval_data = train_hf.hold_out(train_data, 0.5, max_eval_samples=1)
+    assert train_data.references() == [["caption 0", "caption 1"], ["caption 2"]]
+    assert eval_data.references() == [["caption 3", "caption 4"]]
 
 
 @pytest.mark.parametrize(("share", "kind"), [(0.0, "evaluate"), (1.0, "train")])
