@@ -3,6 +3,7 @@
 A captioner keeps them by name (or holds their weights, where it was asked to), so this is what its loading rests on.
 """
 
+import copy
 import os
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
     Blip2VisionConfig,
     Blip2VisionModel,
     PreTrainedConfig,
@@ -50,6 +52,11 @@ class AbsentVisionModel(nn.Module):
         )
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether transformers put its layers into fewer bits; a model that is not has no such attribute."""
+    return getattr(module, "is_quantized", False)
+
+
 def load_backbone(
     part: str,
     name_or_path: str,
@@ -84,6 +91,39 @@ def load_backbone(
         raise cannot_load(part, name_or_path, revision, error) from error
     backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     return backbone
+
+
+def quantize(language_model: PreTrainedModel, quantization_config: BitsAndBytesConfig) -> PreTrainedModel:
+    """The same language model with its linear layers in 4 or 8 bits; on the GPU, where there is one.
+
+    Words and output layer stay as they are, and so does whatever else transformers leaves alone (T5's `wo`).
+
+    Raises:
+        ImportError: if bitsandbytes is not there.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as error:
+        raise ImportError("Quantisation needs bitsandbytes: pip install 'qformer-captioner[qlora]'.") from error
+    config = copy.deepcopy(language_model.config)
+    quantized = type(language_model).from_pretrained(
+        None,
+        config=config,
+        state_dict=language_model.state_dict(),
+        dtype=dtype_of(language_model),
+        quantization_config=quantization_config,
+    )
+    # Folders say nothing of it: what is saved are names and adapters, and whoever loads them quantises anew or not.
+    del quantized.config.quantization_config
+    quantized.config.name_or_path = config.name_or_path
+    quantized.generation_config = language_model.generation_config
+    untie_t5_head(quantized)
+    for module in quantized.modules():
+        if isinstance(module, Linear4bit):
+            # In evaluation bitsandbytes would repack the weights for this kind of CPU, and from then on gradients would
+            # end there without a word (bitsandbytes 0.50).
+            module.support_avx512bf16_for_cpu = False
+    return quantized
 
 
 def cannot_load(part: str, name_or_path: str, revision: str | None, error: OSError) -> OSError:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -42,7 +43,9 @@ from .backbones_qformer import (
     commit_of,
     dtype_of,
     is_frozen,
+    is_quantized,
     load_backbone,
+    quantize,
     read_weights,
     untie_t5_head,
     vision_model_from_config,
@@ -702,8 +705,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         return [part for part in BACKBONES if is_frozen(getattr(self, part))]
 
     def local_backbones(self) -> list[str]:
-        """The backbones that came from a folder of this machine, so that nobody else can fetch them by name."""
-        return [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
+        """The backbones that came from a folder of this machine, so that nobody else can fetch them by name.
+
+        A quantised language model is none of them: its weights are not here, so there is no choice but to refer to it.
+        """
+        parts = [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
+        return [part for part in parts if not is_quantized(getattr(self, part))]
 
     def _freeze(self) -> None:
         if self.config.freeze_vision_model:
@@ -724,6 +731,28 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                     layer.training = mode
         return self
 
+    def quantize_language_model(self, quantization_config: BitsAndBytesConfig) -> None:
+        """Put the linear layers of the frozen language model into 4 or 8 bits, to save memory.
+
+        Everything else stays as it is: vision encoder, Q-Former and projection are small, and with a Q-Former in 8 bits
+        captions came out empty (transformers issue 30383). Gradients pass through the layers, so that the Q-Former can
+        train; or put LoRA adapters on them. All of the captioner moves to where they are: to the GPU, if there is one.
+
+        Raises:
+            ImportError: if bitsandbytes is not there.
+            ValueError: if the language model trains.
+        """
+        if not is_frozen(self.language_model):
+            raise ValueError("A quantised language model cannot train: freeze it, and put LoRA adapters on it.")
+        self.language_model = quantize(self.language_model, quantization_config).requires_grad_(False)
+        self.config.text_config = self.language_model.config
+        # peft asks the captioner, and not its parts, which kind of adapters their layers need.
+        self.is_loaded_in_4bit = quantization_config.load_in_4bit
+        self.is_loaded_in_8bit = quantization_config.load_in_8bit
+        named = {"language_model"} if self.config.language_model_name_or_path is not None else set()
+        self._reference(sorted(named | set(self.config.referenced_backbones or []), key=BACKBONES.index))
+        self.to(self.language_model.device)
+
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As everywhere in transformers, on the language model: words and output layer are all its own."""
         return self.language_model.resize_token_embeddings(*args, **kwargs)
@@ -732,6 +761,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         """Print one line per part: parameters, how many of them train, dtype."""
         for name, part in self.named_children():
             total = sum(parameter.numel() for parameter in part.parameters())
+            if is_quantized(part):  # several to the byte
+                total = part.num_parameters()
             trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
             dtype = str(dtype_of(part)).removeprefix("torch.")
             print(f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}")
@@ -753,6 +784,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         qformer_revision: str | None = None,
         qformer_tokenizer: str | os.PathLike | None = None,
         load_vision_model: bool = True,
+        quantization_config: BitsAndBytesConfig | None = None,
         **qformer_fields,
     ) -> "QFormerCaptioner":
         r"""Put a Q-Former between two pretrained models: a fresh one, or a pretrained one with a fresh projection.
@@ -772,6 +804,8 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 (`use_qformer_text_input=True`); by default the one that came with `qformer`, else BERT's.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
                 its precomputed features; [`~QFormerCaptioner.load_vision_model`] fetches it later.
+            quantization_config (`BitsAndBytesConfig`, *optional*): put the frozen language model into 4 or 8 bits
+                ([`~QFormerCaptioner.quantize_language_model`]).
             qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
 
         Raises:
@@ -834,19 +868,29 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 qformer_tokenizer, qformer, qformer_revision, qformer_config.vocab_size
             )
         model._reference(model._frozen_backbones())
+        if quantization_config is not None:
+            model.quantize_language_model(quantization_config)
         model.eval()
         model.print_trainable_parameters()
         return model
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, config=None, dtype=None, load_vision_model=True, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        dtype=None,
+        load_vision_model=True,
+        quantization_config=None,
+        **kwargs,
     ):
         """Load a captioner from a folder or the Hub, with the backbones that it keeps by reference.
 
         Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
         was saved in. Backbones that were frozen are frozen again. `load_vision_model=False` leaves the vision encoder
-        out of memory, as in `from_backbones`.
+        out of memory, as in `from_backbones`. With `quantization_config` the language model comes in 4 or 8 bits
+        ([`~QFormerCaptioner.quantize_language_model`]).
 
         Raises:
             OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
@@ -857,6 +901,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             if name in kwargs
         }
+        # `AutoModel` was given an adapter: transformers would forget it where a captioner refers to its backbones.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         config = copy.deepcopy(config)
@@ -897,8 +944,15 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
         model._reference(config.referenced_backbones or [])
+        if quantization_config is not None:
+            model.quantize_language_model(quantization_config)
         if pretrained_model_name_or_path is not None:
             model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
+        if adapter is not None:
+            adapter_kwargs = {**hub_kwargs, **adapter_kwargs}
+            model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
+            own = QFormerCaptionerProcessor.from_folder_if_any(adapter, **adapter_kwargs)
+            model.processor = own if own is not None else model.processor  # the adapter may be of another prompt
         return loaded
 
     def load_vision_model(self) -> None:
@@ -946,6 +1000,11 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 if part not in included and getattr(self.config, f"{part}_name_or_path") is not None
             ]
         )
+        if is_quantized(self.language_model) and "language_model" not in self.config.referenced_backbones:
+            raise ValueError(
+                "The weights of a quantised language model are not saved, they are rounded: refer to it by name "
+                "(`include_backbones=False`), or load the captioner without `quantization_config`."
+            )
         self.config.freeze_vision_model = "vision_model" in frozen
         self.config.freeze_language_model = "language_model" in frozen
         self.config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}

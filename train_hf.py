@@ -7,9 +7,9 @@
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name my_folder --caption_column text --output_dir outputs/mine
 
-A recipe is a YAML file of the options below; options on the command line win over it. The folder that comes out opens
-with `AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run goes on when the same command is given
-again.
+A recipe is a YAML file of the options below; it may begin with another, and several may be named (`--recipe clip_llama
+coco_karpathy`). Options on the command line win over it. The folder that comes out opens with
+`AutoModel.from_pretrained(folder, trust_remote_code=True)`. A killed run goes on when the same command is given again.
 """
 
 import contextlib
@@ -36,24 +36,23 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     __package__ = "qformer_captioner"
 
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import HfArgumentParser, IntervalStrategy, set_seed
+from transformers import BitsAndBytesConfig, IntervalStrategy, set_seed
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils import is_bitsandbytes_available
 
+from .backbones_qformer import dtype_of, is_frozen
 from .captioning import InputError
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
-from .captioning.mixing import CaptionMixture
-from .captioning.options import make_parser, nearest_option, option, parse
+from .captioning.options import make_parser, option, parse, read_recipes, recipes_of
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
-from .captioning.sources import EVAL_SPLITS, folder_of_images, load_held_out, load_splits
-from .captioning.streams import CaptionStream, StreamSource
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
+from .captioning.training_data import DataArguments, check_data, load_data
 from .modeling_qformer import QFormerCaptioner
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,6 +71,13 @@ class ModelArguments:
     language_model_revision: str | None = option(None, "Its branch, tag or commit.")
     vision_config: str | None = option(None, "From scratch: the vision encoder's configuration, as JSON.")
     text_config: str | None = option(None, "From scratch: the language model's configuration, as JSON.")
+    qformer_name_or_path: str | None = option(
+        None, "A pretrained Q-Former to begin with: of a BLIP-2, an InstructBLIP, a captioner of ours, or a BERT."
+    )
+    qformer_revision: str | None = option(None, "Its branch, tag or commit.")
+    qformer_tokenizer: str | None = option(
+        None, "The tokenizer of a Q-Former that reads the prompt; by default the pretrained one's, else BERT's."
+    )
     qformer_config: str | None = option(None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.')
     freeze_vision_model: bool = option(True, "Keep a pretrained vision encoder as it is.")
     freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
@@ -84,107 +90,32 @@ class ModelArguments:
     lora_target_modules: str | None = option(
         None, "Which layers of the language model get them, such as q_proj,v_proj; by default peft's choice."
     )
-
-
-@dataclass
-class DataArguments:
-    """Which captions of which images."""
-
-    dataset_name: list[str] | None = option(
-        None, 'Data sets: Hub ids, folders, files (parquet, JSON, CSV, tar; wildcards), or "scenes" for drawn pictures.'
-    )
-    dataset_weights: list[float] | None = option(None, "Of several: their shares of the rows; by default equal ones.")
-    dataset_config_name: list[str] | None = option(None, "Which configuration of each, or of all.")
-    dataset_revision: list[str] | None = option(None, "Branch, tag or commit of each on the Hub, or of all.")
-    eval_dataset_name: str | None = option(None, "Evaluate on this data set; by default on the first one.")
-    streaming: bool = option(False, "Read rows while training goes on, and keep none. Needs --max_steps.")
-    shuffle_buffer: int = option(1000, "Shuffle so many rows of a stream among each other, and its files.")
-    train_split: str = option("train", "The split to train on.")
-    eval_split: str | None = option(None, "The split to evaluate on; by default validation, val, dev or test.")
-    split_column: str = option("split", "Where one split holds all rows: the column that tells the splits.")
-    image_column: list[str] | None = option(
-        None, 'The column of images, or of paths, of each data set, or of all; by default "image".'
-    )
-    caption_column: list[str] | None = option(
-        None, 'The column of captions: a string or a list in each row, also inside another (a.b). By default "caption".'
-    )
-    image_id_column: str | None = option(
-        None, "Rows with the same value in this column are captions of one image: train on them in one pass."
-    )
-    image_folder: list[str] | None = option(
-        None, "Where paths in the image column start, of each data set, or of all; by default where the file lies."
-    )
-    max_train_samples: int | None = option(None, "Train on so many rows of each data set; of scenes: draw so many.")
-    max_eval_samples: int | None = option(None, "Evaluate on so many rows only; of scenes: draw so many.")
-    smallest_crop: float | None = option(
-        None, "Train on random crops that keep at least this share of an image's area; by default on whole images."
-    )
-    captions_per_image: int | None = option(
-        None, "Draw so many captions of an image each time it is seen; by default train on all of them."
-    )
-    flip: float = option(
-        0.0, "Train on images mirrored left to right with this probability (0.5, unless captions tell left from right)."
-    )
-    features: str | None = option(
-        None, "Folder of precompute_features.py: train on what is in it, without the vision encoder in memory."
-    )
-    max_caption_length: int = option(64, "Cut longer captions to so many tokens.")
+    load_in_4bit: bool = option(False, "Keep the frozen language model in 4 bits; with --lora_r that is QLoRA.")
+    load_in_8bit: bool = option(False, "Keep the frozen language model in 8 bits.")
+    bnb_4bit_quant_type: str = option("nf4", "The 4 bits: nf4 or fp4.")
+    use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits, too.")
 
 
 @dataclass
 class RunArguments:
     """What becomes of the output folder."""
 
-    recipe: str | None = option(None, "YAML file of options, or the name of one in recipes/. The command line wins.")
+    recipe: list[str] | None = option(
+        None, "YAML files of options, or names of such in recipes/: later ones win, and the command line over all."
+    )
     overwrite_output_dir: bool = option(False, "Throw away the run that is in the output folder.")
     include_backbones: str = option(
         "auto", "Put frozen backbones into the final folder: true, false, or auto for those from a local folder."
     )
 
 
-def read_recipe(name: str, parser: HfArgumentParser) -> list[str]:
-    """A recipe as command-line words, which the parser then checks like any others.
-
-    Raises:
-        InputError: if there is no such recipe, it is no YAML mapping, or one of its fields is unknown.
-    """
-    folder = Path(__file__).parent / "recipes"
-    path = Path(name) if Path(name).is_file() else folder / f"{Path(name).stem}.yaml"
-    if not path.is_file():
-        there = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
-        raise InputError(f"There is no recipe {name!r}. Give a YAML file, or one of {there}.")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
-    known = {action.dest for action in parser._actions}
-    words = []
-    for key, value in recipe.items():
-        if key not in known:
-            raise InputError(
-                f"The recipe {str(path)!r} has an unknown field {key!r}. {nearest_option(parser, str(key))}"
-            )
-        if isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{key}", str(value)]
-    return words
-
-
 def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
-    """The recipe's options, overridden by the command line's. With neither, the recipe is `scenes`."""
+    """The recipes' options, overridden by the command line's. With neither, the recipe is `scenes`."""
     classes = (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments)
     parser = make_parser(classes, __doc__.split("\n\n")[0])
-    if words and not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
-        words = ["--recipe", *words]
-    recipe = words[words.index("--recipe") + 1] if "--recipe" in words[:-1] else None if words else "scenes"
-    if recipe is not None:
-        words = [*read_recipe(recipe, parser), *words, "--recipe", recipe]
-    return parse(parser, words)
+    if not words or not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
+        words = ["--recipe", *(words or ["scenes"])]
+    return parse(parser, [*read_recipes(recipes_of(words), parser), *words])
 
 
 def as_config(text: str | None, name: str) -> dict:
@@ -242,6 +173,9 @@ def build_model(
             dtype=dtype,
             prompt=prompt,
             load_vision_model=load_vision_model,
+            qformer=args.qformer_name_or_path,
+            qformer_revision=args.qformer_revision,
+            qformer_tokenizer=args.qformer_tokenizer,
             **qformer_config,
         )
     model = QFormerCaptioner.from_pretrained(args.model_name_or_path, load_vision_model=load_vision_model)
@@ -261,8 +195,43 @@ def keep_base(model: QFormerCaptioner, base: Path, included: bool | list[str]) -
     unfinished.rename(base)
 
 
+def read_quantization(
+    model: QFormerCaptioner, args: ModelArguments, include_backbones: str
+) -> BitsAndBytesConfig | None:
+    """How the options want the language model quantised, if at all.
+
+    Raises:
+        InputError: if it cannot be, or the captioner could not be saved.
+    """
+    if not args.load_in_4bit and not args.load_in_8bit:
+        return None
+    if args.load_in_4bit and args.load_in_8bit:
+        raise InputError("Choose between --load_in_4bit and --load_in_8bit.")
+    if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise InputError(f"--bnb_4bit_quant_type must be nf4 or fp4, not {args.bnb_4bit_quant_type!r}.")
+    if not is_bitsandbytes_available():
+        raise InputError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install 'qformer-captioner[qlora]'.")
+    if not is_frozen(model.language_model):
+        raise InputError("A language model in 4 or 8 bits cannot train, only adapters on it can: leave it frozen.")
+    named = model.config.language_model_name_or_path is not None
+    if args.lora_r is None and (not named or include_backbones == "true"):  # an adapter refers to the whole captioner
+        raise InputError(
+            "Of a language model in 4 or 8 bits only the name can be saved, not the weights: leave out "
+            "--include_backbones true, or add --lora_r."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=args.load_in_4bit,
+        load_in_8bit=args.load_in_8bit,
+        bnb_4bit_compute_dtype=dtype_of(model.language_model),
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+    )
+
+
 def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
     """Put LoRA adapters on the language model; they, the Q-Former and the projection train and are saved together.
+
+    On one in 4 bits as on any: peft's `prepare_model_for_kbit_training` would only turn what is frozen to float32.
 
     Raises:
         InputError: if the language model has no layers of the names asked for.
@@ -322,104 +291,6 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
         model_args.vision_model_revision = store.vision_model_revision
 
 
-def of_each(args: DataArguments, name: str, default: str | None = None) -> list:
-    """What an option says of each data set: it may be given once for all."""
-    values = getattr(args, name) or [default]
-    if len(values) not in (1, len(args.dataset_name)):
-        raise InputError(
-            f"--{name} has {len(values)} values for {len(args.dataset_name)} data sets: give one of each, or of all."
-        )
-    return values if len(values) > 1 else values * len(args.dataset_name)
-
-
-def check_data(args: DataArguments, store: FeatureStore | None, training_args: CaptionTrainingArguments) -> None:
-    """Find options that do not go together before anything is loaded."""
-    sets, weights = len(args.dataset_name), args.dataset_weights
-    if weights is not None and (len(weights) != sets or not all(0 < weight < float("inf") for weight in weights)):
-        raise InputError(f"--dataset_weights must be {sets} numbers above 0, one for each data set, not {weights}.")
-    if store is not None and (args.streaming or sets > 1):
-        raise InputError("--features are of one data set, and not of a stream: leave out --features, or the others.")
-    if args.streaming and training_args.max_steps < 1:
-        raise InputError("A stream has no end: say how long to train on it with --max_steps.")
-    if args.streaming and training_args.word_warmup_epochs > 1:
-        raise InputError("A stream has no epochs: --word_warmup_epochs is a share of the run here, at most 1.")
-    if args.streaming and args.image_id_column is not None:
-        raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
-    if args.shuffle_buffer < 0:
-        raise InputError(f"--shuffle_buffer is a number of rows, or 0 to keep their order, not {args.shuffle_buffer}.")
-
-
-def load_data(
-    args: DataArguments,
-    store: FeatureStore | None,
-    skipped: SkippedRows,
-    variations: Variations,
-    process: int = 0,
-    processes: int = 1,
-) -> tuple[CaptionDataset | CaptionMixture | CaptionStream, CaptionDataset | None]:
-    """The rows to train on, and those to evaluate on if there are any.
-
-    Raises:
-        InputError: if they cannot be loaded.
-    """
-    parts, sources, evaluation = [], [], None
-    names = args.dataset_name
-    for number, (name, config, revision, image_column, caption_column, image_folder) in enumerate(
-        zip(
-            names,
-            of_each(args, "dataset_config_name"),
-            of_each(args, "dataset_revision"),
-            of_each(args, "image_column", "image"),
-            of_each(args, "caption_column", "caption"),
-            of_each(args, "image_folder"),
-            strict=True,
-        )
-    ):
-        train_rows, eval_rows = load_splits(
-            name,
-            config,
-            args.train_split,
-            args.eval_split,
-            args.split_column,
-            args.max_train_samples,
-            args.max_eval_samples,
-            revision=revision,
-            streaming=args.streaming,
-            evaluate=number == 0 and args.eval_dataset_name is None,
-        )
-        folder = folder_of_images(name, train_rows, image_folder)
-        label = args.train_split if len(names) == 1 else f"{args.train_split} of {name}"
-        if args.streaming:
-            sources.append(
-                StreamSource(label, train_rows, image_column, caption_column, folder, args.max_train_samples)
-            )
-        else:
-            features = store and store.split(args.train_split)
-            columns = (image_column, caption_column, skipped, variations, features, args.image_id_column, folder)
-            parts.append(CaptionDataset(train_rows, label, *columns))
-        if number == 0:
-            if args.eval_dataset_name is not None:
-                eval_rows = load_held_out(
-                    args.eval_dataset_name, args.eval_split, args.split_column, args.max_eval_samples, args.streaming
-                )
-                folder = folder_of_images(args.eval_dataset_name, eval_rows, image_folder)
-            if eval_rows is not None:
-                split = args.eval_split or "evaluation"
-                if store is not None:
-                    split = args.eval_split or next((name for name in EVAL_SPLITS if name in store.layouts), "dev")
-                features = store and store.split(split)
-                columns = (image_column, caption_column, skipped, None, features, args.image_id_column, folder)
-                evaluation = CaptionDataset(eval_rows, split, *columns).readable()
-    if args.streaming:
-        stream = CaptionStream(
-            sources, skipped, variations, args.dataset_weights, args.shuffle_buffer, process, processes
-        )
-        return stream, evaluation
-    if len(parts) > 1:
-        return CaptionMixture(parts, args.dataset_weights or [1.0] * len(parts)), evaluation
-    return parts[0], evaluation
-
-
 def count_in_steps(args: CaptionTrainingArguments) -> None:
     """Evaluate and save a stream every so many steps: it has no epochs."""
     for kind, strategy in (("eval", IntervalStrategy), ("save", SaveStrategy)):
@@ -438,7 +309,9 @@ def train(words: list[str]) -> None:
         read_features(store, model_args, data_args)
     if data_args.dataset_name is None:
         raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder or file, or scenes).")
-    check_data(data_args, store, training_args)
+    check_data(data_args, store, training_args.max_steps)
+    if data_args.streaming and training_args.word_warmup_epochs > 1:
+        raise InputError("A stream has no epochs: --word_warmup_epochs is a share of the run here, at most 1.")
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
     if training_args.label_smoothing_factor:
@@ -458,7 +331,7 @@ def train(words: list[str]) -> None:
     # 2. Data.
     skipped = SkippedRows()
     variations = Variations(
-        data_args.smallest_crop, data_args.flip, data_args.captions_per_image, seed=training_args.seed
+        data_args.smallest_crop, data_args.flip, data_args.captions_per_image, seed=training_args.seed, any_view=True
     )
     processes = (training_args.process_index, training_args.world_size)
     train_data, eval_data = load_data(data_args, store, skipped, variations, *processes)
@@ -488,6 +361,9 @@ def train(words: list[str]) -> None:
         raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
+    quantization = read_quantization(model, model_args, run_args.include_backbones)
+    if quantization is not None and model_args.lora_r is None:
+        model.quantize_language_model(quantization)
 
     # 4. Training.
     first = training_args.process_index == 0  # the process that writes
@@ -505,6 +381,8 @@ def train(words: list[str]) -> None:
                 keep_base(model, folder / "base", included)
             wait_for_everyone()
             model = QFormerCaptioner.from_pretrained(folder / "base", load_vision_model=store is None)
+        if quantization is not None:
+            model.quantize_language_model(quantization)
         model = add_lora(model, model_args)
 
     metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file

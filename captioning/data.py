@@ -65,6 +65,7 @@ class Variations:
         flip: mirror an image, left to right, with this probability.
         captions_per_image: draw so many of an image's captions each time; by default give all.
         prompts: draw one of these.
+        any_view: draw one of the views that precomputed features have; by default show the whole image.
         seed: of all that.
     """
 
@@ -72,6 +73,7 @@ class Variations:
     flip: float = 0.0
     captions_per_image: int | None = None
     prompts: Sequence[str] = ()
+    any_view: bool = False
     seed: int = 0
 
     def random(self, epoch: int, row: int) -> torch.Generator:
@@ -219,7 +221,8 @@ class CaptionDataset(Dataset):
     def _look(self, index: int, random: torch.Generator) -> dict:
         if self.features is None:
             return {"image": self.variations.vary_image(self._open(index), random)}
-        view = int(torch.randint(self.features.views, (), generator=random)) if self.features.views > 1 else 0
+        views = self.features.views if self.variations.any_view else 1
+        view = int(torch.randint(views, (), generator=random)) if views > 1 else 0
         return {"image_embeds": (self.features, index, view)}
 
     def _nothing_to_see(self) -> InputError:

@@ -1,12 +1,19 @@
-"""Command lines of both scripts: dataclasses of options, and an error that names the option that was meant."""
+"""Command lines of both scripts: dataclasses of options, recipes, and an error that names the option that was meant."""
 
+import argparse
 import dataclasses
 import difflib
+import json
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import HfArgumentParser
 
 from . import InputError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPE_FOLDERS = (".", "ablations", "data")  # of recipes; `recipes/` holds files of other kinds, too
 
 
 def option(default: Any, help: str) -> Any:
@@ -40,3 +47,76 @@ def nearest_option(parser: HfArgumentParser, name: str, dashes: str = "") -> str
     """A sentence that helps whoever misspelt an option."""
     nearest = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
     return f"Did you mean {dashes + nearest[0]!r}?" if nearest else "See --help."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def recipes_of(words: list[str]) -> list[str]:
+    """The recipes that a command line names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="*", default=[])
+    return parser.parse_known_args(words)[0].recipe
+
+
+def read_recipes(names: list[str], parser: HfArgumentParser) -> list[str]:
+    """Recipes as command-line words, which the parser then checks like any others.
+
+    Raises:
+        InputError: if a recipe is not there, is no YAML mapping, begins with itself, or has an unknown field.
+    """
+    words = []
+    for key, value in merge(*(load_recipe(find_recipe(name, Path()), parser) for name in names)).items():
+        if isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{key}", str(value)]
+    return words
+
+
+def load_recipe(path: Path, parser: HfArgumentParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The fields of a recipe, on top of those of the recipes that it begins with (its field `recipe`)."""
+    if path in above:
+        circle = " begins with ".join(repr(str(each)) for each in [*above[above.index(path) :], path])
+        raise InputError(f"Recipes must not begin with themselves: {circle}.")
+    try:
+        own = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(own, dict):
+        raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
+    known = {action.dest for action in parser._actions}
+    for key in own:
+        if key not in known:
+            raise InputError(
+                f"The recipe {str(path)!r} has an unknown field {key!r}. {nearest_option(parser, str(key))}"
+            )
+    names = own.pop("recipe", None) or []
+    names = names if isinstance(names, list) else [names]
+    return merge(*(load_recipe(find_recipe(str(name), path.parent), parser, (*above, path)) for name in names), own)
+
+
+def merge(*recipes: dict[str, Any]) -> dict[str, Any]:
+    """One recipe out of several. Later ones win, in mappings such as `qformer_config` field by field."""
+    merged: dict[str, Any] = {}
+    for recipe in recipes:
+        for key, value in recipe.items():
+            below = merged.get(key)
+            merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """The file of a recipe: beside the one that names it, or one of ours, with or without folder and `.yaml`."""
+    for path in (folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path.resolve()
+    ours = {path.stem: path for each in RECIPE_FOLDERS for path in sorted((RECIPES / each).glob("*.yaml"))}
+    stem = Path(name).name.removesuffix(".yaml")
+    if stem not in ours:
+        raise InputError(f"There is no recipe {name!r}. Give a YAML file, or one of {', '.join(sorted(ours))}.")
+    return ours[stem].resolve()

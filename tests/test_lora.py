@@ -105,6 +105,17 @@ def test_adapter_merged_folder_and_live_model_caption_the_same(run, tmp_path):
         assert isinstance(loaded.caption(tiny.picture(), max_new_tokens=4), str)
 
 
+def test_an_adapter_opens_on_a_captioner_that_refers_to_its_backbones(backbones, tmp_path):
+    train_hf.train(words(backbones, tmp_path / "run", include_backbones="false", prompt="a"))
+    base, fresh = (QFormerCaptioner.from_pretrained(tmp_path / "run" / "base").eval() for _ in range(2))
+    assert fresh.config.referenced_backbones == ["vision_model", "language_model"]
+    expected = PeftModel.from_pretrained(base, tmp_path / "run").eval()(**tiny.batch()).logits
+    loaded = AutoModel.from_pretrained(tmp_path / "run", trust_remote_code=True).eval()
+    torch.testing.assert_close(loaded(**tiny.batch()).logits, expected)
+    assert not torch.allclose(fresh(**tiny.batch()).logits, expected, atol=1e-3)
+    assert loaded.processor.prompt == "a"
+
+
 def test_two_adapters_on_one_base_can_be_swapped(run, tmp_path):
     base = QFormerCaptioner.from_pretrained(run / "base")
     model = PeftModel.from_pretrained(base, run, adapter_name="first").eval()
