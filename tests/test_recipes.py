@@ -130,8 +130,13 @@ def data(tmp_path_factory) -> dict[str, str]:
         split = "dev" if row < 3 else "train"
         lines.append(json.dumps({"file_name": f"{row}.jpg", "split": split, "captions": [caption(row), "a dog"]}))
     (images / "metadata.jsonl").write_text("\n".join(lines))
+    table = folder / "own" / "captions.csv"
+    lines = ["image,caption"]
+    for row in range(8):
+        lines += [f"flickr8k/{row}.jpg,{text}" for text in (caption(row), "a dog")]
+    table.write_text("\n".join(lines))
     names = {f"{path.parent.name}/{path.name}": str(path) for path in folder.glob("*/*")}
-    return {**names, "flickr8k": str(images), "scenes": "scenes"}
+    return {**names, "flickr8k": str(images), "captions.csv": str(table), "scenes": "scenes"}
 
 
 SIZES = {
@@ -337,13 +342,13 @@ def test_a_recipe_begins_with_another_and_wins_over_it(write):
     write("below", dataset_name="a", caption_column="text", qformer_config={"hidden_size": 16, "num_query_tokens": 4})
     own = write("own", recipe="below", dataset_name="b", qformer_config={"num_query_tokens": 8}, caption_column=None)
     model, data, *_ = options("--recipe", own)
-    assert (data.dataset_name, data.caption_column) == ("b", "caption")  # nothing: the default again
+    assert (data.dataset_name, data.caption_column) == (["b"], None)  # nothing: the default again
     assert json.loads(model.qformer_config) == {"hidden_size": 16, "num_query_tokens": 8}
 
 
 def test_a_recipe_of_ones_own_begins_with_several_of_ours(write):
     model, data, *_ = options("--recipe", write("own", recipe=["clip_llama", "data/flickr30k"], num_train_epochs=2))
-    assert "Llama" in model.language_model_name_or_path and "flickr30k" in data.dataset_name
+    assert "Llama" in model.language_model_name_or_path and "flickr30k" in data.dataset_name[0]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +361,7 @@ def test_a_recipe_of_ones_own_begins_with_several_of_ours(write):
 )
 def test_several_recipes_combine_and_later_ones_win(words):
     model, data, _, training = options(*words)
-    assert (model.lora_r, data.dataset_name, data.image_column) == (16, "jxie/coco_captions", "image")
+    assert (model.lora_r, data.dataset_name, data.image_column) == (16, ["jxie/coco_captions"], ["image"])
     assert data.train_val_split is None and data.eval_split == "validation"
     assert training.learning_rate == (0.5 if "0.5" in words else 1e-4)
 

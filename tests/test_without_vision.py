@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel
 
-from qformer_captioner import QFormerCaptioner, precompute_features, train_hf
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, precompute_features, train_hf
 
 from . import tiny
 
@@ -174,3 +174,25 @@ def test_a_checkpoint_holds_what_trains_and_loads_by_itself(folder, tmp_path):
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"qformer", "language_projection"}  # noqa: SIM118
     assert isinstance(QFormerCaptioner.from_pretrained(checkpoint).caption(tiny.picture()), str)
+
+
+def test_a_checkpoint_of_clip_and_llama_3b_is_under_2_percent_of_the_whole():
+    """In bytes of the recipe's shapes: the backbones in bfloat16, what trains in float32."""
+    args = train_hf.parse_options(["--recipe", "clip_llama"])[0]
+    llama = dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24)
+    llama |= dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, model_type="llama")
+    clip = {"model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    clip |= {"num_attention_heads": 12, "patch_size": 32, "image_size": 224}
+    dtypes = {"vision_model": "bfloat16", "language_model": "bfloat16"}
+    dtypes |= {"qformer": "float32", "language_projection": "float32"}
+    config = QFormerCaptionerConfig(
+        vision_config=clip, text_config=llama, qformer_config=json.loads(args.qformer_config), dtypes=dtypes
+    )
+    with torch.device("meta"):
+        model = QFormerCaptioner(config)
+    sizes = {
+        name: sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
+        for name, part in model.named_children()
+    }
+    assert sizes["language_model"] > 6.4e9
+    assert sizes["qformer"] + sizes["language_projection"] < 0.02 * sum(sizes.values())
