@@ -59,6 +59,9 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     language_model_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the language model or its LoRA adapters; by default as all the rest."}
     )
+    language_projection_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the linear layer behind the Q-Former; by default as all the rest."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Evaluate and end with a moving average of the weights, such as 0.999."}
     )
@@ -138,10 +141,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The Trainer's, in which the backbones may have learning rates of their own."""
+        """The Trainer's, in which parts may have learning rates of their own."""
         optimizer = super().create_optimizer(model)
         name_of = {parameter: name for name, parameter in (model or self.model).named_parameters()}
-        for part in ("vision_model", "language_model"):
+        for part in ("vision_model", "language_model", "language_projection"):
             rate = getattr(self.args, f"{part}_learning_rate")
             for group in list(optimizer.param_groups) if rate is not None else ():
                 own = [parameter for parameter in group["params"] if part in name_of[parameter].split(".")]

@@ -133,7 +133,7 @@ def data(tmp_path_factory) -> dict[str, str]:
     table = folder / "own" / "captions.csv"
     lines = ["image,caption"]
     for row in range(8):
-        lines += [f"flickr8k/{row}.jpg,{text}" for text in (caption(row), "a dog")]
+        lines += [f'flickr8k/{row}.jpg,"{text}"' for text in (caption(row), "a dog")]
     table.write_text("\n".join(lines))
     names = {f"{path.parent.name}/{path.name}": str(path) for path in folder.glob("*/*")}
     return {**names, "flickr8k": str(images), "captions.csv": str(table), "scenes": "scenes"}

@@ -72,6 +72,7 @@ def test_parts_have_their_learning_rates_and_biases_and_norms_no_weight_decay(tm
         learning_rate=0.1,
         language_model_learning_rate=0.2,
         vision_model_learning_rate=0.3,
+        language_projection_learning_rate=0.5,
         weight_decay=0.4,
     )
     trainer = CaptionTrainer(model=model, args=args, score=None, train_dataset=[], data_collator=None)
@@ -81,7 +82,7 @@ def test_parts_have_their_learning_rates_and_biases_and_norms_no_weight_decay(tm
         for parameter in group["params"]:
             assert parameter not in seen, "in two groups"
             seen[parameter] = (group["lr"], group["weight_decay"])
-    rates = {"vision_model": 0.3, "language_model": 0.2, "qformer": 0.1, "language_projection": 0.1}
+    rates = {"vision_model": 0.3, "language_model": 0.2, "qformer": 0.1, "language_projection": 0.5}
     for name, parameter in model.named_parameters():
         no_decay = "norm" in name.lower() or name.endswith("bias")
         assert seen[parameter] == (rates[name.split(".")[0]], 0.0 if no_decay else 0.4), name
