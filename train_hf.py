@@ -408,14 +408,17 @@ def train(words: list[str]) -> None:
     seconds = time.time() - start
 
     # 5. The folder that others load.
+    weights = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # each process has a share of them
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     trainer.accelerator.wait_for_everyone()
-    if not trainer.is_world_process_zero():
+    if not first:
         return
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         model.processor.save_pretrained(folder)
     else:
-        model.save_pretrained(folder, include_backbones=included)
+        model.save_pretrained(folder, include_backbones=included, state_dict=weights)
     trainer.save_state()
     speed = result.metrics["train_samples_per_second"]
     best = trainer.state.best_metric
