@@ -572,7 +572,14 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
         if self.config.is_encoder_decoder:
             logits = self._score_with_encoder_decoder(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+        elif captions.shape[1] > 1 and self._shares_prefix(prefix.shape[1] + room_for):
+            logits = self._score_with_shared_prefix(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
         else:
+            if captions.shape[1] > 1:
+                logger.warning_once(
+                    f"A {self.config.text_config.model_type!r} cannot read several captions behind one prefix: it reads"
+                    " the prefix once for each, which is as exact and takes longer."
+                )
             logits = self._score_with_decoder_only(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
 
         loss = None
@@ -601,6 +608,59 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         return output.logits[:, -length:]
+
+    def _score_with_shared_prefix(
+        self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
+
+        Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes.
+        """
+        number, length = captions.shape[1:]
+        inputs = captions[:, :, :-1].flatten(1)  # [B, K*(T-1)]
+        start, device = prefix.shape[1], prefix.device
+        words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
+        real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1)  # [B, L]
+        owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)
+        owner = torch.cat([owner.new_zeros(start), owner])  # [L]: 0 is the prefix, k the k-th caption
+        place = torch.arange(len(owner), device=device)
+        sees = (place[:, None] >= place) & ((owner == 0) | (owner[:, None] == owner))  # [L, L]
+        # Padding sees itself: a softmax over nothing is no number.
+        mask = (sees & real[:, None, None, :].bool()) | (place[:, None] == place)  # [B, 1, L, L]
+        if self.language_model.config._attn_implementation == "eager":  # which adds masks to its scores
+            mask = torch.zeros_like(mask, dtype=prefix.dtype).masked_fill(~mask, torch.finfo(prefix.dtype).min)
+        positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
+        behind = torch.arange(length - 1, device=device).repeat(number)  # [K*(T-1)]
+        kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1 + behind], dim=1)
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = place[start - 1 :]
+        output = self.language_model(
+            inputs_embeds=torch.cat([prefix, words], dim=1), attention_mask=mask, use_cache=False, **kwargs
+        )
+        # The first word of every caption is predicted by the last position of the prefix.
+        before = 1 + torch.arange(number * (length - 1), device=device).view(number, length - 1)  # [K, T-1]
+        before = torch.cat([before.new_zeros(number, 1), before], dim=1)  # [K, T]
+        logits = output.logits[:, -1 - number * (length - 1) :]
+        return logits[:, before.flatten()].unflatten(1, (number, length)).flatten(0, 1)
+
+    def _shares_prefix(self, length: int) -> bool:
+        """Whether the language model reads captions of an image behind one prefix as it would read them one by one.
+
+        It must take a mask for every pair of positions, and numbers of positions; and its layers must attend to all of
+        `length` positions before, and to nothing else.
+        """
+        config = self.config.text_config
+        fields = vars(config)
+        window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+        return (
+            self._takes_position_ids
+            and config._attn_implementation in ("eager", "sdpa")
+            and not (window and window < length)
+            and not fields.get("attention_chunk_size")
+            and not fields.get("alibi")
+            and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
+            and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
+        )
 
     def _score_with_encoder_decoder(
         self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs

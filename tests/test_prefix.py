@@ -1,0 +1,111 @@
+"""Several captions behind one prefix: what is computed is what plain rows compute."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig
+
+from . import tiny
+
+OTHERS = {
+    "qwen3": dict(model_type="qwen3", **tiny.LLAMA, head_dim=12),
+    "mistral": dict(model_type="mistral", **tiny.LLAMA, sliding_window=64),
+    "phi": dict(model_type="phi", **tiny.LLAMA),
+    "phi3": dict(model_type="phi3", **tiny.LLAMA),
+    "gpt_neox": dict(model_type="gpt_neox", **tiny.LLAMA),
+    "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, sliding_window=64),
+}
+SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", *OTHERS]
+
+
+def captioner(language: str, **fields) -> QFormerCaptioner:
+    if language in tiny.TEXT:
+        return tiny.captioner(language=language)
+    torch.manual_seed(0)
+    special_tokens = dict(vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    text = AutoConfig.for_model(**OTHERS[language] | special_tokens | fields)
+    model = QFormerCaptioner(
+        QFormerCaptionerConfig(vision_config=tiny.vision_config("clip"), text_config=text, qformer_config=tiny.QFORMER)
+    )
+    torch.nn.init.normal_(model.language_projection.weight, std=0.2)
+    return model.eval()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Three images with prompts of different lengths and four captions each, one of which one image lacks."""
+    inputs = tiny.batch()
+    labels = torch.full((3, 4, 7), -100)
+    generator = torch.Generator().manual_seed(3)
+    for image in range(3):
+        for caption in range(3 if image == 1 else 4):
+            length = 1 + (image + 2 * caption) % 6
+            labels[image, caption, :length] = torch.randint(3, tiny.WORDS, (length,), generator=generator)
+            labels[image, caption, length] = 1
+    return {**inputs, "labels": labels}
+
+
+def losses_and_gradients(model: QFormerCaptioner) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(**batch())
+    output.loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return output.loss, output.logits[batch()["labels"] != -100], gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("language", SHARING)
+def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, monkeypatch):
+    model = captioner(language)
+    if language == "gemma2" and attention == "sdpa":
+        pytest.skip("transformers gives Gemma 2 eager attention only")
+    model.set_attn_implementation(attention)
+    assert model._shares_prefix(20)
+    loss, logits, gradients = losses_and_gradients(model)
+    monkeypatch.setattr(model, "_shares_prefix", lambda length: False)
+    expected_loss, expected_logits, expected = losses_and_gradients(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("language", SHARING)
+def test_the_language_model_reads_one_sequence_per_image(language):
+    model = captioner(language)
+    read = []
+    model.language_model.get_decoder().register_forward_pre_hook(
+        lambda module, args, inputs: read.append(inputs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    model(**batch())
+    prefix = tiny.QUERIES + tiny.batch()["input_ids"].shape[1]
+    assert read == [(3, prefix + 4 * 6)]
+
+
+@pytest.mark.parametrize(
+    ("language", "fields"), [("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("bloom", {})]
+)
+def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields, monkeypatch):
+    model = captioner(language, **fields)
+    said = []
+    logger = transformers_logging.get_logger("qformer_captioner.modeling_qformer")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        output = model(**batch())
+        model(**batch())
+    finally:
+        logger.removeHandler(handler)
+    assert [line for line in said if "cannot read several captions behind one prefix" in line] == said
+    assert len(said) <= 1  # none, if another test had it said before
+    one_by_one = [
+        model(**{**batch(), "labels": batch()["labels"][:, caption], "num_items_in_batch": 1}).loss
+        for caption in range(4)
+    ]
+    number = (batch()["labels"] != -100).sum()
+    torch.testing.assert_close(output.loss, sum(one_by_one) / number, rtol=1e-5, atol=1e-5)
