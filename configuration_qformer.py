@@ -138,6 +138,8 @@ class QFormerCaptionerConfig(PreTrainedConfig):
             Commit of the Hub repository it was loaded from.
         freeze_vision_model, freeze_language_model (`bool`, *optional*, defaults to `False`):
             A frozen backbone has no gradients and stays in evaluation mode whenever the captioner trains.
+        projection_per_query (`bool`, *optional*, defaults to `False`):
+            Whether each query has a projection of its own into the language model, instead of one for all as in BLIP-2.
         referenced_backbones (`list[str]`, *optional*):
             The parts, of `"vision_model"` and `"language_model"`, whose weights are not in the folder beside this
             configuration but are fetched from `..._name_or_path`. Written by `save_pretrained`.
@@ -172,6 +174,7 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     language_model_revision: str | None = None
     freeze_vision_model: bool = False
     freeze_language_model: bool = False
+    projection_per_query: bool = False
     referenced_backbones: list[str] | None = None
     dtypes: dict[str, str] | None = None
     pad_token_id: int | None = None

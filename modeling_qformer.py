@@ -273,6 +273,23 @@ class QFormerModel(PreTrainedModel):
             # Queries that start equal stay equal: transformers' BLIP-2 starts them at zero, LAVIS at this.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
 
+    @torch.no_grad()
+    def standardize(self, encoder_hidden_states: torch.Tensor) -> None:
+        """Let a fresh Q-Former see how images differ from the mean image: what they share is most of their features.
+
+        A value of cross-attention is `W ((x - mean) / std) + b` from then on, folded into its weights, with mean and
+        standard deviation of images' mean features.
+
+        Args:
+            encoder_hidden_states (`[B, N, Dv]`, float): features of some hundred images.
+        """
+        images = encoder_hidden_states.float().mean(dim=1)  # [B, Dv]
+        for layer in self.encoder.layer:
+            if layer.looks_at_image:
+                value = layer.crossattention.attention.value
+                value.weight.div_(images.std(dim=0).clamp(min=1e-4).to(value.weight))
+                value.bias.sub_(value.weight @ images.mean(dim=0).to(value.weight))
+
     def get_input_embeddings(self) -> nn.Embedding | None:
         """Of the prompt's words. Without text there are none: the queries are the input."""
         return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
@@ -381,6 +398,22 @@ class QFormerModel(PreTrainedModel):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class ProjectionPerQuery(nn.Module):
+    """From queries `[B, Q, Dq]` to a soft prompt `[B, Q, D]`, each query by weights of its own.
+
+    With one projection for all of them, whatever a frozen language model asks of one token of its prompt the others
+    learn, too: after a few dozen steps they are nearly the same token, in which the image drowns.
+    """
+
+    def __init__(self, num_query_tokens: int, in_features: int, out_features: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_query_tokens, in_features, out_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_query_tokens, out_features, dtype=dtype))
+
+    def forward(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bqi,qio->bqo", queries, self.weight) + self.bias
+
+
 @dataclass
 class QFormerCaptionerOutput(ModelOutput):
     """What a captioner returns.
@@ -446,9 +479,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         self.qformer = QFormerModel._from_config(config.qformer_config, dtype=dtype("qformer"))
         # The words' width is not always `hidden_size`: OPT-350m reads words of 512 into a model of 1024.
         word_size = language_model.get_input_embeddings().weight.shape[-1]
-        self.language_projection = nn.Linear(
-            config.qformer_config.hidden_size, word_size, dtype=dtype("language_projection")
-        )
+        sizes = (config.qformer_config.hidden_size, word_size)
+        if config.projection_per_query:
+            queries = config.qformer_config.num_query_tokens
+            self.language_projection = ProjectionPerQuery(queries, *sizes, dtype=dtype("language_projection"))
+        else:
+            self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
 
@@ -463,6 +499,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         self.generation_config.max_new_tokens = 50
         self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
         self._freeze()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ProjectionPerQuery):
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
 
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
@@ -844,6 +886,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         qformer_revision: str | None = None,
         qformer_tokenizer: str | os.PathLike | None = None,
         load_vision_model: bool = True,
+        projection_per_query: bool = False,
         quantization_config: BitsAndBytesConfig | None = None,
         **qformer_fields,
     ) -> "QFormerCaptioner":
@@ -864,6 +907,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 (`use_qformer_text_input=True`); by default the one that came with `qformer`, else BERT's.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
                 its precomputed features; [`~QFormerCaptioner.load_vision_model`] fetches it later.
+            projection_per_query (`bool`, defaults to `False`): give each query a projection of its own.
             quantization_config (`BitsAndBytesConfig`, *optional*): put the frozen language model into 4 or 8 bits
                 ([`~QFormerCaptioner.quantize_language_model`]).
             qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
@@ -905,6 +949,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             language_model_revision=commit_of(language, language_revision),
             freeze_vision_model=freeze_vision_model,
             freeze_language_model=freeze_language_model,
+            projection_per_query=projection_per_query,
         )
         # Of the language model's decoding defaults we take over the special tokens: a chat model ends on several.
         own = language_model.generation_config.to_dict()
@@ -914,9 +959,10 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             if not is_frozen(getattr(model, part)):
                 getattr(model, part).float()  # what trains needs more digits than bfloat16 has
         model.generation_config.update(**special_tokens)
-        # Queries start as loud as words do: a frozen language model has never read anything much louder.
+        # Queries start three times as loud as words. A frozen language model listens to much louder ones, too, and
+        # training makes them so; but from random ones it would first have to recover.
         words = model.language_model.get_input_embeddings().weight
-        std = words.float().std().item() / config.qformer_config.hidden_size**0.5
+        std = 3 * words.float().std().item() / config.qformer_config.hidden_size**0.5
         nn.init.normal_(model.language_projection.weight, std=std)
         if weights is not None:
             model.qformer.load_pretrained(weights)

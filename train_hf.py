@@ -14,6 +14,7 @@ coco_karpathy`). Options on the command line win over it. The folder that comes 
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -79,6 +80,12 @@ class ModelArguments:
         None, "The tokenizer of a Q-Former that reads the prompt; by default the pretrained one's, else BERT's."
     )
     qformer_config: str | None = option(None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.')
+    projection_per_query: bool = option(
+        False, "Give each query a projection of its own into the language model; BLIP-2 has one for all."
+    )
+    standardize_features: int | None = option(
+        None, "Let a fresh Q-Former see how images differ from the mean of so many images of the training data."
+    )
     freeze_vision_model: bool = option(True, "Keep a pretrained vision encoder as it is.")
     freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
     dtype: str = option("auto", "Of pretrained backbones. auto: bfloat16 where the GPU has it, else float32.")
@@ -173,6 +180,7 @@ def build_model(
             dtype=dtype,
             prompt=prompt,
             load_vision_model=load_vision_model,
+            projection_per_query=args.projection_per_query,
             qformer=args.qformer_name_or_path,
             qformer_revision=args.qformer_revision,
             qformer_tokenizer=args.qformer_tokenizer,
@@ -183,6 +191,17 @@ def build_model(
         raise InputError(f"The captioner {args.model_name_or_path!r} has no processor beside it.")
     model.processor.prompt = prompt or model.processor.prompt
     return model
+
+
+@torch.no_grad()
+def standardize(model: QFormerCaptioner, rows: Iterable[dict], collate: CaptionCollator, number: int) -> None:
+    """Fit a fresh Q-Former to the features of the first rows."""
+    rows, features = itertools.islice(rows, number), []
+    while some := list(itertools.islice(rows, 32)):
+        batch = collate(some)
+        embeds = batch.get("image_embeds")
+        features.append(model.get_image_features(batch["pixel_values"].to(model.device)) if embeds is None else embeds)
+    model.qformer.standardize(torch.cat(features))
 
 
 def keep_base(model: QFormerCaptioner, base: Path, included: bool | list[str]) -> None:
@@ -368,6 +387,9 @@ def train(words: list[str]) -> None:
     # 4. Training.
     first = training_args.process_index == 0  # the process that writes
     checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
+    if model_args.standardize_features is not None and model_args.model_name_or_path is None and checkpoint is None:
+        model.to(training_args.device)
+        standardize(model, train_data, collate, model_args.standardize_features)
     included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
     wait_for_everyone = training_args.distributed_state.wait_for_everyone
     wait_for_everyone()  # nobody looks into the folder any more

@@ -18,6 +18,9 @@ class WordLoss:
     The score of word v is `log P(v) / P(not v) + log mean_q exp(scale * prompt_q . embedding_v)`: its frequency in the
     training captions, corrected by what the queries say. Nothing in it is learned but the soft prompt.
 
+    Training makes soft prompts many times as loud as words are. This loss turns them down to the words' loudness, and
+    hears what they say and not how loud.
+
     Args:
         captions: token ids of all training captions, to count words in.
         embeddings (`[V, D]`): the language model's word embeddings.
@@ -38,6 +41,7 @@ class WordLoss:
         self.words = torch.tensor(sorted(word for word, count in counts.items() if count >= fewest))
         share = torch.tensor([counts[word] / len(captions) for word in self.words.tolist()])
         self.prior = torch.logit(share.clamp(1e-4, 1 - 1e-4))
+        self.loudness = embeddings.detach().float().norm(dim=-1).mean()
         self.embeddings = embeddings.detach()[self.words.to(embeddings.device)].float()
         # A query that says a word as loud as its embedding is raises that word's score by about 10.
         self.scale = 10 / self.embeddings.square().sum(dim=-1).mean()
@@ -54,6 +58,7 @@ class WordLoss:
         said = (captions[..., None] == self.words.to(device)).any(dim=2).float()  # [B, K, W]
         real = (captions != -100).any(dim=2).float()  # [B, K], 0 for an image with fewer captions than others
         target = (said * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)  # [B, W]
-        likeness = self.scale.to(device) * soft_prompt.float() @ self.embeddings.to(device).T  # [B, Q, W]
+        soft_prompt = self.loudness.to(device) * nn.functional.normalize(soft_prompt.float(), dim=-1)
+        likeness = self.scale.to(device) * soft_prompt @ self.embeddings.to(device).T  # [B, Q, W]
         score = self.prior.to(device) + likeness.logsumexp(dim=1) - torch.tensor(float(likeness.shape[1])).log()
         return nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none").sum(dim=-1).mean()
