@@ -532,10 +532,27 @@ def test_from_backbones_starts_from_the_saved_weights(backbones):
     assert torch.equal(model.get_image_features(tiny.images()), reference(pixel_values=tiny.images()).last_hidden_state)
 
 
-def test_a_fresh_soft_prompt_is_as_loud_as_words(backbones):
-    model = from_backbones(backbones["clip"], backbones["llama"])
+@pytest.mark.parametrize("projection_per_query", [False, True])
+def test_a_fresh_soft_prompt_is_three_times_as_loud_as_words(backbones, projection_per_query):
+    model = from_backbones(backbones["clip"], backbones["llama"], projection_per_query=projection_per_query)
     words = model.language_model.get_input_embeddings().weight
-    assert model.get_soft_prompt(tiny.images()).std().item() == pytest.approx(words.std().item(), rel=0.3)
+    assert model.get_soft_prompt(tiny.images()).std().item() == pytest.approx(3 * words.std().item(), rel=0.3)
+
+
+def test_a_projection_per_query_is_a_linear_layer_for_each():
+    model = tiny.captioner(projection_per_query=True)
+    queries = model.qformer(model.get_image_features(tiny.images())).last_hidden_state
+    soft_prompt = model.get_soft_prompt(tiny.images())
+    for query in range(tiny.QUERIES):
+        weight, bias = model.language_projection.weight[query], model.language_projection.bias[query]
+        torch.testing.assert_close(soft_prompt[:, query], queries[:, query] @ weight + bias)
+
+
+def test_a_projection_per_query_is_saved_and_loaded(tmp_path):
+    model = tiny.captioner(projection_per_query=True)
+    model.save_pretrained(tmp_path)
+    loaded = QFormerCaptioner.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**tiny.batch()).logits, model(**tiny.batch()).logits)
 
 
 def test_flan_t5_keeps_its_own_output_layer(backbones, tmp_path):

@@ -169,3 +169,16 @@ def test_saved_equals_loaded(tmp_path):
     loaded, info = QFormerModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(loaded(features()).last_hidden_state, model(features()).last_hidden_state)
+
+
+def test_standardized_values_see_how_an_image_differs_from_the_mean_one():
+    model = QFormerModel(QFormerConfig(**tiny.QFORMER, encoder_hidden_size=tiny.VISION_WIDTH)).eval()
+    torch.manual_seed(0)
+    features = 5 + 3 * torch.randn(40, 6, tiny.VISION_WIDTH)
+    values = [layer.crossattention.attention.value for layer in model.encoder.layer if layer.looks_at_image]
+    images = features.mean(dim=1)
+    expected = [value((images - images.mean(dim=0)) / images.std(dim=0)) for value in values]
+    model.standardize(features)
+    assert len(values) == 1
+    for value, before in zip(values, expected, strict=True):
+        torch.testing.assert_close(value(images), before, rtol=1e-4, atol=1e-4)

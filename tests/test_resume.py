@@ -72,7 +72,12 @@ def command(folder, output_dir, batch_size: int = 4, **more) -> list[str]:
 
 
 VARIANTS = {
-    "plain": {"qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}), "ema_decay": 0.9},
+    "plain": {
+        "qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}),
+        "ema_decay": 0.9,
+        "projection_per_query": "true",
+        "standardize_features": 8,
+    },
     "lora": {"lora_r": 4, "lora_dropout": 0.1, "language_model_learning_rate": 0.01},
     "features": {"smallest_crop": None, "flip": None, "dataloader_num_workers": 1},
     "two processes": {},

@@ -59,3 +59,11 @@ def test_the_gradient_reaches_the_soft_prompt(words):
     prompt = torch.zeros(1, 3, 8, requires_grad=True)
     words(prompt, torch.tensor([[DOG, 1]])).backward()
     assert prompt.grad[0, :, DOG].lt(0).all() and prompt.grad[0, :, CAT].gt(0).all()
+
+
+def test_the_loss_hears_what_is_said_and_not_how_loud():
+    embeddings = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    words = WordLoss([[7, 2], [7, 3, 2]] * 5, embeddings)
+    soft_prompt = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[7, 2, -100], [7, 3, 2]])
+    torch.testing.assert_close(words(soft_prompt, labels), words(100 * soft_prompt, labels))

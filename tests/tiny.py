@@ -78,11 +78,16 @@ def text_config(name: str, **fields) -> PreTrainedConfig:
     return AutoConfig.for_model(**TEXT[name] | NO_DROPOUT.get(name, {}) | special_tokens | fields)
 
 
-def captioner(vision: str = "clip", language: str = "llama", **qformer_fields) -> QFormerCaptioner:
+def captioner(
+    vision: str = "clip", language: str = "llama", projection_per_query: bool = False, **qformer_fields
+) -> QFormerCaptioner:
     """A captioner with random weights, always the same ones, in evaluation mode and without dropout."""
     torch.manual_seed(0)
     config = QFormerCaptionerConfig(
-        vision_config=vision_config(vision), text_config=text_config(language), qformer_config=QFORMER | qformer_fields
+        vision_config=vision_config(vision),
+        text_config=text_config(language),
+        qformer_config=QFORMER | qformer_fields,
+        projection_per_query=projection_per_query,
     )
     model = QFormerCaptioner(config).eval()
     torch.nn.init.normal_(model.language_projection.weight, std=0.2)  # so that the image matters
