@@ -130,7 +130,7 @@ def test_shuffled_images_are_all_other_ones():
 
 def result(bridge: str, rate: float, seed: int, cider: float) -> dict:
     run = bridges.Run(bridge, "captions", rate, seed, 4, 4, "noise", "dinov2", "llama")
-    rest = dict(cider=cider, loss=3.0, loss_shuffled=3.5, parameters=5_000_000, minutes=2.0)
+    rest = dict(cider=cider, loss=3.0, loss_shuffled=3.5, parameters=5_000_000, cpu_minutes=2.0)
     return bridges.asdict(run) | rest
 
 
