@@ -1,7 +1,8 @@
 """The bridges that benchmarks/bridges.py compares: what stands between the frozen vision encoder and language model.
 
 Each one takes the place of `qformer` and `language_projection` in a [`QFormerCaptioner`], so everything behind the soft
-prompt (loss, generation, evaluation) is the same code.
+prompt (loss, generation, evaluation) is the same code. The functions `put_...` put a fresh one there; one of ours begins
+with statistics of the training images' features `[R, N, Dv]`.
 """
 
 import torch
@@ -12,9 +13,26 @@ from qformer_captioner import QFormerCaptioner
 from qformer_captioner.captioning import InputError
 from qformer_captioner.captioning.old_scripts import OldScriptsQFormer
 
-# As in recipes/flickr8k_words.yaml.
-OURS = dict(num_query_tokens=8, hidden_size=384, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=6)
+# One layer: in a short training the second one only hides the image from the projection.
+OURS = dict(num_query_tokens=8, hidden_size=384, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=6)
 OURS |= dict(cross_attention_frequency=1, initializer_range=0.05)
+OURS |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+class ProjectionPerQuery(nn.Module):
+    """`[B, Q, Dq]` to `[B, Q, D]`, each query by weights of its own.
+
+    With one projection for all queries, whatever the language model asks of one token of the soft prompt all others
+    learn, too: after a few dozen steps they are nearly the same token.
+    """
+
+    def __init__(self, num_query_tokens: int, query_width: int, width: int, std: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_query_tokens, query_width, width) * std)
+        self.bias = nn.Parameter(torch.zeros(num_query_tokens, width))
+
+    def forward(self, queries: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bqi,qio->bqo", queries, self.weight) + self.bias
 
 
 class ClipCapMapper(nn.Module):
@@ -37,11 +55,29 @@ class ClipCapMapper(nn.Module):
         return BaseModelOutput(last_hidden_state=prefix.unflatten(-1, (self.num_prefix_tokens, -1)))
 
 
-def put_ours(model: QFormerCaptioner) -> None:
-    """The Q-Former and projection that the captioner came with."""
+def put_ours(model: QFormerCaptioner, features: torch.Tensor) -> None:
+    """The Q-Former and projection that the captioner came with, three times as loud."""
+    with torch.no_grad():
+        model.language_projection.weight.mul_(3)
 
 
-def put_old_scripts(model: QFormerCaptioner, num_layers: int = 3, num_attention_heads: int = 16) -> None:
+def put_ours_apart(model: QFormerCaptioner, features: torch.Tensor) -> None:
+    """Our Q-Former, which looks at how images differ from the mean image, with a projection for each query."""
+    old = model.language_projection
+    std = 3 * old.weight.std().item()
+    queries = model.config.qformer_config.num_query_tokens
+    model.language_projection = ProjectionPerQuery(queries, old.in_features, old.out_features, std)
+    pooled = features.float().mean(dim=1)  # [R, Dv]
+    with torch.no_grad():
+        for layer in model.qformer.encoder.layer:
+            value = layer.crossattention.attention.value
+            value.weight.div_(pooled.std(dim=0))
+            value.bias.copy_(-value.weight @ pooled.mean(dim=0))
+
+
+def put_old_scripts(
+    model: QFormerCaptioner, features: torch.Tensor, num_layers: int = 3, num_attention_heads: int = 16
+) -> None:
     """The Q-Former that this package's predecessors trained: no residual connections, queries drawn with variance 1."""
     width, vision_width = _widths(model)
     model.qformer = OldScriptsQFormer(16, width, num_layers, num_attention_heads, vision_width)
@@ -49,7 +85,7 @@ def put_old_scripts(model: QFormerCaptioner, num_layers: int = 3, num_attention_
     model.language_projection = nn.Linear(width, width)
 
 
-def put_clipcap(model: QFormerCaptioner) -> None:
+def put_clipcap(model: QFormerCaptioner, features: torch.Tensor) -> None:
     """ClipCap's MLP, which writes in the language model's width at once."""
     kind = model.config.vision_config.model_type
     if "siglip" in kind:
