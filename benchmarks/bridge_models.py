@@ -1,8 +1,8 @@
 """The bridges that benchmarks/bridges.py compares: what stands between the frozen vision encoder and language model.
 
 Each one takes the place of `qformer` and `language_projection` in a [`QFormerCaptioner`], so everything behind the soft
-prompt (loss, generation, evaluation) is the same code. The functions `put_...` put a fresh one there; one of ours begins
-with statistics of the training images' features `[R, N, Dv]`.
+prompt (loss, generation, evaluation) is the same code. The functions `put_...` put a fresh one there, where one of ours
+begins with statistics of the training images' features `[R, N, Dv]`.
 """
 
 import torch
