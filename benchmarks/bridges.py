@@ -8,7 +8,8 @@ run again with the other seeds. There are two objectives: the captions' loss alo
 of the word loss (captioning/words.py). Ours are trained with it, the other two as their authors did; a second part of
 the table gives every bridge the other objective.
 
-One line of JSON per finished run goes into benchmarks/results/bridges.jsonl. The same command goes on after a kill.
+One line of JSON per finished run goes into benchmarks/results/bridges.jsonl. The same command goes on after a kill; a
+run that has its line is not repeated, so take the line out when you change a recipe.
 """
 
 import argparse

@@ -96,6 +96,26 @@ def test_the_old_scripts_bridge_is_the_old_scripts_q_former(backbones):
     assert 0.8 < model.qformer.query_tokens.std() < 1.2
 
 
+def test_our_q_former_begins_with_how_an_image_differs_from_the_mean_image(backbones):
+    features = data().features[:, 0]
+    model = bridges.build("ours apart", 0, *backbones, features, dtype="float32")
+    value = model.qformer.encoder.layer[0].crossattention.attention.value
+    pooled = features.float().mean(dim=1)
+    torch.testing.assert_close(value(pooled.mean(dim=0)), torch.zeros(384), atol=1e-5, rtol=0)
+    assert value(pooled).std() > 0.1
+
+
+def test_each_query_is_projected_by_itself(backbones):
+    model = bridges.build("ours apart", 0, *backbones, data().features[:, 0], dtype="float32")
+    queries = torch.randn(2, 8, 384)
+    changed = queries.clone()
+    changed[:, 3] = torch.randn(2, 384)
+    differs = (model.language_projection(queries) != model.language_projection(changed)).any(dim=2)
+    assert differs[:, 3].all() and differs.sum() == 2
+    same = model.language_projection(torch.ones(1, 8, 384))
+    assert not torch.allclose(same[0, 0], same[0, 1])
+
+
 def test_clipcap_sees_the_class_token_alone(backbones):
     model = bridges.build("ClipCap", 0, *backbones, data().features[:, 0], dtype="float32")
     images = torch.randn(2, PATCHES, tiny.VISION_WIDTH)
