@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.captioning.data import CaptionDataset, ShuffledImages, SkippedRows
+from qformer_captioner.captioning.data import CaptionDataset, ShuffledImages, SkippedRows, Variations
 from qformer_captioner.captioning.sources import load_splits
 
 
@@ -95,15 +95,18 @@ def load_data(
     """
     train_rows, eval_rows = load_splits(dataset_name)
     columns = (image_column, caption_column, SkippedRows())
-    train = CaptionDataset(train_rows, "train", *columns, smallest_crop=smallest_crop, flip=flip).readable()
+    train = CaptionDataset(train_rows, "train", *columns, Variations(smallest_crop, flip)).readable()
     dev = CaptionDataset(eval_rows, "evaluation", *columns).readable()
     vision = model.vision_model
     key = [dataset_name, vision.config.name_or_path, str(vision.dtype), views, smallest_crop, flip]
     key += [train.references(), dev.references()]
     kept = torch.load(cache, mmap=True) if Path(cache).is_file() else {"key": None}
     if kept["key"] != key:
-        torch.manual_seed(0)  # of the crops
-        train_features = torch.stack([compute_features(model, train) for _ in range(views)], dim=1)
+        crops = []
+        for view in range(views):
+            train.set_epoch(view)  # each shows other crops
+            crops.append(compute_features(model, train))
+        train_features = torch.stack(crops, dim=1)
         kept = {"key": key, "train": train_features, "dev": compute_features(model, dev)[:, None]}
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
         torch.save(kept, f"{cache}.part")

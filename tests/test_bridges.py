@@ -12,7 +12,7 @@ from qformer_captioner.captioning.words import WordLoss
 
 from . import tiny
 
-LENGTH = {"ours": 8, "ours apart": 8, "old scripts": 16, "ClipCap": 10}
+LENGTH = {"ours": 8, "old scripts": 16, "ClipCap": 10}
 ROWS, VIEWS, PATCHES = 12, 2, 5
 
 
@@ -98,7 +98,7 @@ def test_the_old_scripts_bridge_is_the_old_scripts_q_former(backbones):
 
 def test_our_q_former_begins_with_how_an_image_differs_from_the_mean_image(backbones):
     features = data().features[:, 0]
-    model = bridges.build("ours apart", 0, *backbones, features, dtype="float32")
+    model = bridges.build("ours", 0, *backbones, features, dtype="float32")
     value = model.qformer.encoder.layer[0].crossattention.attention.value
     pooled = features.float().mean(dim=1)
     torch.testing.assert_close(value(pooled.mean(dim=0)), torch.zeros(384), atol=1e-5, rtol=0)
@@ -106,7 +106,7 @@ def test_our_q_former_begins_with_how_an_image_differs_from_the_mean_image(backb
 
 
 def test_each_query_is_projected_by_itself(backbones):
-    model = bridges.build("ours apart", 0, *backbones, data().features[:, 0], dtype="float32")
+    model = bridges.build("ours", 0, *backbones, data().features[:, 0], dtype="float32")
     queries = torch.randn(2, 8, 384)
     changed = queries.clone()
     changed[:, 3] = torch.randn(2, 384)
