@@ -2,7 +2,7 @@
 """Train a Q-Former captioner.
 
     python train_hf.py                                    # recipes/scenes.yaml: needs no data and no network
-    python train_hf.py --recipe flickr8k_words --dataset_name photographs
+    python train_hf.py --recipe flickr8k --dataset_name photographs
     python train_hf.py --vision_model_name_or_path facebook/dinov2-small \
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name my_folder --caption_column text --output_dir outputs/mine
@@ -329,8 +329,6 @@ def train(words: list[str]) -> None:
     if data_args.dataset_name is None:
         raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder or file, or scenes).")
     check_data(data_args, store, training_args.max_steps)
-    if data_args.streaming and training_args.word_warmup_epochs > 1:
-        raise InputError("A stream has no epochs: --word_warmup_epochs is a share of the run here, at most 1.")
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
     if training_args.label_smoothing_factor:

@@ -46,13 +46,9 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     metric_for_best_model: str | None = field(default="cider", metadata={"help": "The score that says which it is."})
     generation_max_length: int | None = field(default=30, metadata={"help": "Tokens of a caption in evaluation."})
     generation_num_beams: int | None = field(default=3, metadata={"help": "Beams in evaluation."})
-    word_warmup_epochs: float = field(
-        default=0.0, metadata={"help": "Train on the word loss (captioning/words.py) alone for so many epochs first."}
-    )
     word_loss_weight: float = field(
-        default=0.0, metadata={"help": "After that, add so much of the word loss to the caption loss."}
+        default=0.0, metadata={"help": "Add so much of the word loss (captioning/words.py) to the caption loss."}
     )
-
     vision_model_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the vision encoder, where it trains; by default as all the rest."}
     )
@@ -96,10 +92,9 @@ class CaptionTrainer(Seq2SeqTrainer):
     (`eval_facts`, `eval_facts_shuffled`). What shuffling costs is what the captioner gets from looking. It leaves the
     captions (`captions.jsonl`) and two pictures (`captions.png`, `loss_curve.png`) in the output folder.
 
-    With `args.word_warmup_epochs` training begins by asking the soft prompt alone for the words of the captions
-    ([`WordLoss`]), which wakes the queries up; with `args.word_loss_weight` it goes on asking beside the caption loss.
-    What is logged as training loss is the sum. Beside it stand the images per second since the last line, and memory in
-    GB: the most that the GPU needed, else what the process has.
+    With `args.word_loss_weight` training also asks the soft prompt alone for the words of the captions ([`WordLoss`]),
+    which helps queries to look. What is logged as training loss is the sum. Beside it stand the images per second since
+    the last line, and memory in GB: the most that the GPU needed, else what the process has.
 
     Args:
         score: from captions and the data set that they describe to named scores; higher is better.
@@ -116,7 +111,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.average = AveragedWeights(self.model, self.args.ema_decay)
             self.add_callback(self.average)
         self.word_loss = None
-        if self.args.word_warmup_epochs or self.args.word_loss_weight:
+        if self.args.word_loss_weight:
             encode = self.data_collator.processor.encode_caption
             captions = [encode(caption) for row in self.train_dataset.references() for caption in row]
             self.word_loss = WordLoss(captions, self.model.get_input_embeddings().weight)
@@ -173,18 +168,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The caption loss; in training the word loss too, or alone while it warms up."""
+        """The caption loss; in training some of the word loss, too."""
         if self.word_loss is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.state.epoch < self.args.word_warmup_epochs:
-            images = {name: value for name, value in inputs.items() if name != "labels"}
-            loss, outputs, weight = 0.0, model(**images), 1.0  # the language model reads the prompt and no caption
-        else:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            weight = self.args.word_loss_weight
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # The Trainer expects the loss to be divided among the batches of a step already.
         words = self.word_loss(outputs.soft_prompt, inputs["labels"]) / self.current_gradient_accumulation_steps
-        loss = loss + weight * words
+        loss = loss + self.args.word_loss_weight * words
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(

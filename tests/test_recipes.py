@@ -34,7 +34,7 @@ from .conftest import ROOT
 FILES = {path.stem: path for folder in RECIPE_FOLDERS for path in sorted((RECIPES / folder).glob("*.yaml"))}
 DATA = [name for name, path in FILES.items() if path.parent.name == "data"]
 # Stage 2 goes on from what stage 1 leaves, and is run with it.
-RUN = [name for name in FILES if name not in DATA and name != "flickr8k_captions"]
+RUN = [name for name in FILES if name not in DATA]
 PARSER = make_parser(
     (train_hf.ModelArguments, train_hf.DataArguments, train_hf.RunArguments, train_hf.CaptionTrainingArguments), ""
 )
@@ -207,12 +207,6 @@ def test_a_recipe_runs_from_yaml_to_caption(name, models, data, tmp_path):
         skipped = [json.loads(line) for line in (folder / "skipped_rows.jsonl").read_text().splitlines()]
         assert {(row["split"], row["row"]) for row in skipped} == {("train", 2)}
     check_that_it_captions(folder)
-    if name == "flickr8k_words":
-        second = tmp_path / "second"
-        second.mkdir()
-        words = tiny_recipe(second, ["flickr8k_captions"], models, data, model_name_or_path=str(folder))
-        train_hf.train(words)
-        check_that_it_captions(second / "run")
 
 
 @pytest.mark.parametrize("name", DATA)

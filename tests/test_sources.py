@@ -715,7 +715,6 @@ def test_a_mixture_trains(words, folder):
         ({"caption_column": "text"}, "no column 'text'; its columns are 'image', 'caption'"),
         ({"shuffle_buffer": -1}, "--shuffle_buffer is a number of rows"),
         ({"image_id_column": "image"}, "--image_id_column gathers rows"),
-        ({"word_warmup_epochs": 3}, "--word_warmup_epochs is a share of the run here"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(words, options, message):
