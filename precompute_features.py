@@ -12,6 +12,7 @@
 command is given again. Embeddings that a data set has already go the same way, and no vision encoder is run.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -47,7 +48,7 @@ from transformers.utils.logging import disable_progress_bar
 from .backbones_qformer import cannot_load, dtype_of, load_backbone
 from .captioning import InputError
 from .captioning.data import Variations, open_cell
-from .captioning.features import SplitLayout, VisionKey, finish_store
+from .captioning.features import SplitLayout, VisionKey, finish_store, row_keys
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
 from .captioning.sources import find_files, folder_of_images, load_rows
@@ -386,6 +387,7 @@ def about_data(args: FeatureArguments) -> dict[str, str | None]:
         "revision": revision,
         "split_column": args.split_column,
         "image_column": None if args.embeddings_column else args.image_column,
+        "image_folder": args.image_folder and os.path.abspath(args.image_folder),
         "embeddings_column": args.embeddings_column,
     }
 
@@ -470,10 +472,14 @@ def precompute(words: list[str]) -> None:
         for split, own in rows.items()
     }
     dataset = about_data(args)
+    keys = {}
+    if args.embeddings_column is None:
+        keys = {split: row_keys(own, args.image_column) for split, own in rows.items()}
     settings = {
         "vision_model": asdict(vision),
         "dataset": dataset,
         "rows": {split: len(own) for split, own in rows.items()},
+        "images": {split: hashlib.sha256(own.tobytes()).hexdigest() for split, own in keys.items()},
         "compute_dtype": source.dtype,
     }
     for each in ("rows_per_shard", "dtype", "train_split", "views", "smallest_crop", "flip", "seed"):
@@ -511,6 +517,8 @@ def precompute(words: list[str]) -> None:
     state.destroy_process_group()  # the others end here, and should not be missed
     if not state.is_main_process:
         return
+    for split, own in keys.items():
+        np.save(layouts[split].keys_path, own)
     skipped = finish_store(folder, vision, dataset, layouts)
     run.finish(rows=total, skipped=skipped)
     print(f"The features of {total - skipped:,} rows are in {folder}.")

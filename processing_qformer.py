@@ -76,6 +76,7 @@ class QFormerCaptionerProcessor(ProcessorMixin):
         tokenizer: of the language model. One without a padding token pads with its end-of-sequence token; that is safe,
             since padding is told from text by masks and never by its id.
         prompt (`str`, defaults to `""`): text between the image and the caption, where a call gives none.
+        language_chat_template (`str`, *optional*): of the language model; by default the tokenizer's.
         is_encoder_decoder (`bool`, defaults to `False`): whether the language model is one. Its captions get the
             tokenizer's own special tokens; those of a decoder-only model only an end-of-sequence.
 
@@ -91,7 +92,15 @@ class QFormerCaptionerProcessor(ProcessorMixin):
     ```
     """
 
-    def __init__(self, image_processor, tokenizer, chat_template=None, prompt="", is_encoder_decoder=False):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        chat_template=None,
+        prompt="",
+        is_encoder_decoder=False,
+        language_chat_template=None,
+    ):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if chat_template is None:
@@ -100,6 +109,9 @@ class QFormerCaptionerProcessor(ProcessorMixin):
                 "{% for message in messages %}{% for part in message['content'] %}"
                 "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
             )
+        # In a saved folder ours takes the place of the tokenizer's own, which is kept here.
+        own = tokenizer.chat_template if tokenizer.chat_template != chat_template else None
+        self.language_chat_template = language_chat_template or own
         self.prompt = prompt
         self.is_encoder_decoder = is_encoder_decoder
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -205,8 +217,14 @@ class QFormerCaptionerProcessor(ProcessorMixin):
         Raises:
             ValueError: if its tokenizer has none.
         """
-        messages = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if self.language_chat_template is None:
+            raise ValueError("The language model's tokenizer has no chat template: leave out --use_chat_template.")
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=self.language_chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
         bos = self.tokenizer.bos_token
         if bos is not None and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
             text = text.removeprefix(bos)  # the tokenizer adds its own, and one is enough

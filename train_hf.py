@@ -189,7 +189,6 @@ def build_model(
     model = QFormerCaptioner.from_pretrained(args.model_name_or_path, load_vision_model=load_vision_model)
     if model.processor is None:
         raise InputError(f"The captioner {args.model_name_or_path!r} has no processor beside it.")
-    model.processor.prompt = prompt or model.processor.prompt
     return model
 
 
@@ -255,9 +254,7 @@ def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
     Raises:
         InputError: if the language model has no layers of the names asked for.
     """
-    if args.lora_r < 1:
-        raise InputError(f"--lora_r is the rank of the adapters and at least 1, not {args.lora_r}.")
-    names = args.lora_target_modules.split(",") if args.lora_target_modules else None
+    names = [name.strip() for name in (args.lora_target_modules or "").split(",") if name.strip()]
     names = names or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.text_config.model_type)
     if names is None:
         kind = model.config.text_config.model_type
@@ -269,10 +266,10 @@ def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
         target_modules=rf"language_model\..*\.({'|'.join(map(re.escape, names))})",
         modules_to_save=["qformer", "language_projection"],
     )
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"The language model has no layers named {' or '.join(names)} ({error}).") from error
+    layers = {name.split(".")[-1] for name, _ in model.language_model.named_modules()}
+    if args.lora_target_modules and (unknown := [name for name in names if name.split(".")[-1] not in layers]):
+        raise InputError(f"The language model has no layers named {' or '.join(unknown)} (--lora_target_modules).")
+    model = get_peft_model(model, config)
     model.print_trainable_parameters()
     return model
 
@@ -301,6 +298,7 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
             ("dataset_config_name", "config_name"),
             ("dataset_revision", "revision"),
             ("image_column", "image_column"),
+            ("image_folder", "image_folder"),
         ):
             if store.dataset[key] is not None:
                 setattr(data_args, option_name, [store.dataset[key]])
@@ -362,12 +360,11 @@ def train(words: list[str]) -> None:
     try:
         model = build_model(model_args, train_data.references(), load_vision_model=store is None)
         processor = model.processor
-        if model_args.use_chat_template:
-            processor.prompt = processor.as_chat(processor.prompt)
-        if len(model_args.prompt or ()) > 1:
-            variations.prompts = model_args.prompt
-            if model_args.use_chat_template:
-                variations.prompts = [processor.as_chat(prompt) for prompt in model_args.prompt]
+        prompts = model_args.prompt or ([""] if model_args.model_name_or_path is None else [])
+        if model_args.use_chat_template:  # a captioner that exists may have its prompt from there already
+            prompts = [processor.as_chat(prompt) for prompt in prompts]
+        processor.prompt = prompts[0] if prompts else processor.prompt
+        variations.prompts = prompts if len(prompts) > 1 else ()
         if store is not None:
             name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
             store.check(name, revision, processor.image_processor)

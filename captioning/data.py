@@ -187,6 +187,8 @@ class CaptionDataset(Dataset):
                 f"The {self.split} split has {len(self.rows)} rows, but there are features of {len(self.features)} "
                 "only: precompute them again."
             )
+        if self.images is not None:
+            self.features.check_rows(self.images, self.image_column)
         for index in self.indices:
             if not self.features.present[index]:
                 self.skipped.add(self.split, index, self._file(index), "no features: its image could not be read")

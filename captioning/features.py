@@ -4,6 +4,7 @@ A store is a folder of plain files:
 
     index.json                  which vision encoder, which data set, how many rows; written last
     skipped_rows.jsonl          the rows that have no features, and why
+    train/rows.npy              what tells the rows apart, so that nobody reads features of other images
     train/00000.npy             `[rows, views, N, Dv]`, so many rows of the split, zeros where there are no features
     train/00000.skipped.jsonl   the skipped rows of these, where there are any
     run.json                    what the run that made it was asked for
@@ -20,7 +21,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import BaseImageProcessor
 
@@ -124,6 +128,11 @@ class SplitLayout:
     def path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"
 
+    @property
+    def keys_path(self) -> Path:
+        """What tells the rows apart, `[rows]` uint64; features that a data set had already have none."""
+        return self.folder / "rows.npy"
+
     def skipped_path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.skipped.jsonl"
 
@@ -184,6 +193,21 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def row_keys(images: datasets.Dataset, column: str) -> np.ndarray:
+    """What tells rows of undecoded images apart, in 8 bytes each: an image's file name and its size in the data set.
+
+    Folders may move; rows must not.
+    """
+    keys = []
+    for batch in images.select_columns(column).with_format("arrow").iter(1000):
+        cells = pa.chunked_array(batch.column(column)).combine_chunks()
+        sizes = pc.binary_length(cells.field("bytes")).to_pylist()
+        for path, size in zip(cells.field("path").to_pylist(), sizes, strict=True):
+            text = f"{os.path.basename(path or '')}|{size}".encode()
+            keys.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    return np.array(keys, dtype=np.uint64)
 
 
 def finish_store(folder: Path, vision: VisionKey, dataset: dict, splits: dict[str, SplitLayout]) -> int:
@@ -351,6 +375,22 @@ class SplitFeatures:
 
     def __len__(self) -> int:
         return self.layout.rows
+
+    def check_rows(self, images: datasets.Dataset, column: str) -> None:
+        """Make sure that the features are those of these rows, or of these and more behind them.
+
+        Raises:
+            InputError: if they are of other images, or in another order.
+        """
+        if not self.layout.keys_path.is_file():
+            return
+        keys, expected = np.load(self.layout.keys_path), row_keys(images, column)
+        same = keys[: len(expected)] == expected if len(expected) <= len(keys) else np.zeros(1, dtype=bool)
+        if not same.all():
+            raise InputError(
+                f"The features in {str(self.layout.folder)!r} are those of other images, or in another order, from row "
+                f"{int(same.argmin())} on: the data set has changed, or is another one. Precompute them again."
+            )
 
     def __getitem__(self, row: int | tuple[int, int]) -> torch.Tensor:
         """Features `[N, Dv]` of a row's whole image, or of a view: `features[row, view]`."""

@@ -79,7 +79,7 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
     sets, weights = len(args.dataset_name), args.dataset_weights
     if weights is not None and (len(weights) != sets or not all(0 < weight < float("inf") for weight in weights)):
         raise InputError(f"--dataset_weights must be {sets} numbers above 0, one for each data set, not {weights}.")
-    if store is not None and (args.streaming or sets > 1):
+    if store is not None and (args.streaming or sets > 1 or args.eval_dataset_name is not None):
         raise InputError("--features are of one data set, and not of a stream: leave out --features, or the others.")
     if args.streaming and max_steps < 1:
         raise InputError("A stream has no end: say how long to train on it with --max_steps.")
@@ -117,17 +117,20 @@ def load_data(
             strict=True,
         )
     ):
+        eval_split = args.eval_split
+        if store is not None and eval_split is None:  # of the splits that there are features of
+            eval_split = next((split for split in EVAL_SPLITS if split in store.layouts), None)
         train_rows, eval_rows = load_splits(
             name,
             config,
             args.train_split,
-            args.eval_split,
+            eval_split,
             args.split_column,
             args.max_train_samples,
             args.max_eval_samples,
             revision=revision,
             streaming=args.streaming,
-            evaluate=number == 0 and args.eval_dataset_name is None,
+            evaluate=number == 0 and args.eval_dataset_name is None and (store is None or eval_split is not None),
         )
         folder = folder_of_images(name, train_rows, image_folder)
         label = args.train_split if len(names) == 1 else f"{args.train_split} of {name}"
@@ -146,9 +149,7 @@ def load_data(
                 )
                 folder = folder_of_images(args.eval_dataset_name, eval_rows, image_folder)
             if eval_rows is not None:
-                split = args.eval_split or "evaluation"
-                if store is not None:
-                    split = args.eval_split or next((name for name in EVAL_SPLITS if name in store.layouts), "dev")
+                split = eval_split or "evaluation"
                 features = store and store.split(split)
                 columns = (image_column, caption_column, skipped, None, features, args.image_id_column, folder)
                 evaluation = CaptionDataset(eval_rows, split, *columns).readable()
