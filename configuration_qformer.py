@@ -98,7 +98,9 @@ class QFormerConfig(PreTrainedConfig):
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(sorted(known))}."
             raise TypeError(f"{name!r} is not a field of QFormerConfig: {hint}")
-        return cls(**sizes)
+        # JSON and YAML write a share of 0 without a point.
+        shares = {name: float(size) for name, size in sizes.items() if type(getattr(cls, name)) is float}
+        return cls(**{**sizes, **shares})
 
     def validate_architecture(self) -> None:
         """Called by transformers on construction and on save."""

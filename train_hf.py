@@ -37,6 +37,7 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     __package__ = "qformer_captioner"
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import BitsAndBytesConfig, IntervalStrategy, set_seed
@@ -279,6 +280,39 @@ def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+SCORES = {
+    True: ("facts", "complete", "objects", "relations"),
+    False: ("cider", "bleu_4", "rouge_l"),
+}  # of scenes, or not
+
+
+def check_options(model_args: ModelArguments, training_args: CaptionTrainingArguments, scenes: bool) -> None:
+    """Find what cannot work before anything is loaded or written.
+
+    Raises:
+        InputError: for such options.
+    """
+    frozen = model_args.freeze_vision_model and model_args.freeze_language_model
+    if model_args.lora_r is not None and model_args.lora_r < 1:
+        raise InputError(f"--lora_r is the rank of the adapters and at least 1, not {model_args.lora_r}.")
+    if model_args.lora_r is not None and not frozen:
+        raise InputError("--lora_r leaves the backbones frozen beside the adapters: leave out --freeze_... false.")
+    pretrained = model_args.vision_model_name_or_path is not None and model_args.lora_r is None
+    for part in ("vision_model", "language_model"):
+        rate = getattr(training_args, f"{part}_learning_rate")
+        if rate is not None and pretrained and getattr(model_args, f"freeze_{part}"):
+            raise InputError(f"--{part}_learning_rate is of no use while it is frozen: add --freeze_{part} false.")
+    if len(model_args.prompt or ()) > 1 and not all(prompt.strip() for prompt in model_args.prompt):
+        raise InputError("One of several prompts is empty: give each some words.")
+    if training_args.ema_decay is not None and not 0 < training_args.ema_decay < 1:
+        raise InputError(f"--ema_decay must lie between 0 and 1, not {training_args.ema_decay:g}.")
+    if training_args.label_smoothing_factor:
+        raise InputError("--label_smoothing_factor does not work here: the captioner computes its loss by itself.")
+    score = training_args.metric_for_best_model.removeprefix("eval_")
+    if score not in (known := ("loss", *SCORES[scenes])):
+        raise InputError(f"--metric_for_best_model is one of {', '.join(known)}, not {score!r}.")
+
+
 def read_features(store: FeatureStore, model_args: ModelArguments, data_args: DataArguments) -> None:
     """Let the options say what a store of features says: which data set, which vision encoder.
 
@@ -329,8 +363,10 @@ def train(words: list[str]) -> None:
     check_data(data_args, store, training_args.max_steps)
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")
-    if training_args.label_smoothing_factor:
-        raise InputError("--label_smoothing_factor does not work here: the captioner computes its loss by itself.")
+    scenes = (data_args.eval_dataset_name or data_args.dataset_name[0]) == "scenes"
+    if scenes and training_args.metric_for_best_model == "cider":  # which drawn pictures have not
+        training_args.metric_for_best_model = "facts"
+    check_options(model_args, training_args, scenes)
     folder = Path(training_args.output_dir)
     run = RunFolder(folder, {**asdict(model_args), **asdict(data_args)}, run_args.overwrite_output_dir)
     length = [training_args.num_train_epochs, training_args.max_steps]
@@ -371,7 +407,7 @@ def train(words: list[str]) -> None:
         collate = CaptionCollator(processor, data_args.max_caption_length)
         with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
             model(**collate([next(iter(train_data))]))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
@@ -397,7 +433,9 @@ def train(words: list[str]) -> None:
             if first:
                 keep_base(model, folder / "base", included)
             wait_for_everyone()
-            model = QFormerCaptioner.from_pretrained(folder / "base", load_vision_model=store is None)
+            # From the root: peft writes the path down, and the adapter is opened from elsewhere.
+            base = (folder / "base").absolute()
+            model = QFormerCaptioner.from_pretrained(base, load_vision_model=store is None)
         if quantization is not None:
             model.quantize_language_model(quantization)
         model = add_lora(model, model_args)
@@ -405,19 +443,22 @@ def train(words: list[str]) -> None:
     metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share its cache file
 
     def score(captions: list[str], rows: CaptionDataset) -> dict[str, float]:
-        if (data_args.eval_dataset_name or data_args.dataset_name[0]) == "scenes":
+        if scenes:
             return score_facts(captions, map(Scene.from_json, rows.column("scene")))
         scores = metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
-        return {name: scores[name] for name in ("cider", "bleu_4", "rouge_l")}
+        return {name: scores[name] for name in SCORES[scenes]}
 
-    trainer = CaptionTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=collate,
-        score=score,
-    )
+    try:
+        trainer = CaptionTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=collate,
+            score=score,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:  # such as a service to report to that is not installed
+        raise InputError(" ".join(str(error).split())) from error
     if checkpoint is not None:
         print(f"Going on from {checkpoint}.")
     start = time.time()
@@ -440,7 +481,9 @@ def train(words: list[str]) -> None:
     speed = result.metrics["train_samples_per_second"]
     best = trainer.state.best_metric
     score_name = training_args.metric_for_best_model.removeprefix("eval_")
-    summary = f"{seconds / 60:.1f} minutes, {speed:.1f} images/s" + (f", best {score_name} {best:.3f}" if best else "")
+    summary = f"{seconds / 60:.1f} minutes, {speed:.1f} images/s"
+    if best is not None:
+        summary += f", best {score_name} {best:.3f} after step {trainer.state.best_global_step}"
     run.finish(length=length, summary=summary, seconds=seconds, images_per_second=speed, best={score_name: best})
 
     # 6. What came out.
@@ -461,6 +504,9 @@ def main() -> None:
             train(sys.argv[1:])
     except (InputError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

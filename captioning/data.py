@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
@@ -154,7 +155,13 @@ class CaptionDataset(Dataset):
         self.images = None
         if image_column in rows.column_names:
             # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
-            self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+            try:
+                self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+            except (TypeError, ValueError, pa.ArrowException) as error:
+                kind = rows.features[image_column]
+                raise InputError(
+                    f"The column {image_column!r} holds {kind}, and no images or paths: choose with --image_column."
+                ) from error
         self.image_column = image_column
         self.image_folder = image_folder
         self.captions = [captions_of(value) for value in rows[caption_column]]
@@ -174,6 +181,8 @@ class CaptionDataset(Dataset):
         first_row = {}
         others = set()
         for index, image_id in enumerate(image_ids):
+            if image_id is None or image_id == "":  # nobody knows whose it is
+                continue
             first = first_row.setdefault(image_id, index)
             if first != index:
                 self.captions[first] += self.captions[index]

@@ -36,7 +36,7 @@ def parse(parser: HfArgumentParser, words: list[str]) -> tuple:
         *options, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:  # options that do not go together, by the Trainer's own word
+    except (TypeError, ValueError) as error:  # options that do not go together, by the Trainer's own word
         raise InputError(" ".join(str(error).split())) from error
     if unknown:
         raise InputError(f"Unknown option {unknown[0]!r}. {nearest_option(parser, unknown[0].lstrip('-'), '--')}")

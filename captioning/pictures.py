@@ -37,7 +37,7 @@ def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str |
         axis.plot(*series(key), label=label, **style)
     epochs = mean_of_epochs(log_history)
     if len(epochs) > 1:
-        axis.plot(*zip(*epochs, strict=True), label="its mean of each epoch", color="black", marker=".")
+        axis.plot(*zip(*epochs, strict=True), label="training loss, mean of each epoch", color="black", marker=".")
     last = max((entry for entry in log_history if entry.get("epoch")), key=lambda entry: entry["step"], default=None)
     if last is not None:
         steps_per_epoch = last["step"] / last["epoch"]

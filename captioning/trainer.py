@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -249,13 +250,14 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _leave_pictures(self, rows: CaptionDataset, captions: list[str]) -> None:
         folder = Path(self.args.output_dir)
         references = rows.references()
-        with (folder / "captions.jsonl").open("w") as lines:
+        name = f"captions_step_{self.state.global_step}"
+        with (folder / f"{name}.jsonl").open("w") as lines:
             for number, (caption, own) in enumerate(zip(captions, references, strict=True)):
                 row = {"image_id": number, "caption": caption, "references": own}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
         shown = range(0, len(rows), math.ceil(len(rows) / 12))
         title = f"Held-out images after step {self.state.global_step}: generated caption, one reference"
-        sheet = folder / f"captions_step_{self.state.global_step}.png"
+        sheet = folder / f"{name}.png"
         draw_caption_sheet(
             [rows.picture(row) for row in shown],
             [captions[row] for row in shown],
@@ -263,7 +265,8 @@ class CaptionTrainer(Seq2SeqTrainer):
             sheet,
             title,
         )
-        (folder / "captions.png").write_bytes(sheet.read_bytes())
+        for kind in ("jsonl", "png"):
+            shutil.copyfile(folder / f"{name}.{kind}", folder / f"captions.{kind}")
         draw_loss_curve(
             self.state.log_history,
             f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}",
@@ -305,7 +308,19 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """As the Trainer does, but of equals the last is the best: at first all scores may be zero."""
+        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        if metrics[name] == self.state.best_metric:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
     def _load_best_model(self) -> None:
+        """As the Trainer does; captions and sheet in the output folder become those of that model, too."""
         super()._load_best_model()
+        folder, step = Path(self.args.output_dir), self.state.best_global_step
+        for kind in ("jsonl", "png") if self.is_world_process_zero() else ():
+            if (own := folder / f"captions_step_{step}.{kind}").exists():  # a run may go on in another folder
+                shutil.copyfile(own, folder / f"captions.{kind}")
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)

@@ -87,6 +87,15 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
         raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
     if args.streaming and args.train_val_split is not None:
         raise InputError("--train_val_split counts rows, and a stream is never there in full: use --eval_dataset_name.")
+    if args.smallest_crop is not None and not 0 < args.smallest_crop <= 1:
+        raise InputError(f"--smallest_crop is a share of an image's area, from 0 to 1, not {args.smallest_crop:g}.")
+    if not 0 <= args.flip <= 1:
+        raise InputError(f"--flip is a probability, from 0 to 1, not {args.flip:g}.")
+    for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name} is at least 1, not {value}.")
+    if args.max_caption_length < 2:
+        raise InputError(f"--max_caption_length is at least 2, a word and the end, not {args.max_caption_length}.")
     if args.shuffle_buffer < 0:
         raise InputError(f"--shuffle_buffer is a number of rows, or 0 to keep their order, not {args.shuffle_buffer}.")
 

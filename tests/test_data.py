@@ -90,6 +90,11 @@ def test_rows_of_one_image_become_one_row_with_all_its_captions(image_folder):
     assert (len(data), len(data.skipped)) == (4, 0)
 
 
+def test_rows_without_an_image_id_stay_alone(image_folder):
+    rows = load_splits(str(image_folder))[0].add_column("image_id", ["", "", None, "x"])
+    assert captioned(rows, image_id_column="image_id").references() == captioned(rows).references()
+
+
 def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_path):
     (image_folder / "0.png").write_bytes(b"no image")
     data = captioned(load_splits(str(image_folder))[0]).readable()

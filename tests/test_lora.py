@@ -149,9 +149,23 @@ def test_a_run_that_goes_on_ends_like_an_unbroken_one(backbones, tmp_path):
     ("options", "message"),
     [
         ({"lora_target_modules": "no_such_layer"}, "no layers named no_such_layer"),
+        ({"lora_target_modules": "q_proj, v_porj"}, "no layers named v_porj"),
         ({"lora_r": 0}, "--lora_r is the rank .* not 0"),
     ],
 )
 def test_what_cannot_be_adapted_is_named(backbones, tmp_path, options, message):
     with pytest.raises(train_hf.InputError, match=message):
         train_hf.train(words(backbones, tmp_path / "run", **options))
+
+
+def test_layers_to_adapt_may_be_named_with_spaces_between(backbones, tmp_path):
+    args = train_hf.parse_options(words(backbones, tmp_path, lora_target_modules="q_proj, v_proj"))[0]
+    model = train_hf.add_lora(train_hf.build_model(args, []), args)
+    adapted = {name.split(".lora_A.")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_A." in name}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_the_adapter_opens_from_any_folder(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(run, trust_remote_code=True).caption(tiny.picture()), str)
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "base")

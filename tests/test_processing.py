@@ -310,3 +310,18 @@ def test_from_backbones_joins_image_processor_and_tokenizer(tmp_path):
     batch = processor(tiny.picture())
     assert batch.pixel_values.shape == (1, 3, 16, 16)
     assert batch.input_ids.tolist() == [tiny.tokenizer()("a star").input_ids]
+
+
+def test_the_chat_template_of_the_language_model_survives_saving(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<user>{{ message['content'] }}{% endfor %}<assistant>"
+    processor = QFormerCaptionerProcessor(tiny.image_processor(), tokenizer)
+    assert processor.as_chat("What is this?") == "<user>What is this?<assistant>"
+    processor.save_pretrained(tmp_path)
+    again = QFormerCaptionerProcessor.from_pretrained(tmp_path)
+    assert again.as_chat("What is this?") == "<user>What is this?<assistant>"
+
+
+def test_without_a_chat_template_there_is_no_turn():
+    with pytest.raises(ValueError, match="has no chat template: leave out --use_chat_template"):
+        tiny.processor().as_chat("What is this?")

@@ -151,13 +151,27 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finis
         ({"lerning_rate": 1e-3}, [], "unknown field 'lerning_rate'. Did you mean 'learning_rate'"),
         ({}, ["--num_epochs_train", "3"], "Unknown option '--num_epochs_train'"),
         ({"caption_column": "text"}, [], "no column 'text'; its columns are 'image', 'caption', 'scene'"),
-        ({"dataset_name": "/no/such/folder"}, [], "'/no/such/folder' cannot be loaded"),
+        (
+            {"dataset_name": "/no/such/folder", "metric_for_best_model": "cider"},
+            [],
+            "'/no/such/folder' cannot be loaded",
+        ),
         ({"vision_config": None}, [], "Say which captioner to train"),
         ({"qformer_config": {"num_query_token": 3}}, [], "num_query_token"),
         ({"prompt": "word " * 3000}, [], "The language model reads at most 2048 tokens"),
         ({}, ["--recipe", "no_such_recipe"], "There is no recipe 'no_such_recipe'"),
         ({}, ["--label_smoothing_factor", "0.1"], "--label_smoothing_factor does not work here"),
         ({}, ["--qformer_config", "{"], "--qformer_config is not valid JSON"),
+        ({}, ["--metric_for_best_model", "ciderr"], "--metric_for_best_model is one of loss, facts, complete"),
+        ({}, ["--report_to", "no_such_service"], "no_such_service"),
+        ({}, ["--ema_decay", "2"], "--ema_decay must lie between 0 and 1, not 2"),
+        ({}, ["--smallest_crop", "40"], "--smallest_crop is a share of an image's area"),
+        ({}, ["--flip", "7"], "--flip is a probability"),
+        ({}, ["--captions_per_image", "0"], "--captions_per_image is at least 1, not 0"),
+        ({}, ["--max_caption_length", "0"], "--max_caption_length is at least 2"),
+        ({}, ["--image_column", "scene"], "Not one image of the evaluation split can be"),
+        ({}, ["--prompt", "a photo of", ""], "One of several prompts is empty"),
+        ({}, ["--lora_r", "4", "--freeze_language_model", "false"], "--lora_r leaves the backbones frozen"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(recipe, changes, words, message):
@@ -227,7 +241,8 @@ def test_without_a_split_to_evaluate_on_the_last_checkpoint_counts(tmp_path, rec
         Image.new("RGB", (8, 8), (60 * index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
         lines.append(json.dumps({"file_name": f"{index}.png", "caption": f"number {index}"}))
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    train_hf.train(["--recipe", recipe(dataset_name=str(tmp_path / "pictures"), num_train_epochs=1)])
+    changes = {"dataset_name": str(tmp_path / "pictures"), "num_train_epochs": 1, "metric_for_best_model": "cider"}
+    train_hf.train(["--recipe", recipe(**changes)])
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -242,3 +257,11 @@ def test_an_error_reaches_the_shell_without_a_traceback(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: The data set '/nowhere' cannot be loaded")
     assert "Traceback" not in done.stderr
+
+
+def test_of_equal_scores_the_last_checkpoint_is_the_best(finished_run):
+    """After twelve steps no caption is right: 0.0 twice."""
+    folder, _ = finished_run
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert (state["best_metric"], state["best_global_step"]) == (0.0, 12)
+    assert (folder / "captions.jsonl").read_text() == (folder / "captions_step_12.jsonl").read_text()

@@ -1,6 +1,7 @@
 """A captioner whose vision encoder is left out of memory, because its features come precomputed."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,14 +149,28 @@ def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, m
         ({"freeze_vision_model": "false"}, "there is no vision encoder that could train"),
         ({"eval_split": "train", "vision_model_name_or_path": "{folder}/other"}, "not of"),
         ({"train_split": "validation"}, "no split 'validation'"),
+        ({"dataset_name": "{folder}/reversed"}, "those of other images, or in another order, from row 0 on"),
+        ({"eval_dataset_name": "{folder}/pictures"}, "--features are of one data set"),
     ],
 )
 def test_what_does_not_go_with_features_is_one_sentence(folder, tmp_path, options, message):
     tiny.save_vision(folder / "other", "vit")
+    if not (folder / "reversed").exists():
+        shutil.copytree(folder / "pictures", folder / "reversed")
+        lines = (folder / "pictures" / "metadata.jsonl").read_text().splitlines()
+        (folder / "reversed" / "metadata.jsonl").write_text("\n".join(reversed(lines)))
     precompute(folder, tmp_path / "features")
     options = {name: str(value).format(folder=folder) for name, value in options.items()}
     with pytest.raises(train_hf.InputError, match=message):
         train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **options))
+
+
+def test_a_data_set_that_has_moved_keeps_its_features(folder, tmp_path):
+    precompute(folder, tmp_path / "features")
+    shutil.copytree(folder / "pictures", tmp_path / "moved")
+    own = {"dataset_name": tmp_path / "moved", "num_train_epochs": 1}
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_fresh_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
