@@ -1,4 +1,4 @@
-"""Command lines of both scripts: dataclasses of options, recipes, and an error that names the option that was meant."""
+"""Command lines of the scripts: dataclasses of options, recipes, and an error that names the option that was meant."""
 
 import argparse
 import dataclasses
