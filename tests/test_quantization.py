@@ -173,7 +173,7 @@ def test_without_adapters_the_q_former_learns_to_talk_to_the_bits(backbones, tmp
     [
         ({"load_in_8bit": "true"}, "Choose between --load_in_4bit and --load_in_8bit"),
         ({"bnb_4bit_quant_type": "nf5"}, "must be nf4 or fp4, not 'nf5'"),
-        ({"freeze_language_model": "false"}, "in 4 or 8 bits cannot train"),
+        ({"freeze_language_model": "false"}, "--lora_r leaves the backbones frozen"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_before_the_run_starts(backbones, tmp_path, options, message):  # noqa: F811
