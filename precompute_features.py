@@ -45,7 +45,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from .backbones_qformer import cannot_load, dtype_of, load_backbone
+from .backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
 from .captioning import InputError
 from .captioning.data import Variations, open_cell
 from .captioning.features import SplitLayout, VisionKey, finish_store, row_keys
@@ -270,10 +270,9 @@ class ReadyEmbeddings:
         self.shape = tuple(first.shape)
         name = args.vision_model_name_or_path
         try:
-            config = AutoConfig.from_pretrained(name, revision=args.vision_model_revision)
+            config = vision_config_of(AutoConfig.from_pretrained(name, revision=args.vision_model_revision))
         except OSError as error:
             raise cannot_load("vision_model", name, args.vision_model_revision, error) from error
-        config = config.vision_config if "vision_config" in config.sub_configs else config
         if config.hidden_size != self.shape[1]:
             raise InputError(
                 f"The embeddings in the column {args.embeddings_column!r} are {self.shape[1]} wide, and features of "

@@ -280,10 +280,8 @@ def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-SCORES = {
-    True: ("facts", "complete", "objects", "relations"),
-    False: ("cider", "bleu_4", "rouge_l"),
-}  # of scenes, or not
+SCENE_SCORES = ("facts", "complete", "objects", "relations")  # of captions of drawn pictures
+CAPTION_SCORES = ("cider", "bleu_4", "rouge_l")
 
 
 def check_options(model_args: ModelArguments, training_args: CaptionTrainingArguments, scenes: bool) -> None:
@@ -309,7 +307,7 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
     if training_args.label_smoothing_factor:
         raise InputError("--label_smoothing_factor does not work here: the captioner computes its loss by itself.")
     score = training_args.metric_for_best_model.removeprefix("eval_")
-    if score not in (known := ("loss", *SCORES[scenes])):
+    if score not in (known := ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))):
         raise InputError(f"--metric_for_best_model is one of {', '.join(known)}, not {score!r}.")
 
 
@@ -446,7 +444,7 @@ def train(words: list[str]) -> None:
         if scenes:
             return score_facts(captions, map(Scene.from_json, rows.column("scene")))
         scores = metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
-        return {name: scores[name] for name in SCORES[scenes]}
+        return {name: scores[name] for name in CAPTION_SCORES}
 
     try:
         trainer = CaptionTrainer(

@@ -1,8 +1,13 @@
-"""Processes that a test starts and kills."""
+"""Command lines of tests, and processes that they start and kill."""
 
 import subprocess
 
 import psutil
+
+
+def command_line(**options) -> list[str]:
+    """`--name value` for every option that has a value."""
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def kill(process: subprocess.Popen) -> None:

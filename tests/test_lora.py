@@ -12,6 +12,7 @@ from qformer_captioner import QFormerCaptioner, train_hf
 from qformer_captioner.captioning.export import export
 
 from . import tiny
+from .processes import command_line
 
 
 def words(folder, output_dir, language="llama", **options) -> list[str]:
@@ -34,7 +35,7 @@ def words(folder, output_dir, language="llama", **options) -> list[str]:
         "use_cpu": "true",
         "disable_tqdm": "true",
     } | options
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return command_line(**options)
 
 
 @pytest.fixture(scope="module")

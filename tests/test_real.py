@@ -7,6 +7,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from qformer_captioner import QFormerCaptioner, train_hf
 
+from .processes import command_line
+
 pytestmark = pytest.mark.slow
 
 
@@ -32,7 +34,7 @@ def run(shared, tmp_path_factory):
         "output_dir": folder / "run",
         "disable_tqdm": "true",
     }
-    train_hf.train([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    train_hf.train(command_line(**options))
     return folder / "run"
 
 

@@ -15,7 +15,7 @@ from qformer_captioner import precompute_features, train_hf
 
 from . import tiny
 from .conftest import ROOT
-from .processes import kill
+from .processes import command_line, kill
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in another number of threads round differently
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -36,12 +36,8 @@ def backbones(tmp_path_factory):
         lines.append(json.dumps({"file_name": f"{row}.png", "caption": captions, "split": split}))
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
     named = {"dataset_name": folder / "pictures", "vision_model_name_or_path": folder / "vision"}
-    precompute_features.precompute(options(**named, output_dir=folder / "features", views=2, flip=0.5))
+    precompute_features.precompute(command_line(**named, output_dir=folder / "features", views=2, flip=0.5))
     return folder
-
-
-def options(**values) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def command(folder, output_dir, batch_size: int = 4, **more) -> list[str]:
@@ -68,7 +64,7 @@ def command(folder, output_dir, batch_size: int = 4, **more) -> list[str]:
         "use_cpu": "true",
         "disable_tqdm": "true",
     } | more
-    return options(**{name: value for name, value in values.items() if value is not None})
+    return command_line(**values)
 
 
 VARIANTS = {

@@ -11,6 +11,7 @@ from transformers import AutoModel
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, precompute_features, train_hf
 
 from . import tiny
+from .processes import command_line
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +102,12 @@ def command(folder, output_dir, **more) -> list[str]:
         "use_cpu": "true",
         "disable_tqdm": "true",
     } | more
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    return command_line(**values)
 
 
 def precompute(folder, output_dir, **more) -> None:
     values = {"vision_model_name_or_path": folder / "vision", "dataset_name": folder / "pictures"} | more
-    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    precompute_features.precompute([*words, "--output_dir", str(output_dir)])
+    precompute_features.precompute(command_line(**values, output_dir=output_dir))
 
 
 def losses(output_dir) -> torch.Tensor:
