@@ -31,7 +31,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -45,6 +45,7 @@ from .backbones_qformer import (
     is_frozen,
     is_quantized,
     load_backbone,
+    output_layer,
     quantize,
     read_weights,
     untie_t5_head,
@@ -54,6 +55,8 @@ from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
 
 logger = logging.get_logger(__name__)
+
+LOGITS_AT_A_TIME = 2**24  # in float32, 64 MiB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The Q-Former: BERT layers in which the queries also look at the image
@@ -414,17 +417,59 @@ class ProjectionPerQuery(nn.Module):
         return torch.einsum("bqi,qio->bqo", queries, self.weight) + self.bias
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy over a large vocabulary, a few positions at a time: `[N, D]` -> sum `[]` and each position's `[N]`.
+
+    Logits live until their losses and gradients are known, which is on the way forward already, so nothing is computed
+    twice (the idea of Liger Kernel, arXiv 2410.10989, here for any output layer). Only the sum has a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        words: Callable[[torch.Tensor], torch.Tensor],  # the output layer
+        positions: int,  # at a time
+        hidden_states: torch.Tensor,  # [N, D]
+        targets: torch.Tensor,  # [N]
+        *weights: torch.Tensor,  # those of the output layer that train
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
+        gradients = [torch.zeros_like(each) for each in (hidden_states, *weights)] if any(ctx.needs_input_grad) else []
+        for start in range(0, len(targets), positions):
+            here = slice(start, start + positions)
+            with torch.set_grad_enabled(bool(gradients)):
+                inputs = [hidden_states[here].detach().requires_grad_(), *weights]
+                some = nn.functional.cross_entropy(words(inputs[0]).float(), targets[here], reduction="none")
+                total = some.sum()
+            losses[here] = some.detach()
+            if gradients:
+                gradients[0][here], *of_weights = torch.autograd.grad(total, inputs)
+                for gradient, part in zip(gradients[1:], of_weights, strict=True):
+                    gradient += part
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, of_sum: torch.Tensor, of_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden_states, *of_weights = (of_sum * gradient for gradient in ctx.saved_tensors)
+        return None, None, of_hidden_states, None, *of_weights
+
+
 @dataclass
 class QFormerCaptionerOutput(ModelOutput):
     """What a captioner returns.
 
     Args:
         loss (`[]`, float32, *optional*): mean cross-entropy in nats over the caption tokens, if there were labels.
-        logits (`[B, T, V]` or `[B, K, T, V]`): scores of the word at each label; without labels, of the first word.
+        losses (`[B]` or `[B, K]`, float32, *optional*): nats of each caption, summed over its tokens; no gradient.
+        logits (`[B, T, V]` or `[B, K, T, V]`, *optional*): scores of the word at each label; without labels, of the
+            first word. `None` if they were skipped (`skip_logits`).
         soft_prompt (`[B, Q, D]`): what the language model read in place of the image.
     """
 
     loss: torch.FloatTensor | None = None
+    losses: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     soft_prompt: torch.FloatTensor | None = None
 
@@ -488,10 +533,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
 
-        # Optional inputs that not every language model has: positions (BLOOM has none), logits of the last words only.
-        language_model_inputs = inspect.signature(language_model.forward).parameters
-        self._takes_position_ids = "position_ids" in language_model_inputs
-        self._takes_logits_to_keep = "logits_to_keep" in language_model_inputs
+        self._takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters  # not BLOOM
 
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
@@ -586,6 +628,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> QFormerCaptionerOutput:
         """Score captions. The batch is the same whatever the language model.
@@ -600,7 +643,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 end-of-sequence included, padded with -100. The image is encoded once for all of them.
             num_items_in_batch (*optional*): divide the summed loss by this instead of by the number of caption tokens,
                 so that gradient accumulation weighs every token alike. The Trainer passes it.
-            kwargs: passed on to the language model.
+            skip_logits (`bool`, *optional*): return no logits, and compute the loss without ever holding those of all
+                tokens. By default where there are labels and the logits would take more than 64 MiB in float32.
+            kwargs: passed on to the language model's decoder.
 
         Raises:
             ValueError: for features of the wrong width, or more tokens than the language model allows.
@@ -613,45 +658,63 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
         if self.config.is_encoder_decoder:
-            logits = self._score_with_encoder_decoder(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+            hidden_states = self._read_with_encoder_decoder(prefix, prefix_mask, captions, **kwargs)
         elif captions.shape[1] > 1 and self._shares_prefix(prefix.shape[1] + room_for):
-            logits = self._score_with_shared_prefix(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+            hidden_states = self._read_with_shared_prefix(prefix, prefix_mask, captions, **kwargs)
         else:
             if captions.shape[1] > 1:
                 logger.warning_once(
                     f"A {self.config.text_config.model_type!r} cannot read several captions behind one prefix: it reads"
                     " the prefix once for each, which is as exact and takes longer."
                 )
-            logits = self._score_with_decoder_only(prefix, prefix_mask, captions, **kwargs)  # [B*K, T, V]
+            hidden_states = self._read_with_decoder_only(prefix, prefix_mask, captions, **kwargs)
+        hidden_states = hidden_states.flatten(0, -2)  # [B*K*T, D], of the positions that predict a label
 
-        loss = None
-        if labels is not None:
-            divisor = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-            loss = loss / divisor
-        return QFormerCaptionerOutput(loss=loss, logits=logits.view(*targets.shape, -1), soft_prompt=soft_prompt)
+        words = output_layer(self.language_model)
+        vocabulary = self.language_model.config.vocab_size
+        if skip_logits is None:
+            skip_logits = labels is not None and targets.numel() * vocabulary > LOGITS_AT_A_TIME
+        if not skip_logits:
+            logits = words(hidden_states)
+        if labels is None:
+            return QFormerCaptionerOutput(logits=logits.view(*targets.shape, -1), soft_prompt=soft_prompt)
 
-    def _score_with_decoder_only(
+        real = targets.flatten() != -100
+        if skip_logits:
+            weights = [each for each in self.language_model.get_output_embeddings().parameters() if each.requires_grad]
+            loss, own = ChunkedCrossEntropy.apply(
+                words, max(1, LOGITS_AT_A_TIME // vocabulary), hidden_states[real], targets.flatten()[real], *weights
+            )
+            losses = own.new_zeros(len(real)).masked_scatter(real, own)
+        else:
+            losses = nn.functional.cross_entropy(logits.float(), targets.flatten(), reduction="none")
+            loss = losses.sum()
+        return QFormerCaptionerOutput(
+            loss=loss / (real.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
+            losses=losses.detach().view(targets.shape).sum(dim=-1),
+            logits=None if skip_logits else logits.view(*targets.shape, -1),
+            soft_prompt=soft_prompt,
+        )
+
+    def _read_with_decoder_only(
         self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
     ) -> torch.Tensor:
-        """`[prefix, caption]` in one sequence, of which only the positions that predict a caption token get logits."""
+        """`[prefix, caption]` in one sequence, whose last `[B*K, T, D]` predict the caption."""
         number, length = captions.shape[1:]
         inputs = captions.flatten(0, 1)[:, :-1]  # the last token predicts nothing
         words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
         mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
         if self._takes_position_ids:
             kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        if self._takes_logits_to_keep:  # indices and not a number: a copy multiplies several times faster than a slice
-            kwargs["logits_to_keep"] = torch.arange(mask.shape[1] - length, mask.shape[1], device=mask.device)
-        output = self.language_model(
+        output = self.language_model.get_decoder()(
             inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
             attention_mask=mask,
             use_cache=False,
             **kwargs,
         )
-        return output.logits[:, -length:]
+        return output.last_hidden_state[:, -length:]
 
-    def _score_with_shared_prefix(
+    def _read_with_shared_prefix(
         self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
     ) -> torch.Tensor:
         """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
@@ -669,21 +732,17 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         sees = (place[:, None] >= place) & ((owner == 0) | (owner[:, None] == owner))  # [L, L]
         # Padding sees itself: a softmax over nothing is no number.
         mask = (sees & real[:, None, None, :].bool()) | (place[:, None] == place)  # [B, 1, L, L]
-        if self.language_model.config._attn_implementation == "eager":  # which adds masks to its scores
-            mask = torch.zeros_like(mask, dtype=prefix.dtype).masked_fill(~mask, torch.finfo(prefix.dtype).min)
+        mask = self._as_mask(mask, prefix.dtype)
         positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
         behind = torch.arange(length - 1, device=device).repeat(number)  # [K*(T-1)]
         kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1 + behind], dim=1)
-        if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = place[start - 1 :]
-        output = self.language_model(
+        output = self.language_model.get_decoder()(
             inputs_embeds=torch.cat([prefix, words], dim=1), attention_mask=mask, use_cache=False, **kwargs
         )
         # The first word of every caption is predicted by the last position of the prefix.
-        before = 1 + torch.arange(number * (length - 1), device=device).view(number, length - 1)  # [K, T-1]
-        before = torch.cat([before.new_zeros(number, 1), before], dim=1)  # [K, T]
-        logits = output.logits[:, -1 - number * (length - 1) :]
-        return logits[:, before.flatten()].unflatten(1, (number, length)).flatten(0, 1)
+        before = place[start:].view(number, length - 1)
+        before = torch.cat([before.new_full((number, 1), start - 1), before], dim=1)  # [K, T]
+        return output.last_hidden_state[:, before.flatten()]  # [B, K*T, D]
 
     def _shares_prefix(self, length: int) -> bool:
         """Whether the language model reads captions of an image behind one prefix as it would read them one by one.
@@ -704,20 +763,39 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
         )
 
-    def _score_with_encoder_decoder(
+    def _read_with_encoder_decoder(
         self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
     ) -> torch.Tensor:
-        """The encoder reads the prefix once per image, the decoder writes each of its captions."""
-        number = captions.shape[1]
+        """The encoder reads the prefix once per image, the decoder writes each of its captions.
+
+        A T5 writes them in one sequence, each of which sees itself alone, so that the decoder looks at the prefix once:
+        its positions count from word to word, so that nothing changes. Other decoders number them from the beginning.
+        """
+        number, length = captions.shape[1:]
         encoded = self.language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
-        output = self.language_model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.repeat_interleave(number, dim=0)),
-            attention_mask=prefix_mask.repeat_interleave(number, dim=0),
-            decoder_input_ids=self.language_model.prepare_decoder_input_ids_from_labels(captions.flatten(0, 1)),
+        inputs = self.language_model.prepare_decoder_input_ids_from_labels(captions.flatten(0, 1))  # [B*K, T]
+        if number > 1 and self.config.text_config.model_type in ("t5", "mt5", "umt5"):
+            inputs = inputs.view(len(captions), -1)  # [B, K*T]
+            owner = torch.arange(number, device=inputs.device).repeat_interleave(length)
+            sees = (owner[:, None] == owner).tril()
+            kwargs["attention_mask"] = self._as_mask(sees.expand(len(captions), 1, -1, -1), prefix.dtype)
+        else:
+            encoded = encoded.repeat_interleave(number, dim=0)
+            prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
+        output = self.language_model.get_decoder()(
+            input_ids=inputs,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=prefix_mask,
             use_cache=False,
             **kwargs,
         )
-        return output.logits
+        return output.last_hidden_state
+
+    def _as_mask(self, sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What may be seen, in the way that the language model's attention wants to hear it."""
+        if self.language_model.config._attn_implementation == "eager":  # which adds masks to its scores
+            return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+        return sees
 
     # --- Captioning ---------------------------------------------------------------------------------------------------
 

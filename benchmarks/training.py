@@ -39,7 +39,15 @@ DECODERS = {
         vocab_size=49152,
         tie_word_embeddings=True,
     ),
-    "t5": T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128, dropout_rate=0.0),
+    "t5": T5Config(
+        d_model=768,
+        d_ff=3072,
+        num_layers=12,
+        num_heads=12,
+        vocab_size=32128,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    ),
 }
 TITLES = {"llama": "SmolLM2-135M's shape", "t5": "T5-base's shape"}
 

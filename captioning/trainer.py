@@ -14,7 +14,6 @@ import psutil
 import torch
 from accelerate.data_loader import DataLoaderShard
 from peft import PeftModel
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -223,8 +222,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             batch = self._prepare_inputs(batch)
             labels = batch["labels"].flatten(1)  # [B, K*T]
             with self.compute_loss_context_manager():
-                logits = model(**batch).logits.flatten(1, -2)  # [B, K*T, V]
-            losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(dim=1)
+                losses = model(**batch).losses.view(len(labels), -1).sum(dim=1)  # [B]
             losses, counts = self.accelerator.gather_for_metrics((losses, (labels != -100).sum(dim=1)))
             nats, tokens = nats + losses.double().sum().item(), tokens + counts.sum().item()
         return nats / tokens

@@ -18,8 +18,11 @@ OTHERS = {
     "phi3": dict(model_type="phi3", **tiny.LLAMA),
     "gpt_neox": dict(model_type="gpt_neox", **tiny.LLAMA),
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, sliding_window=64),
+    "mt5": dict(model_type="mt5", **tiny.T5, initializer_factor=2.0),
+    "umt5": dict(model_type="umt5", **tiny.T5, initializer_factor=2.0),
 }
-SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", *OTHERS]
+T5_KINDS = ["t5", "flan-t5", "mt5", "umt5"]
+SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", *(name for name in OTHERS if name not in T5_KINDS)]
 
 
 def captioner(language: str, **fields) -> QFormerCaptioner:
@@ -110,3 +113,33 @@ def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
     ]
     number = (batch()["labels"] != -100).sum()
     torch.testing.assert_close(output.loss, sum(one_by_one) / number, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("language", [*T5_KINDS, "bart"])
+def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(language, attention):
+    model = captioner(language)
+    model.set_attn_implementation(attention)
+    loss, _, gradients = losses_and_gradients(model)
+    model.zero_grad()
+    number = (batch()["labels"] != -100).sum()
+    expected = sum(
+        model(**{**batch(), "labels": batch()["labels"][:, caption], "num_items_in_batch": number}).loss
+        for caption in range(4)
+    )
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            assert (gradients[name] - weight.grad).norm() <= 1e-4 * weight.grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("language", T5_KINDS)
+def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
+    model = captioner(language)
+    looked = []
+    model.language_model.get_decoder().register_forward_pre_hook(
+        lambda module, args, inputs: looked.append(inputs["encoder_hidden_states"].shape[0]), with_kwargs=True
+    )
+    model(**batch())
+    assert looked == [3]
