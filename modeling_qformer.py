@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
+    Cache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -705,7 +706,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
         mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
         if self._takes_position_ids:
-            kwargs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            kwargs["position_ids"] = self._positions(mask)
         output = self.language_model.get_decoder()(
             inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
             attention_mask=mask,
@@ -733,7 +734,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         # Padding sees itself: a softmax over nothing is no number.
         mask = (sees & real[:, None, None, :].bool()) | (place[:, None] == place)  # [B, 1, L, L]
         mask = self._as_mask(mask, prefix.dtype)
-        positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)  # [B, S]
+        positions = self._positions(prefix_mask)  # [B, S]
         behind = torch.arange(length - 1, device=device).repeat(number)  # [K*(T-1)]
         kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1 + behind], dim=1)
         output = self.language_model.get_decoder()(
@@ -791,6 +792,10 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         )
         return output.last_hidden_state
 
+    def _positions(self, mask: torch.Tensor) -> torch.Tensor:
+        """Places in the sequence, counted from the first that is no padding."""
+        return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
     def _as_mask(self, sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What may be seen, in the way that the language model's attention wants to hear it."""
         if self.language_model.config._attn_implementation == "eager":  # which adds masks to its scores
@@ -835,6 +840,10 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         config.max_length = None
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        reads_by_itself = self.config.is_encoder_decoder or config.cache_implementation or "past_key_values" in kwargs
+        if copies > 1 and not reads_by_itself:
+            kwargs["past_key_values"] = self._read_once(prefix, prefix_mask, copies)
         generated = self.language_model.generate(
             inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
         )
@@ -843,6 +852,18 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 return generated[:, 1:]
             generated.sequences = generated.sequences[:, 1:]
         return generated
+
+    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int) -> Cache:
+        """What the language model remembers of all but the last of a prefix, once for each beam or sequence.
+
+        Left to itself, `generate` would have it read the same prefix in every beam.
+        """
+        inputs = {"position_ids": self._positions(prefix_mask)[:, :-1]} if self._takes_position_ids else {}
+        read = self.language_model.get_decoder()(
+            inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
+        ).past_key_values
+        read.reorder_cache(torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies))
+        return read
 
     def caption(
         self, images: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str] | None = None, **generation
