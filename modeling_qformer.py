@@ -57,7 +57,7 @@ from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qfor
 
 logger = logging.get_logger(__name__)
 
-LOGITS_AT_A_TIME = 2**24  # in float32, 64 MiB
+LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The Q-Former: BERT layers in which the queries also look at the image
@@ -440,11 +440,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             here = slice(start, start + positions)
             with torch.set_grad_enabled(bool(gradients)):
                 inputs = [hidden_states[here].detach().requires_grad_(), *weights]
-                some = nn.functional.cross_entropy(words(inputs[0]).float(), targets[here], reduction="none")
-                total = some.sum()
-            losses[here] = some.detach()
+                logits = words(inputs[0])  # [n, V]
+            scores = logits.detach().float().log_softmax(dim=-1)
+            losses[here] = -scores.gather(1, targets[here, None]).squeeze(1)
             if gradients:
-                gradients[0][here], *of_weights = torch.autograd.grad(total, inputs)
+                slopes = scores.exp_()  # of the losses over the logits: softmax, less one at the target
+                slopes[torch.arange(len(slopes), device=slopes.device), targets[here]] -= 1
+                gradients[0][here], *of_weights = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype))
                 for gradient, part in zip(gradients[1:], of_weights, strict=True):
                     gradient += part
         ctx.save_for_backward(*gradients)
@@ -645,7 +647,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             num_items_in_batch (*optional*): divide the summed loss by this instead of by the number of caption tokens,
                 so that gradient accumulation weighs every token alike. The Trainer passes it.
             skip_logits (`bool`, *optional*): return no logits, and compute the loss without ever holding those of all
-                tokens. By default where there are labels and the logits would take more than 64 MiB in float32.
+                tokens. By default where there are labels and the logits would take more than 32 MiB in float32.
             kwargs: passed on to the language model's decoder.
 
         Raises:

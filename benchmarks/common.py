@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -47,3 +48,8 @@ def write_result(name: str, result: dict[str, object]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as lines:
         lines.write(json.dumps(result) + "\n")
+
+
+def memory(kind: str) -> float:
+    """Of this process, in MB (Linux): what it has (`VmRSS`), or has had at the most (`VmHWM`)."""
+    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

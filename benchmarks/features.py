@@ -10,7 +10,6 @@ of nothing but a hole, to show how memory grows. h5py takes part where it is ins
 import argparse
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import torch
 
 from qformer_captioner.captioning.features import FeatureStore, SplitFeatures, SplitLayout, VisionKey, finish_store
 
-from .common import RESULTS, alternate, machine, spread, write_result
+from .common import RESULTS, alternate, machine, memory, spread, write_result
 
 SHAPE = (50, 768)
 BATCHES = (64, 256, 1024)
@@ -175,11 +174,6 @@ def read_one(side: str, number: int, folder: Path) -> None:
     for start in range(0, number, 250):
         read(order[start : start + 250].tolist())
     print(memory("VmHWM") - before)
-
-
-def memory(kind: str) -> float:
-    """Of this process, in MB (Linux): what it has (`VmRSS`), or has had at the most (`VmHWM`)."""
-    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def draw(rates: dict[str, dict[str, dict[str, float]]], rows: list[dict[str, float]]) -> None:

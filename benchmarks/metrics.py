@@ -11,17 +11,15 @@ import argparse
 import contextlib
 import io
 import random
-import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from qformer_captioner.captioning.caption_files import in_order, read_predictions, read_references
 from qformer_captioner.captioning.metrics import References
 
-from .common import RESULTS, alternate, machine, spread, write_result
+from .common import RESULTS, alternate, machine, memory, spread, write_result
 
 KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
@@ -84,12 +82,6 @@ def score_one(images: int) -> None:
     start = time.perf_counter()
     References(references).score(predictions)
     print(time.perf_counter() - start, before, memory("VmHWM"))
-
-
-def memory(kind: str) -> float:
-    """Of this process, in MB (Linux): what it has (`VmRSS`), or has had at the most (`VmHWM`)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) / 1024
 
 
 def draw(rows: list[dict[str, float]]) -> None:
