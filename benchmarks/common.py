@@ -10,6 +10,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,3 +56,17 @@ def write_result(name: str, result: dict[str, object]) -> None:
 def memory(kind: str) -> float:
     """Of this process, in MB (Linux): what it has (`VmRSS`), or has had at the most (`VmHWM`)."""
     return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def operations(run: Callable[[], object]) -> float:
+    """Floating-point operations of the matrix products in a run, forward and backward, in units of 1e9."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 1e9
+
+
+def matrix_rate(size: int = 2048) -> float:
+    """The most that this machine multiplies, in 1e9 operations per second: large square matrices, the best of 5."""
+    left, right = torch.randn(2, size, size)
+    best = min(alternate(5, product=lambda: left @ right)["product"])
+    return 2 * size**3 / best / 1e9

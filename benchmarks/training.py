@@ -15,7 +15,7 @@ import torch
 from qformer_captioner import QFormerCaptioner
 
 from .blip2 import DECODERS, TITLES, compare, load, make_batch, save_both, training_step
-from .common import RESULTS, alternate, machine, spread, write_result
+from .common import RESULTS, alternate, machine, matrix_rate, operations, spread, write_result
 
 CAPTIONS, IMAGES = range(1, 11), (1, 2, 4, 8, 16)  # how the cost grows
 
@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    growth = []
+    rate, growth = matrix_rate(), []
+    print(f"large matrices: {rate:.0f} GFLOP/s")
     for decoder in options.decoder:
         with tempfile.TemporaryDirectory() as folder:
             save_both(DECODERS[decoder], Path(folder))
@@ -71,20 +72,23 @@ def main() -> None:
             losses = training_step(ours, pixel_values, labels), training_step(peer, pixel_values, labels)
             equal = compare(ours, peer, losses)
             features = ours.get_image_features(pixel_values)
-            seconds = alternate(
-                options.repetitions,
-                ours=lambda: training_step(ours, pixel_values, labels),  # noqa: B023
-                blip2=lambda: training_step(peer, pixel_values, labels),  # noqa: B023
-                features=lambda: features_step(ours, features, labels),  # noqa: B023
-            )
+            sides = {
+                "ours": lambda: training_step(ours, pixel_values, labels),  # noqa: B023
+                "blip2": lambda: training_step(peer, pixel_values, labels),  # noqa: B023
+                "features": lambda: features_step(ours, features, labels),  # noqa: B023
+            }
+            work = {name: operations(step) for name, step in sides.items()}
+            seconds = alternate(options.repetitions, **sides)
             times = {name: spread(values) for name, values in seconds.items()}
             ratios = {name: times["blip2"]["median"] / own["median"] for name, own in times.items()}
             for name, own in times.items():
                 print(
                     f"  {name:<9}{own['median']:7.2f} s  ({own['min']:.2f} to {own['max']:.2f}), {ratios[name]:.2f} x "
-                    "BLIP-2's pairs per second"
+                    f"BLIP-2's pairs per second; {work[name]:.0f} GFLOP, {work[name] / own['median'] / rate:.0%} of "
+                    "what the machine multiplies"
                 )
             shape = {"decoder": decoder, "images": options.images, "captions": captions, "threads": options.threads}
+            shape |= {"gflop": work, "matrix_gflop_per_second": rate}
             facts = machine("qformer-captioner", "transformers", "torch")
             write_result("training", facts | shape | equal | {"seconds": times, "ratio": ratios})
         if not options.growth_repetitions:
