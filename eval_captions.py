@@ -361,7 +361,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
 
 
 def evaluate(words: list[str]) -> None:
-    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__.split("\n\n")[0])
+    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
     scoring, captioning = parse(parser, words)
     # What cannot work should show before hours of captioning.
     if scoring.df != "corpus":

@@ -54,7 +54,7 @@ WITH_PACKAGE = (
     + """
 sys.path.insert(0, sys.argv[3])
 if sys.argv[4] == "transformers first":
-    import transformers
+    from transformers import AutoConfig, AutoProcessor
 import tests.conftest  # maps the checkout, where it is not installed
 import qformer_captioner
 
@@ -66,7 +66,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 def classes():
     opened = [
         each.from_pretrained(folder / "referenced", **options)
-        for each in (AutoConfig, AutoProcessor, AutoModel, AutoModelForImageTextToText)
+        for each in (AutoProcessor, AutoConfig, AutoModel, AutoModelForImageTextToText)
         for options in ({}, {"trust_remote_code": True})
     ]
     opened.append(pipeline("image-text-to-text", model=str(folder / "included")).model)
