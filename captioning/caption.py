@@ -17,9 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModel
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_qformer import QFormerCaptioner
@@ -45,14 +47,21 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(file for word in words for file in files(word)))
 
 
-def load_captioner(model: str, revision: str | None = None) -> QFormerCaptioner:
-    """Open a captioner, or an adapter on one, by folder or Hub id, on the GPU if there is one.
+def load_captioner(model: str, revision: str | None = None, dtype: str | torch.dtype = "auto") -> QFormerCaptioner:
+    """Open a captioner, or an adapter on one, by folder or Hub id.
+
+    Args:
+        model: folder or Hub id.
+        revision: its branch, tag or commit on the Hub. Of an adapter: the captioner that it is on has others.
+        dtype: of the weights; "auto" is as they were saved.
 
     Raises:
         InputError: if there is none, or it is something else; the message names it.
     """
     try:
-        captioner = AutoModel.from_pretrained(model, revision=revision)
+        found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        at = {"revision": revision} if found is None else {"adapter_kwargs": {"revision": revision}}
+        captioner = AutoModel.from_pretrained(model, dtype=dtype, **(at if revision is not None else {}))
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"The captioner {model!r} cannot be loaded, from a folder or the Hub: {why}") from error
@@ -60,7 +69,7 @@ def load_captioner(model: str, revision: str | None = None) -> QFormerCaptioner:
         raise InputError(f"{model!r} holds a {type(captioner).__name__} and no captioner of this package.")
     if captioner.processor is None:
         raise InputError(f"The captioner {model!r} has no processor beside it.")
-    return captioner.to(torch.accelerator.current_accelerator() or "cpu")
+    return captioner
 
 
 def caption_files(
@@ -128,7 +137,8 @@ def caption(words: Sequence[str]) -> None:
     if not files:
         raise InputError(f"There are no images in {' or '.join(map(repr, options.images))}.")
     disable_progress_bar()
-    model = load_captioner(options.model, options.revision)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = load_captioner(options.model, options.revision).to(device)
     generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
     generation = {name: value for name, value in generation.items() if value is not None}
     captions: dict[str, str] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from ..modeling_qformer import QFormerCaptioner
 from . import InputError
@@ -25,7 +26,7 @@ def load_whole(source: str | os.PathLike) -> QFormerCaptioner:
     Raises:
         OSError: if the captioner, or one that an adapter is on, cannot be fetched; the message names it.
     """
-    if not (Path(source) / ADAPTER_CONFIG_NAME).is_file():
+    if cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
         return QFormerCaptioner.from_pretrained(source)
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
     model = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), source).merge_and_unload()
@@ -37,7 +38,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
     """Write a folder that needs no other: no adapter, no reference to a backbone. Or the bridge ([`export_bridge`]).
 
     Args:
-        source: folder of a captioner, or of an adapter on one.
+        source: folder or Hub id of a captioner, or of an adapter on one.
         out: folder to write, or a file that ends in `.onnx` or `.pt2`.
 
     Raises:
@@ -55,7 +56,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of a captioner, or of an adapter on one")
+    parser.add_argument("source", help="captioner, or adapter on one: folder or Hub id")
     parser.add_argument("out", help="folder to write, or file that ends in .onnx or .pt2")
     options = parser.parse_args()
     try:

@@ -24,7 +24,7 @@ from . import tiny
 ROOT = Path(__file__).parent.parent
 FORMS = ["referenced", "included", "adapter"]  # backbones by name, backbones beside it, LoRA adapter on the first
 PARTS = ["vision_model", "qformer", "language_projection", "language_model"]
-COMMIT = "a" * 40  # of everything in the cache that is made here
+COMMIT, EARLIER = "a" * 40, "b" * 40  # of everything in the cache that is made here; of an adapter alone
 DECODING = dict(max_new_tokens=6, min_new_tokens=6, no_repeat_ngram_size=1)
 
 BEGINNING = """
@@ -79,6 +79,16 @@ def captions():
         AutoModel.from_pretrained(folder / form).caption(str(folder / "picture.png"), **expected["decoding"])
         for form in expected["forms"]
     ]
+
+
+@finding
+def a_revision_of_an_adapter():
+    if sys.argv[4] == "transformers first":
+        return None  # has no cache
+    from qformer_captioner.captioning.caption import load_captioner
+
+    model = load_captioner("tester/adapter", expected["earlier"])
+    return model.caption(str(folder / "picture.png"), **expected["decoding"])
 
 
 @finding
@@ -194,8 +204,9 @@ def folder(tmp_path_factory) -> Path:
         model.config.language_model_name_or_path, model.config.language_model_revision = f"tester/{missing}", COMMIT
         model.save_pretrained(cached(name), include_backbones=False)
     shutil.copytree(folder / "adapter", copy := cached("adapter"))
-    settings = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "tester/captioner"}))
+    settings = json.loads((copy / "adapter_config.json").read_text()) | {"base_model_name_or_path": "tester/captioner"}
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    shutil.copytree(copy, copy.parent / EARLIER)
     return folder
 
 
@@ -218,8 +229,11 @@ def test_the_adapter_says_something_else(expected):
 
 @pytest.fixture(scope="module", params=["transformers first", "package first"])
 def with_package(request, folder) -> dict:
-    asked = json.dumps({"decoding": DECODING, "forms": FORMS})
-    return run(WITH_PACKAGE, folder, asked, ROOT, request.param, HF_HOME=str(folder / "empty"))
+    asked = json.dumps({"decoding": DECODING, "forms": FORMS, "earlier": EARLIER})
+    home = dict(HF_HOME=str(folder / "empty"))  # and no word of being offline
+    if request.param == "package first":
+        home = dict(HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
+    return run(WITH_PACKAGE, folder, asked, ROOT, request.param, **home)
 
 
 def test_importing_the_package_does_not_import_transformers(with_package):
@@ -233,6 +247,10 @@ def test_our_own_classes_open_folders_without_trust_in_their_code(with_package):
         "qformer_captioner.processing_qformer",
     ]
     assert with_package["remote_copies"] == []
+
+
+def test_a_revision_of_an_adapter_is_none_of_its_captioner(with_package, expected):
+    assert with_package["a_revision_of_an_adapter"] in (None, expected["adapter"])
 
 
 def test_folders_open_without_a_network(with_package, expected):
