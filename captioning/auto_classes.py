@@ -84,7 +84,7 @@ class _AutoModuleFinder(importlib.abc.MetaPathFinder):
             return None
         self.looks_for.remove(name)
         spec = importlib.util.find_spec(name)
-        if spec is not None:
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = _AutoModuleLoader(name, spec.origin)
         return spec
 

@@ -347,11 +347,15 @@ def test_the_old_name_of_dtype_counts(folder):
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.fixture
+def bnb():
+    return pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'qformer-captioner[qlora]'")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str)
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_bits_go_with_a_device_and_a_dtype(folder, form, device_map, bits):
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'qformer-captioner[qlora]'")
+def test_bits_go_with_a_device_and_a_dtype(bnb, folder, form, device_map, bits):
     model = AutoModel.from_pretrained(
         folder / form,
         quantization_config=BitsAndBytesConfig(**{bits: True}),
@@ -365,7 +369,7 @@ def test_bits_go_with_a_device_and_a_dtype(folder, form, device_map, bits):
     assert model.caption(folder / "picture.png", **DECODING)
 
 
-def test_bits_are_not_spread_over_devices(folder):
+def test_bits_are_not_spread_over_devices(bnb, folder):
     with pytest.raises(ValueError, match=r"on one device: give that as `device_map`, such as \"cuda:0\""):
         AutoModel.from_pretrained(
             folder / "referenced",
