@@ -152,7 +152,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` w
 
 def run(program: str, *words, **environment) -> dict:
     """What a fresh process finds out."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, words)], env=own | environment, capture_output=True, text=True
     )
