@@ -5,6 +5,7 @@ A captioner keeps them by name (or holds their weights, where it was asked to), 
 
 import copy
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -96,8 +97,27 @@ def load_backbone(
     return backbone
 
 
-def quantize(language_model: PreTrainedModel, quantization_config: BitsAndBytesConfig) -> PreTrainedModel:
-    """The same language model with its linear layers in 4 or 8 bits; on the GPU, where there is one.
+def one_device(device_map: str | int | torch.device | dict | None) -> str | int | torch.device | None:
+    """The device that a `device_map` is about; `None` where it leaves the choice to others.
+
+    Raises:
+        ValueError: if it is about several.
+    """
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            "With `quantization_config` all of a captioner is on one device: give that as `device_map`, such as "
+            f'"cuda:0", or "auto", and not {device_map}.'
+        )
+    return None if devices & {"auto", "balanced", "balanced_low_0", "sequential"} else devices.pop()
+
+
+def quantize(
+    language_model: PreTrainedModel,
+    quantization_config: BitsAndBytesConfig,
+    device: str | int | torch.device | None = None,
+) -> PreTrainedModel:
+    """The same language model with its linear layers in 4 or 8 bits; by default on the GPU, where there is one.
 
     Words and output layer stay as they are, and so does whatever else transformers leaves alone (T5's `wo`).
 
@@ -115,6 +135,7 @@ def quantize(language_model: PreTrainedModel, quantization_config: BitsAndBytesC
         state_dict=language_model.state_dict(),
         dtype=dtype_of(language_model),
         quantization_config=quantization_config,
+        device_map=None if device is None else {"": device},
     )
     # Folders say nothing of it: what is saved are names and adapters, and whoever loads them quantises anew or not.
     del quantized.config.quantization_config
@@ -130,12 +151,17 @@ def quantize(language_model: PreTrainedModel, quantization_config: BitsAndBytesC
 
 
 def cannot_load(part: str, name_or_path: str, revision: str | None, error: OSError) -> OSError:
-    return OSError(
-        f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: check the "
-        "name or put the folder back, log in with `hf auth login` if it is private or gated, and make sure the Hub can "
-        "be reached or the model is in the cache. A captioner saved with `include_backbones=True` does not need it. "
-        f"({str(error).splitlines()[0]})"
-    )
+    """What to tell somebody whose backbone is neither on the Hub, as far as it can be reached, nor in the cache."""
+    what = f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded"
+    remedy = "check the name or put the folder back"
+    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path):  # looks like a Hub id
+        at = f" --revision {revision}" if revision else ""
+        remedy = (
+            f"check the name, log in with `hf auth login` if it is private or gated, and where the Hub can be reached, "
+            f"fetch it into the cache with `hf download {name_or_path}{at}`"
+        )
+    why = str(error).splitlines()[0]
+    return OSError(f"{what}: {remedy}. A captioner saved with `include_backbones=True` does not need it. ({why})")
 
 
 def read_weights(

@@ -278,10 +278,10 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from transformers.utils.logging import disable_progress_bar
 
     from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
+    from .captioning.caption import load_captioner
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
     from .captioning.sources import folder_of_images, load_rows
-    from .modeling_qformer import QFormerCaptioner
 
     # 1. Processes. accelerate finds out by itself about every kind of processor but this one.
     cpu = args.use_cpu or not torch.accelerator.is_available()
@@ -327,9 +327,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     state.wait_for_everyone()
     disable_progress_bar()
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = QFormerCaptioner.from_pretrained(args.model, revision=args.revision, dtype=dtype).to(state.device)
-    if model.processor is None:
-        raise InputError(f"The captioner {args.model!r} has no processor beside it.")
+    model = load_captioner(args.model, args.revision, dtype).to(state.device)
     captions = caption_images(model, found, folder, prompt, args.batch_size, args.num_workers, **generation)
     state.wait_for_everyone()
     state.destroy_process_group()  # the others end here, and should not be missed
@@ -361,7 +359,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
 
 
 def evaluate(words: list[str]) -> None:
-    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__.split("\n\n")[0])
+    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
     scoring, captioning = parse(parser, words)
     # What cannot work should show before hours of captioning.
     if scoring.df != "corpus":

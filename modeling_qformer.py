@@ -46,6 +46,7 @@ from .backbones_qformer import (
     is_frozen,
     is_quantized,
     load_backbone,
+    one_device,
     output_layer,
     quantize,
     read_weights,
@@ -503,6 +504,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    _no_split_modules = ["QFormerModel"]  # small; of the backbones theirs count
     _keep_in_fp32_modules = ["qformer", "language_projection"]  # float16 overflows there (LAVIS issue 267)
 
     def __init__(
@@ -597,12 +599,14 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             ValueError: if the prefix, with `room_for` more words of caption, is longer than the language model allows.
         """
         words = self.language_model.get_input_embeddings()
-        prefix = soft_prompt.to(words.weight.dtype)  # [B, Q, D]
+        # Under a `device_map` the words may be on another device; offloaded ones come to the soft prompt.
+        device = soft_prompt.device if words.weight.is_meta else words.weight.device
+        prefix = soft_prompt.to(device, words.weight.dtype)  # [B, Q, D]
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         if input_ids is not None and input_ids.shape[1] > 0:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            prefix = torch.cat([prefix, words(input_ids)], dim=1)
+            prefix = torch.cat([prefix, words(input_ids).to(device)], dim=1)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
             order = mask.argsort(dim=1, stable=True, descending=self.config.is_encoder_decoder)
             prefix = prefix.gather(1, order[..., None].expand_as(prefix))
@@ -897,7 +901,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                 "tokenizer)`, or load the model from a folder that holds one."
             )
         several = isinstance(images, (list, tuple))
-        inputs = self.processor(images=images, text=prompt).to(self.device)
+        # Where a part is offloaded, whatever reads the inputs fetches them from anywhere.
+        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
+        inputs = self.processor(images=images, text=prompt).to(device)
         captions = self.processor.batch_decode(self.generate(**inputs, **generation), skip_special_tokens=True)
         captions = [caption.strip() for caption in captions]
         return captions if several or len(captions) > 1 else captions[0]
@@ -934,12 +940,15 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
                     layer.training = mode
         return self
 
-    def quantize_language_model(self, quantization_config: BitsAndBytesConfig) -> None:
+    def quantize_language_model(
+        self, quantization_config: BitsAndBytesConfig, device: str | int | torch.device | None = None
+    ) -> None:
         """Put the linear layers of the frozen language model into 4 or 8 bits, to save memory.
 
         Everything else stays as it is: vision encoder, Q-Former and projection are small, and with a Q-Former in 8 bits
         captions came out empty (transformers issue 30383). Gradients pass through the layers, so that the Q-Former can
-        train; or put LoRA adapters on them. All of the captioner moves to where they are: to the GPU, if there is one.
+        train; or put LoRA adapters on them. All of the captioner moves to where they are: to `device`, by default to
+        the GPU, if there is one.
 
         Raises:
             ImportError: if bitsandbytes is not there.
@@ -947,7 +956,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         """
         if not is_frozen(self.language_model):
             raise ValueError("A quantised language model cannot train: freeze it, and put LoRA adapters on it.")
-        self.language_model = quantize(self.language_model, quantization_config).requires_grad_(False)
+        self.language_model = quantize(self.language_model, quantization_config, device).requires_grad_(False)
         self.config.text_config = self.language_model.config
         # peft asks the captioner, and not its parts, which kind of adapters their layers need.
         self.is_loaded_in_4bit = quantization_config.load_in_4bit
@@ -1097,12 +1106,17 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
         was saved in. Backbones that were frozen are frozen again. `load_vision_model=False` leaves the vision encoder
         out of memory, as in `from_backbones`. With `quantization_config` the language model comes in 4 or 8 bits
-        ([`~QFormerCaptioner.quantize_language_model`]).
+        ([`~QFormerCaptioner.quantize_language_model`]), and all of it on one device.
 
         Raises:
             OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
-            ValueError: if the vision encoder is to be left out, but could not be fetched by its name later.
+            ValueError: if the vision encoder is to be left out, but could not be fetched by its name later; or if what
+                is to be quantised is to be spread over devices.
         """
+        dtype = kwargs.pop("torch_dtype", dtype)  # its old name, which transformers still takes
+        device = None
+        if quantization_config is not None:
+            device = one_device(kwargs.pop("device_map", None))
         hub_kwargs = {
             name: kwargs[name]
             for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -1152,7 +1166,7 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         model._freeze()
         model._reference(config.referenced_backbones or [])
         if quantization_config is not None:
-            model.quantize_language_model(quantization_config)
+            model.quantize_language_model(quantization_config, device)
         if pretrained_model_name_or_path is not None:
             model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
         if adapter is not None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run a vision encoder once over a data set, and keep what it says of each image on disk.
+r"""Run a vision encoder once over a data set, and keep what it says of each image on disk.
 
     python precompute_features.py --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder \
         --output_dir outputs/features
@@ -435,7 +435,7 @@ def counted(batches: Iterator[Batch], bar: tqdm, processes: int) -> Iterator[Bat
 
 def precompute(words: list[str]) -> None:
     # 1. Options, and the processes. accelerate finds out by itself about every kind of processor but this one.
-    (args,) = parse(make_parser((FeatureArguments,), __doc__.split("\n\n")[0]), words)
+    (args,) = parse(make_parser((FeatureArguments,), __doc__), words)
     check(args)
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a Q-Former captioner.
+r"""Train a Q-Former captioner.
 
     python train_hf.py                                    # recipes/scenes.yaml: needs no data and no network
     python train_hf.py --recipe flickr8k --dataset_name photographs
@@ -120,7 +120,7 @@ class RunArguments:
 def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
     """The recipes' options, overridden by the command line's. With neither, the recipe is `scenes`."""
     classes = (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments)
-    parser = make_parser(classes, __doc__.split("\n\n")[0])
+    parser = make_parser(classes, __doc__)
     if not words or not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
         words = ["--recipe", *(words or ["scenes"])]
     return parse(parser, [*read_recipes(recipes_of(words), parser), *words])

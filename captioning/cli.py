@@ -1,32 +1,30 @@
-"""The command `qformer-captioner`: the scripts of this package under one name.
-
-qformer-captioner train --recipe scenes
-qformer-captioner features --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder
-qformer-captioner eval --predictions results.json --references annotations.json
-qformer-captioner convert Salesforce/blip2-opt-2.7b outputs/blip2
-"""
+"""The command `qformer-captioner`: the scripts of this package under one name."""
 
 import importlib
 import sys
 
-COMMANDS = {
-    "train": "qformer_captioner.train_hf",
-    "features": "qformer_captioner.precompute_features",
-    "eval": "qformer_captioner.eval_captions",
-    "convert": "qformer_captioner.captioning.convert",
-    "export": "qformer_captioner.captioning.export",
+COMMANDS = {  # its module, and what it does
+    "train": ("qformer_captioner.train_hf", "train a captioner on your images"),
+    "features": ("qformer_captioner.precompute_features", "run the vision encoder once over a data set"),
+    "eval": ("qformer_captioner.eval_captions", "score captions, or caption a benchmark and score that"),
+    "caption": ("qformer_captioner.captioning.caption", "caption images"),
+    "convert": ("qformer_captioner.captioning.convert", "make a captioner of a BLIP-2 or InstructBLIP"),
+    "export": ("qformer_captioner.captioning.export", "make a captioner that needs no other folder, or an ONNX file"),
 }
 
 
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
-        print(__doc__)
+        print("usage: qformer-captioner COMMAND ...\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:<10} {what}")
+        print("\nqformer-captioner COMMAND --help shows its options and an example.")
         return
     if command not in COMMANDS:
         raise SystemExit(f"error: There is no command {command!r}; there are {', '.join(COMMANDS)}.")
     sys.argv = [f"qformer-captioner {command}", *sys.argv[2:]]
-    importlib.import_module(COMMANDS[command]).main()
+    importlib.import_module(COMMANDS[command][0]).main()
 
 
 if __name__ == "__main__":

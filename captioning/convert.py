@@ -1,6 +1,7 @@
 """Captioners out of BLIP-2 and InstructBLIP checkpoints, tensor by tensor.
 
-python -m qformer_captioner.captioning.convert SOURCE OUT [--include_backbones] [--revision REVISION]
+    qformer-captioner convert Salesforce/blip2-opt-2.7b outputs/blip2
+    qformer-captioner convert Salesforce/instructblip-flan-t5-xl outputs/instructblip --include_backbones
 
 SOURCE is a folder or Hub id of transformers' `Blip2ForConditionalGeneration`, `InstructBlipForConditionalGeneration` or
 `Blip2ForImageTextRetrieval`. Of the last, which writes no captions, the Q-Former is kept, and beside it its stage-1

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,21 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the examples of a description in their lines."""
+
+
 def make_parser(classes: tuple[type, ...], description: str) -> HfArgumentParser:
-    """A parser that wants every option written out in full, as recipes do."""
-    return HfArgumentParser(classes, description=description, allow_abbrev=False)
+    """A parser that wants every option written out in full, as recipes do.
+
+    Args:
+        classes: dataclasses of options.
+        description: the docstring of the script, whose examples `python script.py ...` are shown as they are or, to
+            somebody who runs `qformer-captioner command`, as that.
+    """
+    if sys.argv[0].startswith("qformer-captioner "):
+        description = re.sub(r"python \w+\.py", sys.argv[0], description)
+    return HfArgumentParser(classes, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
 
 def parse(parser: HfArgumentParser, words: list[str]) -> tuple:

@@ -170,3 +170,18 @@ def test_the_adapter_opens_from_any_folder(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert isinstance(AutoModel.from_pretrained(run, trust_remote_code=True).caption(tiny.picture()), str)
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "base")
+
+
+def test_an_adapter_is_captioned_with_as_any_captioner(run, tmp_path):
+    from qformer_captioner import eval_captions
+
+    rows = [{"file_name": f"{number}.png", "caption": "a star"} for number in range(2)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(2):
+        tiny.picture(number).save(tmp_path / "data" / f"{number}.png")
+    options = dict(model=run, dataset_name=tmp_path / "data", split="train", output_dir=tmp_path / "out")
+    eval_captions.evaluate([*command_line(**options, num_beams=1, max_new_tokens=6, use_cpu="true"), "--allow_empty"])
+    written = [row["caption"] for row in json.loads((tmp_path / "out" / "captions.json").read_text())]
+    pictures = [tiny.picture(number) for number in range(2)]
+    assert written == AutoModel.from_pretrained(run).caption(pictures, num_beams=1, max_new_tokens=6)
