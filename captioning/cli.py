@@ -4,6 +4,7 @@ qformer-captioner train --recipe scenes
 qformer-captioner features --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder
 qformer-captioner eval --predictions results.json --references annotations.json
 qformer-captioner convert Salesforce/blip2-opt-2.7b outputs/blip2
+qformer-captioner push outputs/own_images somebody/my-captioner
 """
 
 import importlib
@@ -15,6 +16,7 @@ COMMANDS = {
     "eval": "qformer_captioner.eval_captions",
     "convert": "qformer_captioner.captioning.convert",
     "export": "qformer_captioner.captioning.export",
+    "push": "qformer_captioner.captioning.push",
 }
 
 
