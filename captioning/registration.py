@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know ours: with this package imported, a captioner opens without remote code."""
+"""Makes transformers' Auto classes know ours: a captioner then opens without remote code."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
