@@ -54,7 +54,7 @@ from .backbones_qformer import (
     vision_model_from_config,
 )
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
+from .processing_qformer import ImageInput, PushWithCard, QFormerCaptionerProcessor, load_qformer_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -478,7 +478,7 @@ class QFormerCaptionerOutput(ModelOutput):
     soft_prompt: torch.FloatTensor | None = None
 
 
-class QFormerCaptioner(PreTrainedModel, GenerationMixin):
+class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
     r"""A vision encoder, a Q-Former and a language model that captions what the encoder sees.
 
     Built from two pretrained models with [`~QFormerCaptioner.from_backbones`], from a folder or the Hub with
@@ -1232,6 +1232,12 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
         if self.processor is not None and kwargs.get("is_main_process", True):
             self.processor.save_pretrained(save_directory)
         super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As everywhere in transformers. Backbones that only this machine has go along, referred to or not."""
+        local = self.local_backbones()
+        self._reference([part for part in self.config.referenced_backbones or [] if part not in local])
+        return super().push_to_hub(repo_id, **kwargs)
 
     def _reference(self, parts: list[str]) -> None:
         """Let saved folders refer to these parts by name instead of holding their weights."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
@@ -18,6 +19,26 @@ from transformers.utils.hub import cached_file
 QFORMER_TOKENIZER = "qformer_tokenizer"
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 ImageInput = str | os.PathLike | Image.Image
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A captioner of images: a Q-Former reads what a vision encoder sees and hands a language model a short soft prompt.
+Made with the package qformer-captioner.
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+print(model.caption("image.png"))
+```
+
+`trust_remote_code=True` runs Python files of this repository: read them, and pin what you read with `revision="..."`.
+The code is under Apache-2.0; weights follow the terms of the models and data that they come from.
+"""
 
 
 def open_image(image: ImageInput) -> Image.Image:
@@ -68,7 +89,23 @@ def load_qformer_tokenizer(
         ) from error
 
 
-class QFormerCaptionerProcessor(ProcessorMixin):
+class PushWithCard:
+    """A repository that has no card yet gets one from `push_to_hub` that says how to use it, and no form to fill in."""
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        card = os.path.join(working_dir, "README.md")
+        if os.path.exists(card) and "[More Information Needed]" in ModelCard.load(card).text:
+            data = ModelCardData(
+                library_name="transformers",
+                pipeline_tag="image-text-to-text",
+                tags=["image-captioning", "q-former", "qformer-captioner"],
+            )
+            name = repo_id.split("/")[-1]
+            ModelCard.from_template(data, template_str=CARD, repo_id=repo_id, name=name).save(card)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     r"""Prepares what a [`QFormerCaptioner`] reads and reads what it writes.
 
     Args:

@@ -40,16 +40,26 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import BitsAndBytesConfig, IntervalStrategy, set_seed
-from transformers.trainer_utils import SaveStrategy
+from transformers import BitsAndBytesConfig, HfArgumentParser, IntervalStrategy, set_seed
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 
 from .backbones_qformer import dtype_of, is_frozen
 from .captioning import InputError
+from .captioning.card import (
+    describe_data,
+    describe_evaluation,
+    describe_machine,
+    describe_options,
+    describe_parts,
+    is_hub_id,
+    shown_name,
+)
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
-from .captioning.options import make_parser, option, parse, read_recipes, recipes_of
+from .captioning.options import changed_options, make_parser, option, parse, read_recipes, recipes_of
+from .captioning.push import publish
 from .captioning.runs import RunFolder
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
@@ -119,11 +129,16 @@ class RunArguments:
 
 def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
     """The recipes' options, overridden by the command line's. With neither, the recipe is `scenes`."""
+    return parse(*parser_and_words(words))
+
+
+def parser_and_words(words: list[str]) -> tuple[HfArgumentParser, list[str]]:
+    """The parser of all options, and a command line with its recipes written out."""
     classes = (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments)
     parser = make_parser(classes, __doc__)
     if not words or not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
         words = ["--recipe", *(words or ["scenes"])]
-    return parse(parser, [*read_recipes(recipes_of(words), parser), *words])
+    return parser, [*read_recipes(recipes_of(words), parser), *words]
 
 
 def as_config(text: str | None, name: str) -> dict:
@@ -309,6 +324,14 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
     score = training_args.metric_for_best_model.removeprefix("eval_")
     if score not in (known := ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))):
         raise InputError(f"--metric_for_best_model is one of {', '.join(known)}, not {score!r}.")
+    if training_args.push_to_hub and training_args.hub_strategy in (
+        HubStrategy.CHECKPOINT,
+        HubStrategy.ALL_CHECKPOINTS,
+    ):
+        raise InputError(
+            f"--hub_strategy {training_args.hub_strategy.value} would publish what a run goes on from, pickles: it is "
+            "every_save or end."
+        )
 
 
 def read_features(store: FeatureStore, model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -374,6 +397,16 @@ def train(words: list[str]) -> None:
             f"Look at {folder / 'captions.png'} and {folder / 'loss_curve.png'}. To train it longer, ask for more than "
             f"--num_train_epochs {training_args.num_train_epochs:g}; to start afresh, add --overwrite_output_dir."
         )
+        if training_args.push_to_hub and training_args.process_index == 0:  # the Hub may have failed at the end
+            repo_id = publish(
+                folder,
+                training_args.hub_model_id or folder.absolute().name,
+                private=training_args.hub_private_repo,
+                revision=training_args.hub_revision,
+                token=training_args.hub_token,
+                commit_message="End of training",
+            )
+            print(f"It is on the Hub as {repo_id}.")
         return
     set_seed(training_args.seed)
 
@@ -420,6 +453,11 @@ def train(words: list[str]) -> None:
         model.to(training_args.device)
         standardize(model, train_data, collate, model_args.standardize_features)
     included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
+    if training_args.push_to_hub and run_args.include_backbones == "false" and model.local_backbones():
+        raise InputError(
+            "--include_backbones false leaves out backbones that only this machine has, so nobody could open what "
+            "--push_to_hub publishes: leave one of them out."
+        )
     wait_for_everyone = training_args.distributed_state.wait_for_everyone
     wait_for_everyone()  # nobody looks into the folder any more
     if first:
@@ -446,6 +484,21 @@ def train(words: list[str]) -> None:
         scores = metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
         return {name: scores[name] for name in CAPTION_SCORES}
 
+    facts = {
+        "model": training_args.hub_model_id or shown_name(folder.absolute()),
+        "starts_from": model_args.model_name_or_path if is_hub_id(model_args.model_name_or_path) else None,
+        "parts": describe_parts(model),
+        "data": describe_data(data_args, train_data),
+        "options": describe_options(changed_options(*parser_and_words(words))),
+        **describe_machine(training_args.world_size),
+    }
+    if eval_data is not None:
+        decoding = (training_args.generation_num_beams, training_args.generation_max_length)
+        facts["evaluation"] = describe_evaluation(data_args, eval_data, processor.prompt, *decoding)
+    if isinstance(model, PeftModel):
+        base = facts["starts_from"] or "the captioner in base/"
+        facts["adapter"] = {"base": base, "base_is_on_hub": is_hub_id(facts["starts_from"])}
+
     try:
         trainer = CaptionTrainer(
             model=model,
@@ -454,7 +507,11 @@ def train(words: list[str]) -> None:
             eval_dataset=eval_data,
             data_collator=collate,
             score=score,
+            include_backbones=included,
+            facts=facts,
         )
+    except InputError:
+        raise
     except (ImportError, RuntimeError, ValueError) as error:  # such as a service to report to that is not installed
         raise InputError(" ".join(str(error).split())) from error
     if checkpoint is not None:
@@ -470,11 +527,8 @@ def train(words: list[str]) -> None:
     trainer.accelerator.wait_for_everyone()
     if not first:
         return
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder, state_dict=weights)
-        model.processor.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, include_backbones=included, state_dict=weights)
+    training = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": seconds}
+    trainer.save_for_others(folder, weights, training={**training, "resumed": checkpoint is not None})
     trainer.save_state()
     speed = result.metrics["train_samples_per_second"]
     best = trainer.state.best_metric
@@ -492,6 +546,9 @@ def train(words: list[str]) -> None:
     print("    from transformers import AutoModel")
     print(f"    model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
     print('    print(model.caption("image.png"))')
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+        print(f"\nIt is on the Hub as {trainer.hub_model_id}.")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ COMMANDS = {  # its module, and what it does
     "features": ("qformer_captioner.precompute_features", "run the vision encoder once over a data set"),
     "eval": ("qformer_captioner.eval_captions", "score captions, or caption a benchmark and score that"),
     "caption": ("qformer_captioner.captioning.caption", "caption images"),
+    "push": ("qformer_captioner.captioning.push", "publish what a run has made, with a model card"),
     "convert": ("qformer_captioner.captioning.convert", "make a captioner of a BLIP-2 or InstructBLIP"),
     "export": ("qformer_captioner.captioning.export", "make a captioner that needs no other folder, or an ONNX file"),
 }

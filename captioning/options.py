@@ -57,6 +57,12 @@ def parse(parser: HfArgumentParser, words: list[str]) -> tuple:
     return tuple(options)
 
 
+def changed_options(parser: HfArgumentParser, words: list[str]) -> dict[str, Any]:
+    """The options of a command line that are not the default ones."""
+    values, defaults = (vars(parser.parse_known_args(each)[0]) for each in (words, []))
+    return {name: value for name, value in sorted(values.items()) if value != defaults[name]}
+
+
 def nearest_option(parser: HfArgumentParser, name: str, dashes: str = "") -> str:
     """A sentence that helps whoever misspelt an option."""
     nearest = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)

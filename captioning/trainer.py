@@ -13,16 +13,21 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.data_loader import DataLoaderShard
+from huggingface_hub import HfApi
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.utils import PushInProgress
 
+from . import InputError
 from .averaging import AveragedWeights
+from .card import PICTURES, describe_results, write_card
 from .data import CaptionDataset, ShuffledImages
 from .pictures import draw_caption_sheet, draw_loss_curve
+from .push import open_repository, publish
 from .streams import CaptionStream
 from .words import WordLoss
 
@@ -96,14 +101,29 @@ class CaptionTrainer(Seq2SeqTrainer):
     which helps queries to look. What is logged as training loss is the sum. Beside it stand the images per second since
     the last line, and memory in GB: the most that the GPU needed, else what the process has.
 
+    With `args.push_to_hub` each save publishes the captioner as it is then, in the background and in one commit
+    (`captioning/push.py`), and [`~CaptionTrainer.push_to_hub`] the finished output folder.
+
     Args:
         score: from captions and the data set that they describe to named scores; higher is better.
+        include_backbones: which backbones are in the folders for others (`QFormerCaptioner.save_pretrained`).
+        facts: of the run, for the model card (`captioning/card.py`); without them there is none in the output folder.
         args, kwargs: as for the Trainer.
     """
 
-    def __init__(self, *args, score: ScoreFunction, **kwargs):
+    def __init__(
+        self,
+        *args,
+        score: ScoreFunction,
+        include_backbones: bool | list[str] | None = None,
+        facts: dict | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.hub_token, self.args.hub_token = self.args.hub_token, None  # else it would be in training_args.bin
         self.score = score
+        self.include_backbones = include_backbones
+        self.facts = facts
         self.last_logged = (time.time(), self.state.global_step)
         self.add_callback(EpochTeller(self.train_dataset))
         self.average = None
@@ -270,6 +290,96 @@ class CaptionTrainer(Seq2SeqTrainer):
             f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}",
             folder / "loss_curve.png",
         )
+
+    # --- Folders and the Hub ------------------------------------------------------------------------------------------
+
+    def save_for_others(
+        self,
+        folder: str | os.PathLike,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        training: dict | None = None,
+    ) -> None:
+        """Write the folder that anybody opens: captioner or adapter, processor, pictures, card.
+
+        Args:
+            folder: where to.
+            state_dict: the weights, where processes share them.
+            training: how it went, once it has come to its end: steps, epochs, seconds, whether it was resumed.
+        """
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            self.model.processor.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, include_backbones=self.include_backbones, state_dict=state_dict)
+        for picture in map(Path(self.args.output_dir).joinpath, PICTURES):
+            if picture.exists() and picture.parent != Path(folder):
+                shutil.copy(picture, folder)
+        if self.facts is not None:
+            score_name = self.args.metric_for_best_model.removeprefix("eval_")
+            write_card(folder, {**self.facts, **describe_results(self.state, score_name), "training": training})
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As the Trainer does, before anything is trained; what is wrong is one sentence."""
+        if self.is_world_process_zero():
+            self.hub_model_id = open_repository(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                self.args.hub_private_repo if private is None else private,
+                self.args.hub_revision,
+                token or self.args.hub_token,
+            )
+            self.push_in_progress = None
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> None:
+        """Publish the output folder, once [`~CaptionTrainer.save_for_others`] has written it.
+
+        Raises:
+            InputError: if the Hub does not take it.
+        """
+        if self.is_world_process_zero():
+            self._finish_current_push()
+            self._publish(self.args.output_dir, commit_message)
+
+    def _publish(self, folder: str | os.PathLike, commit_message: str) -> None:
+        publish(
+            folder,
+            self.hub_model_id,
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            token=self.hub_token,
+            commit_message=commit_message,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Publish the captioner as it is now. The Trainer would push the files that a run goes on from, pickles too.
+
+        Where processes share the weights (FSDP, DeepSpeed) only the end is published.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(self.args.output_dir) / "push"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it pushed
+        referenced = self.model.config.referenced_backbones
+        with nullcontext() if self.average is None else self.average.in_place():
+            self.save_for_others(folder)
+        if not isinstance(self.model, PeftModel):
+            self.model._reference(referenced)  # as checkpoints leave them out: the Trainer reads it when it loads one
+        job = HfApi().run_as_future(self._publish_copy, folder, self.state.global_step)
+        self.push_in_progress = PushInProgress([job])
+
+    def _publish_copy(self, folder: Path, step: int) -> None:
+        try:
+            self._publish(folder, f"Training in progress, step {step}")
+        except InputError as error:
+            print(f"Step {step} is not on the Hub: {error} Training goes on.")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Checkpoints hold only what trains, under the names that the weights have in memory.

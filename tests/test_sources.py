@@ -248,6 +248,7 @@ def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(folder, tmp_pa
     with Hub() as hub:
         metadata = b'{"file_name": "red.png", "caption": "a dog"}\n'
         hub.files["dataset", "org/pictures"] = {"train/red.png": png(folder, "red"), "train/metadata.jsonl": metadata}
+        hub.branches["dataset", "org/pictures", "v1"] = hub.files["dataset", "org/pictures"]
         program = (
             f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
             "from qformer_captioner.captioning.data import SkippedRows\n"
