@@ -148,7 +148,7 @@ def table(model: PreTrainedModel, seen: attention.Seen, found: list[list[int]]) 
     for ids in found:
         scores = attention.score(model, seen, ids)
         text = model.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        rows.append([text, f"{scores.mean():.3f}", f"{scores.sum().exp():.1%}", len(ids)])
+        rows.append([text, f"{scores.mean():.3f}", f"{scores.sum().exp():.2g}", len(ids)])
     return rows
 
 
@@ -192,19 +192,21 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
     """The page of a captioner."""
 
     def caption(path: str | None, prompt: str, search: str, beams: int, length: int, number: int):
-        blank = {said: "", status: "", candidates: gr.update(value=[]), words: "", queries: "", kept: []}
+        blank = {said: "", status: "", candidates: gr.update(value=[]), words: "", queries: "", kept: {}}
         if path is None:
             yield blank
             return
         try:
             yield blank | {status: told("Looking ...")}
             seen = attention.see(model, open_image(path), prompt)
-            for text, found in write(model, seen, search, int(beams), int(length), int(number)):
-                yield {said: text, kept: found, status: told("Writing ...")}
+            for text, found in write(model, seen, search, int(beams), int(length), int(number)):  # noqa: B007
+                yield {said: text, status: told("Writing ...")}
         except ValueError as error:  # the image, or more tokens than the language model reads
             yield blank | {status: told(f"⚠ {error}")}
             return
-        yield {candidates: table(model, seen, found), status: told("Drawing where it looks ...")}
+        rows = table(model, seen, found)
+        by_text = {row[0]: ids for row, ids in zip(rows, found, strict=True)}  # visitors may sort the rows
+        yield {candidates: rows, kept: by_text, status: told("Drawing where it looks ...")}
         yield maps_of(seen, found[0])
 
     def maps_of(seen: attention.Seen, ids: list[int]) -> dict:
@@ -213,10 +215,11 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
         drawn_words, drawn_queries = draw(model, seen, ids)
         return {words: drawn_words, queries: drawn_queries, status: ""}
 
-    def another(path: str | None, prompt: str, found: list[list[int]], picked: gr.SelectData):
-        if path is None or not found:
+    def another(path: str | None, prompt: str, by_text: dict[str, list[int]], picked: gr.SelectData):
+        ids = by_text.get(picked.row_value[0])
+        if path is None or ids is None:
             return {status: ""}
-        return maps_of(attention.see(model, open_image(path), prompt), found[picked.index[0]])
+        return maps_of(attention.see(model, open_image(path), prompt), ids)
 
     limit = model.generation_config.max_new_tokens
     with gr.Blocks(title=f"Captions by {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -242,6 +245,7 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
                     interactive=False,
                     label="Captions compared",
                     wrap=True,
+                    max_height=700,
                     elem_id="candidates",
                 )
                 words = gr.HTML(elem_id="words")
@@ -249,7 +253,7 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
         gr.Markdown(HOW_TO_READ)
         if examples:
             gr.Examples(examples, inputs=[image], label="Examples", cache_examples=False, examples_per_page=12)
-        kept = gr.State([])
+        kept = gr.State({})
         # One at a time: all share the model.
         shared = {"concurrency_id": "captioner", "concurrency_limit": 1, "show_progress": "hidden"}
         gr.on(

@@ -56,11 +56,16 @@ def _answers(address: str) -> bool:
         return False
 
 
+def find_browser() -> str | None:
+    """The Chromium or Chrome of this machine."""
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
 @contextmanager
 def open_browser(address: str, width: int = 1280, height: int = 1200) -> Iterator[WebDriver]:
     """A headless Chromium that shows an address, once the page has been built."""
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = find_browser()
     for flag in (
         "--headless=new",
         "--no-sandbox",

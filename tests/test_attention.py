@@ -4,6 +4,7 @@ import attention
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
@@ -166,3 +167,23 @@ def test_looking_leaves_the_captioner_as_it_was():
     assert model.caption(tiny.picture()) == before
     assert not any(module._forward_hooks for module in model.qformer.modules() if "MultiHead" in type(module).__name__)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_of_an_adapter_the_q_former_that_was_trained_looks(tmp_path):
+    tiny.captioner().save_pretrained(tmp_path / "base")
+    eager = {"trust_remote_code": True, "attn_implementation": {"qformer_config": "eager"}}
+    base = AutoModel.from_pretrained(tmp_path / "base", **eager)
+    config = LoraConfig(
+        target_modules=r"language_model\..*\.q_proj", modules_to_save=["qformer", "language_projection"]
+    )
+    adapter = get_peft_model(base, config)
+    torch.nn.init.normal_(base.qformer.modules_to_save["default"].query_tokens)
+    adapter.save_pretrained(tmp_path / "adapter")
+
+    maps = [look(AutoModel.from_pretrained(tmp_path / name, **eager))[2] for name in ("base", "adapter")]
+    assert not np.allclose(maps[0].queries, maps[1].queries, atol=1e-2)
+    features = attention.see(base, tiny.picture()).inputs["image_embeds"]
+    with torch.no_grad():
+        trained = base.qformer.modules_to_save["default"](features, output_attentions=True)
+    weights = trained.cross_attentions[0].mean(dim=(0, 1))
+    np.testing.assert_allclose(maps[1].queries.reshape(-1, 4), weights[:, 1:], rtol=1e-4)
