@@ -29,6 +29,7 @@ from transformers import AutoModel, PreTrainedModel, StoppingCriteriaList, TextI
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
+MAX_PROMPT = 300  # characters
 MAX_RATIO = 50  # of the sides: image processors that fit the shorter one make the longer one enormous
 GREEDY, SAMPLING, BEAMS = "greedy (streams)", "sampling (streams)", "beam search (comes at once)"
 COLUMNS = {"caption": "58%", "score": "12%", "probability": "18%", "tokens": "12%"}
@@ -96,9 +97,9 @@ def write(
 
     Beams cannot stream: which of them wins is not known before the end.
     """
-    options = {**seen.inputs, "max_new_tokens": length, "num_beams": 1, "do_sample": search == SAMPLING}
+    options = {**seen.inputs, "max_new_tokens": length, "num_beams": 1, "num_return_sequences": 1, "do_sample": False}
     if search == SAMPLING:
-        options |= {"top_p": 0.9}
+        options |= {"do_sample": True, "top_p": 0.9}
     tokenizer = model.processor.tokenizer
     if search == BEAMS:
         number = min(number, beams)
@@ -108,7 +109,7 @@ def write(
         for text in _stream(model, options, found):
             yield text, []
         if search == SAMPLING and number > 1:
-            found += model.generate(**options, num_return_sequences=number - 1).tolist()
+            found += model.generate(**options | {"num_return_sequences": number - 1}).tolist()
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     found = [ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))] for ids in found]
@@ -198,7 +199,7 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
             return
         try:
             yield blank | {status: told("Looking ...")}
-            seen = attention.see(model, open_image(path), prompt)
+            seen = attention.see(model, open_image(path), prompt[:MAX_PROMPT])
             for text, found in write(model, seen, search, int(beams), int(length), int(number)):  # noqa: B007
                 yield {said: text, status: told("Writing ...")}
         except ValueError as error:  # the image, or more tokens than the language model reads
@@ -206,8 +207,9 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
             return
         rows = table(model, seen, found)
         by_text = {row[0]: ids for row, ids in zip(rows, found, strict=True)}  # visitors may sort the rows
-        yield {candidates: rows, kept: by_text, status: told("Drawing where it looks ...")}
-        yield maps_of(seen, found[0])
+        result = {said: text, candidates: rows, kept: by_text}
+        yield result | {status: told("Drawing where it looks ...")}
+        yield result | maps_of(seen, found[0])  # all of it: callers of the API get the last of what is yielded
 
     def maps_of(seen: attention.Seen, ids: list[int]) -> dict:
         if seen.grid is None:
@@ -219,7 +221,7 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
         ids = by_text.get(picked.row_value[0])
         if path is None or ids is None:
             return {status: ""}
-        return maps_of(attention.see(model, open_image(path), prompt), ids)
+        return maps_of(attention.see(model, open_image(path), prompt[:MAX_PROMPT]), ids)
 
     limit = model.generation_config.max_new_tokens
     with gr.Blocks(title=f"Captions by {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -228,12 +230,15 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
             with gr.Column(scale=2):
                 image = ImageFile(label="Image", height=320, sources=["upload", "clipboard"], elem_id="image")
                 prompt = gr.Textbox(
-                    label="Prompt", placeholder=model.processor.prompt or "(none)", max_length=300, elem_id="prompt"
+                    label="Prompt",
+                    placeholder=model.processor.prompt or "(none)",
+                    max_length=MAX_PROMPT,
+                    elem_id="prompt",
                 )
                 search = gr.Radio([GREEDY, SAMPLING, BEAMS], value=GREEDY, label="Search", elem_id="search")
                 beams = gr.Slider(2, 10, value=5, step=1, label="Beams")
                 number = gr.Slider(1, 10, value=5, step=1, label="Captions to compare (sampling, beam search)")
-                length = gr.Slider(5, max(limit, 50), value=limit, step=1, label="Tokens at most")
+                length = gr.Slider(1, max(limit, 50), value=limit, step=1, label="Tokens at most")
                 button = gr.Button("Caption", variant="primary", elem_id="go")
             with gr.Column(scale=3):
                 said = gr.Textbox(label="Caption", lines=2, interactive=False, elem_id="caption")

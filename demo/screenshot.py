@@ -1,6 +1,7 @@
 """A picture of the demo, made in a headless Chromium (`apt install chromium chromium-driver`, `pip install selenium`).
 
-python demo/screenshot.py --model outputs/scenes --image picture.png --output demo/screenshot.png
+python train_hf.py && python demo/screenshot.py --model outputs/scenes    # in a checkout with qformer-captioner
+python demo/screenshot.py --model ID --image picture.jpg --examples FOLDER
 """
 
 import argparse
@@ -103,24 +104,38 @@ def upload(browser: WebDriver, path: str | os.PathLike) -> None:
     browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(os.path.abspath(path))
 
 
+def draw_held_out(folder: Path, number: int = 12) -> list[Path]:
+    """Drawings such as the captioner of `make demo` has never seen."""
+    from qformer_captioner.captioning.scenes import load_scenes
+
+    paths = [folder / f"{i:02}.png" for i in range(number)]
+    for path, row in zip(paths, load_scenes(0, number, image_size=384)["validation"], strict=True):
+        row["image"].save(path)
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a picture of the demo.")
     parser.add_argument("--model", required=True, help="Hub id or folder")
-    parser.add_argument("--image", required=True, help="the image to caption")
-    parser.add_argument("--examples", help="folder of images to try")
+    parser.add_argument("--image", help="the image to caption; by default a drawing for the captioner of make demo")
+    parser.add_argument("--examples", help="folder of images to try; by default more of these drawings")
     parser.add_argument("--output", default=str(Path(__file__).with_name("screenshot.png")))
     arguments = parser.parse_args()
-    options = ["--examples", arguments.examples] if arguments.examples else []
-    with serve(arguments.model, *options) as address, open_browser(address) as browser:
-        # Beams, to have captions to compare.
-        browser.find_elements(By.CSS_SELECTOR, "#search input")[-1].click()
-        upload(browser, arguments.image)
-        wait_for(browser, DRAWN.format("queries"))
-        time.sleep(1)  # pictures fade in
-        height = browser.execute_script("return document.documentElement.scrollHeight")
-        browser.set_window_size(1280, height + 150)  # the window's frame counts, too
-        time.sleep(1)
-        browser.save_screenshot(arguments.output)
+    with tempfile.TemporaryDirectory() as folder:
+        image, examples = arguments.image, arguments.examples
+        if image is None:
+            image, examples = draw_held_out(Path(folder))[9], examples or folder
+        options = ["--examples", examples] if examples else []
+        with serve(arguments.model, *options) as address, open_browser(address) as browser:
+            # Beams, to have captions to compare.
+            browser.find_elements(By.CSS_SELECTOR, "#search input")[-1].click()
+            upload(browser, image)
+            wait_for(browser, DRAWN.format("queries"))
+            time.sleep(1)  # pictures fade in
+            height = browser.execute_script("return document.documentElement.scrollHeight")
+            browser.set_window_size(1280, height + 150)  # the window's frame counts, too
+            time.sleep(1)
+            browser.save_screenshot(arguments.output)
     Image.open(arguments.output).convert("RGB").save(arguments.output, optimize=True)
 
 

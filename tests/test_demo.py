@@ -20,6 +20,7 @@ pytest.importorskip("selenium", reason=needs_browser)
 
 import app
 import attention
+import httpx
 import screenshot
 import torch
 from selenium.webdriver.common.by import By
@@ -203,6 +204,23 @@ def test_markup_in_a_caption_is_text(environment, tmp_path):
         time.sleep(0.5)  # for a picture that is not there to fail
         assert browser.execute_script("return window.ran") is None
         assert not browser.find_elements(By.CSS_SELECTOR, "img[src='x'], img[src='x/onerror=window.ran=1']")
+
+
+def test_a_file_of_the_server_is_not_captioned(address, folder, tmp_path):
+    """Whoever calls the page's function by hand may name files that were uploaded, and no others and no address."""
+
+    def call(path: str, **more) -> str:
+        words = [{"path": path, "meta": {"_type": "gradio.FileData"}, **more}, "", app.GREEDY, 5, 8, 1]
+        event = httpx.post(f"{address}/gradio_api/call/caption", json={"data": words}).json()["event_id"]
+        return httpx.get(f"{address}/gradio_api/call/caption/{event}", timeout=60).text
+
+    tiny.picture(3).save(tmp_path / "picture.png")
+    with (tmp_path / "picture.png").open("rb") as file:
+        uploaded = httpx.post(f"{address}/gradio_api/upload", files={"files": file}).json()[0]
+    assert "event: complete" in call(uploaded)
+    for path in (tmp_path / "picture.png", folder / "config.json"):
+        assert "event: complete" not in call(str(path))
+    assert "event: complete" not in call(address, url=address)
 
 
 def test_the_page_asks_nobody_else_for_anything(browser, address, tmp_path):
