@@ -1,0 +1,143 @@
+"""A picture of the demo, made in a headless Chromium (`apt install chromium chromium-driver`, `pip install selenium`).
+
+python train_hf.py && python demo/screenshot.py --model outputs/scenes    # in a checkout with qformer-captioner
+python demo/screenshot.py --model ID --image picture.jpg --examples FOLDER
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+PATIENCE = 120  # seconds for a captioner to load, or to caption
+DRAWN = "#{} figure img"  # of a sheet of maps
+
+
+@contextmanager
+def serve(model: str, *options: str) -> Iterator[str]:
+    """Runs the demo on a free port; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = [sys.executable, str(Path(__file__).with_name("app.py")), "--model", model, "--port", str(port), *options]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(app, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + PATIENCE
+            while not _answers(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"The demo did not start:\n{log.read()[-3000:]}")
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return urllib.request.urlopen(address, timeout=10).status == 200
+    except OSError:
+        return False
+
+
+def find_browser() -> str | None:
+    """The Chromium or Chrome of this machine."""
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@contextmanager
+def open_browser(address: str, width: int = 1280, height: int = 1200) -> Iterator[WebDriver]:
+    """A headless Chromium that shows an address, once the page has been built."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = find_browser()
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        f"--window-size={width},{height}",
+    ):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        browser.get(address)
+        wait_for(browser, "#image input[type=file]")
+        yield browser
+    finally:
+        browser.quit()
+
+
+def wait_for(browser: WebDriver, selector: str, number: int = 1) -> list:
+    """The elements that a selector finds, as soon as there are so many of them.
+
+    Raises:
+        TimeoutException: if they do not come.
+    """
+    WebDriverWait(browser, PATIENCE).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, selector)) >= number)
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def text_of(browser: WebDriver, part: str) -> str:
+    """What stands in a text box of the page."""
+    return browser.find_element(By.CSS_SELECTOR, f"#{part} textarea, #{part} input").get_property("value")
+
+
+def upload(browser: WebDriver, path: str | os.PathLike) -> None:
+    """Drops a file on the page."""
+    browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(os.path.abspath(path))
+
+
+def draw_held_out(folder: Path, number: int = 12) -> list[Path]:
+    """Drawings such as the captioner of `make demo` has never seen."""
+    from qformer_captioner.captioning.scenes import load_scenes
+
+    paths = [folder / f"{i:02}.png" for i in range(number)]
+    for path, row in zip(paths, load_scenes(0, number, image_size=384)["validation"], strict=True):
+        row["image"].save(path)
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a picture of the demo.")
+    parser.add_argument("--model", required=True, help="Hub id or folder")
+    parser.add_argument("--image", help="the image to caption; by default a drawing for the captioner of make demo")
+    parser.add_argument("--examples", help="folder of images to try; by default more of these drawings")
+    parser.add_argument("--output", default=str(Path(__file__).with_name("screenshot.png")))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        image, examples = arguments.image, arguments.examples
+        if image is None:
+            image, examples = draw_held_out(Path(folder))[9], examples or folder
+        options = ["--examples", examples] if examples else []
+        with serve(arguments.model, *options) as address, open_browser(address) as browser:
+            # Beams, to have captions to compare.
+            browser.find_elements(By.CSS_SELECTOR, "#search input")[-1].click()
+            upload(browser, image)
+            wait_for(browser, DRAWN.format("queries"))
+            time.sleep(1)  # pictures fade in
+            height = browser.execute_script("return document.documentElement.scrollHeight")
+            browser.set_window_size(1280, height + 150)  # the window's frame counts, too
+            time.sleep(1)
+            browser.save_screenshot(arguments.output)
+    Image.open(arguments.output).convert("RGB").save(arguments.output, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
