@@ -460,6 +460,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return None, None, of_hidden_states, None, *of_weights
 
 
+def still_to_come(labels: torch.Tensor) -> torch.Tensor:
+    """Whether there is a label here or behind: `[..., T]` -> `[..., T]`, bool."""
+    return (labels != -100).flip(-1).cumsum(dim=-1).flip(-1) > 0
+
+
+def pack(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Close the gaps in rows `[B, L]`, bool: which places to keep `[B, W]`, W of the fullest row, and where each went.
+
+    The second, `[B, L]`, says something of the needed places alone.
+    """
+    order = needed.int().argsort(dim=1, descending=True, stable=True)
+    width = min(needed.shape[1], max(1, int(needed.sum(dim=1).max())))
+    return order[:, :width], order.argsort(dim=1).clamp(max=max(0, width - 1))
+
+
+def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Some places of every row: `[B, L, D]`, `[B, M]` -> `[B, M, D]`."""
+    return hidden_states.gather(1, places[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
 @dataclass
 class QFormerCaptionerOutput(ModelOutput):
     """What a captioner returns.
@@ -729,27 +749,32 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes.
         """
         number, length = captions.shape[1:]
-        inputs = captions[:, :, :-1].flatten(1)  # [B, K*(T-1)]
         start, device = prefix.shape[1], prefix.device
+        inputs = captions[:, :, :-1].flatten(1)  # [B, K*(T-1)], of which we keep only
+        order, place = pack(
+            still_to_come(captions)[:, :, 1:].flatten(1)
+        )  # what a label depends on: [B, W], [B, K*(T-1)]
+        inputs = inputs.gather(1, order)
         words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
-        real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1)  # [B, L]
-        owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)
-        owner = torch.cat([owner.new_zeros(start), owner])  # [L]: 0 is the prefix, k the k-th caption
-        place = torch.arange(len(owner), device=device)
-        sees = (place[:, None] >= place) & ((owner == 0) | (owner[:, None] == owner))  # [L, L]
+        real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1).bool()  # [B, S+W]
+        owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
+        owner = torch.cat([torch.zeros_like(prefix_mask), owner], dim=1)  # 0 is the prefix, k the k-th caption
+        sees = ((owner[:, None, :] == 0) | (owner[:, :, None] == owner[:, None, :])).tril() & real[:, None, :]
         # Padding sees itself: a softmax over nothing is no number.
-        mask = (sees & real[:, None, None, :].bool()) | (place[:, None] == place)  # [B, 1, L, L]
-        mask = self._as_mask(mask, prefix.dtype)
+        sees |= torch.eye(sees.shape[-1], dtype=torch.bool, device=device)  # [B, S+W, S+W]
         positions = self._positions(prefix_mask)  # [B, S]
-        behind = torch.arange(length - 1, device=device).repeat(number)  # [K*(T-1)]
+        behind = torch.arange(length - 1, device=device).repeat(number)[order]
         kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1 + behind], dim=1)
         output = self.language_model.get_decoder()(
-            inputs_embeds=torch.cat([prefix, words], dim=1), attention_mask=mask, use_cache=False, **kwargs
+            inputs_embeds=torch.cat([prefix, words], dim=1),
+            attention_mask=self._as_mask(sees[:, None], prefix.dtype),
+            use_cache=False,
+            **kwargs,
         )
         # The first word of every caption is predicted by the last position of the prefix.
-        before = place[start:].view(number, length - 1)
-        before = torch.cat([before.new_full((number, 1), start - 1), before], dim=1)  # [K, T]
-        return output.last_hidden_state[:, before.flatten()]  # [B, K*T, D]
+        before = start + place.unflatten(1, (number, length - 1))  # [B, K, T-1]
+        before = torch.cat([before.new_full((len(before), number, 1), start - 1), before], dim=2).flatten(1)
+        return take(output.last_hidden_state, before)  # [B, K*T, D]
 
     def _shares_prefix(self, length: int) -> bool:
         """Whether the language model reads captions of an image behind one prefix as it would read them one by one.
@@ -782,11 +807,13 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         encoded = self.language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
         inputs = self.language_model.prepare_decoder_input_ids_from_labels(captions.flatten(0, 1))  # [B*K, T]
         if number > 1 and self.config.text_config.model_type in ("t5", "mt5", "umt5"):
-            inputs = inputs.view(len(captions), -1)  # [B, K*T]
-            owner = torch.arange(number, device=inputs.device).repeat_interleave(length)
-            sees = (owner[:, None] == owner).tril()
-            kwargs["attention_mask"] = self._as_mask(sees.expand(len(captions), 1, -1, -1), prefix.dtype)
+            order, place = pack(still_to_come(captions).flatten(1))  # [B, W], [B, K*T]
+            inputs = inputs.view(len(captions), -1).gather(1, order)
+            owner = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
+            sees = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, W, W]
+            kwargs["attention_mask"] = self._as_mask(sees[:, None], prefix.dtype)
         else:
+            place = None
             encoded = encoded.repeat_interleave(number, dim=0)
             prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
         output = self.language_model.get_decoder()(
@@ -796,7 +823,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             use_cache=False,
             **kwargs,
         )
-        return output.last_hidden_state
+        return output.last_hidden_state if place is None else take(output.last_hidden_state, place)
 
     def _positions(self, mask: torch.Tensor) -> torch.Tensor:
         """Places in the sequence, counted from the first that is no padding."""
