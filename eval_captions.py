@@ -246,10 +246,11 @@ def score_files(args: ScoringArguments) -> None:
         folder = Path(args.image_folder)
         if not folder.is_dir():
             raise InputError(f"There is no folder {args.image_folder!r}: --image_folder says where the images are.")
+        from .captioning.sources import locate
         from .processing_qformer import open_image
 
         def open_picture(image: ImageId) -> Image.Image:
-            return open_image(folder / references.files.get(image, str(image)))
+            return open_image(locate(references.files.get(image, str(image)), folder))
 
     publish(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
 

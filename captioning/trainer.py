@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import speed_metrics
 
 from .averaging import AveragedWeights
@@ -72,6 +71,10 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
             self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+    def __getstate__(self) -> dict:
+        """What the Trainer writes into `training_args.bin` where it pushes: all but the token."""
+        return {**self.__dict__, "hub_token": None}
 
 
 class EpochTeller(TrainerCallback):
@@ -284,7 +287,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.average is not None:
             self.average.save(output_dir)
         if isinstance(self.model, PeftModel):  # which saves just that by itself
-            super()._save(output_dir, state_dict)
+            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
             return
         self.model.save_pretrained(
             output_dir,
@@ -293,7 +296,6 @@ class CaptionTrainer(Seq2SeqTrainer):
             is_main_process=self.args.should_save,
             save_original_format=False,
         )
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As the Trainer does; no process goes on before all have.
