@@ -31,7 +31,7 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
 from PIL import Image
 
 from . import __version__
-from .captioning import InputError
+from .captioning import UNUSABLE, InputError, cannot_use, printable
 from .captioning.caption_files import (
     ImageId,
     ReferenceSet,
@@ -141,7 +141,9 @@ class Scored:
         width = {name: len(NAMES[name]) + 3 for name in self.scores}
         lines = [f"{'':<12}{'images':>8}" + "".join(f"{NAMES[name]:>{width[name]}}" for name in self.scores)]
         for part, (count, scores) in self.parts.items():
-            lines.append(f"{part:<12}{count:>8}" + "".join(f"{100 * scores[n]:>{width[n]}.2f}" for n in scores))
+            lines.append(
+                f"{printable(part):<12}{count:>8}" + "".join(f"{100 * scores[n]:>{width[n]}.2f}" for n in scores)
+            )
         return "\n".join(lines)
 
 
@@ -328,7 +330,10 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     state.wait_for_everyone()
     disable_progress_bar()
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = QFormerCaptioner.from_pretrained(args.model, revision=args.revision, dtype=dtype).to(state.device)
+    try:
+        model = QFormerCaptioner.from_pretrained(args.model, revision=args.revision, dtype=dtype).to(state.device)
+    except UNUSABLE as error:
+        raise cannot_use(args.model, error) from error
     if model.processor is None:
         raise InputError(f"The captioner {args.model!r} has no processor beside it.")
     captions = caption_images(model, found, folder, prompt, args.batch_size, args.num_workers, **generation)
@@ -388,7 +393,7 @@ def main() -> None:
     try:
         evaluate(sys.argv[1:])
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     __package__ = "qformer_captioner"
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import BitsAndBytesConfig, IntervalStrategy, set_seed
@@ -45,7 +44,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 
 from .backbones_qformer import dtype_of, is_frozen
-from .captioning import InputError
+from .captioning import UNUSABLE, InputError, printable
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
@@ -405,7 +404,7 @@ def train(words: list[str]) -> None:
         collate = CaptionCollator(processor, data_args.max_caption_length)
         with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
             model(**collate([next(iter(train_data))]))
-    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+    except (*UNUSABLE, OSError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
@@ -501,7 +500,7 @@ def main() -> None:
         with silent:
             train(sys.argv[1:])
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None

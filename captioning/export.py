@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
 from ..modeling_qformer import QFormerCaptioner
-from . import InputError
+from . import UNUSABLE, InputError, cannot_use, printable
 
 
 def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -22,17 +22,20 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
         out: folder to write.
 
     Raises:
-        InputError: if `out` is not empty.
+        InputError: if `out` is not empty, or the captioner cannot be used.
         OSError: if the captioner, or one that an adapter is on, cannot be fetched; the message names it.
     """
     if Path(out).exists() and any(Path(out).iterdir()):
         raise InputError(f"{str(out)!r} is there already and not empty. Choose another folder.")
-    if (Path(source) / ADAPTER_CONFIG_NAME).is_file():
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-        model = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), source).merge_and_unload()
-        model.config.language_model_name_or_path = None  # it is no longer the one of that name
-    else:
-        model = QFormerCaptioner.from_pretrained(source)
+    try:
+        if (Path(source) / ADAPTER_CONFIG_NAME).is_file():
+            base = PeftConfig.from_pretrained(source).base_model_name_or_path
+            model = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), source).merge_and_unload()
+            model.config.language_model_name_or_path = None  # it is no longer the one of that name
+        else:
+            model = QFormerCaptioner.from_pretrained(source)
+    except UNUSABLE as error:
+        raise cannot_use(source, error) from error
     model.save_pretrained(out, include_backbones=True)
 
 
@@ -44,7 +47,7 @@ def main() -> None:
     try:
         export(options.source, options.out)
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
     print(f"The captioner is in {options.out}.")
 
 
