@@ -136,7 +136,7 @@ def cannot_load(part: str, name_or_path: str, revision: str | None, error: Excep
         f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: check the "
         "name or put the folder back, log in with `hf auth login` if it is private or gated, and make sure the Hub can "
         "be reached or the model is in the cache. A captioner saved with `include_backbones=True` does not need it. "
-        f"({str(error).splitlines()[0]})"
+        f"({' '.join(str(error).split())[:300]})"
     )
 
 

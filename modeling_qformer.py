@@ -1016,8 +1016,9 @@ class QFormerCaptioner(PreTrainedModel, GenerationMixin):
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         config = copy.deepcopy(config)
         check_layers(config)
-        if unknown := set(config.referenced_backbones or []) - set(BACKBONES):
-            raise OSError(f"A captioner can refer to {list(BACKBONES)}, and not to {sorted(unknown)}.")
+        for part in config.referenced_backbones or []:
+            if part not in BACKBONES or getattr(config, f"{part}_name_or_path") is None:
+                raise OSError(f"The captioner {str(pretrained_model_name_or_path)!r} refers to no {part!r} by name.")
         if dtype not in (None, "auto"):
             config.dtypes = None
         kwargs = {**kwargs, "config": config, "dtype": dtype, "use_safetensors": True}

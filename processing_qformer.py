@@ -106,7 +106,7 @@ def load_qformer_tokenizer(
     else:
         name, revision = name or "google-bert/bert-base-uncased", None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder, trust_remote_code=False)
         # Where its files are missing, transformers makes up one of a handful of words, and says nothing.
         if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
             raise ValueError(f"it knows {len(tokenizer)} words, pads with {tokenizer.pad_token}; needed: {vocab_size}")
@@ -198,8 +198,8 @@ class QFormerCaptionerProcessor(ProcessorMixin):
     ) -> "QFormerCaptionerProcessor":
         """Join the image processor of one pretrained model and the tokenizer of another (Hub ids or folders)."""
         return cls(
-            AutoImageProcessor.from_pretrained(vision, revision=vision_revision),
-            AutoTokenizer.from_pretrained(language, revision=language_revision),
+            AutoImageProcessor.from_pretrained(vision, revision=vision_revision, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(language, revision=language_revision, trust_remote_code=False),
             prompt=prompt,
             is_encoder_decoder=is_encoder_decoder,
         )

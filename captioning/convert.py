@@ -78,7 +78,7 @@ class Checkpoint:
                         self.shapes[name] = tuple(part.get_shape())
                         self.dtypes[name] = str(part.get_dtype())
             except OSError as error:
-                raise InputError(str(error)) from error
+                raise InputError(f"The checkpoint {self.source!r} cannot be read: {error}") from error
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """These tensors, in memory."""

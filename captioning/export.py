@@ -30,6 +30,8 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
     try:
         if (Path(source) / ADAPTER_CONFIG_NAME).is_file():
             base = PeftConfig.from_pretrained(source).base_model_name_or_path
+            if not base:
+                raise ValueError("its adapter does not say which captioner it is on")
             model = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), source).merge_and_unload()
             model.config.language_model_name_or_path = None  # it is no longer the one of that name
         else:

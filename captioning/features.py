@@ -289,7 +289,7 @@ class FeatureStore:
             version = index["format"]
             if version == FORMAT:
                 self.vision = VisionKey(**index["vision_model"])
-                self.dataset = {name: index["dataset"][name] for name in DATASET_FIELDS}
+                self.dataset = {name: index["dataset"].get(name) for name in DATASET_FIELDS}
                 names = (self.vision.name_or_path, *filter(None, self.dataset.values()), *index["splits"])
                 if not all(isinstance(name, str) for name in names):
                     raise TypeError("a name in it is no text")

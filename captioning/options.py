@@ -107,14 +107,14 @@ def load_recipe(path: Path, parser: HfArgumentParser, above: tuple[Path, ...] = 
     if path in above:
         circle = " begins with ".join(repr(str(each)) for each in [*above[above.index(path) :], path])
         raise InputError(f"Recipes must not begin with themselves: {circle}.")
+    if path.stat().st_size > LARGEST_RECIPE:
+        raise InputError(f"The recipe {str(path)!r} has more than {LARGEST_RECIPE:,} bytes, and is none.")
     try:
-        if path.stat().st_size > LARGEST_RECIPE:
-            raise InputError(f"The recipe {str(path)!r} has more than {LARGEST_RECIPE:,} bytes, and is none.")
         own = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except yaml.MarkedYAMLError as error:  # without the lines themselves: whatever a recipe names would be shown
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {error.problem}{line}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:  # no text, or brackets nested too deep
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text; endless numbers; thousands of brackets
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
