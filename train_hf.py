@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -39,6 +40,7 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, IntervalStrategy, set_seed
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import is_bitsandbytes_available
@@ -459,7 +461,10 @@ def train(words: list[str]) -> None:
     if checkpoint is not None:
         print(f"Going on from {checkpoint}.")
     start = time.time()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (pickle.UnpicklingError, SafetensorError) as error:  # torch's own words would advise to run what is in it
+        raise InputError(f"The checkpoint {checkpoint} is cut off, or holds more than data. Delete it.") from error
     seconds = time.time() - start
 
     # 5. The folder that others load.

@@ -405,7 +405,7 @@ def test_a_report_has_no_tag_but_its_own_and_no_picture_from_outside(page):
     assert not any(name.startswith("on") for name in parsed.attributes)
 
 
-def test_what_is_printed_of_scores_cannot_steer_the_terminal(page, capsys):
+def test_what_is_printed_of_scores_cannot_steer_the_terminal(capsys, page):
     assert not {"\x1b", "\0", "\u202e", "\ud800"} & set(capsys.readouterr().out)
 
 
