@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 BACKBONES = ("vision_model", "language_model")
 MOST_LAYERS = 1000
@@ -157,7 +157,7 @@ def weight_files(path: str | os.PathLike, **hub_kwargs) -> list[str]:
         raise OSError(f"{index!r} is no index of weights ({error}). Fetch it again.") from error
     if outside or not names:
         raise OSError(f"{index!r} is no index of weights: it names {outside[0] if outside else 'nothing'!r}.")
-    return get_checkpoint_shard_files(path, index, **hub_kwargs)[0]
+    return [cached_file(path, name, **hub_kwargs) for name in sorted(names)]
 
 
 def read_weights(
