@@ -4,13 +4,15 @@ A captioner keeps them by name (or holds their weights, where it was asked to), 
 """
 
 import copy
+import json
+import math
 import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,9 +27,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 BACKBONES = ("vision_model", "language_model")
+MOST_LAYERS = 1000
 CAPTIONERS = ("blip-2", "instructblip")  # of transformers; their parts can be ours
 
 
@@ -77,7 +80,9 @@ def load_backbone(
         OSError: if it cannot be fetched; the message names it and says what to do.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, **hub_kwargs)
+        # No code but ours and transformers' is run for a backbone, whatever its folder brings.
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **hub_kwargs)
+        check_layers(config)
         if absent:
             config = vision_config_of(config)
             dtype = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
@@ -91,7 +96,7 @@ def load_backbone(
             backbone = AutoModel.from_pretrained(
                 name_or_path, config=vision_config_of(config), revision=revision, dtype=dtype, **hub_kwargs
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_load(part, name_or_path, revision, error) from error
     backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     return backbone
@@ -150,7 +155,7 @@ def quantize(
     return quantized
 
 
-def cannot_load(part: str, name_or_path: str, revision: str | None, error: OSError) -> OSError:
+def cannot_load(part: str, name_or_path: str, revision: str | None, error: Exception) -> OSError:
     """What to tell somebody whose backbone is neither on the Hub, as far as it can be reached, nor in the cache."""
     what = f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded"
     remedy = "check the name or put the folder back"
@@ -160,25 +165,85 @@ def cannot_load(part: str, name_or_path: str, revision: str | None, error: OSErr
             f"check the name, log in with `hf auth login` if it is private or gated, and where the Hub can be reached, "
             f"fetch it into the cache with `hf download {name_or_path}{at}`"
         )
-    why = str(error).splitlines()[0]
+    why = " ".join(str(error).split())[:300]
     return OSError(f"{what}: {remedy}. A captioner saved with `include_backbones=True` does not need it. ({why})")
+
+
+def weight_files(path: str | os.PathLike, **hub_kwargs) -> list[str]:
+    """The safetensors files of a folder or Hub repository, sharded or not.
+
+    Raises:
+        OSError: if there are none, or the index names files that are not beside it.
+    """
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if index is None:
+        return [cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
+    try:
+        with open(index, encoding="utf-8") as file:
+            names = set(json.load(file)["weight_map"].values())
+        outside = [name for name in names if name != os.path.basename(name) or not name.endswith(".safetensors")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OSError(f"{index!r} is no index of weights ({error}). Fetch it again.") from error
+    if outside or not names:
+        raise OSError(f"{index!r} is no index of weights: it names {outside[0] if outside else 'nothing'!r}.")
+    return [cached_file(path, name, **hub_kwargs) for name in sorted(names)]
 
 
 def read_weights(
     path: str | os.PathLike, prefix: str = "", revision: str | None = None, **hub_kwargs
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`."""
-    hub_kwargs["revision"] = revision
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if index is None:
-        files = [cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
-    else:
-        files, _ = get_checkpoint_shard_files(path, index, **hub_kwargs)
+    """The tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`.
+
+    Raises:
+        OSError: if a file is missing or cut off.
+    """
     weights = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
+    for file in weight_files(path, revision=revision, **hub_kwargs):
+        with open_weights(file) as tensors:
             weights.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
     return weights
+
+
+def open_weights(file: str) -> safe_open:
+    """Open a safetensors file.
+
+    Raises:
+        OSError: if it is none, or cut off.
+    """
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise OSError(
+            f"{file!r} is no whole safetensors file, it may have been cut off ({error}). Fetch it again."
+        ) from error
+
+
+def number_of_weights(path: str | os.PathLike, **hub_kwargs) -> int:
+    """How many numbers the safetensors files hold, by their headers.
+
+    Raises:
+        OSError: if a file is missing or cut off.
+    """
+    total = 0
+    for file in weight_files(path, **hub_kwargs):
+        with open_weights(file) as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def check_layers(config: PreTrainedConfig) -> None:
+    """Refuse a configuration that would take hours to build, before anything is.
+
+    Raises:
+        OSError: if it asks for more than a thousand layers of anything.
+    """
+    configs = [config.to_dict()]
+    while configs:
+        for name, value in configs.pop().items():
+            if isinstance(value, dict):
+                configs.append(value)
+            elif "layer" in str(name) and isinstance(value, int) and value > MOST_LAYERS:
+                raise OSError(f"A configuration with `{name}` {value} cannot be used: the most are {MOST_LAYERS}.")
 
 
 def load_part_of_captioner(

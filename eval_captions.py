@@ -31,7 +31,7 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
 from PIL import Image
 
 from . import __version__
-from .captioning import InputError
+from .captioning import InputError, printable
 from .captioning.caption_files import (
     ImageId,
     ReferenceSet,
@@ -141,7 +141,9 @@ class Scored:
         width = {name: len(NAMES[name]) + 3 for name in self.scores}
         lines = [f"{'':<12}{'images':>8}" + "".join(f"{NAMES[name]:>{width[name]}}" for name in self.scores)]
         for part, (count, scores) in self.parts.items():
-            lines.append(f"{part:<12}{count:>8}" + "".join(f"{100 * scores[n]:>{width[n]}.2f}" for n in scores))
+            lines.append(
+                f"{printable(part):<12}{count:>8}" + "".join(f"{100 * scores[n]:>{width[n]}.2f}" for n in scores)
+            )
         return "\n".join(lines)
 
 
@@ -246,10 +248,11 @@ def score_files(args: ScoringArguments) -> None:
         folder = Path(args.image_folder)
         if not folder.is_dir():
             raise InputError(f"There is no folder {args.image_folder!r}: --image_folder says where the images are.")
+        from .captioning.sources import locate
         from .processing_qformer import open_image
 
         def open_picture(image: ImageId) -> Image.Image:
-            return open_image(folder / references.files.get(image, str(image)))
+            return open_image(locate(references.files.get(image, str(image)), folder))
 
     publish(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
 
@@ -385,7 +388,7 @@ def main() -> None:
     try:
         evaluate(sys.argv[1:])
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
 
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbones_qformer import (
     BACKBONES,
     AbsentVisionModel,
+    check_layers,
     commit_of,
     dtype_of,
     is_frozen,
     is_quantized,
     load_backbone,
+    number_of_weights,
     one_device,
     output_layer,
     quantize,
@@ -1155,9 +1157,13 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         config = copy.deepcopy(config)
+        check_layers(config)
+        for part in config.referenced_backbones or []:
+            if part not in BACKBONES or getattr(config, f"{part}_name_or_path") is None:
+                raise OSError(f"The captioner {str(pretrained_model_name_or_path)!r} refers to no {part!r} by name.")
         if dtype not in (None, "auto"):
             config.dtypes = None
-        kwargs = {**kwargs, "config": config, "dtype": dtype}
+        kwargs = {**kwargs, "config": config, "dtype": dtype, "use_safetensors": True}
 
         if not load_vision_model and not (config.freeze_vision_model and config.vision_model_name_or_path):
             raise ValueError(
@@ -1182,12 +1188,17 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
                     kwargs["vision_model"] = backbone
                     weights = {name: weights[name] for name in weights if not name.startswith("vision_model.")}
                 weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
+            there = sum(tensor.numel() for tensor in weights.values())
+            cls._check_size(pretrained_model_name_or_path, config, there, kwargs.get("vision_model"))
             loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
             # peft writes down the one, transformers the other.
             model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         else:
+            if kwargs.get("state_dict") is None:
+                there = number_of_weights(pretrained_model_name_or_path, **hub_kwargs)
+                cls._check_size(pretrained_model_name_or_path, config, there)
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._freeze()
@@ -1202,6 +1213,28 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             own = QFormerCaptionerProcessor.from_folder_if_any(adapter, **adapter_kwargs)
             model.processor = own if own is not None else model.processor  # the adapter may be of another prompt
         return loaded
+
+    @classmethod
+    def _check_size(
+        cls,
+        source: str | os.PathLike,
+        config: QFormerCaptionerConfig,
+        there: int,
+        vision_model: AbsentVisionModel | None = None,
+    ) -> None:
+        """Refuse a configuration that asks for much more weights than are there: transformers would make the rest up.
+
+        Raises:
+            OSError: for such a one.
+        """
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config), vision_model=vision_model)
+        asked = sum(parameter.numel() for parameter in model.parameters())
+        if asked > 2 * there:
+            raise OSError(
+                f"The configuration of the captioner {str(source)!r} asks for {asked:,} weights, and its files hold "
+                f"{there:,}."
+            )
 
     def load_vision_model(self) -> None:
         """Fetch the vision encoder of a captioner that was loaded without it; otherwise do nothing.

@@ -46,9 +46,9 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from .backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
-from .captioning import InputError
+from .captioning import UNUSABLE, InputError, printable
 from .captioning.data import Variations, open_cell
-from .captioning.features import SplitLayout, VisionKey, finish_store, row_keys
+from .captioning.features import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
 from .captioning.sources import find_files, folder_of_images, load_rows
@@ -270,8 +270,10 @@ class ReadyEmbeddings:
         self.shape = tuple(first.shape)
         name = args.vision_model_name_or_path
         try:
-            config = vision_config_of(AutoConfig.from_pretrained(name, revision=args.vision_model_revision))
-        except OSError as error:
+            config = vision_config_of(
+                AutoConfig.from_pretrained(name, revision=args.vision_model_revision, trust_remote_code=False)
+            )
+        except (*UNUSABLE, OSError) as error:
             raise cannot_load("vision_model", name, args.vision_model_revision, error) from error
         if config.hidden_size != self.shape[1]:
             raise InputError(
@@ -355,7 +357,7 @@ def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
         if split not in found:
             there = ", ".join(map(repr, found))
             raise InputError(f"The data set {args.dataset_name!r} has no split {split!r}; it has {there}.")
-        if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
+        if not isinstance(split, str) or not re.fullmatch(SPLIT_NAME, split):
             raise InputError(f"The split {split!r} has a name that no folder can have: choose others with --splits.")
         rows = found[split]
         if column not in rows.column_names:
@@ -445,8 +447,8 @@ def precompute(words: list[str]) -> None:
     rows = load_splits(args)
     name, revision = args.vision_model_name_or_path, args.vision_model_revision
     try:
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-    except OSError as error:
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (*UNUSABLE, OSError) as error:
         raise cannot_load("vision_model", name, revision, error) from error
     vision = VisionKey.of(name, revision, image_processor)
     try:
@@ -454,7 +456,7 @@ def precompute(words: list[str]) -> None:
             source = ReadyEmbeddings(rows, args)
         else:
             source = VisionEncoder(args, image_processor, state.device)
-    except (TypeError, ValueError) as error:  # of a model that sees nothing
+    except UNUSABLE as error:  # also of a model that sees nothing
         raise InputError(" ".join(str(error).split())) from error
 
     # 3. The folder.
@@ -529,7 +531,7 @@ def main() -> None:
     try:
         precompute(sys.argv[1:])
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
 
 
 if __name__ == "__main__":

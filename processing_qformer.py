@@ -4,14 +4,17 @@ A `QFormerCaptionerProcessor` is an image processor (the vision encoder's) and a
 folder. The language model learns no `<image>` token: the model puts its queries in front of the prompt by itself.
 """
 
+import base64
+import io
 import os
+import re
 from collections.abc import Sequence
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from PIL import Image
+from huggingface_hub.utils import httpx
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 from transformers.utils.hub import cached_file
@@ -40,25 +43,72 @@ print(model.caption("image.png"))
 The code is under Apache-2.0; weights follow the terms of the models and data that they come from.
 """
 
+# Images come from strangers. Pillow opens many more kinds of files, some by running what is in them (PostScript).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+MAX_PIXELS = 2**27  # half a gigabyte in memory; cameras of 100 megapixels take fewer
+MAX_ASPECT_RATIO = 200  # of one pixel times thousands, an image processor makes a shorter side of 224 and gigabytes
+MAX_BYTES = 2**28  # of an image that is fetched
 
-def open_image(image: ImageInput) -> Image.Image:
-    """Open a path or URL, or take a PIL image, as upright RGB.
+
+def open_image(image: ImageInput | bytes, name: str | None = None) -> Image.Image:
+    """Open a path or URL, the bytes of a file, or take a PIL image, as upright RGB.
+
+    Args:
+        image: what to open.
+        name: what to call it in messages; by default its own name, where it has one.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        OSError: if it is not an image, or a damaged one; the message names it.
+        OSError: if it is not an image, a damaged one, or one of absurd size; the message names it.
     """
-    name = str(image) if isinstance(image, (str, os.PathLike)) else getattr(image, "filename", "") or "<PIL image>"
-    if isinstance(image, os.PathLike) or (
-        isinstance(image, str) and not image.startswith(("http:", "https:", "data:"))
-    ):
-        image = os.fspath(image)
-        if not os.path.isfile(image):
-            raise FileNotFoundError(f"There is no image file {name!r}.")
+    if name is None and isinstance(image, (str, os.PathLike)):
+        name = os.fspath(image)
+    name = (name or getattr(image, "filename", "") or "without a name")[:200]
     try:
-        return load_image(image)
+        if isinstance(image, str) and image.startswith(("http:", "https:")):
+            image = fetch(image)
+        elif isinstance(image, str) and image.startswith("data:"):
+            image = base64.b64decode(image.partition(",")[2])
+        elif isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):  # a pipe would keep us waiting
+            raise FileNotFoundError(f"There is no image file {name!r}.")
+        if isinstance(image, Image.Image):
+            return as_upright_rgb(image)
+        Image.init()
+        formats = [each for each in FORMATS if each in Image.OPEN]  # Pillow may be built without some
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
+            return as_upright_rgb(opened)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds: truncated, unidentified, decompression bomb, bad EXIF ...
-        raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
+        reason = "unknown kind of file" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
+        raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({reason}).") from error
+
+
+def as_upright_rgb(image: Image.Image) -> Image.Image:
+    """Refuse what would fill the memory before a pixel of it is read, or when an image processor enlarges it."""
+    longer, shorter = max(image.size), min(image.size)
+    if longer * shorter > MAX_PIXELS or longer > MAX_ASPECT_RATIO * shorter:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels; the most are {MAX_PIXELS:,}, and a longer side of "
+            f"{MAX_ASPECT_RATIO} times the shorter"
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def fetch(url: str) -> bytes:
+    """The content of a URL.
+
+    Raises:
+        ValueError: if it is too large for an image.
+    """
+    content = bytearray()
+    with httpx.stream("GET", url, timeout=60, follow_redirects=True) as response:
+        response.raise_for_status()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES:,} bytes")
+    return bytes(content)
 
 
 def load_qformer_tokenizer(
@@ -77,7 +127,7 @@ def load_qformer_tokenizer(
     else:
         name, revision = name or "google-bert/bert-base-uncased", None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder, trust_remote_code=False)
         # Where its files are missing, transformers makes up one of a handful of words, and says nothing.
         if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
             raise ValueError(f"it knows {len(tokenizer)} words, pads with {tokenizer.pad_token}; needed: {vocab_size}")
@@ -185,8 +235,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     ) -> "QFormerCaptionerProcessor":
         """Join the image processor of one pretrained model and the tokenizer of another (Hub ids or folders)."""
         return cls(
-            AutoImageProcessor.from_pretrained(vision, revision=vision_revision),
-            AutoTokenizer.from_pretrained(language, revision=language_revision),
+            AutoImageProcessor.from_pretrained(vision, revision=vision_revision, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(language, revision=language_revision, trust_remote_code=False),
             prompt=prompt,
             is_encoder_decoder=is_encoder_decoder,
         )
@@ -202,8 +252,12 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             _raise_exceptions_for_connection_errors=False,
             **hub_kwargs,
         )
-        # Whoever runs this line from a Hub folder has trusted its code already; the tokenizer would ask again.
-        return None if found is None else cls.from_pretrained(folder, trust_remote_code=True, **hub_kwargs)
+        if found is None:
+            return None
+        # Whoever runs this line from a Hub folder has trusted its code already; the tokenizer would ask again. Of the
+        # package that is installed it is not so: nobody has said that he trusts what the folder brings.
+        trusted = cls.__module__.startswith("transformers_modules.")
+        return cls.from_pretrained(folder, trust_remote_code=trusted, **hub_kwargs)
 
     def __call__(
         self,
@@ -283,6 +337,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     def encode_caption(self, caption: str, prompt: str | None = None, max_length: int | None = None) -> list[int]:
         """The token ids that the model should write for a caption, end-of-sequence included.
 
+        Special tokens are none in a caption: whoever wrote it can neither end it early nor speak as another.
+
         Args:
             caption (`str`): the caption.
             prompt (`str`, *optional*): what it follows; by default the processor's own.
@@ -294,11 +350,17 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         caption = caption.strip()
         if not caption:
             raise ValueError("A caption is empty. Leave out the row, or give it a text.")
+        # T5 has "</s>" among its words, too, so that splitting it is not enough.
+        caption = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), " ", caption).strip()
+        if max_length is not None:
+            caption = caption[: 100 * max_length]  # or a caption of megabytes would be read whole each time
         prompt = prompt or self.prompt
         if not self.is_encoder_decoder and prompt and not prompt[-1].isspace():
             caption = " " + caption  # it goes on where the prompt ends, and tokenizers tell " a" from "a"
-        ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder)["input_ids"]
-        if ids[-1] == self.tokenizer.eos_token_id:
+        ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder, split_special_tokens=True)[
+            "input_ids"
+        ]
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
         return [*ids[: max_length - 1 if max_length else None], self.tokenizer.eos_token_id]
 

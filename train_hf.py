@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -37,15 +38,15 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     __package__ = "qformer_captioner"
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, HfArgumentParser, IntervalStrategy, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import is_bitsandbytes_available
 
 from .backbones_qformer import dtype_of, is_frozen
-from .captioning import InputError
+from .captioning import UNUSABLE, InputError, printable
 from .captioning.card import (
     describe_data,
     describe_evaluation,
@@ -438,7 +439,7 @@ def train(words: list[str]) -> None:
         collate = CaptionCollator(processor, data_args.max_caption_length)
         with torch.no_grad():  # what cannot work, such as a prompt that is too long, should fail now
             model(**collate([next(iter(train_data))]))
-    except (OSError, TypeError, ValueError, StrictDataclassError) as error:
+    except (*UNUSABLE, OSError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if training_args.fp16 and model.config.text_config.model_type in ("t5", "mt5", "umt5"):
         raise InputError("T5 overflows in float16 and trains to NaN. Use --bf16, or neither.")
@@ -517,7 +518,10 @@ def train(words: list[str]) -> None:
     if checkpoint is not None:
         print(f"Going on from {checkpoint}.")
     start = time.time()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except (pickle.UnpicklingError, SafetensorError) as error:  # torch's own words would advise to run what is in it
+        raise InputError(f"The checkpoint {checkpoint} is cut off, or holds more than data. Delete it.") from error
     seconds = time.time() - start
 
     # 5. The folder that others load.
@@ -558,7 +562,7 @@ def main() -> None:
         with silent:
             train(sys.argv[1:])
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,5 +1,35 @@
 """What `train_hf.py` and `eval_captions.py` share and the Hub never sees."""
 
+import unicodedata
+
+from huggingface_hub.errors import StrictDataclassError
+
+# What transformers raises for a folder whose configuration or weights cannot be used: each of its parts something else.
+UNUSABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # also brackets nested thousands deep
+    ImportError,
+    StrictDataclassError,
+)
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one sentence that names it and says what to do."""
+
+
+def cannot_use(name: object, error: Exception) -> InputError:
+    """Which captioner transformers could make nothing of, and why."""
+    return InputError(f"The captioner {str(name)!r} cannot be used: {' '.join(str(error).split())[:500]}")
+
+
+def printable(text: object) -> str:
+    """A text that may hold strangers' words, for a terminal: what moves its cursor or turns its lines is spelt out."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character
+        for character in str(text)
+    )

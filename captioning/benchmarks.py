@@ -14,7 +14,7 @@ from PIL import Image
 from . import InputError
 from .caption_files import ImageId, ReferenceSet
 from .data import captions_of, open_cell
-from .sources import load_rows, with_nested
+from .sources import folder_of_images, load_rows, with_nested
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int 
         benchmark.id_column,
         benchmark.row_per_caption,
         benchmark.hidden_references,
+        folder_of_images(source, rows),
     )
     counts = (len(found.row_of), found.references.number_of_captions)
     if counts != (benchmark.images, benchmark.captions):
@@ -183,6 +184,8 @@ def load_evaluation_set(
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
     ids = rows[id_column] if id_column is not None else range(len(rows))
+    if wrong := [image for image in ids if isinstance(image, bool) or not isinstance(image, ImageId)]:
+        raise InputError(f"In the column {id_column!r}, {wrong[0]!r} is no image id (a whole number or a text).")
     for row, (image, value) in enumerate(zip(ids, rows[caption_column], strict=True)):
         row_of.setdefault(image, row)
         captions.setdefault(image, []).extend(captions_of(value))

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import open_image
-from . import InputError
+from . import UNUSABLE, InputError, printable
 from .caption_files import write_predictions
 
 
@@ -62,8 +62,8 @@ def load_captioner(model: str, revision: str | None = None, dtype: str | torch.d
         found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         at = {"revision": revision} if found is None else {"adapter_kwargs": {"revision": revision}}
         captioner = AutoModel.from_pretrained(model, dtype=dtype, **(at if revision is not None else {}))
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())
+    except (OSError, *UNUSABLE) as error:
+        why = " ".join(str(error).split())[:500]
         raise InputError(f"The captioner {model!r} cannot be loaded, from a folder or the Hub: {why}") from error
     if not isinstance(captioner, QFormerCaptioner):
         raise InputError(f"{model!r} holds a {type(captioner).__name__} and no captioner of this package.")
@@ -98,9 +98,9 @@ def caption_files(
             yield from zip(pictures, model.caption(list(pictures.values()), prompt, **generation), strict=True)
 
 
-def printable(text: str) -> str:
+def one_line(text: str) -> str:
     """A text in one line, with everything that a terminal would obey written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def write_captions(captions: dict[str, str], path: str | os.PathLike) -> None:
@@ -148,9 +148,9 @@ def caption(words: Sequence[str]) -> None:
         for file, said in caption_files(model, files, options.prompt, options.batch_size, **generation):
             if isinstance(said, str):
                 captions[file] = said
-                bar.write(printable(f"{file}: {said}"))
+                bar.write(one_line(f"{file}: {said}"))
             else:
-                bar.write(printable(f"error: {said}"), file=sys.stderr)
+                bar.write(one_line(f"error: {said}"), file=sys.stderr)
             bar.update()
     finally:  # what was captioned before it was stopped counts
         bar.close()
@@ -164,7 +164,7 @@ def main() -> None:
     try:
         caption(sys.argv[1:])
     except (OSError, ValueError) as error:  # of ours, and what generate says of options that do not go together
-        raise SystemExit(f"error: {printable(str(error))}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

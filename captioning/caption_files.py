@@ -77,6 +77,11 @@ def read_references(path: str | os.PathLike) -> ReferenceSet:
         files = {image: row["file_name"] for image, row in rows.items() if "file_name" in row}
         references = ReferenceSet(captions, files)
     captions = references.captions
+    _refuse(
+        path,
+        [image for image, file in references.files.items() if not isinstance(file, str)],
+        lambda image: f"the file name of image {image!r} is {references.files[image]!r} and no string",
+    )
     _refuse(path, [i for i, own in captions.items() if not own], lambda i: f"image {i!r} has no reference caption")
     _refuse(
         path,
@@ -206,6 +211,8 @@ def _read_json(path: str | os.PathLike) -> dict | list:
         for number, line in lines:
             try:
                 rows.append(json.loads(line))
+            except RecursionError as error:
+                raise InputError(f"{str(path)!r} is no file of captions ({error}, line {number}).") from error
             except json.JSONDecodeError as error:
                 at = whole if number == lines[0][0] else error  # what failed on its first line is no JSON lines
                 line_number = whole.lineno if at is whole else number

@@ -20,19 +20,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
-from ..backbones_qformer import CAPTIONERS, blip2_vision_config, commit_of
+from ..backbones_qformer import (
+    CAPTIONERS,
+    blip2_vision_config,
+    check_layers,
+    commit_of,
+    open_weights,
+    weight_files,
+)
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner, QFormerModel
 from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
-from . import InputError
+from . import UNUSABLE, InputError, printable
 
 SHARD_SIZE = 400_000_000  # bytes that are in memory at a time
 STAGE_1_HEADS = ("vision_projection.", "text_projection.", "itm_head.")
@@ -54,15 +58,11 @@ class Checkpoint:
         try:
             model_type = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
             ours = {each.model_type: each for each in (QFormerConfig, QFormerCaptionerConfig)}
-            self.config = ours.get(model_type, AutoConfig).from_pretrained(source, revision=revision)
-            index = cached_file(
-                source, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
-            names = [SAFE_WEIGHTS_NAME]
-            if index is not None:
-                names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            files = [cached_file(source, name, revision=revision) for name in names]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            kwargs = {} if model_type in ours else {"trust_remote_code": False}
+            self.config = ours.get(model_type, AutoConfig).from_pretrained(source, revision=revision, **kwargs)
+            check_layers(self.config)
+            files = weight_files(source, revision=revision)
+        except (*UNUSABLE, OSError) as error:
             raise InputError(
                 f"The checkpoint {self.source!r} cannot be read: {str(error).splitlines()[0]} Give a folder or Hub id "
                 "with a config.json and safetensors files."
@@ -72,16 +72,14 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for file in files:
             try:
-                with safe_open(file, framework="pt") as tensors:
+                with open_weights(file) as tensors:
                     for name in tensors.keys():  # noqa: SIM118, it is no dictionary
                         part = tensors.get_slice(name)
                         self.file_of[name] = file
                         self.shapes[name] = tuple(part.get_shape())
                         self.dtypes[name] = str(part.get_dtype())
-            except SafetensorError as error:
-                raise InputError(
-                    f"{file!r} is no whole safetensors file, it may have been cut off ({error}). Fetch it again."
-                ) from error
+            except OSError as error:
+                raise InputError(f"The checkpoint {self.source!r} cannot be read: {error}") from error
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """These tensors, in memory."""
@@ -90,7 +88,7 @@ class Checkpoint:
             by_file.setdefault(self.file_of[name], []).append(name)
         read = {}
         for file, own in by_file.items():
-            with safe_open(file, framework="pt") as tensors:  # opened each time: what was read stays mapped until then
+            with open_weights(file) as tensors:  # opened each time: what was read stays mapped until then
                 read |= {name: tensors.get_tensor(name) for name in own}
         return read
 
@@ -206,7 +204,7 @@ def convert(
                 _convert_captioner(checkpoint, unfinished, include_backbones)
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:  # sizes or names that cannot be
+        except UNUSABLE as error:  # sizes or names that cannot be
             raise InputError(
                 f"The configuration of {checkpoint.source!r} cannot be used: {' '.join(str(error).split())}"
             ) from error
@@ -372,7 +370,7 @@ def main() -> None:
     try:
         convert(options.source, options.out, options.include_backbones, options.revision)
     except InputError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
     print(f"The captioner is in {options.out}.")
 
 

@@ -1,9 +1,9 @@
 """From captioned rows to batches: which columns, which rows can be read, as which tensors."""
 
-import io
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..processing_qformer import QFormerCaptionerProcessor, open_image
+from ..processing_qformer import MAX_BYTES, QFormerCaptionerProcessor, open_image
 from . import InputError
 from .features import SplitFeatures
 from .sources import locate, with_nested
@@ -296,16 +296,21 @@ def open_cell(cell: dict | None, folder: Path | None = None) -> Image.Image:
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise OSError("The row has no image.")
     content, path = cell["bytes"], cell["path"]
-    if content is None and (folder is not None or not path.startswith(("hf://", "zip://"))):
-        return open_image(path if folder is None else locate(path, folder))
+    if not isinstance(content, bytes | None) or not isinstance(path, str | None):  # of a stream without a type
+        raise OSError("The row has no image, but something else.")
+    if content is not None:
+        return open_image(content, os.path.basename(path or ""))
+    inner, _, archive = path.partition("::")
+    if path.startswith("zip://") and archive and "::" not in archive:  # a stream of images in an archive
+        path = f"{inner}::{archive if folder is None else locate(archive, folder)}"
+    elif folder is not None or not path.startswith("hf://"):
+        return open_image(Path(path) if folder is None else locate(path, folder))  # a path, and never an address
     try:
-        if content is None:  # a stream of images on the Hub, or in an archive
-            with fsspec.open(path) as file:
-                content = file.read()
-        return open_image(Image.open(io.BytesIO(content)))
-    except Exception as error:  # as many kinds as `open_image` knows
-        name = os.path.basename(cell["path"] or "") or "without a name"
-        raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({error}).") from error
+        with fsspec.open(path) as file:
+            content = file.read(MAX_BYTES)
+    except Exception as error:  # each kind of archive has errors of its own
+        raise OSError(f"The image {path[:200]!r} cannot be read ({error}).") from error
+    return open_image(content, os.path.basename(path.partition("::")[0]))
 
 
 def random_resized_crop(image: Image.Image, smallest: float, random: torch.Generator) -> Image.Image:
@@ -325,16 +330,26 @@ def random_resized_crop(image: Image.Image, smallest: float, random: torch.Gener
     return image
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and ends of lines
+MAX_CHARACTERS = 10_000
+
+
 def captions_of(value: str | list | None) -> list[str]:
     """The captions in a cell, blank ones left out: a string, a list of strings, or of COCO-style `{"raw": string}`.
 
-    COCO itself says "caption" for "raw". Numbers are text that a reader of files took for numbers.
+    COCO itself says "caption" for "raw". Numbers are text that a reader of files took for numbers. What else there is
+    is no caption. Control characters become spaces, and longer texts are cut to 10,000 characters.
     """
     captions = value if isinstance(value, list) else [value]
     captions = [
         caption.get("raw", caption.get("caption")) if isinstance(caption, dict) else caption for caption in captions
     ]
-    return [str(caption).strip() for caption in captions if caption is not None and str(caption).strip()]
+    texts = [
+        str(caption)[:MAX_CHARACTERS]
+        for caption in captions
+        if isinstance(caption, str | int | float) and caption == caption  # and not NaN, which stands for nothing
+    ]
+    return [text for text in (CONTROL.sub(" ", text).strip() for text in texts) if text]
 
 
 class ShuffledImages(Dataset):

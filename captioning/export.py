@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from ..modeling_qformer import QFormerCaptioner
-from . import InputError
+from . import UNUSABLE, InputError, cannot_use, printable
 from .bridge import BRIDGE_FORMATS, export_bridge
 
 
@@ -24,12 +24,18 @@ def load_whole(source: str | os.PathLike) -> QFormerCaptioner:
     """A captioner with its adapter, if it has one, merged into it.
 
     Raises:
+        InputError: if it cannot be used.
         OSError: if the captioner, or one that an adapter is on, cannot be fetched; the message names it.
     """
-    if cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
-        return QFormerCaptioner.from_pretrained(source)
-    base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    model = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), source).merge_and_unload()
+    try:
+        if cached_file(source, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+            return QFormerCaptioner.from_pretrained(source)
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+        if not base:
+            raise ValueError("its adapter does not say which captioner it is on")
+        model = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), source).merge_and_unload()
+    except UNUSABLE as error:
+        raise cannot_use(source, error) from error
     model.config.language_model_name_or_path = None  # it is no longer the one of that name
     return model
 
@@ -42,7 +48,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
         out: folder to write, or a file that ends in `.onnx` or `.pt2`.
 
     Raises:
-        InputError: if there is something at `out` already.
+        InputError: if there is something at `out` already, or the captioner cannot be used.
         OSError: if the captioner, or one that an adapter is on, cannot be fetched; the message names it.
     """
     out = Path(out)
@@ -62,7 +68,7 @@ def main() -> None:
     try:
         export(options.source, options.out)
     except (InputError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {printable(error)}") from error
     print(f"It is in {options.out}.")
 
 

@@ -16,6 +16,7 @@ ends, and a disk that fails kills the process instead of raising an error.
 import hashlib
 import json
 import os
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,10 @@ from . import InputError
 
 INDEX, SKIPPED = "index.json", "skipped_rows.jsonl"
 FORMAT = 1
+SPLIT_NAME = r"\w[\w.-]*"  # of which the folders of splits are named
+DATASET_FIELDS = (
+    "name", "config_name", "revision", "split_column", "image_column", "image_folder", "embeddings_column"
+)  # fmt: skip
 OPEN_FILES = 512  # of a split at a time; a process may have 1024 in all on most systems
 
 
@@ -110,6 +115,13 @@ class SplitLayout:
     shape: tuple[int, int]
     dtype: str
 
+    def __post_init__(self):
+        numbers = (self.rows, self.rows_per_shard, self.views, *self.shape)
+        if not all(type(number) is int for number in numbers) or self.rows < 0 or min(numbers[1:]) < 1:
+            raise ValueError(f"rows, views or shape are no sizes: {list(numbers)}")
+        if len(self.shape) != 2 or self.dtype not in ("float16", "float32"):
+            raise ValueError(f"features are no [N, D] of float16 or float32, but {list(self.shape)} of {self.dtype!r}")
+
     @property
     def view_bytes(self) -> int:
         return self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
@@ -142,7 +154,7 @@ class SplitLayout:
         Raises:
             OSError, ValueError: if it is not there, or is not what it should be.
         """
-        array = np.load(self.path(shard), mmap_mode="r")  # reads the header, and checks the size
+        array = np.lib.format.open_memmap(self.path(shard), mode="r")  # reads the header, and checks the size
         expected = (len(self.rows_of(shard)), self.views, *self.shape)
         if array.shape != expected or array.dtype != self.dtype:
             raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not {self.dtype} {list(expected)}")
@@ -277,12 +289,18 @@ class FeatureStore:
             version = index["format"]
             if version == FORMAT:
                 self.vision = VisionKey(**index["vision_model"])
-                self.dataset: dict = index["dataset"]
+                self.dataset = {name: index["dataset"].get(name) for name in DATASET_FIELDS}
+                names = (self.vision.name_or_path, *filter(None, self.dataset.values()), *index["splits"])
+                if not all(isinstance(name, str) for name in names):
+                    raise TypeError("a name in it is no text")
+                for name in index["splits"]:
+                    if not re.fullmatch(SPLIT_NAME, name):
+                        raise ValueError(f"no folder is called {name!r}")
                 self.layouts = {
                     name: SplitLayout(self.folder / name, **{**fields, "shape": tuple(fields["shape"])})
                     for name, fields in index["splits"].items()
                 }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(path, error) from error
         if version != FORMAT:
             raise InputError(
@@ -336,8 +354,11 @@ class FeatureStore:
         path = self.folder / SKIPPED
         try:
             entries = map(json.loads, path.read_text().splitlines())
-            return {entry["row"]: entry["reason"] for entry in entries if entry["split"] == name}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            reasons = {entry["row"]: entry["reason"] for entry in entries if entry["split"] == name}
+            if wrong := [row for row in reasons if type(row) is not int or not 0 <= row < self.layouts[name].rows]:
+                raise ValueError(f"there is no row {wrong[0]!r}")
+            return reasons
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise damaged(path, error) from error
 
 
@@ -364,11 +385,11 @@ class SplitFeatures:
         self.shape = layout.shape
         self.dtype = getattr(torch, layout.dtype)
         self.reasons = reasons
-        self.present = np.ones(layout.rows, dtype=bool)
-        self.present[list(reasons)] = False
         self._files: dict[int, tuple] = {}
         self._memory = _Memory()
-        self._starts = [self._start_of(shard) for shard in layout.shards]
+        self._starts = [self._start_of(shard) for shard in layout.shards]  # first of all: so many rows there are
+        self.present = np.ones(layout.rows, dtype=bool)
+        self.present[list(reasons)] = False
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}, "_memory": _Memory()}
@@ -384,7 +405,13 @@ class SplitFeatures:
         """
         if not self.layout.keys_path.is_file():
             return
-        keys, expected = np.load(self.layout.keys_path), row_keys(images, column)
+        try:
+            keys = np.lib.format.open_memmap(self.layout.keys_path, mode="r")
+            if keys.ndim != 1 or keys.dtype != np.uint64:
+                raise ValueError(f"it holds {keys.dtype} {list(keys.shape)}")
+        except (OSError, ValueError) as error:
+            raise damaged(self.layout.keys_path, error) from error
+        expected = row_keys(images, column)
         same = keys[: len(expected)] == expected if len(expected) <= len(keys) else np.zeros(1, dtype=bool)
         if not same.all():
             raise InputError(

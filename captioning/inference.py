@@ -100,11 +100,12 @@ def _progress(folder: Path) -> dict[ImageId, str]:
 
     def rows() -> Iterator[tuple[ImageId, str]]:
         for path in sorted(folder.glob("progress-*.jsonl")):
-            for line in path.read_text().split("\n"):
+            for line in path.read_text(errors="replace").split("\n"):
                 try:
                     image, caption = json.loads(line)
-                except ValueError:
+                except (ValueError, TypeError, RecursionError):
                     continue
-                yield image, caption
+                if isinstance(image, ImageId) and isinstance(caption, str):
+                    yield image, caption
 
     return dict(rows())

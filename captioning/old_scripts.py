@@ -9,6 +9,7 @@ fits. This is here to keep old weights usable; whoever starts anew gets much fur
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -153,5 +154,5 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different class for each way in which a file can be broken
-        reason = str(error).splitlines()[0]
+        reason = "it holds more than data" if isinstance(error, UnpicklingError) else str(error).splitlines()[0]
         raise InputError(f"{str(path)!r} holds no state dict that torch.load can read ({reason}).") from error

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from . import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+LARGEST_RECIPE = 100_000  # bytes
 RECIPE_FOLDERS = (".", "ablations", "data")  # of recipes; `recipes/` holds files of other kinds, too
 
 
@@ -53,7 +54,8 @@ def parse(parser: HfArgumentParser, words: list[str]) -> tuple:
     except (TypeError, ValueError) as error:  # options that do not go together, by the Trainer's own word
         raise InputError(" ".join(str(error).split())) from error
     if unknown:
-        raise InputError(f"Unknown option {unknown[0]!r}. {nearest_option(parser, unknown[0].lstrip('-'), '--')}")
+        name = unknown[0].partition("=")[0]  # the rest may be a secret
+        raise InputError(f"Unknown option {name!r}. {nearest_option(parser, name.lstrip('-'), '--')}")
     return tuple(options)
 
 
@@ -90,7 +92,10 @@ def read_recipes(names: list[str], parser: HfArgumentParser) -> list[str]:
     words = []
     for key, value in merge(*(load_recipe(find_recipe(name, Path()), parser) for name in names)).items():
         if isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
+            try:
+                words += [f"--{key}", json.dumps(value)]
+            except TypeError as error:  # YAML has dates, too
+                raise InputError(f"In a recipe, the field {key!r} holds what is no JSON: {error}.") from error
         elif isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
@@ -98,14 +103,38 @@ def read_recipes(names: list[str], parser: HfArgumentParser) -> list[str]:
     return words
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """Plain YAML: no aliases, of which a few lines can stand for gigabytes, and no key twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """As the loader does."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias (*)", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """As the loader does."""
+        keys = [key.value for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"the field {key!r} for the second time", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path, parser: HfArgumentParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The fields of a recipe, on top of those of the recipes that it begins with (its field `recipe`)."""
     if path in above:
         circle = " begins with ".join(repr(str(each)) for each in [*above[above.index(path) :], path])
         raise InputError(f"Recipes must not begin with themselves: {circle}.")
+    if path.stat().st_size > LARGEST_RECIPE:
+        raise InputError(f"The recipe {str(path)!r} has more than {LARGEST_RECIPE:,} bytes, and is none.")
     try:
-        own = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        own = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+    except yaml.MarkedYAMLError as error:  # without the lines themselves: whatever a recipe names would be shown
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {error.problem}{line}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text; endless numbers; thousands of brackets
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")

@@ -77,7 +77,8 @@ def mean_of_epochs(log_history: list[dict]) -> list[tuple[float, float]]:
 def draw_histogram(values: list[float], label: str, count_label: str) -> bytes:
     """Draw how often values occur, with a line at their mean; returns a PNG file."""
     figure, axis = pyplot.subplots(figsize=(8, 3), layout="constrained")
-    axis.hist(values, bins=50, color="tab:blue")
+    low, high = min(values), max(values)
+    axis.hist(values, bins=50, range=(low, max(high, low + 1e-3)), color="tab:blue")  # all may be the same
     mean = sum(values) / len(values)
     axis.axvline(mean, color="tab:orange", label=f"mean {mean:.1f}")
     axis.set_xlabel(label)

@@ -40,8 +40,17 @@ class RunFolder:
             )
         if overwrite:
             return
-        found = json.loads(self.record_file.read_text())
-        theirs, ours = found["settings"], self.record["settings"]
+        try:
+            found = json.loads(self.record_file.read_text())
+            theirs, ours = dict(found["settings"]), self.record["settings"]
+            finished = found["finished"]
+            if finished is not None and not isinstance(finished, dict):
+                raise TypeError("'finished' is no results")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"The record {str(self.record_file)!r} of the run in that folder cannot be read ({error}). Choose "
+                "another --output_dir, or replace that run with --overwrite_output_dir."
+            ) from error
         different = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         if different:
             key = different[0]
@@ -62,7 +71,8 @@ class RunFolder:
         """Where to go on from: the last checkpoint that was written to its end."""
         if self.overwrite:
             return None
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        checkpoints = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+        checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
         return next((str(path) for path in reversed(checkpoints) if is_complete(path)), None)
 
     def start(self) -> None:

@@ -24,6 +24,7 @@ READERS = {
     ".tar": ("webdataset", {}),
 }
 EVAL_SPLITS = ("validation", "val", "dev", "test")  # the first there is
+MOST_COLUMNS, DEEPEST = 1000, 1000  # of a file of rows: columns, and brackets within brackets
 PEEK = 10_000  # rows of a stream that are looked at where all of them would take too long
 STREAMED_EVAL_SAMPLES = 500
 
@@ -55,6 +56,8 @@ def load_rows(
     """
     files = find_files(name)
     try:
+        for file in files or Path(name).rglob("*.json*"):
+            check_text(file)
         if files:
             rows = read_files(files, streaming)
         else:
@@ -111,6 +114,37 @@ def read_files(files: list[str], streaming: bool) -> dict[str, Rows]:
         return {"train": rows.to_iterable_dataset() if streaming else rows}
     reader, options = READERS[kinds.pop()]
     return dict(datasets.load_dataset(reader, data_files={"train": files}, streaming=streaming, **options))
+
+
+def check_text(file: str | os.PathLike) -> None:
+    """Find what the readers of files would die of: of thousands of brackets in one another, or of columns, for hours.
+
+    Raises:
+        InputError: for such a file.
+    """
+    kind = Path(file).suffix
+    if kind not in (".json", ".jsonl", ".csv", ".tsv") or not os.path.isfile(file):  # an address
+        return
+    with open(file, "rb") as opened:
+        if kind in (".csv", ".tsv"):
+            text = opened.readline(2**20), opened.readline(2**20)  # names, and the first row, which may have more
+            if max(line.count(comma) for line in text for comma in (b",", b"\t")) > MOST_COLUMNS:
+                raise InputError(f"The file {str(file)!r} has more than {MOST_COLUMNS} columns.")
+            return
+        depth = 0
+        while block := opened.read(2**14):
+            opening = block.count(b"[") + block.count(b"{")
+            if depth + opening > DEEPEST:  # if none closes before, and all are outside of strings
+                break
+            depth += opening - block.count(b"]") - block.count(b"}")
+        else:
+            return
+        opened.seek(0)
+        depth = 0
+        for token in re.finditer(rb'"(?:[^"\\]+|\\.)*+"|[\[{]|[\]}]', opened.read(), re.DOTALL):
+            depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+            if depth > DEEPEST:
+                raise InputError(f"In the file {str(file)!r}, brackets are nested more than {DEEPEST} deep.")
 
 
 def read_coco(file: str) -> datasets.Dataset | None:
@@ -184,7 +218,7 @@ def broken_line(file: str) -> str | None:
                     json.loads(line or "0")
                 except json.JSONDecodeError as error:
                     return f"line {number} of {os.path.basename(file)} is no JSON ({error.msg})"
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:  # no text, or numbers of thousands of digits
         return str(error)
     return None
 
@@ -329,7 +363,7 @@ def folder_of_images(name: str, rows: Rows, image_folder: str | os.PathLike | No
         image_folder: the folder, if it is another than that of the files.
 
     Returns:
-        The folder, or `None` where `datasets` has found the images by itself (a folder of images, scenes).
+        The folder, or `None` where `datasets` has found the images by itself (on the Hub, or among scenes).
 
     Raises:
         InputError: if the folder is not there.
@@ -338,10 +372,12 @@ def folder_of_images(name: str, rows: Rows, image_folder: str | os.PathLike | No
         if not os.path.isdir(image_folder):
             raise InputError(f"There is no folder of images {str(image_folder)!r} (--image_folder).")
         return Path(image_folder)
-    if rows.info.builder_name == "imagefolder" or name == "scenes":
+    if name == "scenes":
         return None
     if os.path.isdir(name):
         return Path(name)
+    if rows.info.builder_name == "imagefolder":
+        return None
     files = [os.path.abspath(file) for file in find_files(name) if "://" not in file]
     return Path(os.path.commonpath([os.path.dirname(file) for file in files]) if files else ".")
 
@@ -354,7 +390,16 @@ def locate(path: str, folder: Path) -> Path:
     """
     if "\0" in path or re.match(r"[a-z][a-z0-9+.-]*://|data:", path, re.IGNORECASE):
         raise OSError(f"{path[:200]!r} is no path, and images are read from files: download it first.")
-    found = (folder / path).resolve()
-    if not found.is_relative_to(folder.resolve()):
-        raise OSError(f"{path!r} leads out of the folder of images {str(folder)!r}; --image_folder names another one.")
+    root = folder.resolve()
+    try:
+        found = (folder / path).resolve()
+    except (ValueError, RuntimeError) as error:  # half a character; symbolic links that lead to each other
+        raise OSError(f"{path[:200]!r} is no path ({error}).") from error
+    inside = [root]
+    if root.parent.name == "snapshots":  # in the Hub's cache files are links to blobs
+        inside.append(root.parent.parent / "blobs")
+    if not any(map(found.is_relative_to, inside)):
+        raise OSError(
+            f"{path[:200]!r} leads out of the folder of images {str(folder)!r}; --image_folder names another one."
+        )
     return found

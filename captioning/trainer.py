@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, speed_metrics
 from transformers.utils import PushInProgress
 
@@ -392,7 +391,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.average is not None:
             self.average.save(output_dir)
         if isinstance(self.model, PeftModel):  # which saves just that by itself
-            super()._save(output_dir, state_dict)
+            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
             return
         self.model.save_pretrained(
             output_dir,
@@ -401,7 +400,6 @@ class CaptionTrainer(Seq2SeqTrainer):
             is_main_process=self.args.should_save,
             save_original_format=False,
         )
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As the Trainer does; no process goes on before all have.
