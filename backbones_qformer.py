@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +23,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -312,45 +309,3 @@ def untie_t5_head(language_model: PreTrainedModel) -> None:
     language_model.all_tied_weights_keys.pop("lm_head.weight", None)
     if language_model.lm_head.weight is language_model.shared.weight:
         language_model.lm_head.weight = nn.Parameter(language_model.shared.weight.detach().clone())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The output layer
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a language model makes of its decoder's hidden states: from `[N, D]` to logits `[N, V]`.
-
-    Between the two stands more than `lm_head`: T5 and Cohere scale, Gemma caps, BART adds a bias. So this is the
-    language model itself (its own modules, its own `forward`), but for a decoder that hands on what it is given.
-    """
-
-    def shell(module: nn.Module) -> nn.Module:
-        """The same module, of which parts can be exchanged; without hooks, which wait for the whole of it."""
-        copied = copy.copy(module)
-        copied._modules = dict(module._modules)
-        copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
-        vars(copied).pop("forward", None)  # with a `device_map` accelerate's own, which belongs to the module
-        return copied
-
-    def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
-
-    decoder = language_model.get_decoder()
-    *above, last = next(name for name, module in language_model.named_modules() if module is decoder).split(".")
-    headed = parent = shell(language_model)
-    for name in above:
-        parent._modules[name] = shell(parent._modules[name])
-        parent = parent._modules[name]
-    parent._modules[last] = shell(decoder)
-    parent._modules[last].forward = hand_on
-
-    def logits(hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states[None]
-        inputs = {"inputs_embeds": hidden_states}
-        if language_model.config.is_encoder_decoder:
-            inputs = {"decoder_inputs_embeds": hidden_states, "encoder_outputs": BaseModelOutput(hidden_states)}
-        return headed(**inputs, use_cache=False).logits[0]
-
-    return logits

@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
@@ -49,18 +51,24 @@ from .backbones_qformer import (
     load_backbone,
     number_of_weights,
     one_device,
-    output_layer,
     quantize,
     read_weights,
     untie_t5_head,
     vision_model_from_config,
 )
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from .language_qformer import (
+    LOGITS_AT_A_TIME,
+    ChunkedCrossEntropy,
+    SharedPrefixLayer,
+    output_layer,
+    pack,
+    still_to_come,
+    take,
+)
 from .processing_qformer import ImageInput, PushWithCard, QFormerCaptionerProcessor, load_qformer_tokenizer
 
 logger = logging.get_logger(__name__)
-
-LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The Q-Former: BERT layers in which the queries also look at the image
@@ -419,67 +427,6 @@ class ProjectionPerQuery(nn.Module):
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bqi,qio->bqo", queries, self.weight) + self.bias
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy over a large vocabulary, a few positions at a time: `[N, D]` -> sum `[]` and each position's `[N]`.
-
-    Logits live until their losses and gradients are known, which is on the way forward already, so nothing is computed
-    twice (the idea of Liger Kernel, arXiv 2410.10989, here for any output layer). Only the sum has a gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        words: Callable[[torch.Tensor], torch.Tensor],  # the output layer
-        positions: int,  # at a time
-        hidden_states: torch.Tensor,  # [N, D]
-        targets: torch.Tensor,  # [N]
-        *weights: torch.Tensor,  # those of the output layer that train
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
-        gradients = [torch.zeros_like(each) for each in (hidden_states, *weights)] if any(ctx.needs_input_grad) else []
-        for start in range(0, len(targets), positions):
-            here = slice(start, start + positions)
-            with torch.set_grad_enabled(bool(gradients)):
-                inputs = [hidden_states[here].detach().requires_grad_(), *weights]
-                logits = words(inputs[0])  # [n, V]
-            scores = logits.detach().float().log_softmax(dim=-1)
-            losses[here] = -scores.gather(1, targets[here, None]).squeeze(1)
-            if gradients:
-                slopes = scores.exp_()  # of the losses over the logits: softmax, less one at the target
-                slopes[torch.arange(len(slopes), device=slopes.device), targets[here]] -= 1
-                gradients[0][here], *of_weights = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype))
-                for gradient, part in zip(gradients[1:], of_weights, strict=True):
-                    gradient += part
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
-
-    @staticmethod
-    def backward(ctx, of_sum: torch.Tensor, of_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_hidden_states, *of_weights = (of_sum * gradient for gradient in ctx.saved_tensors)
-        return None, None, of_hidden_states, None, *of_weights
-
-
-def still_to_come(labels: torch.Tensor) -> torch.Tensor:
-    """Whether there is a label here or behind: `[..., T]` -> `[..., T]`, bool."""
-    return (labels != -100).flip(-1).cumsum(dim=-1).flip(-1) > 0
-
-
-def pack(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Close the gaps in rows `[B, L]`, bool: which places to keep `[B, W]`, W of the fullest row, and where each went.
-
-    The second, `[B, L]`, says something of the needed places alone.
-    """
-    order = needed.int().argsort(dim=1, descending=True, stable=True)
-    width = min(needed.shape[1], max(1, int(needed.sum(dim=1).max())))
-    return order[:, :width], order.argsort(dim=1).clamp(max=max(0, width - 1))
-
-
-def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Some places of every row: `[B, L, D]`, `[B, M]` -> `[B, M, D]`."""
-    return hidden_states.gather(1, places[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 @dataclass
@@ -875,10 +822,9 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         config.max_length = None
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
-        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        reads_by_itself = self.config.is_encoder_decoder or config.cache_implementation or "past_key_values" in kwargs
-        if copies > 1 and not reads_by_itself:
-            kwargs["past_key_values"] = self._read_once(prefix, prefix_mask, copies)
+        if self._can_read_once(prefix, config, kwargs):
+            copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+            kwargs["past_key_values"] = self._read_once(prefix, prefix_mask, copies, config.max_new_tokens)
         generated = self.language_model.generate(
             inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
         )
@@ -888,8 +834,24 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             generated.sequences = generated.sequences[:, 1:]
         return generated
 
-    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int) -> Cache:
-        """What the language model remembers of all but the last of a prefix, once for each beam or sequence.
+    def _can_read_once(self, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict) -> bool:
+        """Whether `generate` would begin with the memory of a prefix that we hand it, and none of its own."""
+        modes = (
+            GenerationMode.GREEDY_SEARCH,
+            GenerationMode.SAMPLE,
+            GenerationMode.BEAM_SEARCH,
+            GenerationMode.BEAM_SAMPLE,
+        )
+        return (
+            not self.config.is_encoder_decoder
+            and prefix.shape[1] > 1
+            and config.cache_implementation is None
+            and "past_key_values" not in kwargs
+            and config.get_generation_mode(kwargs.get("assistant_model")) in modes
+        )
+
+    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int) -> Cache:
+        """What the language model remembers of all but the last of a prefix, for each beam or sequence.
 
         Left to itself, `generate` would have it read the same prefix in every beam.
         """
@@ -897,7 +859,11 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         read = self.language_model.get_decoder()(
             inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
         ).past_key_values
-        read.reorder_cache(torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies))
+        several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
+        for number, layer in enumerate(read.layers):
+            layer.reorder_cache(several)
+            if type(layer) is DynamicLayer:  # others remember a window, or no single words
+                read.layers[number] = SharedPrefixLayer(layer, room)
         return read
 
     def caption(

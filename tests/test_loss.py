@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, modeling_qformer
-from qformer_captioner.backbones_qformer import output_layer
+from qformer_captioner.language_qformer import output_layer
 
 from . import tiny
 

@@ -247,6 +247,7 @@ def test_a_folder_holds_what_opens_it(folders, folder):
         "chat_template.jinja",
         "configuration_qformer.py",
         "backbones_qformer.py",
+        "language_qformer.py",
         "modeling_qformer.py",
         "processing_qformer.py",
     }
