@@ -119,7 +119,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self.hub_token, self.args.hub_token = self.args.hub_token, None  # else it would be in training_args.bin
+        self.hub_token, self.args.hub_token = self.args.hub_token, None  # so that no file of the run can hold it
         self.score = score
         self.include_backbones = include_backbones
         self.facts = facts
