@@ -138,15 +138,19 @@ class SharedPrefixLayer(DynamicLayer):
     all that it remembers, prefix included, for every word, and again when beams change places.
     """
 
-    def __init__(self, prefix: DynamicLayer, room: int):
+    def __init__(self, prefix: DynamicLayer, copies: int, room: int):
         super().__init__()
         self.lazy_initialization(prefix.keys, prefix.values)
         self.prefix_length = prefix.get_seq_length()
-        self.roomy_keys, self.roomy_values = (
-            torch.cat([states, states.new_empty(*states.shape[:2], room, states.shape[3])], dim=2)
-            for states in (prefix.keys, prefix.values)
-        )
-        self.keys, self.values = prefix.keys, prefix.values  # views of these, from the first word on
+
+        def make_room(states: torch.Tensor) -> torch.Tensor:  # [B, heads, S, d] -> [B*copies, heads, S+room, d]
+            images, heads, length, size = states.shape
+            roomy = states.new_empty(images, copies, heads, length + room, size)
+            roomy[..., :length, :] = states[:, None]
+            return roomy.flatten(0, 1)
+
+        self.roomy_keys, self.roomy_values = make_room(prefix.keys), make_room(prefix.values)
+        self.keys, self.values = (each[:, :, : self.prefix_length] for each in (self.roomy_keys, self.roomy_values))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]

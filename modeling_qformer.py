@@ -861,9 +861,10 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         ).past_key_values
         several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
         for number, layer in enumerate(read.layers):
-            layer.reorder_cache(several)
-            if type(layer) is DynamicLayer:  # others remember a window, or no single words
-                read.layers[number] = SharedPrefixLayer(layer, room)
+            if type(layer) is DynamicLayer:
+                read.layers[number] = SharedPrefixLayer(layer, copies, room)
+            else:  # which remembers a window, or no single words
+                layer.reorder_cache(several)
         return read
 
     def caption(

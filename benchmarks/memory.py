@@ -49,7 +49,7 @@ def measure(side: str, folder: Path, images: int, captions: int) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", nargs="+", type=int, default=[4, 16])
+    parser.add_argument("--images", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--captions", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # side, folder, images, captions
