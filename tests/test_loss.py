@@ -11,7 +11,7 @@ from qformer_captioner.language_qformer import output_layer
 
 from . import tiny
 
-OTHERS = {  # what stands between hidden states and logits: a scale, a cap, a factor, a bias
+OTHERS = {  # between hidden states and logits: a scale, a cap, a factor, a bias, layers; heads that look for more
     "cohere": dict(model_type="cohere", **tiny.LLAMA, logit_scale=0.3),
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0),
     "granite": dict(model_type="granite", **tiny.LLAMA, logits_scaling=3.0),
@@ -22,6 +22,9 @@ OTHERS = {  # what stands between hidden states and logits: a scale, a cap, a fa
         encoder=dict(**tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0, vocab_size=tiny.WORDS),
         decoder=dict(**tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0, vocab_size=tiny.WORDS),
     ),
+    "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
+    "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
+    "bert": dict(model_type="bert", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, intermediate_size=64, is_decoder=True),
     "mt5": dict(model_type="mt5", **tiny.T5),
 }
 
@@ -83,7 +86,7 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere"])
+@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere", "bert"])
 def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, monkeypatch):
     model = captioner(language)
     model.language_model.requires_grad_(not frozen)
@@ -148,3 +151,10 @@ def test_no_caption_at_all_is_a_loss_of_zero_in_chunks_too():
     loss, gradients = loss_and_gradients(captioner("llama"), **inputs, skip_logits=True)
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_where_nothing_learns_no_gradient_is_computed(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    model = captioner("llama")  # all of it trains
+    with torch.no_grad():
+        assert model(**batch(), skip_logits=True).loss > 0
