@@ -62,6 +62,7 @@ from .language_qformer import (
     ChunkedCrossEntropy,
     SharedPrefixLayer,
     output_layer,
+    output_weights,
     pack,
     still_to_come,
     take,
@@ -507,7 +508,9 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
 
-        self._takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters  # not BLOOM
+        language_model_inputs = inspect.signature(language_model.forward).parameters
+        self._takes_position_ids = "position_ids" in language_model_inputs  # not BLOOM
+        self._takes_cache = "past_key_values" in language_model_inputs  # Mamba and RWKV remember in other ways
 
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
@@ -657,7 +660,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
 
         real = targets.flatten() != -100
         if skip_logits:
-            weights = [each for each in self.language_model.get_output_embeddings().parameters() if each.requires_grad]
+            weights = output_weights(self.language_model) if torch.is_grad_enabled() else []
             loss, own = ChunkedCrossEntropy.apply(
                 words, max(1, LOGITS_AT_A_TIME // vocabulary), hidden_states[real], targets.flatten()[real], *weights
             )
@@ -709,11 +712,13 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
         owner = torch.cat([torch.zeros_like(prefix_mask), owner], dim=1)  # 0 is the prefix, k the k-th caption
         sees = ((owner[:, None, :] == 0) | (owner[:, :, None] == owner[:, None, :])).tril() & real[:, None, :]
-        # Padding sees itself: a softmax over nothing is no number.
-        sees |= torch.eye(sees.shape[-1], dtype=torch.bool, device=device)  # [B, S+W, S+W]
+        # What sees nothing, padding in front, sees itself: a softmax over nothing is no number.
+        itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)
+        sees |= itself & ~sees.any(dim=2, keepdim=True)  # [B, S+W, S+W]
         positions = self._positions(prefix_mask)  # [B, S]
-        behind = torch.arange(length - 1, device=device).repeat(number)[order]
-        kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1 + behind], dim=1)
+        # As in plain rows, what is no label (-100) counts for nothing, in the middle of a caption too.
+        behind = (captions[:, :, :-1] != -100).cumsum(dim=2).flatten(1).gather(1, order)
+        kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
         output = self.language_model.get_decoder()(
             inputs_embeds=torch.cat([prefix, words], dim=1),
             attention_mask=self._as_mask(sees[:, None], prefix.dtype),
@@ -733,13 +738,14 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         """
         config = self.config.text_config
         fields = vars(config)
-        window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+        window = getattr(config, "sliding_window", None) if fields.get("use_sliding_window", True) else None
         return (
             self._takes_position_ids
             and config._attn_implementation in ("eager", "sdpa")
             and not (window and window < length)
             and not fields.get("attention_chunk_size")
             and not fields.get("alibi")
+            and config.model_type != "gpt_neo"  # whose window counts places in the sequence, whatever the mask
             and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
             and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
         )
@@ -842,10 +848,16 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             GenerationMode.BEAM_SEARCH,
             GenerationMode.BEAM_SAMPLE,
         )
+        use_cache = config.use_cache
+        if use_cache is None:  # it is up to the language model
+            use_cache = self.language_model.generation_config.use_cache
         return (
             not self.config.is_encoder_decoder
+            and self._takes_cache
             and prefix.shape[1] > 1
+            and use_cache is not False
             and config.cache_implementation is None
+            and not (config.output_attentions or config.output_hidden_states)  # which tell of the prefix, too
             and "past_key_values" not in kwargs
             and config.get_generation_mode(kwargs.get("assistant_model")) in modes
         )
@@ -862,7 +874,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
         for number, layer in enumerate(read.layers):
             layer.reorder_cache(several)
-            if type(layer) is DynamicLayer:  # others remember a window, or no single words
+            if type(layer) is DynamicLayer and layer.is_initialized:  # others remember a window, or no single words
                 read.layers[number] = SharedPrefixLayer(layer, room)
         return read
 
