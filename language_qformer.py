@@ -49,6 +49,13 @@ def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
+    """What makes hidden states of words. `get_decoder` is ModernBERT's output layer, and all of Llama 4."""
+    decoder = language_model.get_decoder()
+    own = isinstance(decoder, PreTrainedModel) and decoder is not language_model
+    return decoder if own else language_model.model
+
+
 @dataclass
 class HandedOn(MoEModelOutputWithPastAndCrossAttentions):
     """Hidden states, and nothing of all that language models look for beside them in what their decoder returns."""
@@ -76,7 +83,7 @@ def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], to
     def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> HandedOn:
         return HandedOn(last_hidden_state=inputs_embeds)
 
-    decoder = language_model.get_decoder()
+    decoder = decoder_of(language_model)
     *above, last = next(name for name, module in language_model.named_modules() if module is decoder).split(".")
     headed = parent = shell(language_model)
     for name in above:
@@ -97,7 +104,7 @@ def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], to
 
 def output_weights(language_model: PreTrainedModel) -> list[nn.Parameter]:
     """Those weights of it that train: none of the decoder (or encoder) but words that it shares with them."""
-    parts = [language_model.get_decoder()]
+    parts = [decoder_of(language_model)]
     if language_model.config.is_encoder_decoder:
         parts.append(language_model.get_encoder())
     inside = {id(weight) for part in parts for weight in part.parameters()}

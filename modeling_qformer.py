@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,6 +61,7 @@ from .language_qformer import (
     LOGITS_AT_A_TIME,
     ChunkedCrossEntropy,
     SharedPrefixLayer,
+    decoder_of,
     output_layer,
     output_weights,
     pack,
@@ -685,7 +686,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
         if self._takes_position_ids:
             kwargs["position_ids"] = self._positions(mask)
-        output = self.language_model.get_decoder()(
+        output = decoder_of(self.language_model)(
             inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
             attention_mask=mask,
             use_cache=False,
@@ -719,7 +720,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         # As in plain rows, what is no label (-100) counts for nothing, in the middle of a caption too.
         behind = (captions[:, :, :-1] != -100).cumsum(dim=2).flatten(1).gather(1, order)
         kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
-        output = self.language_model.get_decoder()(
+        output = decoder_of(self.language_model)(
             inputs_embeds=torch.cat([prefix, words], dim=1),
             attention_mask=self._as_mask(sees[:, None], prefix.dtype),
             use_cache=False,
@@ -771,7 +772,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             place = None
             encoded = encoded.repeat_interleave(number, dim=0)
             prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
-        output = self.language_model.get_decoder()(
+        output = decoder_of(self.language_model)(
             input_ids=inputs,
             encoder_hidden_states=encoded,
             encoder_attention_mask=prefix_mask,
@@ -862,15 +863,18 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             and config.get_generation_mode(kwargs.get("assistant_model")) in modes
         )
 
-    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int) -> Cache:
+    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int) -> Cache | None:
         """What the language model remembers of all but the last of a prefix, for each beam or sequence.
 
-        Left to itself, `generate` would have it read the same prefix in every beam.
+        Left to itself, `generate` would have it read the same prefix in every beam, as it does where this is `None`:
+        for a language model with a memory of its own kind (MiniMax, RecurrentGemma).
         """
         inputs = {"position_ids": self._positions(prefix_mask)[:, :-1]} if self._takes_position_ids else {}
-        read = self.language_model.get_decoder()(
+        read = decoder_of(self.language_model)(
             inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
-        ).past_key_values
+        ).get("past_key_values")
+        if type(read) is not DynamicCache:
+            return None
         several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
         for number, layer in enumerate(read.layers):
             layer.reorder_cache(several)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, modeling_qformer
-from qformer_captioner.language_qformer import output_layer
+from qformer_captioner.language_qformer import decoder_of, output_layer
 
 from . import tiny
 
@@ -25,6 +25,13 @@ OTHERS = {  # between hidden states and logits: a scale, a cap, a factor, a bias
     "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
     "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
     "bert": dict(model_type="bert", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, intermediate_size=64, is_decoder=True),
+    "modernbert-decoder": dict(
+        model_type="modernbert-decoder", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, sep_token_id=1
+    )
+    | dict(intermediate_size=64, cls_token_id=1),
+    "llama4_text": dict(
+        model_type="llama4_text", **tiny.LLAMA, head_dim=12, num_local_experts=2, intermediate_size_mlp=64
+    ),
     "mt5": dict(model_type="mt5", **tiny.T5),
 }
 
@@ -78,7 +85,7 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
     ids = torch.tensor([[5, 9, 17, 4]])
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     hidden_states = []
-    model.get_decoder().register_forward_hook(
+    decoder_of(model).register_forward_hook(
         lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
     )
     expected = model(input_ids=ids, **inputs).logits
@@ -86,7 +93,7 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere", "bert"])
+@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere", "bert", "modernbert-decoder", "llama4_text"])
 def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, monkeypatch):
     model = captioner(language)
     model.language_model.requires_grad_(not frozen)

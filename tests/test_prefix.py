@@ -20,6 +20,8 @@ OTHERS = {
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, sliding_window=64),
     "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
     "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
+    "minimax": dict(model_type="minimax", **tiny.LLAMA, head_dim=12, num_local_experts=4)
+    | dict(layer_types=["linear_attention", "full_attention"]),
     "gpt_neo": dict(model_type="gpt_neo", hidden_size=tiny.TEXT_WIDTH, num_heads=4, num_layers=2, window_size=16)
     | dict(attention_types=[[["global", "local"], 1]], max_position_embeddings=64, initializer_range=0.2),
     "mt5": dict(model_type="mt5", **tiny.T5, initializer_factor=2.0),
@@ -167,7 +169,7 @@ def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
 @pytest.mark.parametrize(
     "options", [dict(num_beams=1), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=0.5)]
 )
-@pytest.mark.parametrize("language", [*SHARING, "bloom"])
+@pytest.mark.parametrize("language", [*SHARING, "bloom", "gpt_neo", "minimax"])
 def test_beams_behind_one_prefix_write_what_beams_that_read_their_own_write(language, options):
     model = captioner(language, **({"sliding_window": 8} if language in ("mistral", "gemma2") else {}))
     inputs = {name: tensor for name, tensor in tiny.batch().items() if name != "labels"}
