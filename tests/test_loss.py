@@ -98,7 +98,7 @@ def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, 
     model = captioner(language)
     model.language_model.requires_grad_(not frozen)
     expected_loss, expected = loss_and_gradients(model, **batch(), skip_logits=False)
-    monkeypatch.setattr(modeling_qformer, "LOGITS_AT_A_TIME", 3 * tiny.WORDS)  # three positions, so the last has two
+    monkeypatch.setattr(modeling_qformer, "LOGITS_AT_A_TIME", 23 * tiny.WORDS)  # 23 of the 24 positions, and then one
     loss, gradients = loss_and_gradients(model, **batch())
     torch.testing.assert_close(loss, expected_loss)
     assert gradients.keys() == expected.keys()
