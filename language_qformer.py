@@ -9,12 +9,13 @@ In the shapes below B is images, L places in a sequence, N places in all, D the 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
 
 LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
 
@@ -48,6 +49,22 @@ def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
+    """What makes hidden states of words. `get_decoder` is ModernBERT's output layer, and all of Llama 4."""
+    decoder = language_model.get_decoder()
+    own = isinstance(decoder, PreTrainedModel) and decoder is not language_model
+    return decoder if own else language_model.model
+
+
+@dataclass
+class HandedOn(MoEModelOutputWithPastAndCrossAttentions):
+    """Hidden states, and nothing of all that language models look for beside them in what their decoder returns."""
+
+    cache_params: Cache | None = None  # Mamba, xLSTM
+    state: list[torch.Tensor] | None = None  # RWKV
+    shared_kv_states: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # Gemma 4
+
+
 def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a language model makes of its decoder's hidden states: from `[N, D]` to logits `[N, V]`.
 
@@ -63,10 +80,10 @@ def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], to
         vars(copied).pop("forward", None)  # with a `device_map` accelerate's own, which belongs to the module
         return copied
 
-    def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+    def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> HandedOn:
+        return HandedOn(last_hidden_state=inputs_embeds)
 
-    decoder = language_model.get_decoder()
+    decoder = decoder_of(language_model)
     *above, last = next(name for name, module in language_model.named_modules() if module is decoder).split(".")
     headed = parent = shell(language_model)
     for name in above:
@@ -79,10 +96,20 @@ def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], to
         hidden_states = hidden_states[None]
         inputs = {"inputs_embeds": hidden_states}
         if language_model.config.is_encoder_decoder:
-            inputs = {"decoder_inputs_embeds": hidden_states, "encoder_outputs": BaseModelOutput(hidden_states)}
+            inputs = {"decoder_inputs_embeds": hidden_states, "encoder_outputs": MoEModelOutput(hidden_states)}
         return headed(**inputs, use_cache=False).logits[0]
 
     return logits
+
+
+def output_weights(language_model: PreTrainedModel) -> list[nn.Parameter]:
+    """Those weights of it that train: none of the decoder (or encoder) but words that it shares with them."""
+    parts = [decoder_of(language_model)]
+    if language_model.config.is_encoder_decoder:
+        parts.append(language_model.get_encoder())
+    inside = {id(weight) for part in parts for weight in part.parameters()}
+    inside -= {id(weight) for weight in language_model.get_output_embeddings().parameters()}
+    return [weight for weight in language_model.parameters() if weight.requires_grad and id(weight) not in inside]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -113,7 +140,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if gradients:
                 slopes = scores.exp_()  # of the losses over the logits: softmax, less one at the target
                 slopes[torch.arange(len(slopes), device=slopes.device), targets[here]] -= 1
-                gradients[0][here], *of_weights = torch.autograd.grad(logits, inputs, slopes.to(logits.dtype))
+                gradients[0][here], *of_weights = torch.autograd.grad(
+                    logits, inputs, slopes.to(logits.dtype), allow_unused=True, materialize_grads=True
+                )
                 for gradient, part in zip(gradients[1:], of_weights, strict=True):
                     gradient += part
         ctx.save_for_backward(*gradients)
@@ -161,4 +190,4 @@ class SharedPrefixLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for states in (self.keys, self.values):
             words = states[:, :, self.prefix_length :]
-            words.copy_(words.index_select(0, beam_idx))
+            words.copy_(words.index_select(0, beam_idx.to(words.device)))

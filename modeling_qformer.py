@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,7 +61,9 @@ from .language_qformer import (
     LOGITS_AT_A_TIME,
     ChunkedCrossEntropy,
     SharedPrefixLayer,
+    decoder_of,
     output_layer,
+    output_weights,
     pack,
     still_to_come,
     take,
@@ -507,7 +509,9 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
 
-        self._takes_position_ids = "position_ids" in inspect.signature(language_model.forward).parameters  # not BLOOM
+        language_model_inputs = inspect.signature(language_model.forward).parameters
+        self._takes_position_ids = "position_ids" in language_model_inputs  # not BLOOM
+        self._takes_cache = "past_key_values" in language_model_inputs  # Mamba and RWKV remember in other ways
 
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
@@ -657,7 +661,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
 
         real = targets.flatten() != -100
         if skip_logits:
-            weights = [each for each in self.language_model.get_output_embeddings().parameters() if each.requires_grad]
+            weights = output_weights(self.language_model) if torch.is_grad_enabled() else []
             loss, own = ChunkedCrossEntropy.apply(
                 words, max(1, LOGITS_AT_A_TIME // vocabulary), hidden_states[real], targets.flatten()[real], *weights
             )
@@ -682,7 +686,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
         if self._takes_position_ids:
             kwargs["position_ids"] = self._positions(mask)
-        output = self.language_model.get_decoder()(
+        output = decoder_of(self.language_model)(
             inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
             attention_mask=mask,
             use_cache=False,
@@ -695,26 +699,31 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
 
-        Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes.
+        Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes. With
+        a prefix of three and the captions "a dog." and "the cat sleeps." (whose last token predicts nothing):
+
+            inputs      q  q  q  a  dog  the  cat  sleeps
+            owner       0  0  0  1   1    2    2     2
+            positions   0  1  2  3   4    3    4     5
         """
         number, length = captions.shape[1:]
         start, device = prefix.shape[1], prefix.device
-        inputs = captions[:, :, :-1].flatten(1)  # [B, K*(T-1)], of which we keep only
-        order, place = pack(
-            still_to_come(captions)[:, :, 1:].flatten(1)
-        )  # what a label depends on: [B, W], [B, K*(T-1)]
-        inputs = inputs.gather(1, order)
+        needed = still_to_come(captions)[:, :, 1:].flatten(1)  # what a label depends on, [B, K*(T-1)]
+        order, place = pack(needed)  # [B, W], [B, K*(T-1)]
+        inputs = captions[:, :, :-1].flatten(1).gather(1, order)  # [B, W]
         words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
         real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1).bool()  # [B, S+W]
         owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
         owner = torch.cat([torch.zeros_like(prefix_mask), owner], dim=1)  # 0 is the prefix, k the k-th caption
         sees = ((owner[:, None, :] == 0) | (owner[:, :, None] == owner[:, None, :])).tril() & real[:, None, :]
-        # Padding sees itself: a softmax over nothing is no number.
-        sees |= torch.eye(sees.shape[-1], dtype=torch.bool, device=device)  # [B, S+W, S+W]
+        # What sees nothing, padding in front, sees itself: a softmax over nothing is no number.
+        itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)
+        sees |= itself & ~sees.any(dim=2, keepdim=True)  # [B, S+W, S+W]
         positions = self._positions(prefix_mask)  # [B, S]
-        behind = torch.arange(length - 1, device=device).repeat(number)[order]
-        kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + 1 + behind], dim=1)
-        output = self.language_model.get_decoder()(
+        # As in plain rows, what is no label (-100) counts for nothing, in the middle of a caption too.
+        behind = (captions[:, :, :-1] != -100).cumsum(dim=2).flatten(1).gather(1, order)
+        kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
+        output = decoder_of(self.language_model)(
             inputs_embeds=torch.cat([prefix, words], dim=1),
             attention_mask=self._as_mask(sees[:, None], prefix.dtype),
             use_cache=False,
@@ -731,15 +740,16 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         It must take a mask for every pair of positions, and numbers of positions; and its layers must attend to all of
         `length` positions before, and to nothing else.
         """
-        config = self.config.text_config
+        config = self.config.text_config.get_text_config(decoder=True)  # of a language model with senses of its own
         fields = vars(config)
-        window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+        window = getattr(config, "sliding_window", None) if fields.get("use_sliding_window", True) else None
         return (
             self._takes_position_ids
             and config._attn_implementation in ("eager", "sdpa")
             and not (window and window < length)
             and not fields.get("attention_chunk_size")
             and not fields.get("alibi")
+            and config.model_type != "gpt_neo"  # whose window counts places in the sequence, whatever the mask
             and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
             and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
         )
@@ -754,7 +764,11 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         """
         number, length = captions.shape[1:]
         encoded = self.language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
-        inputs = self.language_model.prepare_decoder_input_ids_from_labels(captions.flatten(0, 1))  # [B*K, T]
+        rows = captions.flatten(0, 1)  # [B*K, T]
+        # mBART looks for the last word of each row, so a missing caption gets words, which no label asks for.
+        end = torch.as_tensor(self.config.text_config.eos_token_id, device=rows.device).flatten()[0]
+        rows = torch.where((rows != -100).any(dim=1, keepdim=True), rows, end)
+        inputs = self.language_model.prepare_decoder_input_ids_from_labels(rows)
         if number > 1 and self.config.text_config.model_type in ("t5", "mt5", "umt5"):
             order, place = pack(still_to_come(captions).flatten(1))  # [B, W], [B, K*T]
             inputs = inputs.view(len(captions), -1).gather(1, order)
@@ -765,7 +779,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             place = None
             encoded = encoded.repeat_interleave(number, dim=0)
             prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
-        output = self.language_model.get_decoder()(
+        output = decoder_of(self.language_model)(
             input_ids=inputs,
             encoder_hidden_states=encoded,
             encoder_attention_mask=prefix_mask,
@@ -842,28 +856,37 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             GenerationMode.BEAM_SEARCH,
             GenerationMode.BEAM_SAMPLE,
         )
+        use_cache = config.use_cache
+        if use_cache is None:  # it is up to the language model
+            use_cache = self.language_model.generation_config.use_cache
         return (
             not self.config.is_encoder_decoder
+            and self._takes_cache
             and prefix.shape[1] > 1
+            and use_cache is not False
             and config.cache_implementation is None
+            and not (config.output_attentions or config.output_hidden_states)  # which tell of the prefix, too
             and "past_key_values" not in kwargs
             and config.get_generation_mode(kwargs.get("assistant_model")) in modes
         )
 
-    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int) -> Cache:
+    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int) -> Cache | None:
         """What the language model remembers of all but the last of a prefix, for each beam or sequence.
 
-        Left to itself, `generate` would have it read the same prefix in every beam.
+        Left to itself, `generate` would have it read the same prefix in every beam, as it does where this is `None`:
+        for a language model with a memory of its own kind (MiniMax, RecurrentGemma).
         """
         inputs = {"position_ids": self._positions(prefix_mask)[:, :-1]} if self._takes_position_ids else {}
-        read = self.language_model.get_decoder()(
+        read = decoder_of(self.language_model)(
             inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
-        ).past_key_values
+        ).get("past_key_values")
+        if type(read) is not DynamicCache:
+            return None
         several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
         for number, layer in enumerate(read.layers):
-            if type(layer) is DynamicLayer:
+            if type(layer) is DynamicLayer and layer.is_initialized:
                 read.layers[number] = SharedPrefixLayer(layer, copies, room)
-            else:  # which remembers a window, or no single words
+            else:  # of a window, of no single words, or of another layer
                 layer.reorder_cache(several)
         return read
 

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, modeling_qformer
-from qformer_captioner.language_qformer import output_layer
+from qformer_captioner.language_qformer import decoder_of, output_layer
 
 from . import tiny
 
-OTHERS = {  # what stands between hidden states and logits: a scale, a cap, a factor, a bias
+OTHERS = {  # between hidden states and logits: a scale, a cap, a factor, a bias, layers; heads that look for more
     "cohere": dict(model_type="cohere", **tiny.LLAMA, logit_scale=0.3),
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0),
     "granite": dict(model_type="granite", **tiny.LLAMA, logits_scaling=3.0),
@@ -21,6 +21,16 @@ OTHERS = {  # what stands between hidden states and logits: a scale, a cap, a fa
         model_type="t5gemma",
         encoder=dict(**tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0, vocab_size=tiny.WORDS),
         decoder=dict(**tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0, vocab_size=tiny.WORDS),
+    ),
+    "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
+    "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
+    "bert": dict(model_type="bert", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, intermediate_size=64, is_decoder=True),
+    "modernbert-decoder": dict(
+        model_type="modernbert-decoder", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, sep_token_id=1
+    )
+    | dict(intermediate_size=64, cls_token_id=1),
+    "llama4_text": dict(
+        model_type="llama4_text", **tiny.LLAMA, head_dim=12, num_local_experts=2, intermediate_size_mlp=64
     ),
     "mt5": dict(model_type="mt5", **tiny.T5),
 }
@@ -75,7 +85,7 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
     ids = torch.tensor([[5, 9, 17, 4]])
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     hidden_states = []
-    model.get_decoder().register_forward_hook(
+    decoder_of(model).register_forward_hook(
         lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
     )
     expected = model(input_ids=ids, **inputs).logits
@@ -83,12 +93,12 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere"])
+@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere", "bert", "modernbert-decoder", "llama4_text"])
 def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, monkeypatch):
     model = captioner(language)
     model.language_model.requires_grad_(not frozen)
     expected_loss, expected = loss_and_gradients(model, **batch(), skip_logits=False)
-    monkeypatch.setattr(modeling_qformer, "LOGITS_AT_A_TIME", 3 * tiny.WORDS)  # three positions, so the last has two
+    monkeypatch.setattr(modeling_qformer, "LOGITS_AT_A_TIME", 23 * tiny.WORDS)  # 23 of the 24 positions, and then one
     loss, gradients = loss_and_gradients(model, **batch())
     torch.testing.assert_close(loss, expected_loss)
     assert gradients.keys() == expected.keys()
@@ -148,3 +158,10 @@ def test_no_caption_at_all_is_a_loss_of_zero_in_chunks_too():
     loss, gradients = loss_and_gradients(captioner("llama"), **inputs, skip_logits=True)
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_where_nothing_learns_no_gradient_is_computed(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    model = captioner("llama")  # all of it trains
+    with torch.no_grad():
+        assert model(**batch(), skip_logits=True).loss > 0

@@ -18,11 +18,18 @@ OTHERS = {
     "phi3": dict(model_type="phi3", **tiny.LLAMA),
     "gpt_neox": dict(model_type="gpt_neox", **tiny.LLAMA),
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, sliding_window=64),
+    "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
+    "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
+    "minimax": dict(model_type="minimax", **tiny.LLAMA, head_dim=12, num_local_experts=4)
+    | dict(layer_types=["linear_attention", "full_attention"]),
+    "gpt_neo": dict(model_type="gpt_neo", hidden_size=tiny.TEXT_WIDTH, num_heads=4, num_layers=2, window_size=16)
+    | dict(attention_types=[[["global", "local"], 1]], max_position_embeddings=64, initializer_range=0.2),
     "mt5": dict(model_type="mt5", **tiny.T5, initializer_factor=2.0),
+    "mbart": dict(model_type="mbart", **tiny.BART, decoder_start_token_id=1),
     "umt5": dict(model_type="umt5", **tiny.T5, initializer_factor=2.0),
 }
 T5_KINDS = ["t5", "flan-t5", "mt5", "umt5"]
-SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", "qwen3", "mistral", "phi", "phi3", "gpt_neox", "gemma2"]
+SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", "qwen3", "mistral", "phi", "phi3", "gpt_neox", "gemma2", "mixtral"]
 
 
 def captioner(language: str, **fields) -> QFormerCaptioner:
@@ -77,6 +84,15 @@ def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, 
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("language", ["llama", "gpt2", "t5"])
+def test_what_is_no_label_in_front_or_in_the_middle_counts_for_nothing(language):
+    model, inputs = captioner(language), batch()
+    inputs["labels"][0, 2, 1] = inputs["labels"][1, 1, :2] = inputs["labels"][2, 0, 0] = -100
+    together = model(**inputs).losses
+    one_by_one = [model(**{**inputs, "labels": inputs["labels"][:, caption]}).losses for caption in range(4)]
+    torch.testing.assert_close(together, torch.stack(one_by_one, dim=1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("language", SHARING)
 def test_the_language_model_reads_one_sequence_per_image_without_padding_between_captions(language):
     model = captioner(language)
@@ -92,7 +108,8 @@ def test_the_language_model_reads_one_sequence_per_image_without_padding_between
 
 
 @pytest.mark.parametrize(
-    ("language", "fields"), [("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("bloom", {})]
+    ("language", "fields"),
+    [("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("bloom", {}), ("gpt_neo", {})],
 )
 def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
     model = captioner(language, **fields)
@@ -118,7 +135,7 @@ def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("language", [*T5_KINDS, "bart"])
+@pytest.mark.parametrize("language", [*T5_KINDS, "bart", "mbart"])
 def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(language, attention):
     model = captioner(language)
     model.set_attn_implementation(attention)
@@ -153,7 +170,7 @@ def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
 @pytest.mark.parametrize(
     "options", [dict(num_beams=1), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=0.5)]
 )
-@pytest.mark.parametrize("language", [*SHARING, "bloom"])
+@pytest.mark.parametrize("language", [*SHARING, "bloom", "gpt_neo", "minimax"])
 def test_beams_behind_one_prefix_write_what_beams_that_read_their_own_write(language, options):
     model = captioner(language, **({"sliding_window": 8} if language in ("mistral", "gemma2") else {}))
     inputs = {name: tensor for name, tensor in tiny.batch().items() if name != "labels"}
@@ -182,3 +199,21 @@ def test_the_prefix_is_read_once_for_each_image(prompt, options):
     model.generate(**inputs, max_new_tokens=3, **options)
     prefix = tiny.QUERIES + (inputs["input_ids"].shape[1] if prompt else 0)
     assert read == [(3, prefix - 1), (3 * (4 if options else 1), 1)]
+
+
+@pytest.mark.parametrize("options", [dict(use_cache=False), dict(use_cache=False, num_beams=3)])
+def test_without_a_cache_the_language_model_gets_none(options, monkeypatch):
+    model, inputs = captioner("llama"), tiny.batch()
+    monkeypatch.setattr(model, "_read_once", None)
+    assert model.generate(**inputs, max_new_tokens=3, **options).shape == (3, 3)
+
+
+def test_hidden_states_and_attentions_are_those_of_the_whole_prefix():
+    model, inputs = captioner("llama"), tiny.batch()
+    model.set_attn_implementation("eager")
+    written = model.generate(
+        **inputs, max_new_tokens=3, return_dict_in_generate=True, output_hidden_states=True, output_attentions=True
+    )
+    prefix = tiny.QUERIES + inputs["input_ids"].shape[1]
+    assert written.hidden_states[0][0].shape[1] == prefix
+    assert written.attentions[0][0].shape[-2:] == (prefix, prefix)
