@@ -1191,6 +1191,9 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
                 cls._check_size(pretrained_model_name_or_path, config, there)
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
+            if pretrained_model_name_or_path is not None and model.generation_config.max_new_tokens is None:
+                # transformers passes over one that is damaged without a word.
+                model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         model._freeze()
         model._reference(config.referenced_backbones or [])
         if quantization_config is not None:

@@ -61,7 +61,7 @@ from .captioning.features import FeatureStore
 from .captioning.metrics import CaptionMetrics
 from .captioning.options import changed_options, make_parser, option, parse, read_recipes, recipes_of
 from .captioning.push import publish
-from .captioning.runs import RunFolder
+from .captioning.runs import RunFolder, is_complete
 from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
@@ -203,7 +203,10 @@ def build_model(
             qformer_tokenizer=args.qformer_tokenizer,
             **qformer_config,
         )
-    model = QFormerCaptioner.from_pretrained(args.model_name_or_path, load_vision_model=load_vision_model)
+    name = args.model_name_or_path
+    if os.path.isdir(name):  # peft writes it down for adapters, which are opened from elsewhere
+        name = os.path.abspath(name)
+    model = QFormerCaptioner.from_pretrained(name, load_vision_model=load_vision_model)
     if model.processor is None:
         raise InputError(f"The captioner {args.model_name_or_path!r} has no processor beside it.")
     return model
@@ -217,6 +220,8 @@ def standardize(model: QFormerCaptioner, rows: Iterable[dict], collate: CaptionC
         batch = collate(some)
         embeds = batch.get("image_embeds")
         features.append(model.get_image_features(batch["pixel_values"].to(model.device)) if embeds is None else embeds)
+    if sum(map(len, features)) < 2:  # the deviation of one is no number, and would become that of all weights
+        raise InputError("--standardize_features needs two images or more.")
     model.qformer.standardize(torch.cat(features))
 
 
@@ -320,6 +325,23 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
         raise InputError("One of several prompts is empty: give each some words.")
     if training_args.ema_decay is not None and not 0 < training_args.ema_decay < 1:
         raise InputError(f"--ema_decay must lie between 0 and 1, not {training_args.ema_decay:g}.")
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "generation_num_beams",
+        "generation_max_length",
+    ):
+        if (value := getattr(training_args, name)) is not None and value < 1:
+            raise InputError(f"--{name} is at least 1, not {value}.")
+    for name in ("num_train_epochs", "learning_rate"):
+        if not 0 <= (value := getattr(training_args, name)) < float("inf"):
+            raise InputError(f"--{name} is a number from 0 on, not {value:g}.")
+    if not 0 <= training_args.seed < 2**32:
+        raise InputError(f"--seed is a number from 0 to 2**32 - 1, not {training_args.seed}.")
+    asked = training_args.resume_from_checkpoint
+    if asked is not None and not is_complete(Path(asked)):
+        raise InputError(f"There is no whole checkpoint in {asked!r} (--resume_from_checkpoint).")
     if training_args.label_smoothing_factor:
         raise InputError("--label_smoothing_factor does not work here: the captioner computes its loss by itself.")
     score = training_args.metric_for_best_model.removeprefix("eval_")

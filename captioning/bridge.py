@@ -56,6 +56,8 @@ def export_bridge(model: QFormerCaptioner, path: str | os.PathLike) -> None:
     path = Path(path)
     if path.suffix not in BRIDGE_FORMATS:
         raise InputError(f"A bridge is written to a file that ends in .pt2 or .onnx, not to {str(path)!r}.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"There is no folder for {str(path)!r}: make it first.")
     bridge = Bridge(model).eval()
     config, device = model.config.qformer_config, model.qformer.query_tokens.device
     # Two of everything: torch.export takes a 1 for a number that is always 1.

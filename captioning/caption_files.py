@@ -211,8 +211,6 @@ def _read_json(path: str | os.PathLike) -> dict | list:
         for number, line in lines:
             try:
                 rows.append(json.loads(line))
-            except RecursionError as error:
-                raise InputError(f"{str(path)!r} is no file of captions ({error}, line {number}).") from error
             except json.JSONDecodeError as error:
                 at = whole if number == lines[0][0] else error  # what failed on its first line is no JSON lines
                 line_number = whole.lineno if at is whole else number
@@ -220,6 +218,8 @@ def _read_json(path: str | os.PathLike) -> dict | list:
                     f"{str(path)!r} is no valid JSON, it may have been cut off: {at.msg} in line {line_number}, column "
                     f"{at.colno}."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{str(path)!r} is no file of captions ({error}, line {number}).") from error
         return rows
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
         raise InputError(f"{str(path)!r} is no file of captions ({error}).") from error

@@ -16,11 +16,13 @@ import datasets
 import jinja2
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import TrainerState
 from transformers.utils import CONFIG_NAME
+from yaml import YAMLError
 
 from ..backbones_qformer import BACKBONES, AbsentVisionModel, dtype_of, is_quantized
 from ..modeling_qformer import QFormerCaptioner
@@ -36,6 +38,7 @@ SCORE_NAMES = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 PRIVATE_OPTIONS = re.compile(
     "hub_|push_|output_dir|overwrite_|run_name|resume_|report_to|project|trackio_|disable_tqdm"
 )
+PLACES = re.compile("_name$|_path$|_folder$|_tokenizer$|^features$|^recipe$")  # options whose values are names or paths
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the run knows
@@ -129,6 +132,8 @@ def revision_of(name: str, config: str | None, asked: str | None, rows) -> str |
 def describe_evaluation(args: DataArguments, rows: CaptionDataset, prompt: str, num_beams: int, length: int) -> dict:
     """The protocol of the scores."""
     references = rows.references()
+    # Held out of the rows that are trained on: to name their split alone would be to say that the scores are of them.
+    own = args.eval_dataset_name is None and rows.split.split(" of ")[0] == args.train_split
     name, config, revision = args.eval_dataset_name, None, None
     if name is None:
         name = args.dataset_name[0]
@@ -137,7 +142,7 @@ def describe_evaluation(args: DataArguments, rows: CaptionDataset, prompt: str, 
         "name": shown_name(name),
         "on_hub": is_hub_data(name),
         "revision": revision_of(name, config, revision, rows.rows),
-        "split": rows.split,
+        "split": f"{rows.split}, its last {len(references)} rows" if args.train_val_split and own else rows.split,
         "images": len(references),
         "references": sum(map(len, references)),
         "references_sha256": sha256_of(json.dumps(references)),
@@ -155,10 +160,14 @@ def describe_options(options: dict[str, object]) -> dict[str, str]:
             continue
         values = value if isinstance(value, list) else [value]
         shown[name] = ", ".join(
-            shown_name(each) if isinstance(each, str) and (os.path.isabs(each) or os.path.exists(each)) else str(each)
-            for each in values
+            shown_name(each) if isinstance(each, str) and may_be_path(name, each) else str(each) for each in values
         )
     return shown
+
+
+def may_be_path(option: str, value: str) -> bool:
+    """Whether a value tells where somebody keeps files; patterns and folders that are gone do so, too."""
+    return os.path.isabs(value) or os.path.exists(value) or PLACES.search(option) is not None
 
 
 def describe_machine(processes: int) -> dict:
@@ -360,7 +369,7 @@ def card_for(folder: Path, repo_id: str, base: str | None = None, license: str |
 
 def license_of(repo_id: str) -> str | None:
     """What the card of a model says; `None` if it cannot be had."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, HTTPError, YAMLError):
         license = ModelCard.load(repo_id, ignore_metadata_errors=True).data.license
         return license if isinstance(license, str) else None
     return None

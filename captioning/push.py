@@ -7,12 +7,15 @@ REPO_ID-base where it lies in a folder of this machine, as `train_hf.py` leaves 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -25,10 +28,10 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..backbones_qformer import BACKBONES
-from . import InputError
+from . import UNUSABLE, InputError, cannot_use
 from .card import CARD, PICTURES, card_for, is_hub_id
 
 # What a repository of ours may hold. A list of what may, not of what may not: beside the model, a folder has optimizers
@@ -83,12 +86,16 @@ def publish(
         InputError: if the folder is no captioner that others could open, or the Hub does not take it.
     """
     folder = Path(folder)
-    base = check(folder)
+    with _readable(folder):
+        base = check(folder)
     repo_id = open_repository(repo_id, private, revision, token)
     hub = {"private": private, "revision": revision, "token": token, "commit_message": commit_message}
-    if base is not None and Path(base).is_dir():
-        base = publish(base, f"{repo_id}-base", license=license, **hub)
-    files = collect(folder, repo_id, base, license)
+    own_base = base if base is not None and Path(base).is_dir() else None
+    with _readable(folder):  # before anything is published: an adapter must not stay behind its new base
+        files = collect(folder, repo_id, base if own_base is None else f"{repo_id}-base", license)
+    if own_base is not None:
+        _insist(lambda: _refuse_another_model(f"{repo_id}-base", token), repo_id)
+        publish(own_base, f"{repo_id}-base", license=license, **hub)
     _insist(lambda: _commit(files, repo_id, revision, token, commit_message), repo_id)
     return repo_id
 
@@ -102,7 +109,7 @@ def check(folder: Path) -> str | None:
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}.")
     record = folder / "run.json"
-    if record.is_file() and json.loads(record.read_text())["finished"] is None:
+    if record.is_file() and read_json(record).get("finished") is None:
         raise InputError(f"The run in {str(folder)!r} has not come to its end: give its command again, then push.")
     adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     config = read_json(folder / (ADAPTER_CONFIG_NAME if adapter else CONFIG_NAME))
@@ -113,8 +120,11 @@ def check(folder: Path) -> str | None:
         )
     weights = [folder / (ADAPTER_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME)]
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"]
-        weights = [folder / name for name in sorted(set(index.values()))]
+        index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+        names = list(index.values()) if isinstance(index, dict) else []
+        if not names or not all(isinstance(name, str) and is_published(name) for name in names):
+            raise InputError(f"The {SAFE_WEIGHTS_INDEX_NAME} in {str(folder)!r} is no index of weights: save it again.")
+        weights = [folder / name for name in sorted(set(names))]
     for file in weights:
         try:
             with safe_open(file, "pt"):
@@ -128,8 +138,11 @@ def check(folder: Path) -> str | None:
         elif not is_hub_id(base):
             raise InputError(f"The adapter in {str(folder)!r} is on the captioner {base!r}, which is not there.")
         return base
+    for name in ("modeling_qformer.py", PROCESSOR_NAME):
+        if not (folder / name).is_file():
+            raise InputError(f"There is no {name} in {str(folder)!r}, so nobody could caption with it: save it again.")
     for part in config.get("referenced_backbones") or []:
-        if not is_hub_id(name := config[f"{part}_name_or_path"]):
+        if not is_hub_id(name := config.get(f"{part}_name_or_path")):
             raise InputError(
                 f"The captioner in {str(folder)!r} refers to the {part.replace('_', ' ')} {name!r}, which only this "
                 "machine has: put it in with `qformer-captioner export`, or train with --include_backbones true."
@@ -137,12 +150,23 @@ def check(folder: Path) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever a damaged file of the folder makes somebody raise is one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (*UNUSABLE, SafetensorError, yaml.YAMLError) as error:
+        raise cannot_use(folder, error) from error
+
+
 def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{str(file)!r} is not valid JSON: {error}.") from error
     return content if isinstance(content, dict) else {}
 
@@ -209,6 +233,16 @@ def open_repository(repo_id: str, private: bool | None, revision: str | None, to
     return _insist(create, repo_id)
 
 
+def _refuse_another_model(repo_id: str, token: str | None) -> None:
+    """Nobody has asked for REPO_ID-base by name: a model that somebody has there stays."""
+    api = HfApi(token=token)
+    there = set(api.list_repo_files(repo_id)) if api.repo_exists(repo_id) else set()
+    if there - {".gitattributes", CARD} and "modeling_qformer.py" not in there:
+        raise InputError(
+            f"What the adapter is on would go to {repo_id!r}, and another model is there already: choose another name."
+        )
+
+
 def _commit(files: dict[str, Path | bytes], repo_id: str, revision: str | None, token: str | None, title: str) -> None:
     """One commit, so that a branch is never half of one thing and half of another.
 
@@ -234,6 +268,8 @@ def _insist(request, repo_id: str):
     for wait in (*WAITS, None):
         try:
             return request()
+        except InputError:
+            raise
         except LocalTokenNotFoundError as error:
             raise InputError("Nobody is logged in to the Hub: hf auth login, or set HF_TOKEN.") from error
         except OfflineModeIsEnabled as error:
@@ -249,7 +285,7 @@ def _insist(request, repo_id: str):
                 reason = reason or " ".join(str(error.server_message or error).split())
                 raise InputError(f"The Hub refuses {repo_id!r} ({status}): {reason}.") from error
             failure = f"the Hub answered {status}"
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:  # the last where a large file did not arrive
             failure = " ".join(str(error).split()) or type(error).__name__
         if wait is None:
             raise InputError(

@@ -94,6 +94,8 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
     for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
+    if args.train_val_split is not None and not 0 <= args.train_val_split <= 1:
+        raise InputError(f"--train_val_split is a share of the rows, from 0 to 1, not {args.train_val_split:g}.")
     if args.max_caption_length < 2:
         raise InputError(f"--max_caption_length is at least 2, a word and the end, not {args.max_caption_length}.")
     if args.shuffle_buffer < 0:

@@ -26,6 +26,7 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image, ImageOps
 from transformers import AutoModel, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
+from transformers.utils.hub import cached_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
@@ -279,9 +280,14 @@ def build(model: PreTrainedModel, name: str, examples: list[str]) -> gr.Blocks:
 
 def load(model_name_or_path: str, revision: str | None) -> PreTrainedModel:
     """A captioner whose Q-Former has eager attention, the one that says where it looks; it is small."""
+    adapter = cached_file(
+        model_name_or_path, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    # The captioner that an adapter is on has other commits.
+    pinned = {"revision": revision} if adapter is None else {"adapter_kwargs": {"revision": revision}}
     model = AutoModel.from_pretrained(
         model_name_or_path,
-        revision=revision,
+        **(pinned if revision is not None else {}),
         trust_remote_code=True,
         attn_implementation={"qformer_config": "eager"},
     )
@@ -323,8 +329,8 @@ def main() -> None:
     try:
         model = load(arguments.model, arguments.revision)
         examples = find_examples(arguments.examples, arguments.model, arguments.revision)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{arguments.model!r} cannot be shown: {str(error).splitlines()[0]}")
+    except Exception as error:  # each way in which a folder can be broken raises another class
+        sys.exit(f"{arguments.model!r} cannot be shown: {(str(error) or type(error).__name__).splitlines()[0]}")
     build(model, arguments.model, examples).launch(
         server_port=arguments.port,
         share=arguments.share,

@@ -194,3 +194,9 @@ def test_a_run_leaves_a_card_with_its_own_numbers(tmp_path):
     assert ["images, references", "4, 20"] in cells
     assert {"captions.png", "loss_curve.png"} == set(re.findall(r"\]\((\w+\.png)\)", card))
     assert str(tmp_path) not in card and "output" not in card
+
+
+def test_no_option_tells_where_files_are():
+    options = {"dataset_name": ["../clients/acme/*.tar", "org/data"], "prompt": "a/b c"}
+    shown = describe_options(options | {"image_folder": ["../gone/acme"]})
+    assert shown == {"dataset_name": "*.tar, org/data", "image_folder": "acme", "prompt": "a/b c"}

@@ -80,6 +80,7 @@ with open("trained/captions.png", "ab") as file:
 attempt("down", "trained", "tester/once", revision="v2")
 attempt("forbidden", "trained", "tester/trained", token="hf_wrong")
 attempt("no name", "trained", "a/b/c")
+attempt("taken", "adapter", "tester/taken")
 json.dump(found, open("published.json", "w"))
 """
 
@@ -239,6 +240,7 @@ def published(hub, folder) -> dict:
     tiny.save_language(folder / "language", max_position_embeddings=256)
     hub.files["model", "org/vision"] = files_of(folder / "vision") | {"README.md": b"---\nlicense: mit\n---\n"}
     hub.files["model", "org/language"] = files_of(folder / "language")
+    hub.files["model", "tester/taken-base"] = {"config.json": b"{}", "model.safetensors": b"of another model"}
     hub.failures = [
         Failure("POST .*/tester/once/commit/main", 500),
         Failure("PUT /large.*tester/dropped", "drop"),
@@ -419,6 +421,12 @@ def test_what_fails_once_is_tried_again_and_done_once(hub, published, repo):
 def test_a_wrong_name_and_a_wrong_token_are_one_sentence(published):
     assert "'a/b/c' is no name of a repository" in published["messages"]["no name"]
     assert "The Hub refuses 'tester/trained' (401): log in with `hf auth login`." in published["messages"]["forbidden"]
+
+
+def test_another_model_by_the_name_of_the_base_stays(hub, published):
+    assert "would go to 'tester/taken-base', and another model is there already" in published["messages"]["taken"]
+    assert set(hub.files["model", "tester/taken-base"]) == {"config.json", "model.safetensors"}
+    assert not hub.files["model", "tester/taken"]
 
 
 def test_a_hub_that_is_down_leaves_the_branch_as_it_was(hub, published):

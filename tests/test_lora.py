@@ -185,3 +185,14 @@ def test_an_adapter_is_captioned_with_as_any_captioner(run, tmp_path):
     written = [row["caption"] for row in json.loads((tmp_path / "out" / "captions.json").read_text())]
     pictures = [tiny.picture(number) for number in range(2)]
     assert written == AutoModel.from_pretrained(run).caption(pictures, num_beams=1, max_new_tokens=6)
+
+
+def test_an_adapter_on_a_captioner_by_a_relative_name_opens_from_any_folder(backbones, monkeypatch, tmp_path):
+    """Seen from elsewhere, `mine/captioner` would be a repository of somebody's on the Hub, with code of his."""
+    parts = str(backbones / "vision"), str(backbones / "llama")
+    QFormerCaptioner.from_backbones(*parts, **tiny.QFORMER).save_pretrained(tmp_path / "mine" / "captioner")
+    monkeypatch.chdir(tmp_path)
+    fresh = dict(vision_model_name_or_path=None, language_model_name_or_path=None, qformer_config=None)
+    train_hf.train(words(backbones, "run", **fresh, model_name_or_path="mine/captioner"))
+    base = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "mine" / "captioner")

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qformer_captioner import QFormerCaptioner, train_hf
-from qformer_captioner.captioning import InputError, cli
+from qformer_captioner.captioning import InputError, cli, push
 from qformer_captioner.captioning.push import check, collect
 
 from . import tiny
@@ -140,3 +140,55 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_starts(tmp_path,
     with pytest.raises(InputError, match=message):
         train_hf.train(command_line(**options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", b"{", "is not valid JSON"),
+        ("run.json", b"[]", "has not come to its end"),
+        ("card.json", b"{", "cannot be used"),
+        ("card.json", b"{}", "cannot be used"),
+        ("README.md", b"---\n: : [\n---\nMine.\n", "cannot be used"),
+        ("model.safetensors.index.json", b"{}", "is no index of weights"),
+        ("model.safetensors.index.json", b'{"weight_map": [1]}', "is no index of weights"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../canary.safetensors"}}', "is no index of weights"),
+        ("processor_config.json", None, "nobody could caption with it"),
+        ("modeling_qformer.py", None, "nobody could caption with it"),
+    ],
+)
+def test_a_damaged_folder_ends_in_one_sentence(folder, file, content, message, monkeypatch):
+    monkeypatch.setattr(push, "open_repository", lambda repo_id, *_: repo_id)
+    monkeypatch.setattr(push, "_commit", lambda *_: pytest.fail("published"))
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        push.publish(folder, "me/captioner", license="mit")
+
+
+def test_parts_of_no_name_and_an_adapter_on_itself_end_in_one_sentence(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for referenced in (["evil"], 7):
+        (folder / "config.json").write_text(json.dumps(config | {"referenced_backbones": referenced}))
+        with pytest.raises(InputError):
+            push.publish(folder, "me/captioner")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    (folder / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(InputError):
+        push.publish(folder, "me/captioner")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Error while uploading 'model.safetensors' to the Hub."), OSError("x")])
+def test_a_large_file_that_does_not_arrive_is_tried_again_and_one_sentence(error, monkeypatch):
+    """huggingface_hub raises a `RuntimeError` for it."""
+    monkeypatch.setattr(push, "WAITS", (0, 0))
+    tried = []
+
+    def request():
+        tried.append(1)
+        raise error
+
+    with pytest.raises(InputError, match=f"'me/captioner' could not be published, {error}; its branch is as it was"):
+        push._insist(request, "me/captioner")
+    assert len(tried) == 3
