@@ -47,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
 from .captioning import UNUSABLE, InputError, printable
-from .captioning.data import Variations, open_cell
+from .captioning.data import Variations, check_crop, open_cell
 from .captioning.features import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
@@ -103,6 +103,7 @@ def check(args: FeatureArguments) -> None:
     for name in ("batch_size", "rows_per_shard", "views", "max_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
+    check_crop(args.smallest_crop)
     varied = args.smallest_crop is not None or args.flip > 0
     if (args.views > 1) != varied:
         raise InputError("--views 2 or more goes with --smallest_crop or --flip, or all views would be the same.")

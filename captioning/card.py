@@ -289,7 +289,10 @@ def metadata(facts: dict) -> ModelCardData:
     elif facts.get("starts_from"):
         sources = [facts["starts_from"]]
     relation = "adapter" if adapter else "finetune" if facts.get("starts_from") else None
-    licenses = sorted({each for each in facts.get("licenses", {}).values() if each})
+    licenses = facts.get("licenses", {})
+    told = licenses.get(facts["model"])  # by who publishes it
+    unknown = None in licenses.values() or any(part["source"] and not part["on_hub"] for part in facts["parts"])
+    licenses = [told] if told else [] if unknown else sorted(set(licenses.values()))
     results = None
     if facts.get("scores"):
         evaluation = facts["evaluation"]
@@ -341,13 +344,16 @@ def pictures_of(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in PICTURES if (folder / name).is_file())
 
 
-def card_for(folder: Path, repo_id: str, base: str | None = None, license: str | None = None) -> str:
+def card_for(
+    folder: Path, repo_id: str, base: str | None = None, license: str | None = None, adapter: str | None = None
+) -> str:
     """The card of a folder as it stands in a repository: one that somebody wrote or changed stays as it is.
 
     Args:
         repo_id: what its lines of usage load.
         base: the Hub id of the captioner that adapters are on.
-        license: of the repository; by default those of the backbones, where their cards tell.
+        license: of the repository; by default those of the backbones, where the cards of all of them tell.
+        adapter: the Hub id of the adapters that the captioner is for, and is nothing without.
     """
     facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else None
     if (folder / CARD).is_file():
@@ -362,6 +368,8 @@ def card_for(folder: Path, repo_id: str, base: str | None = None, license: str |
     facts = (describe_folder(folder) if facts is None else facts) | {"model": repo_id}
     if base is not None:
         facts["adapter"] = {"base": base, "base_is_on_hub": True}
+    if adapter is not None:
+        facts["is_base_of"] = adapter
     sources = [part["source"] for part in facts["parts"] if part["on_hub"]]
     facts["licenses"] = {repo_id: license} if license else {name: license_of(name) for name in sources}
     return render(facts, pictures_of(folder))

@@ -54,6 +54,16 @@ class SkippedRows:
         return len({(entry["split"], entry["row"]) for entry in entries})
 
 
+def check_crop(smallest_crop: float | None) -> None:
+    """See that it is a share.
+
+    Raises:
+        InputError: if not.
+    """
+    if smallest_crop is not None and not 0 < smallest_crop <= 1:
+        raise InputError(f"--smallest_crop is a share of an image's area, from 0 to 1, not {smallest_crop:g}.")
+
+
 @dataclass
 class Variations:
     """What training shows differently each time it comes to a row.

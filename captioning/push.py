@@ -71,6 +71,7 @@ def publish(
     license: str | None = None,
     token: str | None = None,
     commit_message: str = "Upload captioner",
+    adapter: str | None = None,
 ) -> str:
     """Put a captioner or an adapter into a repository, as one commit, and return the repository's id.
 
@@ -81,6 +82,8 @@ def publish(
         revision: the branch, `main` by default; made if it is not there.
         license: of the repository, for its card.
         token: by default the one of `hf auth login` or `HF_TOKEN`.
+        commit_message: title of the commit.
+        adapter: the repository of the adapters that this is the captioner below.
 
     Raises:
         InputError: if the folder is no captioner that others could open, or the Hub does not take it.
@@ -92,10 +95,10 @@ def publish(
     hub = {"private": private, "revision": revision, "token": token, "commit_message": commit_message}
     own_base = base if base is not None and Path(base).is_dir() else None
     with _readable(folder):  # before anything is published: an adapter must not stay behind its new base
-        files = collect(folder, repo_id, base if own_base is None else f"{repo_id}-base", license)
+        files = collect(folder, repo_id, base if own_base is None else f"{repo_id}-base", license, adapter)
     if own_base is not None:
         _insist(lambda: _refuse_another_model(f"{repo_id}-base", token), repo_id)
-        publish(own_base, f"{repo_id}-base", license=license, **hub)
+        publish(own_base, f"{repo_id}-base", license=license, adapter=repo_id, **hub)
     _insist(lambda: _commit(files, repo_id, revision, token, commit_message), repo_id)
     return repo_id
 
@@ -171,7 +174,9 @@ def read_json(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def collect(folder: Path, repo_id: str, base: str | None = None, license: str | None = None) -> dict[str, Path | bytes]:
+def collect(
+    folder: Path, repo_id: str, base: str | None = None, license: str | None = None, adapter: str | None = None
+) -> dict[str, Path | bytes]:
     """What a repository holds, by path: files as they are, but those that name folders of this machine."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files: dict[str, Path | bytes] = {
@@ -183,7 +188,7 @@ def collect(folder: Path, repo_id: str, base: str | None = None, license: str | 
             if name == ADAPTER_CONFIG_NAME:
                 content["base_model_name_or_path"] = base
             files[name] = (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    files[CARD] = card_for(folder, repo_id, base, license).encode(errors="replace")
+    files[CARD] = card_for(folder, repo_id, base, license, adapter).encode(errors="replace")
     return files
 
 
@@ -226,6 +231,8 @@ def open_repository(repo_id: str, private: bool | None, revision: str | None, to
     def create() -> str:
         api = HfApi(token=token)
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and api.model_info(full_id).private is False:  # made before, by somebody who wanted it so
+            raise InputError(f"{full_id!r} is there already, and everybody may see it: choose another name.")
         if revision not in (None, "main"):
             api.create_branch(full_id, branch=revision, exist_ok=True)
         return full_id

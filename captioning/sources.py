@@ -113,7 +113,8 @@ def read_files(files: list[str], streaming: bool) -> dict[str, Rows]:
     if kinds == {".json"} and len(files) == 1 and (rows := read_coco(files[0])) is not None:
         return {"train": rows.to_iterable_dataset() if streaming else rows}
     reader, options = READERS[kinds.pop()]
-    return dict(datasets.load_dataset(reader, data_files={"train": files}, streaming=streaming, **options))
+    found = list(map(glob.escape, files))  # datasets takes names for patterns
+    return dict(datasets.load_dataset(reader, data_files={"train": found}, streaming=streaming, **options))
 
 
 def check_text(file: str | os.PathLike) -> None:

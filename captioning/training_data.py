@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 
 from . import InputError
-from .data import CaptionDataset, SkippedRows, Variations
+from .data import CaptionDataset, SkippedRows, Variations, check_crop
 from .features import FeatureStore
 from .mixing import CaptionMixture
 from .options import option
@@ -87,8 +87,7 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
         raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
     if args.streaming and args.train_val_split is not None:
         raise InputError("--train_val_split counts rows, and a stream is never there in full: use --eval_dataset_name.")
-    if args.smallest_crop is not None and not 0 < args.smallest_crop <= 1:
-        raise InputError(f"--smallest_crop is a share of an image's area, from 0 to 1, not {args.smallest_crop:g}.")
+    check_crop(args.smallest_crop)
     if not 0 <= args.flip <= 1:
         raise InputError(f"--flip is a probability, from 0 to 1, not {args.flip:g}.")
     for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):

@@ -180,7 +180,8 @@ class Hub:
         card = front_matter(files.get("README.md", b"").decode(errors="replace")) or {}
         own = {key: card[key] for key in ("pipeline_tag", "library_name") if key in card}
         siblings = [{"rfilename": name} for name in files]
-        return 200, {"id": repo[1], "sha": self.sha(repo, revision), "siblings": siblings, "tags": [], **own}, {}
+        own |= {"id": repo[1], "sha": self.sha(repo, revision), "private": repo in self.private}
+        return 200, {**own, "siblings": siblings, "tags": []}, {}
 
     def sha(self, repo: Repo, revision: str) -> str:
         return revision if (repo, revision) in self.seen else self.commit(repo, revision)

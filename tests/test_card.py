@@ -158,6 +158,24 @@ def test_a_card_that_somebody_changed_stays(tmp_path):
     assert ModelCard(card_for(tmp_path, "other/name", license="apache-2.0")).data.license == "apache-2.0"
 
 
+@pytest.mark.parametrize(
+    ("licenses", "license"),
+    [
+        ({"org/vision": "mit", "org/language": "mit"}, "mit"),
+        ({"org/vision": "mit", "org/language": "apache-2.0"}, ["apache-2.0", "mit"]),
+        ({"org/vision": "mit", "org/language": None}, None),
+        ({"somebody/captioner": "mit"}, "mit"),
+    ],
+)
+def test_a_licence_is_told_where_all_are_known(licenses, license):
+    assert ModelCard(render(facts(licenses=licenses))).data.license == license
+
+
+def test_the_captioner_below_adapters_sends_to_them(tmp_path):
+    write_card(tmp_path, facts(parts=[]))
+    assert "adapters [me/lora](https://huggingface.co/me/lora)" in card_for(tmp_path, "me/lora-base", adapter="me/lora")
+
+
 def test_a_folder_without_a_run_has_a_card_of_what_is_in_it(tmp_path):
     model = tiny.captioner()
     model.save_pretrained(tmp_path)

@@ -81,6 +81,7 @@ attempt("down", "trained", "tester/once", revision="v2")
 attempt("forbidden", "trained", "tester/trained", token="hf_wrong")
 attempt("no name", "trained", "a/b/c")
 attempt("taken", "adapter", "tester/taken")
+attempt("public", "trained", "tester/trained", private=True)
 json.dump(found, open("published.json", "w"))
 """
 
@@ -385,7 +386,7 @@ def test_an_unfinished_captioner_has_a_card_and_loads(hub, published):
 def test_no_token_and_no_path_of_this_machine_leaves_it(hub, published, folder):
     for (_, repo), files in hub.files.items():
         for name, content in files.items():
-            if repo.startswith("tester/") and repo != "tester/by-hand":  # transformers pushes that one
+            if repo.startswith("tester/"):
                 assert str(folder).encode() not in content, (repo, name)
             assert TOKEN.encode() not in content, (repo, name)
     kept = [path for path in folder.rglob("*") if path.is_file() and path.name != "publisher.json"]
@@ -399,7 +400,7 @@ def test_the_card_of_a_run_names_its_origins(hub, published):
     card = ModelCard(hub.files["model", "tester/trained"]["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert card.data.base_model == ["org/vision", "org/language"]
-    assert card.data.license == "mit"  # the one that is known
+    assert card.data.license is None  # of two backbones one does not say
     assert {result.metric_type for result in card.data.eval_results} == {"facts", "complete", "objects", "relations"}
     assert hub.commit(("model", "org/vision")) in card.text
     adapter = ModelCard(hub.files["model", "tester/adapter"]["README.md"].decode())
@@ -427,6 +428,10 @@ def test_another_model_by_the_name_of_the_base_stays(hub, published):
     assert "would go to 'tester/taken-base', and another model is there already" in published["messages"]["taken"]
     assert set(hub.files["model", "tester/taken-base"]) == {"config.json", "model.safetensors"}
     assert not hub.files["model", "tester/taken"]
+
+
+def test_what_everybody_sees_does_not_become_private_by_a_push(published):
+    assert "'tester/trained' is there already, and everybody may see it" in published["messages"]["public"]
 
 
 def test_a_hub_that_is_down_leaves_the_branch_as_it_was(hub, published):

@@ -367,6 +367,11 @@ def test_another_folder_of_images_can_be_named(folder):
         captioned(name, image_folder="nowhere")
 
 
+def test_a_file_whose_name_has_brackets_is_no_pattern(folder):
+    name = write_jsonl(folder / "rows[a].jsonl", rows_with_paths())
+    assert len(captioned(name).readable()) == len(COLOURS)
+
+
 def test_a_file_whose_name_has_a_colon_is_no_address(tmp_path):
     assert locate("12:30.png", tmp_path) == tmp_path / "12:30.png"
 
