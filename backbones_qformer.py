@@ -7,7 +7,6 @@ import copy
 import json
 import math
 import os
-import re
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,8 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .configuration_qformer import is_hub_id
 
 BACKBONES = ("vision_model", "language_model")
 MOST_LAYERS = 1000
@@ -156,7 +157,7 @@ def cannot_load(part: str, name_or_path: str, revision: str | None, error: Excep
     """What to tell somebody whose backbone is neither on the Hub, as far as it can be reached, nor in the cache."""
     what = f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded"
     remedy = "check the name or put the folder back"
-    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", name_or_path):  # looks like a Hub id
+    if is_hub_id(name_or_path):
         at = f" --revision {revision}" if revision else ""
         remedy = (
             f"check the name, log in with `hf auth login` if it is private or gated, and where the Hub can be reached, "

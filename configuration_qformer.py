@@ -5,9 +5,12 @@ to the other. Both classes are plain transformers configurations: keyword-only, 
 """
 
 import difflib
+import os
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -201,5 +204,33 @@ class QFormerCaptionerConfig(PreTrainedConfig):
 
 
 QFormerCaptionerConfig.register_for_auto_class()
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether others can fetch it by this name: a Hub id, and no file or folder of this machine."""
+    if name is None or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def without_local_paths(config: dict) -> dict:
+    """A configuration as JSON has it, but with no file or folder of this machine in it: to publish."""
+    kept = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            value = without_local_paths(value)
+        elif isinstance(value, str) and key.endswith("name_or_path") and not is_hub_id(value):
+            value = "" if key.startswith("_") else None
+        kept[key] = value
+    for key in config:
+        named = f"{key.removesuffix('_revision')}_name_or_path"
+        if key.endswith("_revision") and named in kept and kept[named] is None:
+            kept[key] = None
+    return kept
+
 
 __all__ = ["QFormerCaptionerConfig", "QFormerConfig"]

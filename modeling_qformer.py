@@ -13,6 +13,7 @@ V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q
 
 import copy
 import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -56,7 +57,7 @@ from .backbones_qformer import (
     untie_t5_head,
     vision_model_from_config,
 )
-from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, without_local_paths
 from .language_qformer import (
     LOGITS_AT_A_TIME,
     ChunkedCrossEntropy,
@@ -1291,6 +1292,15 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         local = self.local_backbones()
         self._reference([part for part in self.config.referenced_backbones or [] if part not in local])
         return super().push_to_hub(repo_id, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """`push_to_hub` ends here: what is published names no folder of this machine."""
+        path = os.path.join(working_dir, CONFIG_NAME)
+        with open(path, encoding="utf-8") as file:
+            config = without_local_paths(json.load(file))
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _reference(self, parts: list[str]) -> None:
         """Let saved folders refer to these parts by name instead of holding their weights."""

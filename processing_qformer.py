@@ -6,7 +6,6 @@ folder. The language model learns no `<image>` token: the model puts its queries
 
 import base64
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
-from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
@@ -140,31 +139,10 @@ def load_qformer_tokenizer(
         ) from error
 
 
-def without_local_paths(config: dict) -> dict:
-    """A configuration that says nothing of where its models lay on this machine."""
-    kept = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            value = without_local_paths(value)
-        elif key.endswith("name_or_path") and isinstance(value, str) and os.path.isabs(value):
-            value = "" if key.startswith("_") else None
-        kept[key] = value
-    return kept
-
-
 class PushWithCard:
-    """What `push_to_hub` publishes names no folder of this machine; without a card it gets one that says how to use it.
-
-    transformers would leave a form there.
-    """
+    """A repository that has no card yet gets one from `push_to_hub` that says how to use it, and no form to fill in."""
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        config = os.path.join(working_dir, CONFIG_NAME)
-        if os.path.exists(config):
-            with open(config, encoding="utf-8") as file:
-                content = without_local_paths(json.load(file))
-            with open(config, "w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         card = os.path.join(working_dir, "README.md")
         if os.path.exists(card) and "[More Information Needed]" in ModelCard.load(card).text:
             data = ModelCardData(

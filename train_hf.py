@@ -53,7 +53,6 @@ from .captioning.card import (
     describe_machine,
     describe_options,
     describe_parts,
-    is_hub_id,
     shown_name,
 )
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
@@ -66,6 +65,7 @@ from .captioning.scenes import Scene, score_facts
 from .captioning.scratch import build_from_scratch
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
 from .captioning.training_data import DataArguments, check_data, load_data
+from .configuration_qformer import is_hub_id
 from .modeling_qformer import QFormerCaptioner
 
 # ----------------------------------------------------------------------------------------------------------------------

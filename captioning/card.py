@@ -17,7 +17,6 @@ import jinja2
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import TrainerState
@@ -25,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 from yaml import YAMLError
 
 from ..backbones_qformer import BACKBONES, AbsentVisionModel, dtype_of, is_quantized
+from ..configuration_qformer import is_hub_id
 from ..modeling_qformer import QFormerCaptioner
 from .data import CaptionDataset
 from .mixing import CaptionMixture
@@ -43,17 +43,6 @@ PLACES = re.compile("_name$|_path$|_folder$|_tokenizer$|^features$|^recipe$")  #
 # ----------------------------------------------------------------------------------------------------------------------
 # What the run knows
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether others can fetch it by this name: a Hub id, and no file or folder of this machine."""
-    if name is None or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def shown_name(name: str) -> str:

@@ -30,9 +30,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..backbones_qformer import BACKBONES
+from ..configuration_qformer import is_hub_id, without_local_paths
 from . import UNUSABLE, InputError, cannot_use
-from .card import CARD, PICTURES, card_for, is_hub_id
+from .card import CARD, PICTURES, card_for
 
 # What a repository of ours may hold. A list of what may, not of what may not: beside the model, a folder has optimizers
 # and other pickles, records of a run with paths in them, and whatever its owner keeps there.
@@ -184,7 +184,7 @@ def collect(
     }
     for name in files:
         if name.endswith("config.json"):
-            content = without_paths(read_json(paths[name]))
+            content = without_local_paths(read_json(paths[name]))
             if name == ADAPTER_CONFIG_NAME:
                 content["base_model_name_or_path"] = base
             files[name] = (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -195,21 +195,6 @@ def collect(
 def is_published(name: str) -> bool:
     """Whether a path is one of `PUBLISHED`, folder by folder: `*` stands for no slash."""
     return any(pattern.count("/") == name.count("/") and fnmatch(name, pattern) for pattern in PUBLISHED)
-
-
-def without_paths(content: dict) -> dict:
-    """A configuration that names no file or folder of this machine."""
-    kept = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            value = without_paths(value)
-        elif isinstance(value, str) and key.endswith("name_or_path") and not is_hub_id(value):
-            value = "" if key.startswith("_") else None
-        kept[key] = value
-    for part in BACKBONES:
-        if f"{part}_name_or_path" in kept and kept[f"{part}_name_or_path"] is None:
-            kept[f"{part}_revision"] = None
-    return kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
