@@ -1,27 +1,197 @@
-"""Several captions of an image with one language model, each at no more than its own cost.
+"""How a language model, decoder-only or encoder-decoder, reads captions behind a prefix and goes on from one.
 
-Training packs them behind one prefix and makes logits where there are labels only, a few at a time; beams share what
-the language model remembers of the prefix. All of it is exact. The captioner in modeling_qformer.py puts it together.
+Several captions of an image cost what their own words cost: training packs them behind one prefix and makes logits
+where there are labels only, a few at a time; beams share what the language model remembers of the prefix. All of it is
+exact. The captioner in modeling_qformer.py makes the prefix and puts it together.
 
-In the shapes below B is images, L places in a sequence, N places in all, D the language model's width, V its words.
+In the shapes below B is images, K captions of an image, T tokens of a caption, S of the prefix, L places in a sequence,
+N places in all, D the language model's width, V its words.
 """
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Packing
+# Captions behind a prefix
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_captions(
+    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """Read captions `[B, K, T]` of B images, padded with -100, behind a prefix `[B, S, D]` with its mask `[B, S]`.
+
+    Returns:
+        The decoder's hidden states where it predicts the captions' tokens, `[B*K*T, D]`.
+    """
+    if language_model.config.is_encoder_decoder:
+        read = read_with_encoder_decoder
+    elif captions.shape[1] > 1 and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
+        read = read_with_shared_prefix
+    else:
+        read = read_with_decoder_only
+        if captions.shape[1] > 1:
+            logger.warning_once(
+                f"A {language_model.config.model_type!r} cannot read several captions behind one prefix: it reads the "
+                "prefix once for each, which is as exact and takes longer."
+            )
+    hidden_states = read(language_model, prefix, prefix_mask, captions, **kwargs)
+    return hidden_states.reshape(-1, hidden_states.shape[-1])
+
+
+def read_with_decoder_only(
+    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """`[prefix, caption]` in one sequence, whose last `[B*K, T, D]` predict the caption."""
+    number, length = captions.shape[1:]
+    inputs = captions.flatten(0, 1)[:, :-1]  # the last token predicts nothing
+    words = language_model.get_input_embeddings()(inputs.clamp(min=0))
+    mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
+    if takes(language_model, "position_ids"):
+        kwargs["position_ids"] = positions_of(mask)
+    output = decoder_of(language_model)(
+        inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
+        attention_mask=mask,
+        use_cache=False,
+        **kwargs,
+    )
+    return output.last_hidden_state[:, -length:]
+
+
+def read_with_shared_prefix(
+    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
+
+    Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes. With
+    a prefix of three and the captions "a dog." and "the cat sleeps." (whose last token predicts nothing):
+
+        inputs      q  q  q  a  dog  the  cat  sleeps
+        owner       0  0  0  1   1    2    2     2
+        positions   0  1  2  3   4    3    4     5
+    """
+    number, length = captions.shape[1:]
+    start, device = prefix.shape[1], prefix.device
+    needed = still_to_come(captions)[:, :, 1:].flatten(1)  # what a label depends on, [B, K*(T-1)]
+    order, place = pack(needed)  # [B, W], [B, K*(T-1)]
+    inputs = captions[:, :, :-1].flatten(1).gather(1, order)  # [B, W]
+    words = language_model.get_input_embeddings()(inputs.clamp(min=0))
+    real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1).bool()  # [B, S+W]
+    owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
+    owner = torch.cat([torch.zeros_like(prefix_mask), owner], dim=1)  # 0 is the prefix, k the k-th caption
+    sees = ((owner[:, None, :] == 0) | (owner[:, :, None] == owner[:, None, :])).tril() & real[:, None, :]
+    # What sees nothing, padding in front, sees itself: a softmax over nothing is no number.
+    itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)
+    sees |= itself & ~sees.any(dim=2, keepdim=True)  # [B, S+W, S+W]
+    positions = positions_of(prefix_mask)  # [B, S]
+    # As in plain rows, what is no label (-100) counts for nothing, in the middle of a caption too.
+    behind = (captions[:, :, :-1] != -100).cumsum(dim=2).flatten(1).gather(1, order)
+    kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
+    output = decoder_of(language_model)(
+        inputs_embeds=torch.cat([prefix, words], dim=1),
+        attention_mask=as_mask(language_model, sees[:, None], prefix.dtype),
+        use_cache=False,
+        **kwargs,
+    )
+    # The first word of every caption is predicted by the last position of the prefix.
+    before = start + place.unflatten(1, (number, length - 1))  # [B, K, T-1]
+    before = torch.cat([before.new_full((len(before), number, 1), start - 1), before], dim=2).flatten(1)
+    return take(output.last_hidden_state, before)  # [B, K*T, D]
+
+
+def read_with_encoder_decoder(
+    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+) -> torch.Tensor:
+    """The encoder reads the prefix once per image, the decoder writes each of its captions.
+
+    A T5 writes them in one sequence, each of which sees itself alone, so that the decoder looks at the prefix once:
+    its positions count from word to word, so that nothing changes. Other decoders number them from the beginning.
+    """
+    number, length = captions.shape[1:]
+    encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
+    rows = captions.flatten(0, 1)  # [B*K, T]
+    # mBART looks for the last word of each row, so a missing caption gets words, which no label asks for.
+    end = torch.as_tensor(language_model.config.eos_token_id, device=rows.device).flatten()[0]
+    rows = torch.where((rows != -100).any(dim=1, keepdim=True), rows, end)
+    inputs = language_model.prepare_decoder_input_ids_from_labels(rows)
+    if number > 1 and language_model.config.model_type in ("t5", "mt5", "umt5"):
+        order, place = pack(still_to_come(captions).flatten(1))  # [B, W], [B, K*T]
+        inputs = inputs.view(len(captions), -1).gather(1, order)
+        owner = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
+        sees = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, W, W]
+        kwargs["attention_mask"] = as_mask(language_model, sees[:, None], prefix.dtype)
+    else:
+        place = None
+        encoded = encoded.repeat_interleave(number, dim=0)
+        prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
+    output = decoder_of(language_model)(
+        input_ids=inputs,
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=prefix_mask,
+        use_cache=False,
+        **kwargs,
+    )
+    return output.last_hidden_state if place is None else take(output.last_hidden_state, place)
+
+
+def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:
+    """Whether the language model reads captions of an image behind one prefix as it would read them one by one.
+
+    It must take a mask for every pair of positions, and numbers of positions; and its layers must attend to all of
+    `length` positions before, and to nothing else.
+    """
+    config = language_model.config.get_text_config(decoder=True)  # of a language model with senses of its own
+    fields = vars(config)
+    window = getattr(config, "sliding_window", None) if fields.get("use_sliding_window", True) else None
+    return (
+        takes(language_model, "position_ids")
+        and config._attn_implementation in ("eager", "sdpa")
+        and not (window and window < length)
+        and not fields.get("attention_chunk_size")
+        and not fields.get("alibi")
+        and config.model_type != "gpt_neo"  # whose window counts places in the sequence, whatever the mask
+        and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
+        and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
+    )
+
+
+def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
+    """What makes hidden states of words. `get_decoder` is ModernBERT's output layer, and all of Llama 4."""
+    decoder = language_model.get_decoder()
+    own = isinstance(decoder, PreTrainedModel) and decoder is not language_model
+    return decoder if own else language_model.model
+
+
+def takes(language_model: PreTrainedModel, name: str) -> bool:
+    """Whether its decoder has such an input: BLOOM's no `position_ids`, Mamba's and RWKV's no `past_key_values`."""
+    return name in inspect.signature(type(decoder_of(language_model)).forward).parameters
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Places in the sequence, counted from the first that is no padding."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def as_mask(language_model: PreTrainedModel, sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What may be seen, in the way that the language model's attention wants to hear it."""
+    if language_model.config._attn_implementation == "eager":  # which adds masks to its scores
+        return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+    return sees
 
 
 def still_to_come(labels: torch.Tensor) -> torch.Tensor:
@@ -47,13 +217,6 @@ def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
-    """What makes hidden states of words. `get_decoder` is ModernBERT's output layer, and all of Llama 4."""
-    decoder = language_model.get_decoder()
-    own = isinstance(decoder, PreTrainedModel) and decoder is not language_model
-    return decoder if own else language_model.model
 
 
 @dataclass
@@ -158,6 +321,54 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # Beams
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def can_read_once(
+    language_model: PreTrainedModel, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict
+) -> bool:
+    """Whether `generate` would begin with the memory of a prefix that we hand it, and none of its own."""
+    modes = (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    )
+    use_cache = config.use_cache
+    if use_cache is None:  # it is up to the language model
+        use_cache = language_model.generation_config.use_cache
+    return (
+        not language_model.config.is_encoder_decoder
+        and takes(language_model, "past_key_values")
+        and prefix.shape[1] > 1
+        and use_cache is not False
+        and config.cache_implementation is None
+        and not (config.output_attentions or config.output_hidden_states)  # which tell of the prefix, too
+        and "past_key_values" not in kwargs
+        and config.get_generation_mode(kwargs.get("assistant_model")) in modes
+    )
+
+
+def read_once(
+    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int
+) -> Cache | None:
+    """What the language model remembers of all but the last of a prefix, for each beam or sequence.
+
+    Left to itself, `generate` would have it read the same prefix in every beam, as it does where this is `None`:
+    for a language model with a memory of its own kind (MiniMax, RecurrentGemma).
+    """
+    inputs = {"position_ids": positions_of(prefix_mask)[:, :-1]} if takes(language_model, "position_ids") else {}
+    read = decoder_of(language_model)(
+        inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
+    ).get("past_key_values")
+    if type(read) is not DynamicCache:
+        return None
+    several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
+    for number, layer in enumerate(read.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            read.layers[number] = SharedPrefixLayer(layer, copies, room)
+        else:  # of a window, of no single words, or of another layer
+            layer.reorder_cache(several)
+    return read
 
 
 class SharedPrefixLayer(DynamicLayer):

@@ -12,7 +12,6 @@ V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q
 """
 
 import copy
-import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -24,15 +23,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
-    Cache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import GenerationMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
@@ -61,13 +57,11 @@ from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, withou
 from .language_qformer import (
     LOGITS_AT_A_TIME,
     ChunkedCrossEntropy,
-    SharedPrefixLayer,
-    decoder_of,
+    can_read_once,
     output_layer,
     output_weights,
-    pack,
-    still_to_come,
-    take,
+    read_captions,
+    read_once,
 )
 from .processing_qformer import ImageInput, PushWithCard, QFormerCaptionerProcessor, load_qformer_tokenizer
 
@@ -510,10 +504,6 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
 
-        language_model_inputs = inspect.signature(language_model.forward).parameters
-        self._takes_position_ids = "position_ids" in language_model_inputs  # not BLOOM
-        self._takes_cache = "past_key_values" in language_model_inputs  # Mamba and RWKV remember in other ways
-
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
         # One set of decoding defaults, ours: those of a chat model would sample.
@@ -638,18 +628,7 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, room_for)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
-        if self.config.is_encoder_decoder:
-            hidden_states = self._read_with_encoder_decoder(prefix, prefix_mask, captions, **kwargs)
-        elif captions.shape[1] > 1 and self._shares_prefix(prefix.shape[1] + room_for):
-            hidden_states = self._read_with_shared_prefix(prefix, prefix_mask, captions, **kwargs)
-        else:
-            if captions.shape[1] > 1:
-                logger.warning_once(
-                    f"A {self.config.text_config.model_type!r} cannot read several captions behind one prefix: it reads"
-                    " the prefix once for each, which is as exact and takes longer."
-                )
-            hidden_states = self._read_with_decoder_only(prefix, prefix_mask, captions, **kwargs)
-        hidden_states = hidden_states.flatten(0, -2)  # [B*K*T, D], of the positions that predict a label
+        hidden_states = read_captions(self.language_model, prefix, prefix_mask, captions, **kwargs)  # [B*K*T, D]
 
         words = output_layer(self.language_model)
         vocabulary = self.language_model.config.vocab_size
@@ -676,128 +655,6 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
             logits=None if skip_logits else logits.view(*targets.shape, -1),
             soft_prompt=soft_prompt,
         )
-
-    def _read_with_decoder_only(
-        self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
-    ) -> torch.Tensor:
-        """`[prefix, caption]` in one sequence, whose last `[B*K, T, D]` predict the caption."""
-        number, length = captions.shape[1:]
-        inputs = captions.flatten(0, 1)[:, :-1]  # the last token predicts nothing
-        words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
-        mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
-        if self._takes_position_ids:
-            kwargs["position_ids"] = self._positions(mask)
-        output = decoder_of(self.language_model)(
-            inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
-            attention_mask=mask,
-            use_cache=False,
-            **kwargs,
-        )
-        return output.last_hidden_state[:, -length:]
-
-    def _read_with_shared_prefix(
-        self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
-    ) -> torch.Tensor:
-        """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
-
-        Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes. With
-        a prefix of three and the captions "a dog." and "the cat sleeps." (whose last token predicts nothing):
-
-            inputs      q  q  q  a  dog  the  cat  sleeps
-            owner       0  0  0  1   1    2    2     2
-            positions   0  1  2  3   4    3    4     5
-        """
-        number, length = captions.shape[1:]
-        start, device = prefix.shape[1], prefix.device
-        needed = still_to_come(captions)[:, :, 1:].flatten(1)  # what a label depends on, [B, K*(T-1)]
-        order, place = pack(needed)  # [B, W], [B, K*(T-1)]
-        inputs = captions[:, :, :-1].flatten(1).gather(1, order)  # [B, W]
-        words = self.language_model.get_input_embeddings()(inputs.clamp(min=0))
-        real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1).bool()  # [B, S+W]
-        owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
-        owner = torch.cat([torch.zeros_like(prefix_mask), owner], dim=1)  # 0 is the prefix, k the k-th caption
-        sees = ((owner[:, None, :] == 0) | (owner[:, :, None] == owner[:, None, :])).tril() & real[:, None, :]
-        # What sees nothing, padding in front, sees itself: a softmax over nothing is no number.
-        itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)
-        sees |= itself & ~sees.any(dim=2, keepdim=True)  # [B, S+W, S+W]
-        positions = self._positions(prefix_mask)  # [B, S]
-        # As in plain rows, what is no label (-100) counts for nothing, in the middle of a caption too.
-        behind = (captions[:, :, :-1] != -100).cumsum(dim=2).flatten(1).gather(1, order)
-        kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
-        output = decoder_of(self.language_model)(
-            inputs_embeds=torch.cat([prefix, words], dim=1),
-            attention_mask=self._as_mask(sees[:, None], prefix.dtype),
-            use_cache=False,
-            **kwargs,
-        )
-        # The first word of every caption is predicted by the last position of the prefix.
-        before = start + place.unflatten(1, (number, length - 1))  # [B, K, T-1]
-        before = torch.cat([before.new_full((len(before), number, 1), start - 1), before], dim=2).flatten(1)
-        return take(output.last_hidden_state, before)  # [B, K*T, D]
-
-    def _shares_prefix(self, length: int) -> bool:
-        """Whether the language model reads captions of an image behind one prefix as it would read them one by one.
-
-        It must take a mask for every pair of positions, and numbers of positions; and its layers must attend to all of
-        `length` positions before, and to nothing else.
-        """
-        config = self.config.text_config.get_text_config(decoder=True)  # of a language model with senses of its own
-        fields = vars(config)
-        window = getattr(config, "sliding_window", None) if fields.get("use_sliding_window", True) else None
-        return (
-            self._takes_position_ids
-            and config._attn_implementation in ("eager", "sdpa")
-            and not (window and window < length)
-            and not fields.get("attention_chunk_size")
-            and not fields.get("alibi")
-            and config.model_type != "gpt_neo"  # whose window counts places in the sequence, whatever the mask
-            and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
-            and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
-        )
-
-    def _read_with_encoder_decoder(
-        self, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
-    ) -> torch.Tensor:
-        """The encoder reads the prefix once per image, the decoder writes each of its captions.
-
-        A T5 writes them in one sequence, each of which sees itself alone, so that the decoder looks at the prefix once:
-        its positions count from word to word, so that nothing changes. Other decoders number them from the beginning.
-        """
-        number, length = captions.shape[1:]
-        encoded = self.language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
-        rows = captions.flatten(0, 1)  # [B*K, T]
-        # mBART looks for the last word of each row, so a missing caption gets words, which no label asks for.
-        end = torch.as_tensor(self.config.text_config.eos_token_id, device=rows.device).flatten()[0]
-        rows = torch.where((rows != -100).any(dim=1, keepdim=True), rows, end)
-        inputs = self.language_model.prepare_decoder_input_ids_from_labels(rows)
-        if number > 1 and self.config.text_config.model_type in ("t5", "mt5", "umt5"):
-            order, place = pack(still_to_come(captions).flatten(1))  # [B, W], [B, K*T]
-            inputs = inputs.view(len(captions), -1).gather(1, order)
-            owner = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
-            sees = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, W, W]
-            kwargs["attention_mask"] = self._as_mask(sees[:, None], prefix.dtype)
-        else:
-            place = None
-            encoded = encoded.repeat_interleave(number, dim=0)
-            prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
-        output = decoder_of(self.language_model)(
-            input_ids=inputs,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=prefix_mask,
-            use_cache=False,
-            **kwargs,
-        )
-        return output.last_hidden_state if place is None else take(output.last_hidden_state, place)
-
-    def _positions(self, mask: torch.Tensor) -> torch.Tensor:
-        """Places in the sequence, counted from the first that is no padding."""
-        return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-    def _as_mask(self, sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What may be seen, in the way that the language model's attention wants to hear it."""
-        if self.language_model.config._attn_implementation == "eager":  # which adds masks to its scores
-            return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
-        return sees
 
     # --- Captioning ---------------------------------------------------------------------------------------------------
 
@@ -837,9 +694,11 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
         config.max_length = None
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
-        if self._can_read_once(prefix, config, kwargs):
+        if can_read_once(self.language_model, prefix, config, kwargs):
             copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-            kwargs["past_key_values"] = self._read_once(prefix, prefix_mask, copies, config.max_new_tokens)
+            kwargs["past_key_values"] = read_once(
+                self.language_model, prefix, prefix_mask, copies, config.max_new_tokens
+            )
         generated = self.language_model.generate(
             inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
         )
@@ -848,48 +707,6 @@ class QFormerCaptioner(PushWithCard, PreTrainedModel, GenerationMixin):
                 return generated[:, 1:]
             generated.sequences = generated.sequences[:, 1:]
         return generated
-
-    def _can_read_once(self, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict) -> bool:
-        """Whether `generate` would begin with the memory of a prefix that we hand it, and none of its own."""
-        modes = (
-            GenerationMode.GREEDY_SEARCH,
-            GenerationMode.SAMPLE,
-            GenerationMode.BEAM_SEARCH,
-            GenerationMode.BEAM_SAMPLE,
-        )
-        use_cache = config.use_cache
-        if use_cache is None:  # it is up to the language model
-            use_cache = self.language_model.generation_config.use_cache
-        return (
-            not self.config.is_encoder_decoder
-            and self._takes_cache
-            and prefix.shape[1] > 1
-            and use_cache is not False
-            and config.cache_implementation is None
-            and not (config.output_attentions or config.output_hidden_states)  # which tell of the prefix, too
-            and "past_key_values" not in kwargs
-            and config.get_generation_mode(kwargs.get("assistant_model")) in modes
-        )
-
-    def _read_once(self, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int) -> Cache | None:
-        """What the language model remembers of all but the last of a prefix, for each beam or sequence.
-
-        Left to itself, `generate` would have it read the same prefix in every beam, as it does where this is `None`:
-        for a language model with a memory of its own kind (MiniMax, RecurrentGemma).
-        """
-        inputs = {"position_ids": self._positions(prefix_mask)[:, :-1]} if self._takes_position_ids else {}
-        read = decoder_of(self.language_model)(
-            inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
-        ).get("past_key_values")
-        if type(read) is not DynamicCache:
-            return None
-        several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
-        for number, layer in enumerate(read.layers):
-            if type(layer) is DynamicLayer and layer.is_initialized:
-                read.layers[number] = SharedPrefixLayer(layer, copies, room)
-            else:  # of a window, of no single words, or of another layer
-                layer.reorder_cache(several)
-        return read
 
     def caption(
         self, images: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str] | None = None, **generation

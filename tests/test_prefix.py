@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language_qformer, modeling_qformer
 
 from . import tiny
 
@@ -73,9 +73,9 @@ def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, 
     if language == "gemma2" and attention == "sdpa":
         pytest.skip("transformers gives Gemma 2 eager attention only")
     model.set_attn_implementation(attention)
-    assert model._shares_prefix(20)
+    assert language_qformer.shares_prefix(model.language_model, 20)
     loss, logits, gradients = losses_and_gradients(model)
-    monkeypatch.setattr(model, "_shares_prefix", lambda length: False)
+    monkeypatch.setattr(language_qformer, "shares_prefix", lambda language_model, length: False)
     expected_loss, expected_logits, expected = losses_and_gradients(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
@@ -114,7 +114,7 @@ def test_the_language_model_reads_one_sequence_per_image_without_padding_between
 def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
     model = captioner(language, **fields)
     said = []
-    logger = transformers_logging.get_logger("qformer_captioner.modeling_qformer")
+    logger = transformers_logging.get_logger("qformer_captioner.language_qformer")
     type(logger).warning_once.cache_clear()  # or another test may have had it said
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -204,7 +204,7 @@ def test_the_prefix_is_read_once_for_each_image(prompt, options):
 @pytest.mark.parametrize("options", [dict(use_cache=False), dict(use_cache=False, num_beams=3)])
 def test_without_a_cache_the_language_model_gets_none(options, monkeypatch):
     model, inputs = captioner("llama"), tiny.batch()
-    monkeypatch.setattr(model, "_read_once", None)
+    monkeypatch.setattr(modeling_qformer, "read_once", None)
     assert model.generate(**inputs, max_new_tokens=3, **options).shape == (3, 3)
 
 
