@@ -1,6 +1,6 @@
 """The frozen models on both sides of the Q-Former: fetched from the Hub or a folder, or taken out of another captioner.
 
-A captioner keeps them by name (or holds their weights, where it was asked to), so this is what its loading rests on.
+A captioner keeps them by name or holds their weights (saving_qformer.py), so this is what its loading rests on.
 """
 
 import copy

@@ -264,10 +264,13 @@ def score_files(args: ScoringArguments) -> None:
 
 def version_of(model: str, revision: str | None) -> object:
     """What tells weights from others by the same name: their commit, or their files' sizes and times."""
-    from .backbones_qformer import commit_of
+    from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils.hub import extract_commit_hash
 
     if not Path(model).is_dir():
-        return commit_of(model, revision)
+        found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return extract_commit_hash(found or cached_file(model, CONFIG_NAME, revision=revision), None)
     files = sorted(Path(model).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

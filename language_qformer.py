@@ -50,7 +50,8 @@ def read_captions(
                 f"A {language_model.config.model_type!r} cannot read several captions behind one prefix: it reads the "
                 "prefix once for each, which is as exact and takes longer."
             )
-    hidden_states = read(language_model, prefix, prefix_mask, captions, **kwargs)
+    # A caption is read at once, so whatever the caller says, there is nothing to remember.
+    hidden_states = read(language_model, prefix, prefix_mask, captions, **{**kwargs, "use_cache": False})
     return hidden_states.reshape(-1, hidden_states.shape[-1])
 
 
@@ -67,7 +68,6 @@ def read_with_decoder_only(
     output = decoder_of(language_model)(
         inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
         attention_mask=mask,
-        use_cache=False,
         **kwargs,
     )
     return output.last_hidden_state[:, -length:]
@@ -105,7 +105,6 @@ def read_with_shared_prefix(
     output = decoder_of(language_model)(
         inputs_embeds=torch.cat([prefix, words], dim=1),
         attention_mask=as_mask(language_model, sees[:, None], prefix.dtype),
-        use_cache=False,
         **kwargs,
     )
     # The first word of every caption is predicted by the last position of the prefix.
@@ -143,7 +142,6 @@ def read_with_encoder_decoder(
         input_ids=inputs,
         encoder_hidden_states=encoded,
         encoder_attention_mask=prefix_mask,
-        use_cache=False,
         **kwargs,
     )
     return output.last_hidden_state if place is None else take(output.last_hidden_state, place)

@@ -61,12 +61,13 @@ def load_rows(
         if files:
             rows = read_files(files, streaming)
         else:
+            place = os.path.abspath(name) if os.path.isdir(name) else name  # "." is no name to the library
             data_files = None
             if split is not None:  # or all splits would be downloaded
-                data_files = datasets.load_dataset_builder(name, config_name, revision=revision).config.data_files
+                data_files = datasets.load_dataset_builder(place, config_name, revision=revision).config.data_files
                 data_files = {split: data_files[split]} if split in data_files else data_files
             rows = datasets.load_dataset(
-                name, config_name, data_files=data_files, revision=revision, streaming=streaming
+                place, config_name, data_files=data_files, revision=revision, streaming=streaming
             )
         if streaming:
             next(iter(undecoded(next(iter(rows.values())))))  # what cannot be read should fail now

@@ -193,6 +193,16 @@ def test_loss_is_divided_by_the_items_of_the_whole_batch_where_told(either):
     torch.testing.assert_close(whole, either(**batch).loss * count / 40)
 
 
+def test_forward_takes_what_callers_of_transformers_models_pass(model):
+    batch = tiny.batch()
+    output = model(**batch)
+    assert torch.equal(model(**batch, use_cache=False).loss, output.loss)
+    found = model(**batch, use_cache=True, return_dict=False)
+    assert isinstance(found, tuple)
+    assert len(found) == len(output)
+    assert all(torch.equal(part, expected) for part, expected in zip(found, output.to_tuple(), strict=True))
+
+
 @pytest.mark.parametrize("prompt", [None, torch.zeros(3, 0, dtype=torch.long)], ids=["none", "empty"])
 def test_no_prompt_is_a_prompt_of_padding(model, prompt):
     batch = tiny.batch()

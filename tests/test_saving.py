@@ -250,6 +250,7 @@ def test_a_folder_holds_what_opens_it(folders, folder):
         "language_qformer.py",
         "modeling_qformer.py",
         "processing_qformer.py",
+        "saving_qformer.py",
     }
 
 
