@@ -31,7 +31,7 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
 from PIL import Image
 
 from . import __version__
-from .captioning import InputError, printable
+from .captioning import InputError, check_output, printable
 from .captioning.caption_files import (
     ImageId,
     ReferenceSet,
@@ -371,8 +371,8 @@ def evaluate(words: list[str]) -> None:
     if scoring.df != "corpus":
         DocumentFrequencies.load(scoring.df)
     for path in (scoring.output, scoring.report, scoring.save_df):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise InputError(f"There is no folder for {path!r}: make it first.")
+        if path is not None:
+            check_output(path)
     if captioning.batch_size < 1:
         raise InputError(f"--batch_size is at least 1, not {captioning.batch_size}.")
     if captioning.dtype not in ("auto", "float32", "bfloat16", "float16"):

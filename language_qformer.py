@@ -127,7 +127,7 @@ def read_with_encoder_decoder(
     # mBART looks for the last word of each row, so a missing caption gets words, which no label asks for.
     end = torch.as_tensor(language_model.config.eos_token_id, device=rows.device).flatten()[0]
     rows = torch.where((rows != -100).any(dim=1, keepdim=True), rows, end)
-    inputs = language_model.prepare_decoder_input_ids_from_labels(rows)
+    inputs = decoder_inputs_of(language_model, rows)
     if number > 1 and language_model.config.model_type in ("t5", "mt5", "umt5"):
         order, place = pack(still_to_come(captions).flatten(1))  # [B, W], [B, K*T]
         inputs = inputs.view(len(captions), -1).gather(1, order)
@@ -145,6 +145,15 @@ def read_with_encoder_decoder(
         **kwargs,
     )
     return output.last_hidden_state if place is None else take(output.last_hidden_state, place)
+
+
+def decoder_inputs_of(language_model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """What an encoder-decoder's decoder reads to predict labels `[N, T]`: one place to the right, behind its start."""
+    config = language_model.config
+    if config.model_type in ("blenderbot", "blenderbot-small", "m2m_100", "nllb-moe"):  # which keep it in `forward`
+        start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
+    return language_model.prepare_decoder_input_ids_from_labels(labels)
 
 
 def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:

@@ -1,6 +1,8 @@
 """What `train_hf.py` and `eval_captions.py` share and the Hub never sees."""
 
+import os
 import unicodedata
+from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -23,6 +25,18 @@ class InputError(ValueError):
 def cannot_use(name: object, error: Exception) -> InputError:
     """Which captioner transformers could make nothing of, and why."""
     return InputError(f"The captioner {str(name)!r} cannot be used: {' '.join(str(error).split())[:500]}")
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """See that a file can be written there, before there is anything to lose.
+
+    Raises:
+        InputError: if its folder is missing, or it is itself one.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise InputError(f"There is no folder for {str(path)!r}: make it first.")
+    if Path(path).is_dir():
+        raise InputError(f"{str(path)!r} is a folder: name a file in it.")
 
 
 def printable(text: object) -> str:

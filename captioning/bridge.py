@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..modeling_qformer import QFormerCaptioner
-from . import InputError
+from . import InputError, check_output
 
 BRIDGE_FORMATS = (".pt2", ".onnx")
 
@@ -56,8 +56,7 @@ def export_bridge(model: QFormerCaptioner, path: str | os.PathLike) -> None:
     path = Path(path)
     if path.suffix not in BRIDGE_FORMATS:
         raise InputError(f"A bridge is written to a file that ends in .pt2 or .onnx, not to {str(path)!r}.")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"There is no folder for {str(path)!r}: make it first.")
+    check_output(path)
     bridge = Bridge(model).eval()
     config, device = model.config.qformer_config, model.qformer.query_tokens.device
     # Two of everything: torch.export takes a 1 for a number that is always 1.

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import open_image
-from . import UNUSABLE, InputError, printable
+from . import UNUSABLE, InputError, check_output, printable
 from .caption_files import write_predictions
 
 
@@ -130,8 +130,8 @@ def caption(words: Sequence[str]) -> None:
     for name in ("num_beams", "max_new_tokens", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
-    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
-        raise InputError(f"There is no folder for {options.output!r}: make it first.")
+    if options.output is not None:
+        check_output(options.output)
 
     files = find_images(options.images)
     if not files:

@@ -244,7 +244,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 losses = model(**batch).losses.view(len(labels), -1).sum(dim=1)  # [B]
             losses, counts = self.accelerator.gather_for_metrics((losses, (labels != -100).sum(dim=1)))
             nats, tokens = nats + losses.double().sum().item(), tokens + counts.sum().item()
-        return nats / tokens
+        return nats / max(tokens, 1)  # as `forward` has it, where there is no caption at all
 
     def generate_captions(self, rows: CaptionDataset) -> list[str]:
         """Caption every row, in order, by `generation_num_beams` beams of up to `generation_max_length` tokens."""

@@ -116,6 +116,20 @@ def test_loss_is_the_language_models_own(model):
     torch.testing.assert_close(model(**batch).loss, reference, **NEAR)
 
 
+@pytest.mark.parametrize("kind", ["m2m_100", "nllb-moe", "blenderbot", "blenderbot-small"])
+def test_loss_is_that_of_encoder_decoders_that_shift_labels_in_forward(kind):
+    fields = tiny.BART | dict(model_type=kind, decoder_start_token_id=2, forced_eos_token_id=None)
+    if kind == "nllb-moe":
+        fields |= dict(encoder_sparse_step=0, decoder_sparse_step=0)
+    text = AutoConfig.for_model(**fields, vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    config = QFormerCaptionerConfig(
+        vision_config=tiny.vision_config("clip"), text_config=text, qformer_config=tiny.QFORMER
+    )
+    model = QFormerCaptioner(config).eval()
+    test_loss_is_the_language_models_own(model)
+    assert model.generate(**tiny.batch(), max_new_tokens=3).shape == (3, 3)
+
+
 def test_logits_are_those_of_the_labels_and_nothing_else(model):
     batch = tiny.batch()
     assert model(**batch).logits.shape == (3, 5, tiny.WORDS)

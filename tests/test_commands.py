@@ -180,6 +180,7 @@ def test_a_terminal_is_told_nothing_that_it_would_obey(folder, tmp_path, capsys)
         ({"num_beams": 0}, "--num_beams is at least 1, not 0"),
         ({"batch_size": -1}, "--batch_size is at least 1, not -1"),
         ({"output": "nowhere/captions.json"}, "no folder for 'nowhere/captions.json'"),
+        ({"output": "."}, "'.' is a folder: name a file in it"),
         ({"max_new_tokens": 500}, "language model reads at most 64 tokens"),
     ],
 )

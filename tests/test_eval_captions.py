@@ -125,6 +125,7 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
         (["--model", "m"], "Say what to caption"),
         (["--model", "m", "--dtype", "half"], "--dtype is auto, float32, bfloat16 or float16, not 'half'"),
         (["--output", "/no/such/folder/scores.json"], "There is no folder for '/no/such/folder/scores.json'"),
+        (["--report", "."], "'.' is a folder: name a file in it"),
         (["--model", "m", "--benchmark", "coco"], "There is no benchmark 'coco'; there are coco_karpathy_test, "),
     ],
 )
