@@ -34,7 +34,9 @@ LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
 def read_captions(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """Read captions `[B, K, T]` of B images, padded with -100, behind a prefix `[B, S, D]` with its mask `[B, S]`.
+    """Read captions `[B, K, T]` of B images behind a prefix `[B, S, D]` with its mask `[B, S]`.
+
+    What is no label (-100) counts for nothing, be it padding on either side or in the middle of a caption.
 
     Returns:
         The decoder's hidden states where it predicts the captions' tokens, `[B*K*T, D]`.
@@ -50,9 +52,12 @@ def read_captions(
                 f"A {language_model.config.model_type!r} cannot read several captions behind one prefix: it reads the "
                 "prefix once for each, which is as exact and takes longer."
             )
+    order = (captions == -100).int().argsort(dim=2, stable=True)  # words first, what is no label behind them
     # A caption is read at once, so whatever the caller says, there is nothing to remember.
-    hidden_states = read(language_model, prefix, prefix_mask, captions, **{**kwargs, "use_cache": False})
-    return hidden_states.reshape(-1, hidden_states.shape[-1])
+    kwargs |= {"use_cache": False}
+    hidden_states = read(language_model, prefix, prefix_mask, captions.gather(2, order), **kwargs)
+    places = order.argsort(dim=2).flatten(0, 1)  # [B*K, T]
+    return take(hidden_states.reshape(*places.shape, -1), places).flatten(0, 1)
 
 
 def read_with_decoder_only(
@@ -87,7 +92,7 @@ def read_with_shared_prefix(
     """
     number, length = captions.shape[1:]
     start, device = prefix.shape[1], prefix.device
-    needed = still_to_come(captions)[:, :, 1:].flatten(1)  # what a label depends on, [B, K*(T-1)]
+    needed = (captions[:, :, 1:] != -100).flatten(1)  # what has a label to predict, [B, K*(T-1)]
     order, place = pack(needed)  # [B, W], [B, K*(T-1)]
     inputs = captions[:, :, :-1].flatten(1).gather(1, order)  # [B, W]
     words = language_model.get_input_embeddings()(inputs.clamp(min=0))
@@ -99,8 +104,7 @@ def read_with_shared_prefix(
     itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)
     sees |= itself & ~sees.any(dim=2, keepdim=True)  # [B, S+W, S+W]
     positions = positions_of(prefix_mask)  # [B, S]
-    # As in plain rows, what is no label (-100) counts for nothing, in the middle of a caption too.
-    behind = (captions[:, :, :-1] != -100).cumsum(dim=2).flatten(1).gather(1, order)
+    behind = torch.arange(1, length, device=device).repeat(number)[order]
     kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
     output = decoder_of(language_model)(
         inputs_embeds=torch.cat([prefix, words], dim=1),
@@ -123,19 +127,23 @@ def read_with_encoder_decoder(
     """
     number, length = captions.shape[1:]
     encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
-    rows = captions.flatten(0, 1)  # [B*K, T]
-    # mBART looks for the last word of each row, so a missing caption gets words, which no label asks for.
-    end = torch.as_tensor(language_model.config.eos_token_id, device=rows.device).flatten()[0]
-    rows = torch.where((rows != -100).any(dim=1, keepdim=True), rows, end)
-    inputs = decoder_inputs_of(language_model, rows)
+    # The decoder reads one place to the right, behind its start: the one that `generate` has, too. (mBART's own
+    # `prepare_decoder_input_ids_from_labels` would start with the last label, which is another.)
+    own = language_model.generation_config
+    start = own.bos_token_id if own.decoder_start_token_id is None else own.decoder_start_token_id
+    if start is None:
+        raise ValueError("The language model does not say how its decoder starts: set its `decoder_start_token_id`.")
+    inputs = captions.clamp(min=0).roll(1, dims=2)  # [B, K, T]
+    inputs[:, :, 0] = start
     if number > 1 and language_model.config.model_type in ("t5", "mt5", "umt5"):
-        order, place = pack(still_to_come(captions).flatten(1))  # [B, W], [B, K*T]
-        inputs = inputs.view(len(captions), -1).gather(1, order)
+        order, place = pack((captions != -100).flatten(1))  # [B, W], [B, K*T]
+        inputs = inputs.flatten(1).gather(1, order)
         owner = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
         sees = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, W, W]
         kwargs["attention_mask"] = as_mask(language_model, sees[:, None], prefix.dtype)
     else:
         place = None
+        inputs = inputs.flatten(0, 1)  # [B*K, T]
         encoded = encoded.repeat_interleave(number, dim=0)
         prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
     output = decoder_of(language_model)(
@@ -145,15 +153,6 @@ def read_with_encoder_decoder(
         **kwargs,
     )
     return output.last_hidden_state if place is None else take(output.last_hidden_state, place)
-
-
-def decoder_inputs_of(language_model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """What an encoder-decoder's decoder reads to predict labels `[N, T]`: one place to the right, behind its start."""
-    config = language_model.config
-    if config.model_type in ("blenderbot", "blenderbot-small", "m2m_100", "nllb-moe"):  # which keep it in `forward`
-        start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
-        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
-    return language_model.prepare_decoder_input_ids_from_labels(labels)
 
 
 def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:
@@ -175,6 +174,14 @@ def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:
         and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
         and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
     )
+
+
+def embed_prompt(language_model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Words of a prompt `[B, P]` as the language model would embed them by itself: `[B, P, D]`."""
+    words = language_model.get_input_embeddings()(input_ids)
+    if language_model.config.is_encoder_decoder:  # Pegasus' and Marian's encoders scale words behind their embedding
+        words = words * vars(language_model.get_encoder()).get("embed_scale", 1.0)
+    return words
 
 
 def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
@@ -199,11 +206,6 @@ def as_mask(language_model: PreTrainedModel, sees: torch.Tensor, dtype: torch.dt
     if language_model.config._attn_implementation == "eager":  # which adds masks to its scores
         return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
     return sees
-
-
-def still_to_come(labels: torch.Tensor) -> torch.Tensor:
-    """Whether there is a label here or behind: `[..., T]` -> `[..., T]`, bool."""
-    return (labels != -100).flip(-1).cumsum(dim=-1).flip(-1) > 0
 
 
 def pack(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

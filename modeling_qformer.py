@@ -54,6 +54,7 @@ from .language_qformer import (
     LOGITS_AT_A_TIME,
     ChunkedCrossEntropy,
     can_read_once,
+    embed_prompt,
     output_layer,
     output_weights,
     read_captions,
@@ -500,6 +501,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
             self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
+        self._noted = {}  # of the backbones' weights as they were fetched
 
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
@@ -567,7 +569,8 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         if input_ids is not None and input_ids.shape[1] > 0:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            prefix = torch.cat([prefix, words(input_ids).to(device)], dim=1)
+            prompt = embed_prompt(self.language_model, input_ids).to(device)
+            prefix = torch.cat([prefix, prompt], dim=1)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
             order = mask.argsort(dim=1, stable=True, descending=self.config.is_encoder_decoder)
             prefix = prefix.gather(1, order[..., None].expand_as(prefix))
@@ -690,6 +693,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         kwargs = config.update(**kwargs)  # what is left is for the language model
         config.max_new_tokens = config.max_new_tokens or config.max_length or self.generation_config.max_new_tokens
         config.max_length = None
+        config.min_new_tokens, config.min_length = config.min_new_tokens or config.min_length, None
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
         if can_read_once(self.language_model, prefix, config, kwargs):
@@ -752,10 +756,11 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
             getattr(self, part).eval()
         if self.language_model.is_activation_checkpointing:
             # transformers recomputes activations of layers in training mode only. A layer's own flag does nothing else,
-            # its children stay in evaluation mode; but OPT's and BART's layers drop out by themselves, so not theirs.
+            # its children stay in evaluation mode; but some layers drop out by themselves (OPT, BART): not those.
             for layer in self.language_model.modules():
-                if isinstance(layer, GradientCheckpointingLayer) and not vars(layer).get("dropout"):
-                    layer.training = mode
+                if isinstance(layer, GradientCheckpointingLayer):
+                    own = [rate for name, rate in vars(layer).items() if "dropout" in name]
+                    layer.training = mode and not any(own)
         return self
 
     def quantize_language_model(
@@ -902,6 +907,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
                 qformer_tokenizer, qformer, qformer_revision, qformer_config.vocab_size
             )
         model._reference(model._frozen_backbones())
+        model._note_weights()
         if quantization_config is not None:
             model.quantize_language_model(quantization_config)
         model.eval()

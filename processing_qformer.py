@@ -360,8 +360,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder, split_special_tokens=True)[
             "input_ids"
         ]
-        if ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
+        if self.tokenizer.eos_token_id in ids:  # mBART's writes a language behind it, with which its decoder starts
+            ids = ids[: ids.index(self.tokenizer.eos_token_id)]
         return [*ids[: max_length - 1 if max_length else None], self.tokenizer.eos_token_id]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from .backbones_qformer import (
     BACKBONES,
@@ -27,11 +27,19 @@ from .backbones_qformer import (
 from .configuration_qformer import QFormerCaptionerConfig, without_local_paths
 from .processing_qformer import PushWithCard, QFormerCaptionerProcessor
 
+logger = logging.get_logger(__name__)
+
+
+def numbers_of(weight: torch.Tensor) -> torch.Tensor:
+    """About a thousand numbers of a weight, evenly spread: training it, or merging an adapter into it, changes some."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // 1000)].cpu().clone()
+
 
 class RefersToBackbones(PushWithCard, PreTrainedModel):
     """A `PreTrainedModel` that need not save the frozen models it is made of: whoever loads it fetches them by name.
 
-    Which ones is `config.referenced_backbones`, and their names and commits are in the configuration, too.
+    Which ones is `config.referenced_backbones`; names and commits are in the configuration, too. A name stands for the
+    weights that were fetched by it: a backbone that has others by now (an adapter was merged into it, say) is saved.
     """
 
     def _frozen_backbones(self) -> list[str]:
@@ -44,6 +52,21 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
         """
         parts = [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
         return [part for part in parts if not is_quantized(getattr(self, part))]
+
+    def _note_weights(self, parts: Sequence[str] = BACKBONES) -> None:
+        """Take down some numbers of each weight of backbones, to tell later whether it is still the same."""
+        weights = {name: weight for name, weight in self.state_dict().items() if name.split(".")[0] in parts}
+        self._noted |= {name: (each.shape, numbers_of(each)) for name, each in weights.items() if not each.is_meta}
+
+    def _is_as_fetched(self, part: str, weights: dict[str, torch.Tensor]) -> bool:
+        """Whether a backbone has the weights that it came with. Of one in 4 or 8 bits there is no telling."""
+        if is_quantized(getattr(self, part)):
+            return True
+        return all(
+            weights[name].shape == shape and torch.equal(numbers_of(weights[name]), numbers.to(weights[name].dtype))
+            for name, (shape, numbers) in self._noted.items()
+            if name.split(".")[0] == part and name in weights and not weights[name].is_meta
+        )
 
     def _freeze(self) -> None:
         if self.config.freeze_vision_model:
@@ -138,6 +161,7 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
                 model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         model._freeze()
         model._reference(config.referenced_backbones or [])
+        model._note_weights()
         if quantization_config is not None:
             model.quantize_language_model(quantization_config, device)
         if pretrained_model_name_or_path is not None:
@@ -181,6 +205,7 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
             name, revision = self.config.vision_model_name_or_path, self.config.vision_model_revision
             vision_model = load_backbone("vision_model", name, revision, dtype_of(self.vision_model))
             self.vision_model = vision_model.requires_grad_(False).eval().to(self.device)
+            self._note_weights(["vision_model"])
             self._reference(self.config.referenced_backbones or [])
 
     def save_pretrained(
@@ -195,6 +220,9 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
                 the captioner stays as it is: one from `from_backbones` refers to its frozen backbones, one loaded from
                 a folder keeps what that folder kept. What was trained is always written.
             kwargs: as for `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
+
+        Raises:
+            ValueError: for a part that there is not, or a quantised language model that would have to be saved.
         """
         if include_backbones is None:
             included = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
@@ -206,14 +234,18 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
                 raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
         if "vision_model" in included:
             self.load_vision_model()
-        frozen = self._frozen_backbones()
-        self._reference(
-            [
-                part
-                for part in frozen
-                if part not in included and getattr(self.config, f"{part}_name_or_path") is not None
-            ]
-        )
+        weights = kwargs.get("state_dict")
+        weights = self.state_dict() if weights is None else weights  # FSDP and DeepSpeed gather them for the caller
+        frozen, referenced = self._frozen_backbones(), []
+        for part in frozen:
+            name = getattr(self.config, f"{part}_name_or_path")
+            if part in included or name is None:
+                continue
+            if self._is_as_fetched(part, weights):
+                referenced.append(part)
+            else:
+                logger.warning(f"The {part} has other weights than {name!r} had: they are saved with the captioner.")
+        self._reference(referenced)
         if is_quantized(self.language_model) and "language_model" not in self.config.referenced_backbones:
             raise ValueError(
                 "The weights of a quantised language model are not saved, they are rounded: refer to it by name "

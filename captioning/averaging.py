@@ -57,6 +57,12 @@ class AveragedWeights(TrainerCallback):
             weight.copy_(self.averages[name])
             self.averages[name].copy_(kept)
 
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Leave the averages in the model for good."""
+        for name, weight in self.trained.items():
+            weight.copy_(self.averages[name])
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Have the averages in the model for a while."""

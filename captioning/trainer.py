@@ -171,7 +171,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         """As the Trainer does; ends with the averaged weights, where there are any."""
         result = super().train(*args, **kwargs)
         if self.average is not None:
-            self.average.swap()
+            self.average.keep()
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -195,6 +195,22 @@ class CaptionTrainer(Seq2SeqTrainer):
         words = self.word_loss(outputs.soft_prompt, inputs["labels"]) / self.current_gradient_accumulation_steps
         loss = loss + self.args.word_loss_weight * words
         return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: CaptionDataset | ShuffledImages | None = None) -> DataLoader:
+        """As the Trainer does, but of the rows that are asked for, and all of them.
+
+        With persistent workers it would give those of the first call, whatever is asked for, and leave out the last few
+        rows where training does.
+        """
+        names = ("dataloader_persistent_workers", "dataloader_drop_last")
+        kept = {name: getattr(self.args, name) for name in names}
+        for name in names:
+            setattr(self.args, name, False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            for name in names:
+                setattr(self.args, name, kept[name])
 
     def evaluate(
         self,

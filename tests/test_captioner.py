@@ -116,6 +116,21 @@ def test_loss_is_the_language_models_own(model):
     torch.testing.assert_close(model(**batch).loss, reference, **NEAR)
 
 
+@pytest.mark.parametrize("kind", ["pegasus", "marian", "bart"])
+def test_words_of_a_prompt_are_as_loud_as_the_encoder_has_them(kind):
+    fields = tiny.BART | dict(model_type=kind, scale_embedding=True, decoder_start_token_id=2)
+    text = AutoConfig.for_model(**fields, vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    config = QFormerCaptionerConfig(
+        vision_config=tiny.vision_config("clip"), text_config=text, qformer_config=tiny.QFORMER
+    )
+    model, words = QFormerCaptioner(config).eval(), tiny.batch()["input_ids"][:1]
+    prefix, _ = model.get_prefix(torch.zeros(1, tiny.QUERIES, tiny.TEXT_WIDTH), words)
+    encoder = model.language_model.get_encoder()
+    torch.testing.assert_close(
+        encoder(inputs_embeds=prefix[:, tiny.QUERIES :]).last_hidden_state, encoder(input_ids=words).last_hidden_state
+    )
+
+
 @pytest.mark.parametrize("kind", ["m2m_100", "nllb-moe", "blenderbot", "blenderbot-small"])
 def test_loss_is_that_of_encoder_decoders_that_shift_labels_in_forward(kind):
     fields = tiny.BART | dict(model_type=kind, decoder_start_token_id=2, forced_eos_token_id=None)
@@ -306,6 +321,16 @@ def test_lengths_count_the_words_of_the_caption(either, how):
     if how.startswith("config"):
         lengths = {"generation_config": GenerationConfig(**lengths, eos_token_id=1, decoder_start_token_id=1)}
     assert either.generate(**tiny.batch(), **lengths).shape == (3, 4)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the model's configuration", "the call's configuration"])
+def test_a_least_length_counts_the_words_of_the_caption_wherever_it_is_said(either, own, monkeypatch):
+    words = dict(sequence_bias=[[[1], 100.0]], max_new_tokens=5)  # wants to end at once
+    config = GenerationConfig(min_length=3, eos_token_id=1, pad_token_id=0, decoder_start_token_id=1)
+    if own:
+        monkeypatch.setattr(either, "generation_config", config)
+    written = either.generate(**tiny.batch(), **words, **({} if own else {"generation_config": config}))
+    assert written.shape == (3, 4)
 
 
 def test_a_caption_ends_at_its_end_of_sequence(either):

@@ -25,7 +25,7 @@ OTHERS = {
     "gpt_neo": dict(model_type="gpt_neo", hidden_size=tiny.TEXT_WIDTH, num_heads=4, num_layers=2, window_size=16)
     | dict(attention_types=[[["global", "local"], 1]], max_position_embeddings=64, initializer_range=0.2),
     "mt5": dict(model_type="mt5", **tiny.T5, initializer_factor=2.0),
-    "mbart": dict(model_type="mbart", **tiny.BART, decoder_start_token_id=1),
+    "mbart": dict(model_type="mbart", **tiny.BART, decoder_start_token_id=2, forced_eos_token_id=None),
     "umt5": dict(model_type="umt5", **tiny.T5, initializer_factor=2.0),
 }
 T5_KINDS = ["t5", "flan-t5", "mt5", "umt5"]
@@ -93,6 +93,17 @@ def test_what_is_no_label_in_front_or_in_the_middle_counts_for_nothing(language)
     torch.testing.assert_close(together, torch.stack(one_by_one, dim=1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("language", ["llama", "bloom", "t5", "bart"])
+def test_captions_may_be_padded_on_either_side(language):
+    model, inputs = captioner(language), batch()
+    right, length = inputs["labels"], inputs["labels"].shape[2]
+    left = torch.stack([row.roll(length - int((row != -100).sum())) for row in right.flatten(0, 1)]).view_as(right)
+    assert not torch.equal(left, right)
+    padded_left, padded_right = model(**{**inputs, "labels": left}), model(**inputs)
+    torch.testing.assert_close(padded_left.losses, padded_right.losses)
+    torch.testing.assert_close(padded_left.logits[left != -100], padded_right.logits[right != -100])
+
+
 @pytest.mark.parametrize("language", SHARING)
 def test_the_language_model_reads_one_sequence_per_image_without_padding_between_captions(language):
     model = captioner(language)
@@ -151,6 +162,13 @@ def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(languag
     for name, weight in model.named_parameters():
         if weight.grad is not None:
             assert (gradients[name] - weight.grad).norm() <= 1e-4 * weight.grad.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("language", ["t5", "bart", "mbart"])
+def test_training_starts_the_decoder_where_generation_does(language):
+    model, inputs = captioner(language), tiny.batch()
+    written = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+    torch.testing.assert_close(model(**inputs).logits[:, 0], written.logits[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("language", T5_KINDS)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -233,6 +234,23 @@ def test_the_captions_are_worth_comparing(folders):
 
 
 # --- What is in a folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["merged adapter", "trained before", "more words"])
+def test_a_frozen_backbone_that_is_no_longer_what_its_name_stands_for_is_saved(backbones, tmp_path, change):
+    model = make_captioner(backbones / "clip-float32", backbones / "llama-tied-float32")
+    if change == "merged adapter":
+        adapter = LoraConfig(r=2, target_modules=r"language_model\..*q_proj", init_lora_weights=False)
+        model = get_peft_model(model, adapter).merge_and_unload()
+    elif change == "trained before":
+        with torch.no_grad():
+            model.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    else:
+        model.resize_token_embeddings(tiny.WORDS + 5)
+    model.eval().save_pretrained(tmp_path)
+    loaded = QFormerCaptioner.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**tiny.batch()).loss, model(**tiny.batch()).loss)
+    assert loaded.config.referenced_backbones == ["vision_model"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -62,6 +62,31 @@ def test_a_decay_outside_of_0_to_1_is_an_error(decay):
         AveragedWeights(torch.nn.Linear(1, 1), decay)
 
 
+def test_after_training_evaluation_sees_the_average_too(tmp_path):
+    """The average stays in the model, and is not exchanged for the last weights any more."""
+    model = torch.nn.Linear(3, 2)
+    average = AveragedWeights(model, decay=0.9)
+    average.averages["weight"].fill_(7)
+    average.keep()
+    with average.in_place():
+        assert (model.weight == 7).all()
+    assert (model.weight == 7).all()
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["dataloader_persistent_workers", "dataloader_drop_last"])
+def test_evaluation_reads_the_rows_it_is_given_and_all_of_them(tmp_path, option):
+    args = arguments(tmp_path, **{option: True}, dataloader_num_workers=1, per_device_eval_batch_size=2)
+    trainer = CaptionTrainer(
+        model=tiny.captioner(), args=args, score=None, train_dataset=[], eval_dataset=[1, 2, 3], data_collator=list
+    )
+    for rows in ([1, 2, 3], [3, 1, 2]):
+        assert [row for batch in trainer.get_eval_dataloader(rows) for row in batch] == rows
+    assert getattr(args, option) is True
+
+
 # --- Learning rates ---------------------------------------------------------------------------------------------------
 
 
@@ -96,10 +121,10 @@ def test_recomputed_activations_change_neither_loss_nor_gradients_of_a_frozen_la
     model = tiny.captioner(language=language)
     model.vision_model.requires_grad_(False)
     model.language_model.requires_grad_(False)
-    if language == "opt":  # whose layers drop out by themselves
+    if language in ("opt", "bart"):  # whose layers drop out by themselves
         for layer in model.language_model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                layer.dropout = 0.5
+                setattr(layer, {"opt": "dropout", "bart": "activation_dropout"}[language], 0.5)
     batch = tiny.batch()
     model.train()
     expected = model(**batch).loss
