@@ -89,7 +89,11 @@ def load_backbone(
             backbone = load_part_of_captioner(part, name_or_path, config, revision, dtype, **hub_kwargs)
         elif part == "language_model":
             auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            backbone = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, **hub_kwargs)
+            if not config.is_encoder_decoder and vars(config).get("is_decoder") is False:
+                config.is_decoder = True  # or a BERT would see the words that it is to write
+            backbone = auto_class.from_pretrained(
+                name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs
+            )
         else:
             backbone = AutoModel.from_pretrained(
                 name_or_path, config=vision_config_of(config), revision=revision, dtype=dtype, **hub_kwargs

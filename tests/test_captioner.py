@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModel, GenerationConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig
@@ -573,6 +573,17 @@ def test_a_backbone_that_is_not_there_is_named(backbones, part, tmp_path):
     folders = (absent, backbones["llama"]) if part == "vision model" else (backbones["clip"], absent)
     with pytest.raises(OSError, match=f"{part} '{absent}'"):
         from_backbones(*folders)
+
+
+def test_no_language_model_sees_the_words_to_come(backbones, tmp_path):
+    """A BERT would, unless it is told that it is a decoder."""
+    config = AutoConfig.for_model("bert", **tiny.LAYERS, hidden_size=32, intermediate_size=40, vocab_size=tiny.WORDS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model, batch = from_backbones(backbones["clip"], tmp_path), tiny.batch()
+    expected = model(**batch).logits[:, 0]
+    batch["labels"][:, 1:] = batch["labels"][:, 1:].roll(1, dims=0)
+    torch.testing.assert_close(model(**batch).logits[:, 0], expected)
 
 
 def test_from_backbones_starts_from_the_saved_weights(backbones):
