@@ -53,8 +53,8 @@ def read_captions(
                 "prefix once for each, which is as exact and takes longer."
             )
     order = (captions == -100).int().argsort(dim=2, stable=True)  # words first, what is no label behind them
-    # A caption is read at once, so whatever the caller says, there is nothing to remember.
-    kwargs |= {"use_cache": False}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes on all there is
+    kwargs["use_cache"] = False  # a caption is read at once, so whatever the caller says, there is nothing to remember
     hidden_states = read(language_model, prefix, prefix_mask, captions.gather(2, order), **kwargs)
     places = order.argsort(dim=2).flatten(0, 1)  # [B*K, T]
     return take(hidden_states.reshape(*places.shape, -1), places).flatten(0, 1)

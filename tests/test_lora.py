@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
@@ -115,6 +115,17 @@ def test_an_adapter_opens_on_a_captioner_that_refers_to_its_backbones(backbones,
     torch.testing.assert_close(loaded(**tiny.batch()).logits, expected)
     assert not torch.allclose(fresh(**tiny.batch()).logits, expected, atol=1e-3)
     assert loaded.processor.prompt == "a"
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM", "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_whichever_task_peft_is_told_scores_and_captions_are_the_same(language, task):
+    model, batch = tiny.captioner(language=language), tiny.batch()
+    loss, written = model(**batch).loss, model.generate(**batch, max_new_tokens=4)
+    config = LoraConfig(r=2, task_type=task, target_modules=r"language_model\..*(q_proj|\.q)$")
+    adapted = get_peft_model(model, config).eval()
+    torch.testing.assert_close(adapted(**batch).loss, loss)
+    assert torch.equal(adapted.generate(**batch, max_new_tokens=4), written)
 
 
 def test_two_adapters_on_one_base_can_be_swapped(run, tmp_path):

@@ -110,6 +110,16 @@ def test_truncation_keeps_the_beginning_and_the_end_of_sequence(make, name):
     assert processor.encode_caption(CAPTION, max_length=len(whole) - 1) == [*whole[:-2], end]
 
 
+def test_a_caption_ends_where_it_ends_though_a_tokenizer_writes_its_language_behind():
+    """As mBART's does: "a dog </s> en_XX"."""
+    processor = tiny.processor(is_encoder_decoder=True)
+    expected = processor.encode_caption("a red circle")
+    special = [("</s>", processor.tokenizer.eos_token_id), ("en_XX", 5)]
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s> en_XX", special_tokens=special)
+    assert processor.tokenizer("a red circle")["input_ids"][-1] == 5
+    assert processor.encode_caption("a red circle") == expected
+
+
 @every_tokenizer
 def test_space_around_a_caption_does_not_matter(make, name):
     processor = make(name)
