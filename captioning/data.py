@@ -25,15 +25,20 @@ class SkippedRows:
     """The rows that could not be used: split, row number, file and reason of each.
 
     They wait in memory until the run owns its output folder and says where to write them. Data-loading processes append
-    to the same JSON-lines file, so a row may stand there twice; it counts once.
+    to the same JSON-lines file, so a row may stand there twice; it counts once. What a kill left of a line counts as
+    not there.
+
+    The rows of a stream have no numbers: `row` is null, and `place` is where the row came in the stream's own order.
     """
 
     def __init__(self):
         self.path: Path | None = None
         self.waiting: list[dict] = []
 
-    def add(self, split: str, row: int, file: str | None, reason: str) -> None:
+    def add(self, split: str, row: int | None, file: str | None, reason: str, place: int | None = None) -> None:
         entry = {"split": split, "row": row, "file": file, "reason": reason}
+        if place is not None:
+            entry["place"] = place
         if self.path is None:
             self.waiting.append(entry)
             return
@@ -43,15 +48,25 @@ class SkippedRows:
     def write_to(self, path: str | os.PathLike) -> None:
         """Write what there is, and from now on everything, to this file, behind what a killed run left there."""
         self.path = Path(path)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a") as lines:
+                lines.write("\n")
         for entry in self.waiting:
             self.add(**entry)
         self.waiting = []
 
     def __len__(self) -> int:
-        entries = list(self.waiting)
+        lines = [json.dumps(entry) for entry in self.waiting]
         if self.path is not None and self.path.exists():
-            entries += [json.loads(line) for line in self.path.read_text().splitlines()]
-        return len({(entry["split"], entry["row"]) for entry in entries})
+            lines += self.path.read_text(errors="replace").split("\n")
+        rows = set()
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                rows.add((entry["split"], entry["row"], entry.get("place")))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+        return len(rows)
 
 
 def check_crop(smallest_crop: float | None) -> None:

@@ -347,7 +347,7 @@ def test_a_path_that_leads_out_of_the_folder_is_a_broken_row(tmp_path, folder, p
         name = write_jsonl(inside / "rows.jsonl", rows)
         data = stream(name, skipped=skipped) if kind == "stream" else captioned(name, skipped=skipped)
     assert seen(next(iter(data))) == ((0, 0, 255), ("two",))
-    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(0, path)]
+    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(None if kind == "stream" else 0, path)]
     assert reason in skipped.waiting[0]["reason"]
 
 
@@ -515,7 +515,18 @@ def test_a_broken_row_of_a_stream_is_written_down_once(folder):
     skipped = SkippedRows()
     data = stream(write_jsonl(folder / "rows.jsonl", rows), skipped=skipped)
     assert len({captions for _, captions in take(data, 20)}) == 4
-    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(1, "gone.png"), (2, "pictures/blue.png")]
+    assert [entry["file"] for entry in skipped.waiting] == ["gone.png", "pictures/blue.png"]
+    assert {entry["row"] for entry in skipped.waiting} == {None}, "of a stream nobody knows it"
+    assert len(skipped) == 2
+
+
+def test_images_of_a_stream_that_have_no_name_count_one_by_one(folder, tmp_path):
+    rows = [{"image": {"bytes": b"no image", "path": None}, "caption": "one"} for _ in range(3)]
+    rows += [{"image": {"bytes": (folder / "pictures" / "red.png").read_bytes(), "path": None}, "caption": "two"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    skipped = SkippedRows()
+    take(stream(tmp_path / "rows.parquet", skipped=skipped), 2)
+    assert len(skipped) == 3
 
 
 def test_a_stream_varies_its_rows_as_a_data_set_does(folder):
