@@ -314,6 +314,8 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
     frozen = model_args.freeze_vision_model and model_args.freeze_language_model
     if model_args.lora_r is not None and model_args.lora_r < 1:
         raise InputError(f"--lora_r is the rank of the adapters and at least 1, not {model_args.lora_r}.")
+    if not 0 <= model_args.lora_dropout <= 1:
+        raise InputError(f"--lora_dropout is a probability, from 0 to 1, not {model_args.lora_dropout:g}.")
     if model_args.lora_r is not None and not frozen:
         raise InputError("--lora_r leaves the backbones frozen beside the adapters: leave out --freeze_... false.")
     pretrained = model_args.vision_model_name_or_path is not None and model_args.lora_r is None
@@ -323,6 +325,8 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
             raise InputError(f"--{part}_learning_rate is of no use while it is frozen: add --freeze_{part} false.")
     if len(model_args.prompt or ()) > 1 and not all(prompt.strip() for prompt in model_args.prompt):
         raise InputError("One of several prompts is empty: give each some words.")
+    if model_args.standardize_features is not None and model_args.standardize_features < 2:
+        raise InputError(f"--standardize_features needs two images or more, not {model_args.standardize_features}.")
     if training_args.ema_decay is not None and not 0 < training_args.ema_decay < 1:
         raise InputError(f"--ema_decay must lie between 0 and 1, not {training_args.ema_decay:g}.")
     for name in (
@@ -334,6 +338,10 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
     ):
         if (value := getattr(training_args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
+    if training_args.dataloader_num_workers < 0:
+        raise InputError(f"--dataloader_num_workers is at least 0, not {training_args.dataloader_num_workers}.")
+    if training_args.dataloader_drop_last:
+        raise InputError("--dataloader_drop_last would leave out rows of the evaluation, too: leave it out.")
     for name in ("num_train_epochs", "learning_rate"):
         if not 0 <= (value := getattr(training_args, name)) < float("inf"):
             raise InputError(f"--{name} is a number from 0 on, not {value:g}.")

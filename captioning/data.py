@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
@@ -79,6 +80,21 @@ def check_crop(smallest_crop: float | None) -> None:
         raise InputError(f"--smallest_crop is a share of an image's area, from 0 to 1, not {smallest_crop:g}.")
 
 
+def check_flip(flip: float) -> None:
+    """See that it is a probability.
+
+    Raises:
+        InputError: if not.
+    """
+    if not 0 <= flip <= 1:
+        raise InputError(f"--flip is a probability, from 0 to 1, not {flip:g}.")
+
+
+def random_of(*numbers: int) -> torch.Generator:
+    """A source of random numbers that follows from these numbers, none below 0, wherever and whenever it is made."""
+    return torch.Generator().manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
+
+
 @dataclass
 class Variations:
     """What training shows differently each time it comes to a row.
@@ -104,7 +120,7 @@ class Variations:
 
     def random(self, epoch: int, row: int) -> torch.Generator:
         """The source of the random numbers of one row in one epoch."""
-        return torch.Generator().manual_seed(hash((self.seed, epoch, row)) % 2**63)
+        return random_of(self.seed, epoch, row)
 
     def vary_image(self, image: Image.Image, random: torch.Generator) -> Image.Image:
         """A crop of an image, perhaps mirrored."""

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 
 from . import InputError
-from .data import CaptionDataset, SkippedRows, Variations, check_crop
+from .data import CaptionDataset, SkippedRows, Variations, check_crop, check_flip
 from .features import FeatureStore
 from .mixing import CaptionMixture
 from .options import option
@@ -88,8 +88,7 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
     if args.streaming and args.train_val_split is not None:
         raise InputError("--train_val_split counts rows, and a stream is never there in full: use --eval_dataset_name.")
     check_crop(args.smallest_crop)
-    if not 0 <= args.flip <= 1:
-        raise InputError(f"--flip is a probability, from 0 to 1, not {args.flip:g}.")
+    check_flip(args.flip)
     for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")

@@ -363,6 +363,9 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(vision, p
         (["--image_column", "caption"], "Not one row of the split 'dev' can be used .There is no image file"),
         (["--image_column", "number"], "The column 'number' holds Value.*int64.*, and no images or paths. Choose with"),
         (["--batch_size", "0"], "--batch_size is at least 1, not 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0, not -1"),
+        (["--views", "2", "--flip", "7"], "--flip is a probability, from 0 to 1, not 7"),
+        (["--views", "2", "--flip", "0.5", "--seed", "-1"], "--seed is at least 0, not -1"),
         (["--view", "2"], "Unknown option '--view'. Did you mean '--views'"),
     ],
 )
