@@ -162,6 +162,7 @@ class CaptionDataset(Dataset):
         features: of the same rows, to be read instead of the images.
         image_id_column: rows with the same value in it are captions of one image, and become one row.
         image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
+        option_prefix: what the options that choose its columns begin with, in messages ("eval_").
 
     Raises:
         InputError: if a column is not there, no row has a caption, or there are features of other rows.
@@ -178,11 +179,12 @@ class CaptionDataset(Dataset):
         features: SplitFeatures | None = None,
         image_id_column: str | None = None,
         image_folder: Path | None = None,
+        option_prefix: str = "",
     ):
         rows = with_nested(rows, image_column, caption_column)
         for option, column in (
-            ("image_column", image_column if features is None else None),
-            ("caption_column", caption_column),
+            (f"{option_prefix}image_column", image_column if features is None else None),
+            (f"{option_prefix}caption_column", caption_column),
             ("image_id_column", image_id_column),
         ):
             if column is not None and column not in rows.column_names:
@@ -201,7 +203,8 @@ class CaptionDataset(Dataset):
             except (TypeError, ValueError, pa.ArrowException) as error:
                 kind = rows.features[image_column]
                 raise InputError(
-                    f"The column {image_column!r} holds {kind}, and no images or paths: choose with --image_column."
+                    f"The column {image_column!r} holds {kind}, and no images or paths: choose with "
+                    f"--{option_prefix}image_column."
                 ) from error
         self.image_column = image_column
         self.image_folder = image_folder
@@ -388,13 +391,23 @@ def captions_of(value: str | list | None) -> list[str]:
     texts = [
         str(caption)[:MAX_CHARACTERS]
         for caption in captions
-        if isinstance(caption, str | int | float) and caption == caption  # and not NaN, which stands for nothing
+        if isinstance(caption, str | int | float)
+        and not isinstance(caption, bool)  # which Python takes for a number
+        and caption == caption  # and not NaN, which stands for nothing
     ]
     return [text for text in (CONTROL.sub(" ", text).strip() for text in texts) if text]
 
 
 class ShuffledImages(Dataset):
-    """The same rows with each other's images: no row keeps its own. A captioner that looks must do worse here."""
+    """The same rows with each other's images: no row of several keeps its own. A captioner that looks must do worse.
+
+    Example:
+
+    ```python
+    >>> ShuffledImages(dataset)[0]  # doctest: +SKIP
+    {'image': <PIL.Image.Image ...>, 'captions': ['a red circle above a blue star']}
+    ```
+    """
 
     def __init__(self, dataset: CaptionDataset, seed: int = 0):
         self.dataset = dataset

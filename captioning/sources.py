@@ -306,19 +306,23 @@ def load_splits(
 
 def load_held_out(
     name: str,
+    config_name: str | None = None,
     eval_split: str | None = None,
     split_column: str = "split",
     max_eval_samples: int | None = None,
+    revision: str | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset:
     """Load rows to evaluate on from a data set of their own; where it has one split only, that.
+
+    Args are those of [`load_splits`].
 
     Raises:
         InputError: for a data set or split that is not there, or a file that cannot be read.
     """
     if name == "scenes":
         return load_scenes(1, max_eval_samples or 200)["validation"]
-    rows = load_rows(name, split_column=split_column, streaming=streaming)
+    rows = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
     split = eval_split or next((each for each in EVAL_SPLITS if each in rows), None)
     if eval_split is None and len(rows) == 1:
         (split,) = rows

@@ -277,6 +277,7 @@ NO_CAPTIONS = {
     "list in a list": [["a dog"]],
     "other fields": {"text": "a dog"},
     "bytes": b"a dog",
+    "truth": True,
 }
 
 
