@@ -53,6 +53,7 @@ from .captioning.card import (
     describe_machine,
     describe_options,
     describe_parts,
+    pictures_of,
     shown_name,
 )
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
@@ -423,11 +424,12 @@ def train(words: list[str]) -> None:
     run = RunFolder(folder, {**asdict(model_args), **asdict(data_args)}, run_args.overwrite_output_dir)
     length = [training_args.num_train_epochs, training_args.max_steps]
     if run.finished is not None and length <= run.finished["length"]:
-        print(
-            f"{folder} already holds this run, finished: {run.finished['summary']}.\n"
-            f"Look at {folder / 'captions.png'} and {folder / 'loss_curve.png'}. To train it longer, ask for more than "
-            f"--num_train_epochs {training_args.num_train_epochs:g}; to start afresh, add --overwrite_output_dir."
-        )
+        epochs, steps = run.finished["length"]
+        print(f"{folder} already holds this run, finished: {run.finished['summary']}.")
+        if pictures := pictures_of(folder):
+            print(f"Look at {' and '.join(str(folder / name) for name in pictures)}.")
+        length = f"--max_steps {steps}" if steps > 0 else f"--num_train_epochs {epochs:g}"
+        print(f"To train it longer, ask for more than {length}; to start afresh, add --overwrite_output_dir.")
         if training_args.push_to_hub and training_args.process_index == 0:  # the Hub may have failed at the end
             repo_id = publish(
                 folder,
@@ -453,6 +455,8 @@ def train(words: list[str]) -> None:
     if eval_data is None:
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
         print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
+    elif len(eval_data) == 1:
+        print("There is one image to evaluate on, and none to change it for: eval_loss_shuffled will be eval_loss.")
 
     # 3. Captioner.
     try:
@@ -576,7 +580,9 @@ def train(words: list[str]) -> None:
     print(f"\nTrained in {summary}.")
     if len(skipped):
         print(f"{len(skipped)} rows could not be used; {skipped.path} says which and why.")
-    print(f"The captioner is in {folder}, its captions in captions.png, its losses in loss_curve.png. To use it:\n")
+    kinds = {"captions.png": "its captions", "loss_curve.png": "its losses"}
+    pictures = "".join(f", {kinds[name]} in {name}" for name in pictures_of(folder))
+    print(f"The captioner is in {folder}{pictures}. To use it:\n")
     print("    from transformers import AutoModel")
     print(f"    model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
     print('    print(model.caption("image.png"))')
