@@ -132,6 +132,14 @@ def test_a_broken_image_is_written_down_and_costs_the_others_nothing(store, pict
         train.read([0, BROKEN])
 
 
+def test_the_folder_one_stands_in_is_a_data_set_by_its_whole_path(vision, pictures, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures)
+    precompute_features.precompute(command(vision, ".", tmp_path / "store", "--dtype", "float32"))
+    assert FeatureStore(tmp_path / "store").dataset == FeatureStore(store).dataset
+    ours, theirs = (FeatureStore(each).split("dev").read(range(4)) for each in (tmp_path / "store", store))
+    assert torch.equal(ours, theirs)
+
+
 def test_max_samples_takes_the_first_rows(vision, pictures, store, tmp_path):
     precompute_features.precompute(
         command(vision, pictures, tmp_path / "few", "--max_samples", "6", "--dtype", "float32")
