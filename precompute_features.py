@@ -90,7 +90,7 @@ class FeatureArguments:
     overwrite_output_dir: bool = option(False, "Throw away the features that are in that folder.")
 
 
-def check(args: FeatureArguments) -> None:
+def check_arguments(args: FeatureArguments) -> None:
     """Find what cannot work before anything is loaded."""
     if args.vision_model_name_or_path is None:
         raise InputError("Say whose features: --vision_model_name_or_path (a Hub id or a folder).")
@@ -347,7 +347,7 @@ def is_list(kind: pa.DataType) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
+def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
     """The column of images or embeddings, of the splits that were asked for. Images are undecoded.
 
     Raises:
@@ -448,13 +448,13 @@ def counted(batches: Iterator[Batch], bar: tqdm, processes: int) -> Iterator[Bat
 def precompute(words: list[str]) -> None:
     # 1. Options, and the processes. accelerate finds out by itself about every kind of processor but this one.
     (args,) = parse(make_parser((FeatureArguments,), __doc__), words)
-    check(args)
+    check_arguments(args)
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
     disable_progress_bar()
 
     # 2. Rows, and who knows their features.
-    rows = load_splits(args)
+    rows = load_column(args)
     name, revision = args.vision_model_name_or_path, args.vision_model_revision
     try:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
