@@ -446,6 +446,27 @@ def counted(batches: Iterator[Batch], bar: tqdm, processes: int) -> Iterator[Bat
 
 
 def precompute(words: list[str]) -> None:
+    """Compute the features that a command line asks for, and leave a store of them (`captioning/features.py`).
+
+    First come the options, then rows and vision encoder, and whether the folder is free for this run and the disk has
+    room. Then the processes of a distributed run share the shards that are missing: each is written whole or not at
+    all, so a killed run goes on with the next. The index, which makes a folder of shards a store, is written last.
+
+    Args:
+        words: the command line.
+
+    Raises:
+        InputError: if options do not go together, something that they name cannot be loaded or used, the folder holds
+            another run, the disk has not the room, or not one row of a split can be used.
+        OSError: if the folder cannot be written.
+
+    Example:
+
+    ```python
+    >>> words = ["--vision_model_name_or_path", "facebook/dinov2-small", "--dataset_name", "my_folder"]
+    >>> precompute(words)  # doctest: +SKIP
+    ```
+    """
     # 1. Options, and the processes. accelerate finds out by itself about every kind of processor but this one.
     (args,) = parse(make_parser((FeatureArguments,), __doc__), words)
     check_arguments(args)
