@@ -166,6 +166,15 @@ class CaptionDataset(Dataset):
 
     Raises:
         InputError: if a column is not there, no row has a caption, or there are features of other rows.
+
+    Example:
+
+    ```python
+    >>> rows = {"image": [Image.new("RGB", (8, 8), "red")] * 2, "text": [["a red square", "all red"], []]}
+    >>> dataset = CaptionDataset(datasets.Dataset.from_dict(rows), "train", "image", "text", SkippedRows())
+    >>> len(dataset), dataset[0]["captions"], dataset.skipped.waiting[0]["reason"]
+    (1, ['a red square', 'all red'], 'no caption')
+    ```
     """
 
     def __init__(
@@ -428,6 +437,17 @@ class CaptionCollator:
     Returns `pixel_values` `[B, 3, H, W]` or `image_embeds` `[B, N, Dv]`, `input_ids` and `attention_mask` `[B, P]` of
     the prompt, and `labels` `[B, K, T]`: all captions of each image, end-of-sequence included, padded with -100 (a row
     with fewer captions than the others has rows of nothing but -100).
+
+    Args:
+        processor: the captioner's.
+        max_caption_length: cut longer captions to so many tokens.
+
+    Example:
+
+    ```python
+    >>> collate = CaptionCollator(model.processor)  # doctest: +SKIP
+    >>> loss = model(**collate([dataset[0], dataset[1]])).loss  # doctest: +SKIP
+    ```
     """
 
     def __init__(self, processor: QFormerCaptionerProcessor, max_caption_length: int | None = None):

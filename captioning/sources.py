@@ -53,6 +53,13 @@ def load_rows(
 
     Raises:
         InputError: for a data set or split that is not there, or a file that cannot be read.
+
+    Example:
+
+    ```python
+    >>> rows = load_rows("shards/train-{000..015}.tar", streaming=True)  # doctest: +SKIP
+    >>> row = next(iter(rows["train"]))  # doctest: +SKIP
+    ```
     """
     files = find_files(name)
     try:
