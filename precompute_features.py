@@ -47,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
 from .captioning import UNUSABLE, InputError, printable
-from .captioning.data import Variations, check_crop, open_cell
+from .captioning.data import Variations, check_crop, check_flip, open_cell, random_of
 from .captioning.features import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
@@ -90,7 +90,7 @@ class FeatureArguments:
     overwrite_output_dir: bool = option(False, "Throw away the features that are in that folder.")
 
 
-def check(args: FeatureArguments) -> None:
+def check_arguments(args: FeatureArguments) -> None:
     """Find what cannot work before anything is loaded."""
     if args.vision_model_name_or_path is None:
         raise InputError("Say whose features: --vision_model_name_or_path (a Hub id or a folder).")
@@ -103,7 +103,11 @@ def check(args: FeatureArguments) -> None:
     for name in ("batch_size", "rows_per_shard", "views", "max_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
+    for name in ("dataloader_num_workers", "seed"):
+        if (value := getattr(args, name)) < 0:
+            raise InputError(f"--{name} is at least 0, not {value}.")
     check_crop(args.smallest_crop)
+    check_flip(args.flip)
     varied = args.smallest_crop is not None or args.flip > 0
     if (args.views > 1) != varied:
         raise InputError("--views 2 or more goes with --smallest_crop or --flip, or all views would be the same.")
@@ -188,11 +192,13 @@ class Pictures(Dataset):
         cell = self.rows[row][self.args.image_column]
         try:
             image = open_cell(cell, self.folder)
-            pictures = [random_view(image, row, view, self.args) if view else image for view in range(self.views)]
+        except OSError as error:
+            return self._skipped(row, cell, error)
+        pictures = [random_view(image, row, view, self.args) if view else image for view in range(self.views)]
+        try:
             pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        except (OSError, ValueError) as error:  # ValueError: an image processor can make nothing of its shape
-            reason = " ".join(str(error).split())
-            return {"split": self.split, "row": row, "file": cell and cell["path"], "reason": reason}
+        except ValueError as error:  # it can make nothing of the image's shape
+            return self._skipped(row, cell, error)
         if pixel_values.shape[1:] != self.size:
             return InputError(
                 f"The image processor of {self.args.vision_model_name_or_path!r} makes row {row} of {self.split!r} "
@@ -200,12 +206,15 @@ class Pictures(Dataset):
             )
         return pixel_values
 
+    def _skipped(self, row: int, cell: dict | None, error: Exception) -> Skipped:
+        reason = " ".join(str(error).split())
+        return {"split": self.split, "row": row, "file": cell and cell["path"], "reason": reason}
+
 
 def random_view(image: Image.Image, row: int, view: int, args: FeatureArguments) -> Image.Image:
     """A random part of an image, the same one whenever and by whomever it is drawn."""
-    seed = np.random.SeedSequence([args.seed, row, view]).generate_state(1, np.uint64).item()
     variations = Variations(smallest_crop=args.smallest_crop, flip=args.flip)
-    return variations.vary_image(image, torch.Generator().manual_seed(seed))
+    return variations.vary_image(image, random_of(args.seed, row, view))
 
 
 def collate(rows: list[torch.Tensor | Skipped | InputError]) -> tuple[torch.Tensor | InputError | None, list[Skipped]]:
@@ -338,7 +347,7 @@ def is_list(kind: pa.DataType) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_splits(args: FeatureArguments) -> dict[str, datasets.Dataset]:
+def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
     """The column of images or embeddings, of the splits that were asked for. Images are undecoded.
 
     Raises:
@@ -437,15 +446,36 @@ def counted(batches: Iterator[Batch], bar: tqdm, processes: int) -> Iterator[Bat
 
 
 def precompute(words: list[str]) -> None:
+    """Compute the features that a command line asks for, and leave a store of them (`captioning/features.py`).
+
+    First come the options, then rows and vision encoder, and whether the folder is free for this run and the disk has
+    room. Then the processes of a distributed run share the shards that are missing: each is written whole or not at
+    all, so a killed run goes on with the next. The index, which makes a folder of shards a store, is written last.
+
+    Args:
+        words: the command line.
+
+    Raises:
+        InputError: if options do not go together, something that they name cannot be loaded or used, the folder holds
+            another run, the disk has not the room, or not one row of a split can be used.
+        OSError: if the folder cannot be written.
+
+    Example:
+
+    ```python
+    >>> words = ["--vision_model_name_or_path", "facebook/dinov2-small", "--dataset_name", "my_folder"]
+    >>> precompute(words)  # doctest: +SKIP
+    ```
+    """
     # 1. Options, and the processes. accelerate finds out by itself about every kind of processor but this one.
     (args,) = parse(make_parser((FeatureArguments,), __doc__), words)
-    check(args)
+    check_arguments(args)
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
     disable_progress_bar()
 
     # 2. Rows, and who knows their features.
-    rows = load_splits(args)
+    rows = load_column(args)
     name, revision = args.vision_model_name_or_path, args.vision_model_revision
     try:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)

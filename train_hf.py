@@ -14,15 +14,10 @@ coco_karpathy`). Options on the command line win over it. The folder that comes 
 
 import contextlib
 import io
-import itertools
-import json
 import os
 import pickle
-import re
-import shutil
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,14 +33,11 @@ if not __package__:  # run as a file of a checkout that need not be installed (P
     __package__ = "qformer_captioner"
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, HfArgumentParser, IntervalStrategy, set_seed
+from transformers import HfArgumentParser, IntervalStrategy, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import is_bitsandbytes_available
 
-from .backbones_qformer import dtype_of, is_frozen
 from .captioning import UNUSABLE, InputError, printable
 from .captioning.card import (
     describe_data,
@@ -53,6 +45,7 @@ from .captioning.card import (
     describe_machine,
     describe_options,
     describe_parts,
+    pictures_of,
     shown_name,
 )
 from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
@@ -62,57 +55,23 @@ from .captioning.options import changed_options, make_parser, option, parse, rea
 from .captioning.push import publish
 from .captioning.runs import RunFolder, is_complete
 from .captioning.scenes import Scene, score_facts
-from .captioning.scratch import build_from_scratch
 from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
 from .captioning.training_data import DataArguments, check_data, load_data
+from .captioning.training_model import (
+    ModelArguments,
+    add_lora,
+    build_model,
+    check_model,
+    keep_base,
+    read_quantization,
+    standardize,
+)
 from .configuration_qformer import is_hub_id
 from .modeling_qformer import QFormerCaptioner
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ModelArguments:
-    """Which captioner: one that exists, two pretrained backbones with a fresh Q-Former, or all from scratch."""
-
-    model_name_or_path: str | None = option(None, "A captioner to go on training (Hub id or folder).")
-    vision_model_name_or_path: str | None = option(None, "A pretrained vision encoder (Hub id or folder).")
-    vision_model_revision: str | None = option(None, "Its branch, tag or commit.")
-    language_model_name_or_path: str | None = option(None, "A pretrained language model (Hub id or folder).")
-    language_model_revision: str | None = option(None, "Its branch, tag or commit.")
-    vision_config: str | None = option(None, "From scratch: the vision encoder's configuration, as JSON.")
-    text_config: str | None = option(None, "From scratch: the language model's configuration, as JSON.")
-    qformer_name_or_path: str | None = option(
-        None, "A pretrained Q-Former to begin with: of a BLIP-2, an InstructBLIP, a captioner of ours, or a BERT."
-    )
-    qformer_revision: str | None = option(None, "Its branch, tag or commit.")
-    qformer_tokenizer: str | None = option(
-        None, "The tokenizer of a Q-Former that reads the prompt; by default the pretrained one's, else BERT's."
-    )
-    qformer_config: str | None = option(None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.')
-    projection_per_query: bool = option(
-        False, "Give each query a projection of its own into the language model; BLIP-2 has one for all."
-    )
-    standardize_features: int | None = option(
-        None, "Let a fresh Q-Former see how images differ from the mean of so many images of the training data."
-    )
-    freeze_vision_model: bool = option(True, "Keep a pretrained vision encoder as it is.")
-    freeze_language_model: bool = option(True, "Keep a pretrained language model as it is.")
-    dtype: str = option("auto", "Of pretrained backbones. auto: bfloat16 where the GPU has it, else float32.")
-    prompt: list[str] | None = option(None, "Text between the image and the caption; of several, training draws one.")
-    use_chat_template: bool = option(False, "Put the prompt into the language model's chat template, as a user's turn.")
-    lora_r: int | None = option(None, "Train LoRA adapters of this rank on the language model, beside the Q-Former.")
-    lora_alpha: int = option(32, "Scale of LoRA adapters; what they add counts alpha / r times.")
-    lora_dropout: float = option(0.0, "Dropout in front of LoRA adapters.")
-    lora_target_modules: str | None = option(
-        None, "Which layers of the language model get them, such as q_proj,v_proj; by default peft's choice."
-    )
-    load_in_4bit: bool = option(False, "Keep the frozen language model in 4 bits; with --lora_r that is QLoRA.")
-    load_in_8bit: bool = option(False, "Keep the frozen language model in 8 bits.")
-    bnb_4bit_quant_type: str = option("nf4", "The 4 bits: nf4 or fp4.")
-    use_bnb_nested_quant: bool = option(False, "Quantise the scales of the 4 bits, too.")
 
 
 @dataclass
@@ -142,160 +101,6 @@ def parser_and_words(words: list[str]) -> tuple[HfArgumentParser, list[str]]:
     return parser, [*read_recipes(recipes_of(words), parser), *words]
 
 
-def as_config(text: str | None, name: str) -> dict:
-    try:
-        config = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise InputError(f"--{name} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise InputError(f'--{name} must be JSON fields and values, such as {{"hidden_size": 384}}, not {text}.')
-    return config
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The captioner
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def build_model(
-    args: ModelArguments, train_captions: Iterable[list[str]], load_vision_model: bool = True
-) -> QFormerCaptioner:
-    """The captioner that the options ask for, if need be without its vision encoder.
-
-    Raises:
-        InputError: if they ask for none, or for two.
-        OSError: if a pretrained part cannot be fetched.
-    """
-    backbones = [args.vision_model_name_or_path, args.language_model_name_or_path]
-    configs = [args.vision_config, args.text_config]
-    ways = [args.model_name_or_path is not None, any(backbones), any(configs)]
-    if sum(ways) != 1 or (any(backbones) and not all(backbones)) or (any(configs) and not all(configs)):
-        raise InputError(
-            "Say which captioner to train: --model_name_or_path, or --vision_model_name_or_path with "
-            "--language_model_name_or_path, or --vision_config with --text_config."
-        )
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    prompt = args.prompt[0] if args.prompt else ""
-    qformer_config = as_config(args.qformer_config, "qformer_config")
-    if all(configs):
-        return build_from_scratch(
-            as_config(args.vision_config, "vision_config"),
-            as_config(args.text_config, "text_config"),
-            qformer_config,
-            (caption for captions in train_captions for caption in captions),
-            prompt=prompt,
-        )
-    if all(backbones):
-        return QFormerCaptioner.from_backbones(
-            *backbones,
-            vision_revision=args.vision_model_revision,
-            language_revision=args.language_model_revision,
-            freeze_vision_model=args.freeze_vision_model,
-            freeze_language_model=args.freeze_language_model,
-            dtype=dtype,
-            prompt=prompt,
-            load_vision_model=load_vision_model,
-            projection_per_query=args.projection_per_query,
-            qformer=args.qformer_name_or_path,
-            qformer_revision=args.qformer_revision,
-            qformer_tokenizer=args.qformer_tokenizer,
-            **qformer_config,
-        )
-    name = args.model_name_or_path
-    if os.path.isdir(name):  # peft writes it down for adapters, which are opened from elsewhere
-        name = os.path.abspath(name)
-    model = QFormerCaptioner.from_pretrained(name, load_vision_model=load_vision_model)
-    if model.processor is None:
-        raise InputError(f"The captioner {args.model_name_or_path!r} has no processor beside it.")
-    return model
-
-
-@torch.no_grad()
-def standardize(model: QFormerCaptioner, rows: Iterable[dict], collate: CaptionCollator, number: int) -> None:
-    """Fit a fresh Q-Former to the features of the first rows."""
-    rows, features = itertools.islice(rows, number), []
-    while some := list(itertools.islice(rows, 32)):
-        batch = collate(some)
-        embeds = batch.get("image_embeds")
-        features.append(model.get_image_features(batch["pixel_values"].to(model.device)) if embeds is None else embeds)
-    if sum(map(len, features)) < 2:  # the deviation of one is no number, and would become that of all weights
-        raise InputError("--standardize_features needs two images or more.")
-    model.qformer.standardize(torch.cat(features))
-
-
-def keep_base(model: QFormerCaptioner, base: Path, included: bool | list[str]) -> None:
-    """Save the fresh captioner that adapters are put on: they are nothing without it."""
-    if base.exists():  # the run goes on
-        return
-    unfinished = base.with_suffix(".tmp")  # a kill while writing must not leave half of it
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, include_backbones=included)
-    unfinished.rename(base)
-
-
-def read_quantization(
-    model: QFormerCaptioner, args: ModelArguments, include_backbones: str
-) -> BitsAndBytesConfig | None:
-    """How the options want the language model quantised, if at all.
-
-    Raises:
-        InputError: if it cannot be, or the captioner could not be saved.
-    """
-    if not args.load_in_4bit and not args.load_in_8bit:
-        return None
-    if args.load_in_4bit and args.load_in_8bit:
-        raise InputError("Choose between --load_in_4bit and --load_in_8bit.")
-    if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise InputError(f"--bnb_4bit_quant_type must be nf4 or fp4, not {args.bnb_4bit_quant_type!r}.")
-    if not is_bitsandbytes_available():
-        raise InputError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install 'qformer-captioner[qlora]'.")
-    if not is_frozen(model.language_model):
-        raise InputError("A language model in 4 or 8 bits cannot train, only adapters on it can: leave it frozen.")
-    named = model.config.language_model_name_or_path is not None
-    if args.lora_r is None and (not named or include_backbones == "true"):  # an adapter refers to the whole captioner
-        raise InputError(
-            "Of a language model in 4 or 8 bits only the name can be saved, not the weights: leave out "
-            "--include_backbones true, or add --lora_r."
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=args.load_in_4bit,
-        load_in_8bit=args.load_in_8bit,
-        bnb_4bit_compute_dtype=dtype_of(model.language_model),
-        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
-    )
-
-
-def add_lora(model: QFormerCaptioner, args: ModelArguments) -> PeftModel:
-    """Put LoRA adapters on the language model; they, the Q-Former and the projection train and are saved together.
-
-    On one in 4 bits as on any: peft's `prepare_model_for_kbit_training` would only turn what is frozen to float32.
-
-    Raises:
-        InputError: if the language model has no layers of the names asked for.
-    """
-    names = [name.strip() for name in (args.lora_target_modules or "").split(",") if name.strip()]
-    names = names or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.text_config.model_type)
-    if names is None:
-        kind = model.config.text_config.model_type
-        raise InputError(f"peft knows no usual layers of a {kind!r}: name them with --lora_target_modules.")
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=rf"language_model\..*\.({'|'.join(map(re.escape, names))})",
-        modules_to_save=["qformer", "language_projection"],
-    )
-    layers = {name.split(".")[-1] for name, _ in model.language_model.named_modules()}
-    if args.lora_target_modules and (unknown := [name for name in names if name.split(".")[-1] not in layers]):
-        raise InputError(f"The language model has no layers named {' or '.join(unknown)} (--lora_target_modules).")
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
-    return model
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,18 +116,11 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
     Raises:
         InputError: for such options.
     """
-    frozen = model_args.freeze_vision_model and model_args.freeze_language_model
-    if model_args.lora_r is not None and model_args.lora_r < 1:
-        raise InputError(f"--lora_r is the rank of the adapters and at least 1, not {model_args.lora_r}.")
-    if model_args.lora_r is not None and not frozen:
-        raise InputError("--lora_r leaves the backbones frozen beside the adapters: leave out --freeze_... false.")
     pretrained = model_args.vision_model_name_or_path is not None and model_args.lora_r is None
     for part in ("vision_model", "language_model"):
         rate = getattr(training_args, f"{part}_learning_rate")
         if rate is not None and pretrained and getattr(model_args, f"freeze_{part}"):
             raise InputError(f"--{part}_learning_rate is of no use while it is frozen: add --freeze_{part} false.")
-    if len(model_args.prompt or ()) > 1 and not all(prompt.strip() for prompt in model_args.prompt):
-        raise InputError("One of several prompts is empty: give each some words.")
     if training_args.ema_decay is not None and not 0 < training_args.ema_decay < 1:
         raise InputError(f"--ema_decay must lie between 0 and 1, not {training_args.ema_decay:g}.")
     for name in (
@@ -334,6 +132,10 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
     ):
         if (value := getattr(training_args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
+    if training_args.dataloader_num_workers < 0:
+        raise InputError(f"--dataloader_num_workers is at least 0, not {training_args.dataloader_num_workers}.")
+    if training_args.dataloader_drop_last:
+        raise InputError("--dataloader_drop_last would leave out rows of the evaluation, too: leave it out.")
     for name in ("num_train_epochs", "learning_rate"):
         if not 0 <= (value := getattr(training_args, name)) < float("inf"):
             raise InputError(f"--{name} is a number from 0 on, not {value:g}.")
@@ -396,6 +198,27 @@ def count_in_steps(args: CaptionTrainingArguments) -> None:
 
 
 def train(words: list[str]) -> None:
+    """Train the captioner that a command line asks for, and leave the folder that others load.
+
+    First come the options, and whether the output folder is free for this run; one that holds it finished already is
+    left as it is. Then data and captioner are loaded and tried on one row. Only now is anything written: the run claims
+    its folder, and the Trainer trains from the beginning or from the last checkpoint. At the end captioner, pictures
+    and card are written, and published with `--push_to_hub`. In a run of several processes each calls this.
+
+    Args:
+        words: the command line; without any, the recipe `scenes`.
+
+    Raises:
+        InputError: if options do not go together, something that they name cannot be loaded or used, the folder holds
+            another run, or the Hub does not take the captioner; one sentence that names the option or the file.
+        OSError: if the folder cannot be written.
+
+    Example:
+
+    ```python
+    >>> train(["--recipe", "scenes", "--output_dir", "outputs/mine"])  # doctest: +SKIP
+    ```
+    """
     # 1. Options, and the folder that the run owns.
     model_args, data_args, run_args, training_args = parse_options(words)
     store = None
@@ -410,16 +233,18 @@ def train(words: list[str]) -> None:
     scenes = (data_args.eval_dataset_name or data_args.dataset_name[0]) == "scenes"
     if scenes and training_args.metric_for_best_model == "cider":  # which drawn pictures have not
         training_args.metric_for_best_model = "facts"
+    check_model(model_args)
     check_options(model_args, training_args, scenes)
     folder = Path(training_args.output_dir)
     run = RunFolder(folder, {**asdict(model_args), **asdict(data_args)}, run_args.overwrite_output_dir)
     length = [training_args.num_train_epochs, training_args.max_steps]
     if run.finished is not None and length <= run.finished["length"]:
-        print(
-            f"{folder} already holds this run, finished: {run.finished['summary']}.\n"
-            f"Look at {folder / 'captions.png'} and {folder / 'loss_curve.png'}. To train it longer, ask for more than "
-            f"--num_train_epochs {training_args.num_train_epochs:g}; to start afresh, add --overwrite_output_dir."
-        )
+        epochs, steps = run.finished["length"]
+        print(f"{folder} already holds this run, finished: {run.finished['summary']}.")
+        if pictures := pictures_of(folder):
+            print(f"Look at {' and '.join(str(folder / name) for name in pictures)}.")
+        length = f"--max_steps {steps}" if steps > 0 else f"--num_train_epochs {epochs:g}"
+        print(f"To train it longer, ask for more than {length}; to start afresh, add --overwrite_output_dir.")
         if training_args.push_to_hub and training_args.process_index == 0:  # the Hub may have failed at the end
             repo_id = publish(
                 folder,
@@ -445,6 +270,8 @@ def train(words: list[str]) -> None:
     if eval_data is None:
         training_args.eval_strategy, training_args.load_best_model_at_end = "no", False
         print("There is no split to evaluate on, so nothing is held out and the last checkpoint counts.")
+    elif len(eval_data) == 1:
+        print("There is one image to evaluate on, and none to change it for: eval_loss_shuffled will be eval_loss.")
 
     # 3. Captioner.
     try:
@@ -568,7 +395,9 @@ def train(words: list[str]) -> None:
     print(f"\nTrained in {summary}.")
     if len(skipped):
         print(f"{len(skipped)} rows could not be used; {skipped.path} says which and why.")
-    print(f"The captioner is in {folder}, its captions in captions.png, its losses in loss_curve.png. To use it:\n")
+    kinds = {"captions.png": "its captions", "loss_curve.png": "its losses"}
+    pictures = "".join(f", {kinds[name]} in {name}" for name in pictures_of(folder))
+    print(f"The captioner is in {folder}{pictures}. To use it:\n")
     print("    from transformers import AutoModel")
     print(f"    model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)")
     print('    print(model.caption("image.png"))')

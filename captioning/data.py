@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageOps
@@ -25,15 +26,20 @@ class SkippedRows:
     """The rows that could not be used: split, row number, file and reason of each.
 
     They wait in memory until the run owns its output folder and says where to write them. Data-loading processes append
-    to the same JSON-lines file, so a row may stand there twice; it counts once.
+    to the same JSON-lines file, so a row may stand there twice; it counts once. What a kill left of a line counts as
+    not there.
+
+    The rows of a stream have no numbers: `row` is null, and `place` is where the row came in the stream's own order.
     """
 
     def __init__(self):
         self.path: Path | None = None
         self.waiting: list[dict] = []
 
-    def add(self, split: str, row: int, file: str | None, reason: str) -> None:
+    def add(self, split: str, row: int | None, file: str | None, reason: str, place: int | None = None) -> None:
         entry = {"split": split, "row": row, "file": file, "reason": reason}
+        if place is not None:
+            entry["place"] = place
         if self.path is None:
             self.waiting.append(entry)
             return
@@ -43,15 +49,25 @@ class SkippedRows:
     def write_to(self, path: str | os.PathLike) -> None:
         """Write what there is, and from now on everything, to this file, behind what a killed run left there."""
         self.path = Path(path)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a") as lines:
+                lines.write("\n")
         for entry in self.waiting:
             self.add(**entry)
         self.waiting = []
 
     def __len__(self) -> int:
-        entries = list(self.waiting)
+        lines = [json.dumps(entry) for entry in self.waiting]
         if self.path is not None and self.path.exists():
-            entries += [json.loads(line) for line in self.path.read_text().splitlines()]
-        return len({(entry["split"], entry["row"]) for entry in entries})
+            lines += self.path.read_text(errors="replace").split("\n")
+        rows = set()
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                rows.add((entry["split"], entry["row"], entry.get("place")))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue
+        return len(rows)
 
 
 def check_crop(smallest_crop: float | None) -> None:
@@ -62,6 +78,21 @@ def check_crop(smallest_crop: float | None) -> None:
     """
     if smallest_crop is not None and not 0 < smallest_crop <= 1:
         raise InputError(f"--smallest_crop is a share of an image's area, from 0 to 1, not {smallest_crop:g}.")
+
+
+def check_flip(flip: float) -> None:
+    """See that it is a probability.
+
+    Raises:
+        InputError: if not.
+    """
+    if not 0 <= flip <= 1:
+        raise InputError(f"--flip is a probability, from 0 to 1, not {flip:g}.")
+
+
+def random_of(*numbers: int) -> torch.Generator:
+    """A source of random numbers that follows from these numbers, none below 0, wherever and whenever it is made."""
+    return torch.Generator().manual_seed(np.random.SeedSequence(numbers).generate_state(1, np.uint64).item())
 
 
 @dataclass
@@ -89,7 +120,7 @@ class Variations:
 
     def random(self, epoch: int, row: int) -> torch.Generator:
         """The source of the random numbers of one row in one epoch."""
-        return torch.Generator().manual_seed(hash((self.seed, epoch, row)) % 2**63)
+        return random_of(self.seed, epoch, row)
 
     def vary_image(self, image: Image.Image, random: torch.Generator) -> Image.Image:
         """A crop of an image, perhaps mirrored."""
@@ -131,9 +162,19 @@ class CaptionDataset(Dataset):
         features: of the same rows, to be read instead of the images.
         image_id_column: rows with the same value in it are captions of one image, and become one row.
         image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
+        option_prefix: what the options that choose its columns begin with, in messages ("eval_").
 
     Raises:
         InputError: if a column is not there, no row has a caption, or there are features of other rows.
+
+    Example:
+
+    ```python
+    >>> rows = {"image": [Image.new("RGB", (8, 8), "red")] * 2, "text": [["a red square", "all red"], []]}
+    >>> dataset = CaptionDataset(datasets.Dataset.from_dict(rows), "train", "image", "text", SkippedRows())
+    >>> len(dataset), dataset[0]["captions"], dataset.skipped.waiting[0]["reason"]
+    (1, ['a red square', 'all red'], 'no caption')
+    ```
     """
 
     def __init__(
@@ -147,11 +188,12 @@ class CaptionDataset(Dataset):
         features: SplitFeatures | None = None,
         image_id_column: str | None = None,
         image_folder: Path | None = None,
+        option_prefix: str = "",
     ):
         rows = with_nested(rows, image_column, caption_column)
         for option, column in (
-            ("image_column", image_column if features is None else None),
-            ("caption_column", caption_column),
+            (f"{option_prefix}image_column", image_column if features is None else None),
+            (f"{option_prefix}caption_column", caption_column),
             ("image_id_column", image_id_column),
         ):
             if column is not None and column not in rows.column_names:
@@ -170,7 +212,8 @@ class CaptionDataset(Dataset):
             except (TypeError, ValueError, pa.ArrowException) as error:
                 kind = rows.features[image_column]
                 raise InputError(
-                    f"The column {image_column!r} holds {kind}, and no images or paths: choose with --image_column."
+                    f"The column {image_column!r} holds {kind}, and no images or paths: choose with "
+                    f"--{option_prefix}image_column."
                 ) from error
         self.image_column = image_column
         self.image_folder = image_folder
@@ -357,13 +400,23 @@ def captions_of(value: str | list | None) -> list[str]:
     texts = [
         str(caption)[:MAX_CHARACTERS]
         for caption in captions
-        if isinstance(caption, str | int | float) and caption == caption  # and not NaN, which stands for nothing
+        if isinstance(caption, str | int | float)
+        and not isinstance(caption, bool)  # which Python takes for a number
+        and caption == caption  # and not NaN, which stands for nothing
     ]
     return [text for text in (CONTROL.sub(" ", text).strip() for text in texts) if text]
 
 
 class ShuffledImages(Dataset):
-    """The same rows with each other's images: no row keeps its own. A captioner that looks must do worse here."""
+    """The same rows with each other's images: no row of several keeps its own. A captioner that looks must do worse.
+
+    Example:
+
+    ```python
+    >>> ShuffledImages(dataset)[0]  # doctest: +SKIP
+    {'image': <PIL.Image.Image ...>, 'captions': ['a red circle above a blue star']}
+    ```
+    """
 
     def __init__(self, dataset: CaptionDataset, seed: int = 0):
         self.dataset = dataset
@@ -384,6 +437,17 @@ class CaptionCollator:
     Returns `pixel_values` `[B, 3, H, W]` or `image_embeds` `[B, N, Dv]`, `input_ids` and `attention_mask` `[B, P]` of
     the prompt, and `labels` `[B, K, T]`: all captions of each image, end-of-sequence included, padded with -100 (a row
     with fewer captions than the others has rows of nothing but -100).
+
+    Args:
+        processor: the captioner's.
+        max_caption_length: cut longer captions to so many tokens.
+
+    Example:
+
+    ```python
+    >>> collate = CaptionCollator(model.processor)  # doctest: +SKIP
+    >>> loss = model(**collate([dataset[0], dataset[1]])).loss  # doctest: +SKIP
+    ```
     """
 
     def __init__(self, processor: QFormerCaptionerProcessor, max_caption_length: int | None = None):

@@ -215,11 +215,11 @@ def _stated(slot: str) -> list[tuple[str, str]]:
     return list(pairwise(names)) if kind == "order" else [(names[0], name) for name in names[1:]]
 
 
-def write_caption(scene: Scene, rng: random.Random) -> str:
+def write_scene_caption(scene: Scene, rng: random.Random) -> str:
     """Say what a scene shows: every object with colour and shape, some with size, and at least one relation.
 
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
-    >>> judge(write_caption(scene, random.Random(0)), scene).right
+    >>> judge(write_scene_caption(scene, random.Random(0)), scene).right
     True
     """
     # People go through a picture from left to right; what they say about it may be about left and right or up and down.
@@ -246,11 +246,11 @@ def write_caption(scene: Scene, rng: random.Random) -> str:
             return frame.format(**words)
 
 
-def write_captions(scene: Scene, rng: random.Random, count: int = 5) -> list[str]:
+def write_scene_captions(scene: Scene, rng: random.Random, count: int = 5) -> list[str]:
     """`count` different captions of one scene."""
     captions: dict[str, None] = {}  # a set that keeps its order
     while len(captions) < count:
-        captions[write_caption(scene, rng)] = None
+        captions[write_scene_caption(scene, rng)] = None
     return list(captions)
 
 
@@ -394,7 +394,7 @@ def load_scenes(num_train: int, num_validation: int, image_size: int = 48, seed:
             scene, file = make_scene(rng, pairs), io.BytesIO()
             draw(scene, rng, image_size).save(file, format="PNG", compress_level=1)
             columns["image"].append({"bytes": file.getvalue(), "path": None})
-            columns["caption"].append(write_captions(scene, rng))
+            columns["caption"].append(write_scene_captions(scene, rng))
             columns["scene"].append(scene.to_json())
         return Dataset.from_dict(columns, features=features)
 

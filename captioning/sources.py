@@ -53,6 +53,13 @@ def load_rows(
 
     Raises:
         InputError: for a data set or split that is not there, or a file that cannot be read.
+
+    Example:
+
+    ```python
+    >>> rows = load_rows("shards/train-{000..015}.tar", streaming=True)  # doctest: +SKIP
+    >>> row = next(iter(rows["train"]))  # doctest: +SKIP
+    ```
     """
     files = find_files(name)
     try:
@@ -72,7 +79,7 @@ def load_rows(
         if streaming:
             next(iter(undecoded(next(iter(rows.values())))))  # what cannot be read should fail now
     except Exception as error:  # the library raises a different class for each way of not finding it
-        raise InputError(cannot_load(name, files, error)) from error
+        raise InputError(why_not_loaded(name, files, error)) from error
     if len(rows) == 1 and split_column in columns_of(only := next(iter(rows.values()))):
         parts = split_by(only, split_column)
         rows = parts if split is None or split in parts else rows
@@ -181,7 +188,7 @@ def read_coco(file: str) -> datasets.Dataset | None:
     )
 
 
-def cannot_load(name: str, files: list[str], error: Exception) -> str:
+def why_not_loaded(name: str, files: list[str], error: Exception) -> str:
     """One sentence that says why, with the line of a JSON file that is to blame."""
     if isinstance(error, InputError):
         return str(error)
@@ -298,7 +305,7 @@ def load_splits(
     for split in (train_split, eval_split if evaluate else None):
         if split is not None and split not in rows:
             raise InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, rows))}.")
-    train = rows[train_split] if streaming else first(rows[train_split], max_train_samples)
+    train = rows[train_split] if streaming else first_rows(rows[train_split], max_train_samples)
     if not evaluate or eval_split is None:
         return train, None
     return train, held_out(rows[eval_split], f"The split {eval_split!r} of {name!r}", max_eval_samples)
@@ -306,19 +313,23 @@ def load_splits(
 
 def load_held_out(
     name: str,
+    config_name: str | None = None,
     eval_split: str | None = None,
     split_column: str = "split",
     max_eval_samples: int | None = None,
+    revision: str | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset:
     """Load rows to evaluate on from a data set of their own; where it has one split only, that.
+
+    Args are those of [`load_splits`].
 
     Raises:
         InputError: for a data set or split that is not there, or a file that cannot be read.
     """
     if name == "scenes":
         return load_scenes(1, max_eval_samples or 200)["validation"]
-    rows = load_rows(name, split_column=split_column, streaming=streaming)
+    rows = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
     split = eval_split or next((each for each in EVAL_SPLITS if each in rows), None)
     if eval_split is None and len(rows) == 1:
         (split,) = rows
@@ -333,13 +344,13 @@ def load_held_out(
 def held_out(rows: Rows, name: str, number: int | None) -> datasets.Dataset:
     """The first so many rows; those of a stream are read into memory."""
     if isinstance(rows, datasets.Dataset):
-        return first(rows, number)
+        return first_rows(rows, number)
     content = list(rows_of(rows.take(number or STREAMED_EVAL_SAMPLES), name))
     info = datasets.DatasetInfo(features=rows.features, builder_name=rows.info.builder_name)
     return datasets.Dataset.from_list(content, info=info)
 
 
-def first(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
+def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
     """The first so many rows, or all."""
     return rows.select(range(min(number or len(rows), len(rows))))
 

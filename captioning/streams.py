@@ -44,7 +44,8 @@ class CaptionStream(IterableDataset):
 
     Args:
         sources: the data sets.
-        skipped: the record of the rows that cannot be used. A row is written down in the first pass only.
+        skipped: the record of the rows that cannot be used. A row is written down in the first pass only, by its place
+            in that pass: which row of the data set it is nobody knows once files and rows are shuffled.
         variations: what training shows differently each time.
         weights: which share of the rows comes from which data set, at any time as near as it can be; by default all
             give the same.
@@ -110,7 +111,7 @@ class CaptionStream(IterableDataset):
                 except OSError as error:
                     last = error
                     if epoch == 0:
-                        self.skipped.add(source.name, index, cell and cell["path"], str(error))
+                        self.skipped.add(source.name, None, cell and cell["path"], str(error), place=index)
                     continue
                 readable = True
                 random = self.variations.random(epoch, index)

@@ -1,10 +1,11 @@
 """What `train_hf.py` trains and evaluates on: the options, and the data sets that they ask for."""
 
 import copy
+import os
 from dataclasses import dataclass
 
 from . import InputError
-from .data import CaptionDataset, SkippedRows, Variations, check_crop
+from .data import CaptionDataset, SkippedRows, Variations, check_crop, check_flip
 from .features import FeatureStore
 from .mixing import CaptionMixture
 from .options import option
@@ -23,6 +24,13 @@ class DataArguments:
     dataset_config_name: list[str] | None = option(None, "Which configuration of each, or of all.")
     dataset_revision: list[str] | None = option(None, "Branch, tag or commit of each on the Hub, or of all.")
     eval_dataset_name: str | None = option(None, "Evaluate on this data set; by default on the first one.")
+    eval_dataset_config_name: str | None = option(None, "Which of its configurations.")
+    eval_dataset_revision: str | None = option(None, "Its branch, tag or commit on the Hub.")
+    eval_image_column: str | None = option(None, "Its column of images, or of paths; by default the first data set's.")
+    eval_caption_column: str | None = option(None, "Its column of captions; by default the first data set's.")
+    eval_image_folder: str | None = option(
+        None, "Where paths in its image column start; by default as for the first data set."
+    )
     streaming: bool = option(False, "Read rows while training goes on, and keep none. Needs --max_steps.")
     shuffle_buffer: int = option(1000, "Shuffle so many rows of a stream among each other, and its files.")
     train_split: str = option("train", "The split to train on.")
@@ -87,9 +95,14 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
         raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
     if args.streaming and args.train_val_split is not None:
         raise InputError("--train_val_split counts rows, and a stream is never there in full: use --eval_dataset_name.")
+    if args.eval_dataset_name is None:
+        for name in ("dataset_config_name", "dataset_revision", "image_column", "caption_column", "image_folder"):
+            if getattr(args, f"eval_{name}") is not None:
+                raise InputError(f"--eval_{name} says something of --eval_dataset_name: give that, too.")
+    if args.eval_image_folder is not None and not os.path.isdir(args.eval_image_folder):
+        raise InputError(f"There is no folder of images {args.eval_image_folder!r} (--eval_image_folder).")
     check_crop(args.smallest_crop)
-    if not 0 <= args.flip <= 1:
-        raise InputError(f"--flip is a probability, from 0 to 1, not {args.flip:g}.")
+    check_flip(args.flip)
     for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
@@ -155,14 +168,23 @@ def load_data(
         if number == 0:
             if args.eval_dataset_name is not None:
                 eval_rows = load_held_out(
-                    args.eval_dataset_name, args.eval_split, args.split_column, args.max_eval_samples, args.streaming
+                    args.eval_dataset_name,
+                    args.eval_dataset_config_name,
+                    args.eval_split,
+                    args.split_column,
+                    args.max_eval_samples,
+                    revision=args.eval_dataset_revision,
+                    streaming=args.streaming,
                 )
-                folder = folder_of_images(args.eval_dataset_name, eval_rows, image_folder)
+                folder = folder_of_images(args.eval_dataset_name, eval_rows, args.eval_image_folder or image_folder)
+                image_column = args.eval_image_column or image_column
+                caption_column = args.eval_caption_column or caption_column
             if eval_rows is not None:
                 split = eval_split or "evaluation"
                 features = store and store.split(split)
                 columns = (image_column, caption_column, skipped, None, features, args.image_id_column, folder)
-                evaluation = CaptionDataset(eval_rows, split, *columns).readable()
+                prefix = "" if args.eval_dataset_name is None else "eval_"
+                evaluation = CaptionDataset(eval_rows, split, *columns, option_prefix=prefix).readable()
     if args.streaming:
         stream = CaptionStream(
             sources, skipped, variations, args.dataset_weights, args.shuffle_buffer, process, processes

@@ -66,6 +66,20 @@ def test_a_damaged_image_is_skipped_written_down_and_replaced_by_the_next(image_
     assert len(data.skipped) == 1, "the same row counts once"
 
 
+@pytest.mark.parametrize("torn", ['{"split": "train", "ro', '{"split": "train", "row": 7}', "\x80", "7\n[]\nnull"])
+def test_a_line_that_a_kill_cut_off_costs_no_other_line(tmp_path, torn):
+    path = tmp_path / "skipped_rows.jsonl"
+    whole = json.dumps({"split": "train", "row": 0, "file": "0.png", "reason": "damaged"})
+    path.write_text(f"{whole}\n{torn}")
+    skipped = SkippedRows()
+    skipped.add("train", 0, "0.png", "damaged")
+    skipped.add("train", 1, "1.png", "damaged")
+    skipped.write_to(path)
+    skipped.add("train", 2, "2.png", "damaged")
+    assert len(skipped) == 3 + ('"row": 7' in torn)
+    assert len(path.read_text().splitlines()) == 4 + len(torn.splitlines())
+
+
 def test_a_missing_image_file_is_skipped_too(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
     rows = {"image": [str(tmp_path / "gone.png"), str(tmp_path / "there.png")], "captions": [["one"], ["two"]]}

@@ -132,6 +132,14 @@ def test_a_broken_image_is_written_down_and_costs_the_others_nothing(store, pict
         train.read([0, BROKEN])
 
 
+def test_the_folder_one_stands_in_is_a_data_set_by_its_whole_path(vision, pictures, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures)
+    precompute_features.precompute(command(vision, ".", tmp_path / "store", "--dtype", "float32"))
+    assert FeatureStore(tmp_path / "store").dataset == FeatureStore(store).dataset
+    ours, theirs = (FeatureStore(each).split("dev").read(range(4)) for each in (tmp_path / "store", store))
+    assert torch.equal(ours, theirs)
+
+
 def test_max_samples_takes_the_first_rows(vision, pictures, store, tmp_path):
     precompute_features.precompute(
         command(vision, pictures, tmp_path / "few", "--max_samples", "6", "--dtype", "float32")
@@ -363,6 +371,9 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(vision, p
         (["--image_column", "caption"], "Not one row of the split 'dev' can be used .There is no image file"),
         (["--image_column", "number"], "The column 'number' holds Value.*int64.*, and no images or paths. Choose with"),
         (["--batch_size", "0"], "--batch_size is at least 1, not 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0, not -1"),
+        (["--views", "2", "--flip", "7"], "--flip is a probability, from 0 to 1, not 7"),
+        (["--views", "2", "--flip", "0.5", "--seed", "-1"], "--seed is at least 0, not -1"),
         (["--view", "2"], "Unknown option '--view'. Did you mean '--views'"),
     ],
 )

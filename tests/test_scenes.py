@@ -19,7 +19,7 @@ from qformer_captioner.captioning.scenes import (
     load_scenes,
     make_scene,
     score_facts,
-    write_captions,
+    write_scene_captions,
 )
 
 STAR = Thing("star", "red", "small", 0.2, 0.5)
@@ -31,7 +31,9 @@ OTHER_SIZE = {"small": "large", "large": "small"}
 
 
 def captioned(scenes=SCENES):
-    return [(caption, scene) for i, scene in enumerate(scenes) for caption in write_captions(scene, random.Random(i))]
+    return [
+        (caption, scene) for i, scene in enumerate(scenes) for caption in write_scene_captions(scene, random.Random(i))
+    ]
 
 
 def replaced(caption, table):
@@ -54,7 +56,7 @@ def test_own_captions_name_one_fact_per_object_and_a_relation_between_two():
 
 
 def test_captions_of_a_scene_differ():
-    assert all(len(set(write_captions(scene, random.Random(0)))) == 5 for scene in SCENES)
+    assert all(len(set(write_scene_captions(scene, random.Random(0)))) == 5 for scene in SCENES)
 
 
 def test_one_wrong_colour_is_wrong():
@@ -152,7 +154,7 @@ def test_word_salad_is_wrong_and_does_not_raise():
 
 def test_scores_are_perfect_for_true_captions_and_near_chance_for_shuffled_ones():
     scenes = [make_scene(random.Random(seed), HELD_OUT) for seed in range(200)]
-    captions = [write_captions(scene, random.Random(0), count=1)[0] for scene in scenes]
+    captions = [write_scene_captions(scene, random.Random(0), count=1)[0] for scene in scenes]
     assert score_facts(captions, scenes) == {"facts": 1.0, "complete": 1.0, "objects": 1.0, "relations": 1.0}
     shuffled = score_facts(captions, scenes[1:] + scenes[:1])
     assert shuffled["facts"] < 0.1 and shuffled["complete"] < 0.05

@@ -24,8 +24,9 @@ from qformer_captioner.captioning import InputError
 from qformer_captioner.captioning.benchmarks import load_evaluation_set
 from qformer_captioner.captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
 from qformer_captioner.captioning.mixing import CaptionMixture
-from qformer_captioner.captioning.sources import folder_of_images, load_rows, load_splits, locate
+from qformer_captioner.captioning.sources import folder_of_images, load_held_out, load_rows, load_splits, locate
 from qformer_captioner.captioning.streams import CaptionStream, StreamSource
+from qformer_captioner.captioning.training_data import load_data
 
 from . import tiny
 from .conftest import ROOT
@@ -347,7 +348,7 @@ def test_a_path_that_leads_out_of_the_folder_is_a_broken_row(tmp_path, folder, p
         name = write_jsonl(inside / "rows.jsonl", rows)
         data = stream(name, skipped=skipped) if kind == "stream" else captioned(name, skipped=skipped)
     assert seen(next(iter(data))) == ((0, 0, 255), ("two",))
-    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(0, path)]
+    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(None if kind == "stream" else 0, path)]
     assert reason in skipped.waiting[0]["reason"]
 
 
@@ -515,7 +516,18 @@ def test_a_broken_row_of_a_stream_is_written_down_once(folder):
     skipped = SkippedRows()
     data = stream(write_jsonl(folder / "rows.jsonl", rows), skipped=skipped)
     assert len({captions for _, captions in take(data, 20)}) == 4
-    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(1, "gone.png"), (2, "pictures/blue.png")]
+    assert [entry["file"] for entry in skipped.waiting] == ["gone.png", "pictures/blue.png"]
+    assert {entry["row"] for entry in skipped.waiting} == {None}, "of a stream nobody knows it"
+    assert len(skipped) == 2
+
+
+def test_images_of_a_stream_that_have_no_name_count_one_by_one(folder, tmp_path):
+    rows = [{"image": {"bytes": b"no image", "path": None}, "caption": "one"} for _ in range(3)]
+    rows += [{"image": {"bytes": (folder / "pictures" / "red.png").read_bytes(), "path": None}, "caption": "two"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    skipped = SkippedRows()
+    take(stream(tmp_path / "rows.parquet", skipped=skipped), 2)
+    assert len(skipped) == 3
 
 
 def test_a_stream_varies_its_rows_as_a_data_set_does(folder):
@@ -593,7 +605,7 @@ def words(backbones, folder):
             for number in range(20 * file, 20 * file + 20)
         ]
         write_jsonl(folder / f"train-{file}.jsonl", rows)
-    write_jsonl(folder / "dev.jsonl", [{**row, "caption": tiny.CAPTIONS} for row in rows_with_paths()])
+    write_jsonl(folder / "dev.jsonl", [{**row, "caption": tiny.CAPTIONS, "number": 3} for row in rows_with_paths()])
 
     def make(**options) -> list[str]:
         options = {
@@ -705,6 +717,31 @@ def test_a_mixture_trains(words, folder):
     assert len(losses(folder / "run")) == 3  # 6 rows of the tar, 18 of the other's 20
 
 
+def test_an_evaluation_set_may_have_columns_and_a_folder_of_its_own(words, folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "pictures" / "red.png").rename(folder / "elsewhere" / "moved.png")
+    write_jsonl(folder / "dev.jsonl", [{"file": "moved.png", "says": ["one", "two"]}])
+    own = {"eval_image_column": "file", "eval_caption_column": "says", "eval_image_folder": folder / "elsewhere"}
+    args = train_hf.parse_options(words(streaming="false", **own))[1]
+    training, evaluation = load_data(args, None, SkippedRows(), Variations())
+    assert (len(training), evaluation.references()) == (40, [["one", "two"]])
+
+
+def test_a_configuration_of_an_evaluation_set_can_be_chosen(tmp_path):
+    configs = "".join(f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("short", "long"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("short", "long"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"image": "a.png", "caption": name}])
+    assert load_held_out(str(tmp_path), "long")["caption"] == ["long"]
+
+
+def test_what_is_said_of_an_evaluation_set_needs_one(words):
+    options = words(eval_caption_column="text")
+    place = options.index("--eval_dataset_name")
+    with pytest.raises(InputError, match="--eval_caption_column says something of --eval_dataset_name"):
+        train_hf.train(options[:place] + options[place + 2 :])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -717,6 +754,10 @@ def test_a_mixture_trains(words, folder):
         ),
         ({"dataset_name": "gone.csv"}, "There is no file 'gone.csv'"),
         ({"eval_dataset_name": "gone.csv"}, "There is no file 'gone.csv'"),
+        ({"eval_caption_column": "text"}, "no column 'text'; its columns .* Choose with --eval_caption_column"),
+        ({"eval_image_column": "text"}, "no column 'text'; its columns .* Choose with --eval_image_column"),
+        ({"eval_image_column": "number"}, "holds .*, and no images or paths: choose with --eval_image_column"),
+        ({"eval_image_folder": "gone"}, "There is no folder of images 'gone' .--eval_image_folder"),
         ({"image_folder": "gone"}, "There is no folder of images 'gone'"),
         ({"caption_column": "text"}, "no column 'text'; its columns are 'image', 'caption'"),
         ({"shuffle_buffer": -1}, "--shuffle_buffer is a number of rows"),

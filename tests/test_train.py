@@ -173,6 +173,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finis
         ({}, ["--train_val_split", "nan"], "--train_val_split is a share of the rows"),
         ({}, ["--resume_from_checkpoint", "recipes"], "There is no whole checkpoint in 'recipes'"),
         ({}, ["--standardize_features", "1"], "--standardize_features needs two images or more"),
+        ({}, ["--standardize_features", "-1"], "--standardize_features needs two images or more, not -1"),
+        ({}, ["--lora_r", "4", "--lora_dropout", "2"], "--lora_dropout is a probability, from 0 to 1, not 2"),
+        ({}, ["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0, not -1"),
+        ({}, ["--dataloader_drop_last", "true"], "--dataloader_drop_last would leave out rows of the evaluation"),
         ({}, ["--smallest_crop", "40"], "--smallest_crop is a share of an image's area"),
         ({}, ["--flip", "7"], "--flip is a probability"),
         ({}, ["--captions_per_image", "0"], "--captions_per_image is at least 1, not 0"),
@@ -242,7 +246,7 @@ def test_overwriting_starts_afresh(recipe, tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").exists() and not (tmp_path / "run" / "note.txt").exists()
 
 
-def test_without_a_split_to_evaluate_on_the_last_checkpoint_counts(tmp_path, recipe):
+def test_without_a_split_to_evaluate_on_the_last_checkpoint_counts(tmp_path, recipe, capsys):
     (tmp_path / "pictures").mkdir()
     lines = []
     for index in range(4):
@@ -250,8 +254,31 @@ def test_without_a_split_to_evaluate_on_the_last_checkpoint_counts(tmp_path, rec
         lines.append(json.dumps({"file_name": f"{index}.png", "caption": f"number {index}"}))
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
     changes = {"dataset_name": str(tmp_path / "pictures"), "num_train_epochs": 1, "metric_for_best_model": "cider"}
-    train_hf.train(["--recipe", recipe(**changes)])
+    words = ["--recipe", recipe(**changes)]
+    train_hf.train(words)
     assert (tmp_path / "run" / "model.safetensors").exists()
+    train_hf.train(words)
+    assert "already holds this run" in (said := capsys.readouterr().out)
+    assert "captions.png" not in said and "loss_curve.png" not in said, "there are none"
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_single_image_to_evaluate_on_is_said_to_have_no_other(recipe, capsys, images):
+    train_hf.train(["--recipe", recipe(max_eval_samples=images, max_train_samples=4, num_train_epochs=1)])
+    assert ("none to change it for" in capsys.readouterr().out) == (images == 1)
+
+
+def test_a_finished_run_names_its_pictures_and_the_option_that_makes_it_longer(finished_run, recipe, tmp_path, capsys):
+    folder, path = finished_run
+    train_hf.train(["--recipe", str(path)])
+    said = capsys.readouterr().out
+    assert f"Look at {folder / 'captions.png'} and {folder / 'loss_curve.png'}." in said
+    assert "more than --num_train_epochs 2;" in said
+    words = ["--recipe", recipe(), "--max_steps", "2"]
+    train_hf.train(words)
+    assert "its captions in captions.png, its losses in loss_curve.png." in capsys.readouterr().out
+    train_hf.train(words)
+    assert "more than --max_steps 2;" in capsys.readouterr().out
 
 
 def test_the_command_line_wins_over_the_recipe(recipe):
