@@ -134,8 +134,6 @@ def check_options(model_args: ModelArguments, training_args: CaptionTrainingArgu
             raise InputError(f"--{name} is at least 1, not {value}.")
     if training_args.dataloader_num_workers < 0:
         raise InputError(f"--dataloader_num_workers is at least 0, not {training_args.dataloader_num_workers}.")
-    if training_args.dataloader_drop_last:
-        raise InputError("--dataloader_drop_last would leave out rows of the evaluation, too: leave it out.")
     for name in ("num_train_epochs", "learning_rate"):
         if not 0 <= (value := getattr(training_args, name)) < float("inf"):
             raise InputError(f"--{name} is a number from 0 on, not {value:g}.")
@@ -226,7 +224,10 @@ def train(words: list[str]) -> None:
         store = FeatureStore(data_args.features)
         read_features(store, model_args, data_args)
     if data_args.dataset_name is None:
-        raise InputError("Say what to train on: --dataset_name (a Hub id, a local folder or file, or scenes).")
+        raise InputError(
+            "Say what to train on: --dataset_name (a Hub id, a local folder or file, or scenes), or a --recipe such as "
+            "own_images; scenes is the one that runs without any option."
+        )
     check_data(data_args, store, training_args.max_steps)
     if run_args.include_backbones not in ("auto", "true", "false"):
         raise InputError(f"--include_backbones must be auto, true or false, not {run_args.include_backbones!r}.")

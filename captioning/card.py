@@ -123,7 +123,7 @@ def describe_evaluation(args: DataArguments, rows: CaptionDataset, prompt: str, 
     references = rows.references()
     # Held out of the rows that are trained on: to name their split alone would be to say that the scores are of them.
     own = args.eval_dataset_name is None and rows.split.split(" of ")[0] == args.train_split
-    name, config, revision = args.eval_dataset_name, None, None
+    name, config, revision = args.eval_dataset_name, args.eval_dataset_config_name, args.eval_dataset_revision
     if name is None:
         name = args.dataset_name[0]
         config, revision = (of_each(args, option)[0] for option in ("dataset_config_name", "dataset_revision"))
@@ -173,12 +173,12 @@ def describe_machine(processes: int) -> dict:
     return {"hardware": hardware, "versions": versions}
 
 
-def describe_results(state: TrainerState, score_name: str) -> dict:
-    """Scores and losses of the weights that a run ends with: the best evaluation, without one the last."""
+def describe_results(state: TrainerState, score_name: str | None) -> dict:
+    """Scores and losses of the last evaluation, or of that which was best by a score, where it chose the weights."""
     evaluations = [entry for entry in state.log_history if "eval_loss_shuffled" in entry]
     if not evaluations:
         return {}
-    best = [entry for entry in evaluations if entry["step"] == state.best_global_step]
+    best = [entry for entry in evaluations if score_name and entry["step"] == state.best_global_step]
     found = (best or evaluations)[-1]
     names = [key.removeprefix("eval_") for key in found if f"{key}_shuffled" in found and key != "eval_loss"]
     return {

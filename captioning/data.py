@@ -26,8 +26,8 @@ class SkippedRows:
     """The rows that could not be used: split, row number, file and reason of each.
 
     They wait in memory until the run owns its output folder and says where to write them. Data-loading processes append
-    to the same JSON-lines file, so a row may stand there twice; it counts once. What a kill left of a line counts as
-    not there.
+    to the same JSON-lines file, so a row may stand there more than once; it counts once. What a kill left of a line
+    counts as not there.
 
     The rows of a stream have no numbers: `row` is null, and `place` is where the row came in the stream's own order.
     """
@@ -35,25 +35,31 @@ class SkippedRows:
     def __init__(self):
         self.path: Path | None = None
         self.waiting: list[dict] = []
+        self.known: set[str] = set()  # in this process
 
     def add(self, split: str, row: int | None, file: str | None, reason: str, place: int | None = None) -> None:
         entry = {"split": split, "row": row, "file": file, "reason": reason}
         if place is not None:
             entry["place"] = place
+        if (line := json.dumps(entry)) in self.known:
+            return
+        self.known.add(line)
         if self.path is None:
             self.waiting.append(entry)
-            return
+        else:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
         with self.path.open("a") as lines:
-            lines.write(json.dumps(entry) + "\n")
+            lines.write(line + "\n")
 
     def write_to(self, path: str | os.PathLike) -> None:
         """Write what there is, and from now on everything, to this file, behind what a killed run left there."""
         self.path = Path(path)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with self.path.open("a") as lines:
-                lines.write("\n")
+            self._write("")
         for entry in self.waiting:
-            self.add(**entry)
+            self._write(json.dumps(entry))
         self.waiting = []
 
     def __len__(self) -> int:
@@ -220,7 +226,7 @@ class CaptionDataset(Dataset):
         self.captions = [captions_of(value) for value in rows[caption_column]]
         others = set()
         if image_id_column is not None:
-            others = self._gather_captions(rows[image_id_column])
+            others = self._gather_captions(self._image_ids(image_id_column))
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
         for index in sorted(set(range(len(rows))) - set(self.indices) - others):
             skipped.add(split, index, self._file(index), "no caption")
@@ -228,6 +234,13 @@ class CaptionDataset(Dataset):
             raise InputError(f"No row of the {split} split has a caption in its column {caption_column!r}.")
         if features is not None:
             self._leave_out_rows_without_features()
+
+    def _image_ids(self, column: str) -> list:
+        """Of each row. An image is its own: told by its path, or where it has none by what is in it."""
+        if not isinstance(self.rows.features[column], datasets.Image):
+            return self.rows[column]
+        cells = self.rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        return [cell and (cell["path"], hash(cell["bytes"])) for cell in cells[column]]
 
     def _gather_captions(self, image_ids: list) -> set[int]:
         """Give all captions of an image to its first row; returns the other rows."""
@@ -273,6 +286,8 @@ class CaptionDataset(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict:
+        if position >= len(self):
+            raise IndexError(f"The {self.split} split has {len(self)} rows with a caption, and none at {position}.")
         for step in range(len(self)):
             index = self.indices[(position + step) % len(self)]
             random = self.variations.random(int(self.epoch), index)

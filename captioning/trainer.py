@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from transformers.trainer_utils import HubStrategy, speed_metrics
+from transformers.trainer_utils import HubStrategy, SaveStrategy, speed_metrics
 from transformers.utils import PushInProgress
 
 from . import InputError
@@ -330,7 +330,8 @@ class CaptionTrainer(Seq2SeqTrainer):
             if picture.exists() and picture.parent != Path(folder):
                 shutil.copy(picture, folder)
         if self.facts is not None:
-            score_name = self.args.metric_for_best_model.removeprefix("eval_")
+            ended_with_best = training is not None and self.args.load_best_model_at_end
+            score_name = self.args.metric_for_best_model.removeprefix("eval_") if ended_with_best else None
             write_card(folder, {**self.facts, **describe_results(self.state, score_name), "training": training})
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -431,7 +432,12 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.average.load(resume_from_checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        """As the Trainer does, but of equals the last is the best: at first all scores may be zero."""
+        """As the Trainer does, but of equals the last is the best: at first all scores may be zero.
+
+        And what is not saved cannot be the best: a run would end with other weights than it says.
+        """
+        if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
+            return False
         name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         if metrics[name] == self.state.best_metric:
             self.state.best_metric = None

@@ -80,6 +80,15 @@ def test_a_line_that_a_kill_cut_off_costs_no_other_line(tmp_path, torn):
     assert len(path.read_text().splitlines()) == 4 + len(torn.splitlines())
 
 
+def test_a_damaged_image_is_written_down_once_however_often_it_is_looked_at(image_folder, tmp_path):
+    (image_folder / "1.png").write_bytes(b"no image")
+    data = captioned(load_splits(str(image_folder))[0])
+    data.skipped.write_to(tmp_path / "skipped_rows.jsonl")
+    for _ in range(3):
+        assert len(list(data)) == 4
+    assert len((tmp_path / "skipped_rows.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_missing_image_file_is_skipped_too(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
     rows = {"image": [str(tmp_path / "gone.png"), str(tmp_path / "there.png")], "captions": [["one"], ["two"]]}
@@ -102,6 +111,12 @@ def test_rows_of_one_image_become_one_row_with_all_its_captions(image_folder):
     data = captioned(rows, image_id_column="image_id")
     assert data.references()[1] == ["all green", "a green wall", "more"]
     assert (len(data), len(data.skipped)) == (4, 0)
+
+
+def test_images_of_a_folder_tell_which_rows_belong_together(image_folder):
+    rows = load_splits(str(image_folder))[0]
+    rows = datasets.concatenate_datasets([rows, rows.select([1]).map(lambda row: {"captions": ["more"]})])
+    assert captioned(rows, image_id_column="image").references()[1] == ["all green", "a green wall", "more"]
 
 
 def test_rows_without_an_image_id_stay_alone(image_folder):

@@ -176,7 +176,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finis
         ({}, ["--standardize_features", "-1"], "--standardize_features needs two images or more, not -1"),
         ({}, ["--lora_r", "4", "--lora_dropout", "2"], "--lora_dropout is a probability, from 0 to 1, not 2"),
         ({}, ["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0, not -1"),
-        ({}, ["--dataloader_drop_last", "true"], "--dataloader_drop_last would leave out rows of the evaluation"),
         ({}, ["--smallest_crop", "40"], "--smallest_crop is a share of an image's area"),
         ({}, ["--flip", "7"], "--flip is a probability"),
         ({}, ["--captions_per_image", "0"], "--captions_per_image is at least 1, not 0"),
@@ -235,6 +234,22 @@ def test_the_word_loss_is_added_by_its_weight(recipe, tmp_path):
         losses.append(torch.tensor(history(tmp_path / "run", "loss")))
     assert (losses[1] - losses[0]).min() > 0.1
     torch.testing.assert_close(losses[2] - losses[0], 2 * (losses[1] - losses[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_only_weights_that_were_saved_can_be_the_best(recipe, tmp_path):
+    """Evaluated after steps 3 and 6, saved after 2, 4 and 6; those of step 3, which have the higher loss, are gone."""
+    steps = dict(eval_strategy="steps", eval_steps=0.5, save_strategy="steps", save_steps=2, max_steps=6)
+    train_hf.train(["--recipe", recipe(**steps, metric_for_best_model="loss", greater_is_better=True)])
+    first, last = history(tmp_path / "run", "eval_loss")
+    assert first > last
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["best_global_step"] == 6
+    assert "after step 6, chosen for their loss" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_weights_that_were_not_chosen_are_not_said_to_be(recipe, tmp_path):
+    train_hf.train(["--recipe", recipe(load_best_model_at_end=False)])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| weights | after step 12 |" in card
 
 
 def test_overwriting_starts_afresh(recipe, tmp_path, capsys):
