@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
     import importlib.util
@@ -43,6 +44,9 @@ from .captioning.caption_files import (
 )
 from .captioning.metrics import DocumentFrequencies, References
 from .captioning.options import make_parser, option, parse
+
+if TYPE_CHECKING:
+    from .modeling_qformer import QFormerCaptioner
 
 # torch, the model and the data sets take seconds to import. Scoring files needs none of them, so what captions imports
 # them where it starts.
@@ -262,16 +266,28 @@ def score_files(args: ScoringArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def version_of(model: str, revision: str | None) -> object:
-    """What tells weights from others by the same name: their commit, or their files' sizes and times."""
+def versions_of(model: "QFormerCaptioner", name: str, revision: str | None) -> dict[str, object]:
+    """What tells a captioner from others by the same name: the versions of all folders and repositories it came from.
+
+    These are its own, that of the captioner which an adapter is on, and those of backbones that it refers to.
+    """
+    revisions = {model.name_or_path: None, name: revision}
+    for part in model.config.referenced_backbones or []:
+        source = getattr(model.config, f"{part}_name_or_path")
+        revisions.setdefault(source, getattr(model.config, f"{part}_revision"))
+    return {source: version_of(source, own) for source, own in revisions.items()}
+
+
+def version_of(name: str, revision: str | None) -> object:
+    """The commit of a repository, or sizes and times of a folder's weights and configurations."""
     from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
     from transformers.utils import CONFIG_NAME, cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    if not Path(model).is_dir():
-        found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return extract_commit_hash(found or cached_file(model, CONFIG_NAME, revision=revision), None)
-    files = sorted(Path(model).glob("*.safetensors"))
+    if not Path(name).is_dir():
+        found = cached_file(name, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return extract_commit_hash(found or cached_file(name, CONFIG_NAME, revision=revision), None)
+    files = sorted(file for kind in ("*.safetensors", "*.bin", "*config.json") for file in Path(name).glob(kind))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -283,21 +299,29 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
-    from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
+    from .captioning.benchmarks import BENCHMARKS, benchmark_of, first, load_benchmark, load_evaluation_set
     from .captioning.caption import load_captioner
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
     from .captioning.sources import folder_of_images, load_rows
 
+    if args.benchmark is None and args.dataset_name is None:
+        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
+    protocol = None if args.benchmark is None else benchmark_of(args.benchmark)
+
     # 1. Processes. accelerate finds out by itself about every kind of processor but this one.
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
 
-    # 2. Images and references.
-    protocol = BENCHMARKS.get(args.benchmark)
+    # 2. The captioner.
+    disable_progress_bar()
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = load_captioner(args.model, args.revision, dtype).to(state.device)
+
+    # 3. Images and references.
     if args.benchmark is not None:
         found = load_benchmark(args.benchmark, args.dataset_name, args.max_samples)
-    elif args.dataset_name is not None:
+    else:
         rows = load_rows(args.dataset_name, args.dataset_config_name)
         split = args.split or next((name for name in ("test", "validation", "val", "dev") if name in rows), None)
         if split not in rows:
@@ -309,31 +333,26 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
         image_folder = folder_of_images(args.dataset_name, rows[split], scoring.image_folder)
         found = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
         found = first(found, args.max_samples)
-    else:
-        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
     state.print(f"{args.benchmark or args.dataset_name}: {found}.")
 
-    # 3. Decoding: the benchmark's protocol, unless the command line says otherwise.
+    # 4. Decoding: the benchmark's protocol, unless the command line says otherwise.
     generation = dict(protocol.generation) if protocol else {"num_beams": 5, "max_new_tokens": 30}
     for name in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"):
         if (value := getattr(args, name)) is not None:
             generation[name] = value
     prompt = args.prompt if args.prompt is not None else protocol.prompt if protocol else ""
 
-    # 4. Captions.
+    # 5. Captions.
     folder = Path(args.output_dir)
     settings = {**asdict(args), "prompt": prompt, "generation": generation}
     for name in ("overwrite_output_dir", "output_dir", "num_workers", "use_cpu"):
         del settings[name]
     # Captions of a captioner that was trained on since, or of other data by the same name, are not to be gone on with.
-    settings["weights"] = version_of(args.model, args.revision)
+    settings["weights"] = versions_of(model, args.model, args.revision)
     settings["references"] = hashlib.sha256(json.dumps(list(found.references.captions.items())).encode()).hexdigest()
     if state.is_main_process:
         RunFolder(folder, settings, args.overwrite_output_dir).start()
     state.wait_for_everyone()
-    disable_progress_bar()
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load_captioner(args.model, args.revision, dtype).to(state.device)
     captions = caption_images(model, found, folder, prompt, args.batch_size, args.num_workers, **generation)
     state.wait_for_everyone()
     state.destroy_process_group()  # the others end here, and should not be missed
@@ -347,7 +366,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
         return
     found.references.write(references_file)
 
-    # 5. Scores.
+    # 6. Scores.
     scoring.output = scoring.output or str(folder / "scores.json")
     scoring.report = scoring.report or str(folder / "report.html")
     about = {

@@ -14,7 +14,8 @@ from PIL import Image
 from . import InputError
 from .caption_files import ImageId, ReferenceSet
 from .data import captions_of, open_cell
-from .sources import folder_of_images, load_rows, with_nested
+from .features import row_keys
+from .sources import folder_of_images, load_rows, locate, with_nested
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,38 @@ class EvaluationSet:
         (cell,) = self.rows[self.row_of[image]].values()
         return open_cell(cell, self.image_folder)
 
+    def fingerprints(self) -> dict[ImageId, str]:
+        """What tells each image from another in its place: name and size in the data set, size and time of its file."""
+        own = self.rows.select(self.row_of.values())
+        (column,) = own.column_names
+        keys = row_keys(own, column)
+        return {
+            image: f"{key:016x}{self._file_of(cell)}"
+            for image, key, cell in zip(self.row_of, keys.tolist(), own[column], strict=True)
+        }
+
+    def _file_of(self, cell: dict | None) -> str:
+        """Size and time of an image's file; nothing where it is inside another, or not there."""
+        if cell is None or cell["bytes"] is not None or not cell["path"]:
+            return ""
+        try:
+            file = Path(cell["path"]) if self.image_folder is None else locate(cell["path"], self.image_folder)
+            found = file.stat()
+        except (OSError, ValueError):  # the latter of a name that none can have
+            return ""
+        return f"-{found.st_size}-{found.st_mtime_ns}"
+
+
+def benchmark_of(name: str) -> Benchmark:
+    """The benchmark of a name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name not in BENCHMARKS:
+        raise InputError(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
+
 
 def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int | None = None) -> EvaluationSet:
     """Load the images and references of a benchmark, and check that all of them are there.
@@ -128,9 +161,7 @@ def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int 
     Raises:
         InputError: for an unknown benchmark, a data set that cannot be loaded, or other counts than the benchmark's.
     """
-    if name not in BENCHMARKS:
-        raise InputError(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
-    benchmark = BENCHMARKS[name]
+    benchmark = benchmark_of(name)
     source = dataset_name or benchmark.dataset_name
     rows = load_rows(source, split_column=benchmark.split_column, split=benchmark.split)[benchmark.split]
     found = load_evaluation_set(

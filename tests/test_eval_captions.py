@@ -11,7 +11,7 @@ import time
 import datasets
 import pytest
 
-from qformer_captioner import eval_captions
+from qformer_captioner import QFormerCaptioner, eval_captions
 from qformer_captioner.captioning import InputError, benchmarks
 from qformer_captioner.captioning.benchmarks import load_benchmark
 
@@ -19,6 +19,7 @@ from . import tiny
 from .conftest import ROOT
 from .hub import Hub
 from .processes import kill
+from .test_loading import adapter_of
 
 REFERENCES = {
     "images": [{"id": i, "file_name": f"{i}.png", "domain": "in-domain" if i < 3 else "near-domain"} for i in range(5)],
@@ -192,12 +193,13 @@ def test_a_process_that_starts_late_takes_its_share_all_the_same(captioner, pict
     program = (
         "import sys, time\n"
         "from accelerate import PartialState\n"
-        "from qformer_captioner import QFormerCaptioner, eval_captions\n"
-        "load = QFormerCaptioner.from_pretrained.__func__\n"
-        "def late(cls, *args, **kwargs):\n"
+        "from qformer_captioner import eval_captions\n"
+        "from qformer_captioner.captioning import inference\n"
+        "caption_images = inference.caption_images\n"
+        "def late(*args, **kwargs):\n"
         "    time.sleep(4 * PartialState().process_index)\n"
-        "    return load(cls, *args, **kwargs)\n"
-        "QFormerCaptioner.from_pretrained = classmethod(late)\n"
+        "    return caption_images(*args, **kwargs)\n"
+        "inference.caption_images = late\n"
         "eval_captions.evaluate(sys.argv[1:])"
     )
     (tmp_path / "late.py").write_text(program)
@@ -214,21 +216,52 @@ def test_what_is_captioned_already_is_not_captioned_again(one_process, captioner
     shutil.copy(one_process / "run.json", tmp_path / "run")
     lines = (one_process / "progress-0.jsonl").read_text().split("\n")
     lines[1] = lines[1][:-3]  # cut off by a kill
-    lines[-2] = json.dumps([10, "from before"])
+    lines[-2] = json.dumps([*json.loads(lines[-2])[:2], "from before"])
     (tmp_path / "run" / "progress-0.jsonl").write_text("\n".join(lines))
     eval_captions.evaluate(command(captioner, pictures, tmp_path / "run"))
     captions = [row["caption"] for row in json.loads((tmp_path / "run" / "captions.json").read_text())]
     assert captions[-1] == "from before"
 
 
-def test_captions_of_weights_that_have_changed_are_not_gone_on_with(captioner, pictures, tmp_path):
-    model = tmp_path / "captioner"
-    shutil.copytree(captioner, model)
+@pytest.mark.parametrize("changed", ["captioner", "adapter", "captioner below an adapter", "backbone referred to"])
+def test_captions_of_weights_that_have_changed_are_not_gone_on_with(changed, captioner, pictures, tmp_path):
+    if changed == "backbone referred to":
+        model, weights = tmp_path / "captioner", tmp_path / "vision"
+        vision, language = tiny.save_vision(weights), tiny.save_language(tmp_path / "language")
+        QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER).save_pretrained(model)
+    else:
+        model = weights = tmp_path / "captioner"
+        shutil.copytree(captioner, model)
+    if "adapter" in changed:
+        model = tmp_path / "adapter"
+        adapter_of(QFormerCaptioner.from_pretrained(weights)).save_pretrained(model)
+        weights = model if changed == "adapter" else weights
     words = command(str(model), pictures, tmp_path / "run")
     eval_captions.evaluate(words)
-    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())  # saved anew
+    (file,) = weights.glob("*.safetensors")
+    file.write_bytes(file.read_bytes())  # saved anew
     with pytest.raises(InputError, match="holds another run: it differs in weights"):
         eval_captions.evaluate(words)
+
+
+def test_an_image_that_has_changed_is_captioned_anew_and_no_other(captioner, pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    words = command(captioner, folder, tmp_path / "run")
+    eval_captions.evaluate(words)
+    progress = tmp_path / "run" / "progress-0.jsonl"
+    rows = [json.loads(line) for line in progress.read_text().split("\n") if line]
+    progress.write_text("".join(json.dumps([*row[:2], "from before"]) + "\n" for row in rows))
+    tiny.picture(seed=99).save(folder / "10.png")
+    eval_captions.evaluate(words)
+    captions = [row["caption"] for row in json.loads((tmp_path / "run" / "captions.json").read_text())]
+    assert captions[:-1] == ["from before"] * 10
+    assert captions[-1] != "from before"
+
+
+def test_a_captioner_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="^The captioner '/nope' cannot be loaded"):
+        eval_captions.evaluate(["--model", "/nope", "--dataset_name", "/no/data", "--use_cpu"])
 
 
 def test_an_image_that_cannot_be_read_is_named_and_costs_the_others_nothing(captioner, pictures, tmp_path):
