@@ -102,6 +102,14 @@ def karpathy(shared) -> dict[int, list[str]]:
 # --- Corners ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_last_captions_of_predictions_and_references_are_read_as_the_toolkit_reads_them():
+    """It ends at "'ve", which is a token of its own where a line ends and none where the file does."""
+    references = [["a dog runs", "a brown dog"], ["they've two cats here", "they've got cats", "two cats"]]
+    scores = References(references).score(["a dog runs", "two cats they've"])
+    assert scores["bleu_1"] == pytest.approx(6 / 7)
+    assert scores["cider"] == pytest.approx(3.4005, abs=1e-4)
+
+
 def test_a_perfect_caption_of_three_words_has_cider_7_5():
     """It has no 4-grams, and so a quarter less."""
     assert References([["a red star"], ["two blue cats"]]).score(["a red star", "no"], per_image=True)["per_image"][
