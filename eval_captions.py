@@ -207,8 +207,12 @@ def extra_scores(
     return scores
 
 
-def publish(scored: Scored, args: ScoringArguments, about: dict[str, object], open_picture: OpenPicture | None) -> None:
+def write_scores(
+    scored: Scored, args: ScoringArguments, about: dict[str, object], open_picture: OpenPicture | None
+) -> None:
     """Print the table, and write scores and page where the options want them, with what makes them reproducible."""
+    if "note" in about:
+        print(about["note"])
     print(scored.table())
     facts = {
         "images": len(scored.images),
@@ -258,7 +262,7 @@ def score_files(args: ScoringArguments) -> None:
         def open_picture(image: ImageId) -> Image.Image:
             return open_image(locate(references.files.get(image, str(image)), folder))
 
-    publish(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
+    write_scores(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,7 +303,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
-    from .captioning.benchmarks import BENCHMARKS, benchmark_of, first, load_benchmark, load_evaluation_set
+    from .captioning.benchmarks import BENCHMARKS, benchmark_of, first_images, load_benchmark, load_evaluation_set
     from .captioning.caption import load_captioner
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
@@ -320,7 +324,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
 
     # 3. Images and references.
     if args.benchmark is not None:
-        found = load_benchmark(args.benchmark, args.dataset_name, args.max_samples)
+        split, whole = protocol.split, load_benchmark(args.benchmark, args.dataset_name)
     else:
         rows = load_rows(args.dataset_name, args.dataset_config_name)
         split = args.split or next((name for name in ("test", "validation", "val", "dev") if name in rows), None)
@@ -331,8 +335,8 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
             )
         columns = (args.image_column, args.caption_column, args.id_column)
         image_folder = folder_of_images(args.dataset_name, rows[split], scoring.image_folder)
-        found = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
-        found = first(found, args.max_samples)
+        whole = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
+    found = first_images(whole, args.max_samples)
     state.print(f"{args.benchmark or args.dataset_name}: {found}.")
 
     # 4. Decoding: the benchmark's protocol, unless the command line says otherwise.
@@ -371,16 +375,25 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     scoring.report = scoring.report or str(folder / "report.html")
     about = {
         "model": args.model,
+        "revision": args.revision,
+        "weights": settings["weights"],
+        "dtype": args.dtype,
         "benchmark": args.benchmark,
         "dataset": args.dataset_name or protocol.dataset_name,
+        "split": split,
+        "max_samples": args.max_samples,
         "prompt": prompt or model.processor.prompt,
+        "batch_size": args.batch_size,
         "generation": generation,
         "references_file": str(references_file),
         "references_sha256": sha256_of(references_file),
         "predictions": str(predictions_file),
         "predictions_sha256": sha256_of(predictions_file),
     }
-    publish(score(captions, found.references, scoring, found.open), scoring, about, found.open)
+    if len(found.row_of) < len(whole.row_of):
+        name = args.benchmark or args.dataset_name
+        about["note"] = f"Of {len(found.row_of)} of {len(whole.row_of)} images only: no score of {name}."
+    write_scores(score(captions, found.references, scoring, found.open), scoring, about, found.open)
 
 
 def evaluate(words: list[str]) -> None:

@@ -150,13 +150,12 @@ def benchmark_of(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int | None = None) -> EvaluationSet:
+def load_benchmark(name: str, dataset_name: str | None = None) -> EvaluationSet:
     """Load the images and references of a benchmark, and check that all of them are there.
 
     Args:
         name: a key of `BENCHMARKS`.
         dataset_name: a copy (Hub id or folder) with the same columns, in place of the one on the Hub.
-        max_samples: keep so many images, the first ones; what comes out is no score of the benchmark.
 
     Raises:
         InputError: for an unknown benchmark, a data set that cannot be loaded, or other counts than the benchmark's.
@@ -181,7 +180,7 @@ def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int 
         )
     if benchmark.domains is not None:
         _add_domains(found, rows, benchmark)
-    return first(found, max_samples)
+    return found
 
 
 def load_evaluation_set(
@@ -234,7 +233,7 @@ def load_evaluation_set(
     return EvaluationSet(ReferenceSet(captions, files), images, row_of, image_folder)
 
 
-def first(found: EvaluationSet, number: int | None) -> EvaluationSet:
+def first_images(found: EvaluationSet, number: int | None) -> EvaluationSet:
     """The first so many images, or all."""
     kept = list(found.row_of)[:number]
     whole = found.references

@@ -161,7 +161,25 @@ def test_a_run_leaves_captions_references_scores_and_report(one_process):
     content = json.loads((one_process / "scores.json").read_text())
     assert content["generation"] == {"num_beams": 2, "max_new_tokens": 5}
     assert (content["images"], content["references"]) == (11, 22)
+    assert {name: content[name] for name in ("split", "dtype", "batch_size", "max_samples", "revision")} == {
+        "split": "dev",
+        "dtype": "auto",
+        "batch_size": 2,
+        "max_samples": None,
+        "revision": None,
+    }
+    assert "model.safetensors" in str(content["weights"])
+    assert "note" not in content
     assert (one_process / "report.html").stat().st_size > 0
+
+
+def test_scores_of_some_images_only_say_so(captioner, pictures, tmp_path, capsys):
+    eval_captions.evaluate(command(captioner, pictures, tmp_path / "run", "--max_samples", "3"))
+    note = f"Of 3 of 11 images only: no score of {pictures}."
+    content = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert (content["images"], content["max_samples"], content["note"]) == (3, 3, note)
+    assert note in (tmp_path / "run" / "report.html").read_text()
+    assert f"{note}\n{'':<12}  images" in capsys.readouterr().out
 
 
 def test_its_files_score_the_same_by_themselves(one_process, tmp_path):
