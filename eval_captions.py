@@ -13,8 +13,8 @@ results) or JSON lines. A killed captioning run goes on when the same command is
 import hashlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,8 @@ from .captioning.caption_files import (
     write_predictions,
 )
 from .captioning.metrics import DocumentFrequencies, References
-from .captioning.options import make_parser, option, parse
+from .captioning.metrics.java import JAVA_METRICS, java_scorers
+from .captioning.options import changed_options, make_parser, option, parse
 
 if TYPE_CHECKING:
     from .modeling_qformer import QFormerCaptioner
@@ -189,18 +190,14 @@ def extra_scores(
 ) -> list[dict]:
     """METEOR, SPICE and CLIPScore, of those that were asked for."""
     wanted = args.extra_metrics or []
-    if unknown := set(wanted) - {"meteor", "spice", "clip_score"}:
-        raise InputError(f"--extra_metrics takes meteor, spice and clip_score, not {', '.join(sorted(unknown))}.")
     scores = []
-    if java := [metric for metric in ("meteor", "spice") if metric in wanted]:
+    if java := [metric for metric in JAVA_METRICS if metric in wanted]:
         from .captioning.metrics import java_scores
 
         scores.append(java_scores(captions, references, java, True, args.allow_empty))
     if "clip_score" in wanted:
         from .captioning.metrics import clip_scores
 
-        if open_picture is None:
-            raise InputError("clip_score looks at the images: say with --image_folder where they are.")
         pictures = (open_picture(image) for image in images)
         clip = args.clip_model_name_or_path
         scores.append(clip_scores(pictures, captions, references, clip, per_image=True, allow_empty=args.allow_empty))
@@ -324,7 +321,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
 
     # 3. Images and references.
     if args.benchmark is not None:
-        split, whole = protocol.split, load_benchmark(args.benchmark, args.dataset_name)
+        split, whole = protocol.split, load_benchmark(args.benchmark, args.dataset_name, scoring.image_folder)
     else:
         rows = load_rows(args.dataset_name, args.dataset_config_name)
         split = args.split or next((name for name in ("test", "validation", "val", "dev") if name in rows), None)
@@ -396,33 +393,66 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     write_scores(score(captions, found.references, scoring, found.open), scoring, about, found.open)
 
 
-def evaluate(words: list[str]) -> None:
-    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
-    scoring, captioning = parse(parser, words)
-    # What cannot work should show before hours of captioning.
+LEAST = {"max_samples": 1, "num_beams": 1, "max_new_tokens": 1, "min_new_tokens": 0, "batch_size": 1, "num_workers": 0}
+OF_OWN_DATA = ("dataset_config_name", "split", "image_column", "caption_column", "id_column")
+
+
+def check(scoring: ScoringArguments, captioning: CaptioningArguments, changed: Iterable[str]) -> None:
+    """See that the options can be used, and that all of them will be: before hours of captioning.
+
+    Args:
+        scoring, captioning: the options.
+        changed: the names of those that are not the default ones.
+
+    Raises:
+        InputError: if not; the message names the option.
+    """
     if scoring.df != "corpus":
         DocumentFrequencies.load(scoring.df)
     for path in (scoring.output, scoring.report, scoring.save_df):
         if path is not None:
             check_output(path)
-    if captioning.batch_size < 1:
-        raise InputError(f"--batch_size is at least 1, not {captioning.batch_size}.")
+    for name, least in LEAST.items():
+        if (value := getattr(captioning, name)) is not None and value < least:
+            raise InputError(f"--{name} is at least {least}, not {value}.")
     if captioning.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is auto, float32, bfloat16 or float16, not {captioning.dtype!r}.")
-    if captioning.model is not None and scoring.predictions is None and scoring.references is None:
-        caption_and_score(captioning, scoring)
-    elif captioning.model is None and scoring.predictions is not None and scoring.references is not None:
-        score_files(scoring)
-    else:
+
+    metrics = scoring.extra_metrics or []
+    if unknown := set(metrics) - {*JAVA_METRICS, "clip_score"}:
+        raise InputError(f"--extra_metrics takes meteor, spice and clip_score, not {', '.join(sorted(unknown))}.")
+    java_scorers([metric for metric in JAVA_METRICS if metric in metrics])
+    if "clip_score" in metrics and captioning.model is None and scoring.image_folder is None:
+        raise InputError("clip_score looks at the images: say with --image_folder where they are.")
+
+    ignored, by = (), ""
+    if captioning.model is None:
+        ignored, by = [each.name for each in fields(captioning)], "--predictions are captions already"
+    elif captioning.benchmark is not None:
+        ignored, by = OF_OWN_DATA, "--benchmark knows its own split and columns"
+    if ignored := [name for name in ignored if name in changed]:
+        raise InputError(f"{by}: leave out {', '.join(f'--{name}' for name in ignored)}.")
+
+
+def evaluate(words: list[str]) -> None:
+    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
+    scoring, captioning = parse(parser, words)
+    given = [name for name in ("predictions", "references") if getattr(scoring, name) is not None]
+    if len(given) != (2 if captioning.model is None else 0):
         raise InputError(
             "Say what to score: --predictions with --references, or --model with --benchmark or --dataset_name."
         )
+    check(scoring, captioning, changed_options(parser, words))
+    if captioning.model is None:
+        score_files(scoring)
+    else:
+        caption_and_score(captioning, scoring)
 
 
 def main() -> None:
     try:
         evaluate(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except (OSError, ValueError) as error:  # of ours, and what generate says of options that do not go together
         raise SystemExit(f"error: {printable(error)}") from error
 
 

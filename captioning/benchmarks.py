@@ -150,12 +150,15 @@ def benchmark_of(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def load_benchmark(name: str, dataset_name: str | None = None) -> EvaluationSet:
+def load_benchmark(
+    name: str, dataset_name: str | None = None, image_folder: str | os.PathLike | None = None
+) -> EvaluationSet:
     """Load the images and references of a benchmark, and check that all of them are there.
 
     Args:
         name: a key of `BENCHMARKS`.
         dataset_name: a copy (Hub id or folder) with the same columns, in place of the one on the Hub.
+        image_folder: where the images are that its rows name, if it is another folder than the copy's.
 
     Raises:
         InputError: for an unknown benchmark, a data set that cannot be loaded, or other counts than the benchmark's.
@@ -170,7 +173,7 @@ def load_benchmark(name: str, dataset_name: str | None = None) -> EvaluationSet:
         benchmark.id_column,
         benchmark.row_per_caption,
         benchmark.hidden_references,
-        folder_of_images(source, rows),
+        folder_of_images(source, rows, image_folder),
     )
     counts = (len(found.row_of), found.references.number_of_captions)
     if counts != (benchmark.images, benchmark.captions):

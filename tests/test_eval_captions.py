@@ -125,14 +125,43 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
         (["--prediction", "a.json"], "Unknown option '--prediction'. Did you mean '--predictions'"),
         (["--model", "m"], "Say what to caption"),
         (["--model", "m", "--dtype", "half"], "--dtype is auto, float32, bfloat16 or float16, not 'half'"),
-        (["--output", "/no/such/folder/scores.json"], "There is no folder for '/no/such/folder/scores.json'"),
-        (["--report", "."], "'.' is a folder: name a file in it"),
+        (
+            ["--model", "m", "--output", "/no/such/folder/scores.json"],
+            "There is no folder for '/no/such/folder/scores.json'",
+        ),
+        (["--model", "m", "--report", "."], "'.' is a folder: name a file in it"),
+        (["--model", "m", "--max_samples", "-2"], "--max_samples is at least 1, not -2"),
+        (["--model", "m", "--num_beams", "0"], "--num_beams is at least 1, not 0"),
+        (["--model", "m", "--max_new_tokens", "0"], "--max_new_tokens is at least 1, not 0"),
+        (["--model", "m", "--num_workers", "-1"], "--num_workers is at least 0, not -1"),
+        (
+            ["--model", "m", "--extra_metrics", "meteor", "b"],
+            "--extra_metrics takes meteor, spice and clip_score, not b",
+        ),
+        (
+            ["--predictions", "a.json", "--references", "b.json", "--extra_metrics", "clip_score"],
+            "say with --image_folder where they are",
+        ),
+        (
+            ["--predictions", "a.json", "--references", "b.json", "--num_beams", "3", "--prompt", "a"],
+            "--predictions are captions already: leave out --prompt, --num_beams",
+        ),
+        (
+            ["--model", "m", "--benchmark", "coco_karpathy_test", "--split", "dev", "--id_column", "id"],
+            "--benchmark knows its own split and columns: leave out --split, --id_column",
+        ),
         (["--model", "m", "--benchmark", "coco"], "There is no benchmark 'coco'; there are coco_karpathy_test, "),
     ],
 )
 def test_bad_command_lines_end_in_one_sentence(words, message):
     with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
         eval_captions.evaluate(words)
+
+
+def test_java_is_missed_before_anything_is_captioned(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="meteor need Java"):
+        eval_captions.evaluate(["--model", "/nope", "--dataset_name", "/no/data", "--extra_metrics", "meteor"])
 
 
 def test_an_error_is_a_line_and_no_traceback(files, tmp_path):
@@ -180,6 +209,15 @@ def test_scores_of_some_images_only_say_so(captioner, pictures, tmp_path, capsys
     assert (content["images"], content["max_samples"], content["note"]) == (3, 3, note)
     assert note in (tmp_path / "run" / "report.html").read_text()
     assert f"{note}\n{'':<12}  images" in capsys.readouterr().out
+
+
+def test_captions_longer_than_the_language_model_can_write_are_an_error_of_one_line(
+    captioner, pictures, tmp_path, monkeypatch
+):
+    words = command(captioner, pictures, tmp_path / "run", "--max_new_tokens", "99999")
+    monkeypatch.setattr(sys, "argv", ["eval_captions.py", *words])
+    with pytest.raises(SystemExit, match="^error: [^\n]*99999"):
+        eval_captions.main()
 
 
 def test_its_files_score_the_same_by_themselves(one_process, tmp_path):
@@ -384,6 +422,18 @@ def test_nocaps_takes_its_domains_from_the_official_file(nocaps):
     found = load_benchmark("nocaps_validation", str(nocaps))
     assert found.references.domains == {0: "in-domain", 1: "out-domain", 2: "in-domain"}
     assert str(found) == "3 images, 6 captions, 2 in-domain, 1 out-domain"
+
+
+def test_the_images_of_a_copy_may_lie_elsewhere(nocaps, tmp_path):
+    (tmp_path / "photos").mkdir()
+    rows = []
+    for i in range(3):
+        tiny.picture(seed=i).save(tmp_path / "photos" / f"{i}.png")
+        rows.append({"image": f"{i}.png", "annotations_captions": ["a", "b"], "image_id": i})
+        rows[-1]["image_open_images_id"] = f"id{i}"
+    datasets.Dataset.from_list(rows).to_parquet(nocaps / "validation-00000.parquet")
+    found = load_benchmark("nocaps_validation", str(nocaps), tmp_path / "photos")
+    assert found.open(2).size == tiny.picture(seed=2).size
 
 
 def test_a_benchmark_of_another_size_is_refused(nocaps):
