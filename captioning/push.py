@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_qformer import is_hub_id, without_local_paths
-from . import UNUSABLE, InputError, cannot_use
+from . import UNUSABLE, InputError, cannot_use, printable
 from .card import CARD, PICTURES, card_for
 
 # What a repository of ours may hold. A list of what may, not of what may not: beside the model, a folder has optimizers
@@ -298,8 +298,8 @@ def main() -> None:
     folder, repo_id = options.pop("folder"), options.pop("repo_id")
     try:
         repo_id = publish(folder, repo_id, **options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {printable(error)}") from error
     print(f"{folder} is in {HfApi().endpoint}/{repo_id}.")
 
 
