@@ -281,8 +281,7 @@ def versions_of(model: "QFormerCaptioner", name: str, revision: str | None) -> d
 
 def version_of(name: str, revision: str | None) -> object:
     """The commit of a repository, or sizes and times of a folder's weights and configurations."""
-    from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-    from transformers.utils import CONFIG_NAME, cached_file
+    from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
     from transformers.utils.hub import extract_commit_hash
 
     if not Path(name).is_dir():

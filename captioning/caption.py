@@ -15,19 +15,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
-from ..modeling_qformer import QFormerCaptioner
-from ..processing_qformer import open_image
 from . import UNUSABLE, InputError, check_output, printable
 from .caption_files import write_predictions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling_qformer import QFormerCaptioner
+
+# torch and the model take seconds to import: whoever asks for --help does not wait for them.
 
 
 def find_images(words: Sequence[str]) -> list[str]:
@@ -47,7 +48,7 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(file for word in words for file in files(word)))
 
 
-def load_captioner(model: str, revision: str | None = None, dtype: str | torch.dtype = "auto") -> QFormerCaptioner:
+def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.dtype" = "auto") -> "QFormerCaptioner":
     """Open a captioner, or an adapter on one, by folder or Hub id.
 
     Args:
@@ -58,6 +59,11 @@ def load_captioner(model: str, revision: str | None = None, dtype: str | torch.d
     Raises:
         InputError: if there is none, or it is something else; the message names it.
     """
+    from transformers import AutoModel
+    from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
+
+    from ..modeling_qformer import QFormerCaptioner
+
     try:
         found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         at = {"revision": revision} if found is None else {"adapter_kwargs": {"revision": revision}}
@@ -73,7 +79,7 @@ def load_captioner(model: str, revision: str | None = None, dtype: str | torch.d
 
 
 def caption_files(
-    model: QFormerCaptioner, files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation
+    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation
 ) -> Iterator[tuple[str, str | OSError]]:
     """Caption files, batch by batch.
 
@@ -87,6 +93,8 @@ def caption_files(
     Yields:
         Each file and its caption, or the error that it has none for.
     """
+    from ..processing_qformer import open_image
+
     for start in range(0, len(files), batch_size):
         pictures: dict[str, Image.Image] = {}
         for file in files[start : start + batch_size]:
@@ -136,6 +144,9 @@ def caption(words: Sequence[str]) -> None:
     files = find_images(options.images)
     if not files:
         raise InputError(f"There are no images in {' or '.join(map(repr, options.images))}.")
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = load_captioner(options.model, options.revision).to(device)

@@ -28,11 +28,11 @@ from ..configuration_qformer import is_hub_id
 from ..modeling_qformer import QFormerCaptioner
 from .data import CaptionDataset
 from .mixing import CaptionMixture
+from .push import CARD, PICTURES
 from .streams import CaptionStream
 from .training_data import DataArguments, of_each
 
-FACTS, CARD = "card.json", "README.md"
-PICTURES = ("captions.png", "loss_curve.png")
+FACTS = "card.json"
 SCORE_NAMES = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 # What a run is called, where it goes and how it talks is no part of the recipe.
 PRIVATE_OPTIONS = re.compile(
