@@ -36,10 +36,10 @@ from .captioning import InputError, check_output, printable
 from .captioning.caption_files import (
     ImageId,
     ReferenceSet,
+    file_sha256,
     in_order,
     read_predictions,
     read_references,
-    sha256_of,
     write_predictions,
 )
 from .captioning.metrics import DocumentFrequencies, References
@@ -215,7 +215,7 @@ def write_scores(
         "images": len(scored.images),
         "references": sum(map(len, scored.references)),
         "tokenizer": "PTB, as in the COCO caption toolkit, punctuation removed",
-        "df": "corpus" if args.df == "corpus" else f"{args.df}, sha256 {sha256_of(args.df)}",
+        "df": "corpus" if args.df == "corpus" else f"{args.df}, sha256 {file_sha256(args.df)}",
         "scale": "bleu, rouge_l: 0 to 1; cider: 0 to 10 (CIDEr-D); tables: times 100",
         **about,
         "version": __version__,
@@ -244,9 +244,9 @@ def score_files(args: ScoringArguments) -> None:
     references = read_references(args.references)
     about = {
         "references_file": args.references,
-        "references_sha256": sha256_of(args.references),
+        "references_sha256": file_sha256(args.references),
         "predictions": args.predictions,
-        "predictions_sha256": sha256_of(args.predictions),
+        "predictions_sha256": file_sha256(args.predictions),
     }
     open_picture = None
     if args.image_folder is not None:
@@ -382,9 +382,9 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
         "batch_size": args.batch_size,
         "generation": generation,
         "references_file": str(references_file),
-        "references_sha256": sha256_of(references_file),
+        "references_sha256": file_sha256(references_file),
         "predictions": str(predictions_file),
-        "predictions_sha256": sha256_of(predictions_file),
+        "predictions_sha256": file_sha256(predictions_file),
     }
     if len(found.row_of) < len(whole.row_of):
         name = args.benchmark or args.dataset_name

@@ -106,12 +106,12 @@ def caption_files(
             yield from zip(pictures, model.caption(list(pictures.values()), prompt, **generation), strict=True)
 
 
-def one_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """A text in one line, with everything that a terminal would obey written out."""
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
-def write_captions(captions: dict[str, str], path: str | os.PathLike) -> None:
+def save_captions(captions: dict[str, str], path: str | os.PathLike) -> None:
     """COCO results JSON, or the same rows as JSON lines for a name that ends in `.jsonl`."""
     if Path(path).suffix != ".jsonl":
         return write_predictions(captions, path)
@@ -159,14 +159,14 @@ def caption(words: Sequence[str]) -> None:
         for file, said in caption_files(model, files, options.prompt, options.batch_size, **generation):
             if isinstance(said, str):
                 captions[file] = said
-                bar.write(one_line(f"{file}: {said}"))
+                bar.write(printable_line(f"{file}: {said}"))
             else:
-                bar.write(one_line(f"error: {said}"), file=sys.stderr)
+                bar.write(printable_line(f"error: {said}"), file=sys.stderr)
             bar.update()
     finally:  # what was captioned before it was stopped counts
         bar.close()
         if options.output is not None:
-            write_captions(captions, options.output)
+            save_captions(captions, options.output)
     if len(captions) < len(files):
         raise InputError(f"{len(files) - len(captions)} of {len(files)} images have no caption.")
 

@@ -48,7 +48,7 @@ class ReferenceSet:
         Path(path).write_text(json.dumps({"type": "captions", "images": images, "annotations": annotations}) + "\n")
 
 
-def sha256_of(path: str | os.PathLike) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
     """Fingerprint of a file, by which two scores can be told to have the same references."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

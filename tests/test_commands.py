@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from qformer_captioner import QFormerCaptioner, eval_captions
 from qformer_captioner.captioning import cli
-from qformer_captioner.captioning.caption import caption, find_images, one_line
+from qformer_captioner.captioning.caption import caption, find_images, printable_line
 from qformer_captioner.captioning.caption_files import read_predictions
 
 from . import tiny
@@ -187,7 +187,7 @@ def test_a_terminal_is_told_nothing_that_it_would_obey(folder, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and printed.count("\n") == 1
     assert r"red\x1b[31m\nerror: 1.png: " in printed
-    assert one_line("caf\N{LATIN SMALL LETTER E WITH ACUTE} \u202e \udcff") == r"café \u202e \udcff"
+    assert printable_line("caf\N{LATIN SMALL LETTER E WITH ACUTE} \u202e \udcff") == r"café \u202e \udcff"
 
 
 @pytest.mark.parametrize(
