@@ -392,6 +392,10 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     write_scores(score(captions, found.references, scoring, found.open), scoring, about, found.open)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
 LEAST = {"max_samples": 1, "num_beams": 1, "max_new_tokens": 1, "min_new_tokens": 0, "batch_size": 1, "num_workers": 0}
 OF_OWN_DATA = ("dataset_config_name", "split", "image_column", "caption_column", "id_column")
 
