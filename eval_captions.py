@@ -13,9 +13,10 @@ results) or JSON lines. A killed captioning run goes on when the same command is
 import hashlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
     import importlib.util
@@ -35,14 +36,18 @@ from .captioning import InputError, check_output, printable
 from .captioning.caption_files import (
     ImageId,
     ReferenceSet,
+    file_sha256,
     in_order,
     read_predictions,
     read_references,
-    sha256_of,
     write_predictions,
 )
 from .captioning.metrics import DocumentFrequencies, References
-from .captioning.options import make_parser, option, parse
+from .captioning.metrics.java import JAVA_METRICS, java_scorers
+from .captioning.options import changed_options, make_parser, option, parse
+
+if TYPE_CHECKING:
+    from .modeling_qformer import QFormerCaptioner
 
 # torch, the model and the data sets take seconds to import. Scoring files needs none of them, so what captions imports
 # them where it starts.
@@ -185,32 +190,32 @@ def extra_scores(
 ) -> list[dict]:
     """METEOR, SPICE and CLIPScore, of those that were asked for."""
     wanted = args.extra_metrics or []
-    if unknown := set(wanted) - {"meteor", "spice", "clip_score"}:
-        raise InputError(f"--extra_metrics takes meteor, spice and clip_score, not {', '.join(sorted(unknown))}.")
     scores = []
-    if java := [metric for metric in ("meteor", "spice") if metric in wanted]:
+    if java := [metric for metric in JAVA_METRICS if metric in wanted]:
         from .captioning.metrics import java_scores
 
         scores.append(java_scores(captions, references, java, True, args.allow_empty))
     if "clip_score" in wanted:
         from .captioning.metrics import clip_scores
 
-        if open_picture is None:
-            raise InputError("clip_score looks at the images: say with --image_folder where they are.")
         pictures = (open_picture(image) for image in images)
         clip = args.clip_model_name_or_path
         scores.append(clip_scores(pictures, captions, references, clip, per_image=True, allow_empty=args.allow_empty))
     return scores
 
 
-def publish(scored: Scored, args: ScoringArguments, about: dict[str, object], open_picture: OpenPicture | None) -> None:
+def write_scores(
+    scored: Scored, args: ScoringArguments, about: dict[str, object], open_picture: OpenPicture | None
+) -> None:
     """Print the table, and write scores and page where the options want them, with what makes them reproducible."""
+    if "note" in about:
+        print(about["note"])
     print(scored.table())
     facts = {
         "images": len(scored.images),
         "references": sum(map(len, scored.references)),
         "tokenizer": "PTB, as in the COCO caption toolkit, punctuation removed",
-        "df": "corpus" if args.df == "corpus" else f"{args.df}, sha256 {sha256_of(args.df)}",
+        "df": "corpus" if args.df == "corpus" else f"{args.df}, sha256 {file_sha256(args.df)}",
         "scale": "bleu, rouge_l: 0 to 1; cider: 0 to 10 (CIDEr-D); tables: times 100",
         **about,
         "version": __version__,
@@ -239,9 +244,9 @@ def score_files(args: ScoringArguments) -> None:
     references = read_references(args.references)
     about = {
         "references_file": args.references,
-        "references_sha256": sha256_of(args.references),
+        "references_sha256": file_sha256(args.references),
         "predictions": args.predictions,
-        "predictions_sha256": sha256_of(args.predictions),
+        "predictions_sha256": file_sha256(args.predictions),
     }
     open_picture = None
     if args.image_folder is not None:
@@ -254,7 +259,7 @@ def score_files(args: ScoringArguments) -> None:
         def open_picture(image: ImageId) -> Image.Image:
             return open_image(locate(references.files.get(image, str(image)), folder))
 
-    publish(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
+    write_scores(score(read_predictions(args.predictions), references, args, open_picture), args, about, open_picture)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,16 +267,27 @@ def score_files(args: ScoringArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def version_of(model: str, revision: str | None) -> object:
-    """What tells weights from others by the same name: their commit, or their files' sizes and times."""
-    from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-    from transformers.utils import CONFIG_NAME, cached_file
+def versions_of(model: "QFormerCaptioner", name: str, revision: str | None) -> dict[str, object]:
+    """What tells a captioner from others by the same name: the versions of all folders and repositories it came from.
+
+    These are its own, that of the captioner which an adapter is on, and those of backbones that it refers to.
+    """
+    revisions = {model.name_or_path: None, name: revision}
+    for part in model.config.referenced_backbones or []:
+        source = getattr(model.config, f"{part}_name_or_path")
+        revisions.setdefault(source, getattr(model.config, f"{part}_revision"))
+    return {source: version_of(source, own) for source, own in revisions.items()}
+
+
+def version_of(name: str, revision: str | None) -> object:
+    """The commit of a repository, or sizes and times of a folder's weights and configurations."""
+    from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    if not Path(model).is_dir():
-        found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return extract_commit_hash(found or cached_file(model, CONFIG_NAME, revision=revision), None)
-    files = sorted(Path(model).glob("*.safetensors"))
+    if not Path(name).is_dir():
+        found = cached_file(name, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return extract_commit_hash(found or cached_file(name, CONFIG_NAME, revision=revision), None)
+    files = sorted(file for kind in ("*.safetensors", "*.bin", "*config.json") for file in Path(name).glob(kind))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -283,21 +299,29 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
-    from .captioning.benchmarks import BENCHMARKS, first, load_benchmark, load_evaluation_set
+    from .captioning.benchmarks import BENCHMARKS, benchmark_of, first_images, load_benchmark, load_evaluation_set
     from .captioning.caption import load_captioner
     from .captioning.inference import caption_images
     from .captioning.runs import RunFolder
     from .captioning.sources import folder_of_images, load_rows
 
+    if args.benchmark is None and args.dataset_name is None:
+        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
+    protocol = None if args.benchmark is None else benchmark_of(args.benchmark)
+
     # 1. Processes. accelerate finds out by itself about every kind of processor but this one.
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
 
-    # 2. Images and references.
-    protocol = BENCHMARKS.get(args.benchmark)
+    # 2. The captioner.
+    disable_progress_bar()
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = load_captioner(args.model, args.revision, dtype).to(state.device)
+
+    # 3. Images and references.
     if args.benchmark is not None:
-        found = load_benchmark(args.benchmark, args.dataset_name, args.max_samples)
-    elif args.dataset_name is not None:
+        split, whole = protocol.split, load_benchmark(args.benchmark, args.dataset_name, scoring.image_folder)
+    else:
         rows = load_rows(args.dataset_name, args.dataset_config_name)
         split = args.split or next((name for name in ("test", "validation", "val", "dev") if name in rows), None)
         if split not in rows:
@@ -307,33 +331,28 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
             )
         columns = (args.image_column, args.caption_column, args.id_column)
         image_folder = folder_of_images(args.dataset_name, rows[split], scoring.image_folder)
-        found = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
-        found = first(found, args.max_samples)
-    else:
-        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
+        whole = load_evaluation_set(rows[split], *columns, row_per_caption=True, image_folder=image_folder)
+    found = first_images(whole, args.max_samples)
     state.print(f"{args.benchmark or args.dataset_name}: {found}.")
 
-    # 3. Decoding: the benchmark's protocol, unless the command line says otherwise.
+    # 4. Decoding: the benchmark's protocol, unless the command line says otherwise.
     generation = dict(protocol.generation) if protocol else {"num_beams": 5, "max_new_tokens": 30}
     for name in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"):
         if (value := getattr(args, name)) is not None:
             generation[name] = value
     prompt = args.prompt if args.prompt is not None else protocol.prompt if protocol else ""
 
-    # 4. Captions.
+    # 5. Captions.
     folder = Path(args.output_dir)
     settings = {**asdict(args), "prompt": prompt, "generation": generation}
     for name in ("overwrite_output_dir", "output_dir", "num_workers", "use_cpu"):
         del settings[name]
     # Captions of a captioner that was trained on since, or of other data by the same name, are not to be gone on with.
-    settings["weights"] = version_of(args.model, args.revision)
+    settings["weights"] = versions_of(model, args.model, args.revision)
     settings["references"] = hashlib.sha256(json.dumps(list(found.references.captions.items())).encode()).hexdigest()
     if state.is_main_process:
         RunFolder(folder, settings, args.overwrite_output_dir).start()
     state.wait_for_everyone()
-    disable_progress_bar()
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load_captioner(args.model, args.revision, dtype).to(state.device)
     captions = caption_images(model, found, folder, prompt, args.batch_size, args.num_workers, **generation)
     state.wait_for_everyone()
     state.destroy_process_group()  # the others end here, and should not be missed
@@ -347,50 +366,96 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
         return
     found.references.write(references_file)
 
-    # 5. Scores.
+    # 6. Scores.
     scoring.output = scoring.output or str(folder / "scores.json")
     scoring.report = scoring.report or str(folder / "report.html")
     about = {
         "model": args.model,
+        "revision": args.revision,
+        "weights": settings["weights"],
+        "dtype": args.dtype,
         "benchmark": args.benchmark,
         "dataset": args.dataset_name or protocol.dataset_name,
+        "split": split,
+        "max_samples": args.max_samples,
         "prompt": prompt or model.processor.prompt,
+        "batch_size": args.batch_size,
         "generation": generation,
         "references_file": str(references_file),
-        "references_sha256": sha256_of(references_file),
+        "references_sha256": file_sha256(references_file),
         "predictions": str(predictions_file),
-        "predictions_sha256": sha256_of(predictions_file),
+        "predictions_sha256": file_sha256(predictions_file),
     }
-    publish(score(captions, found.references, scoring, found.open), scoring, about, found.open)
+    if len(found.row_of) < len(whole.row_of):
+        name = args.benchmark or args.dataset_name
+        about["note"] = f"Of {len(found.row_of)} of {len(whole.row_of)} images only: no score of {name}."
+    write_scores(score(captions, found.references, scoring, found.open), scoring, about, found.open)
 
 
-def evaluate(words: list[str]) -> None:
-    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
-    scoring, captioning = parse(parser, words)
-    # What cannot work should show before hours of captioning.
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+LEAST = {"max_samples": 1, "num_beams": 1, "max_new_tokens": 1, "min_new_tokens": 0, "batch_size": 1, "num_workers": 0}
+OF_OWN_DATA = ("dataset_config_name", "split", "image_column", "caption_column", "id_column")
+
+
+def check(scoring: ScoringArguments, captioning: CaptioningArguments, changed: Iterable[str]) -> None:
+    """See that the options can be used, and that all of them will be: before hours of captioning.
+
+    Args:
+        scoring, captioning: the options.
+        changed: the names of those that are not the default ones.
+
+    Raises:
+        InputError: if not; the message names the option.
+    """
     if scoring.df != "corpus":
         DocumentFrequencies.load(scoring.df)
     for path in (scoring.output, scoring.report, scoring.save_df):
         if path is not None:
             check_output(path)
-    if captioning.batch_size < 1:
-        raise InputError(f"--batch_size is at least 1, not {captioning.batch_size}.")
+    for name, least in LEAST.items():
+        if (value := getattr(captioning, name)) is not None and value < least:
+            raise InputError(f"--{name} is at least {least}, not {value}.")
     if captioning.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is auto, float32, bfloat16 or float16, not {captioning.dtype!r}.")
-    if captioning.model is not None and scoring.predictions is None and scoring.references is None:
-        caption_and_score(captioning, scoring)
-    elif captioning.model is None and scoring.predictions is not None and scoring.references is not None:
-        score_files(scoring)
-    else:
+
+    metrics = scoring.extra_metrics or []
+    if unknown := set(metrics) - {*JAVA_METRICS, "clip_score"}:
+        raise InputError(f"--extra_metrics takes meteor, spice and clip_score, not {', '.join(sorted(unknown))}.")
+    java_scorers([metric for metric in JAVA_METRICS if metric in metrics])
+    if "clip_score" in metrics and captioning.model is None and scoring.image_folder is None:
+        raise InputError("clip_score looks at the images: say with --image_folder where they are.")
+
+    ignored, by = (), ""
+    if captioning.model is None:
+        ignored, by = [each.name for each in fields(captioning)], "--predictions are captions already"
+    elif captioning.benchmark is not None:
+        ignored, by = OF_OWN_DATA, "--benchmark knows its own split and columns"
+    if ignored := [name for name in ignored if name in changed]:
+        raise InputError(f"{by}: leave out {', '.join(f'--{name}' for name in ignored)}.")
+
+
+def evaluate(words: list[str]) -> None:
+    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
+    scoring, captioning = parse(parser, words)
+    given = [name for name in ("predictions", "references") if getattr(scoring, name) is not None]
+    if len(given) != (2 if captioning.model is None else 0):
         raise InputError(
             "Say what to score: --predictions with --references, or --model with --benchmark or --dataset_name."
         )
+    check(scoring, captioning, changed_options(parser, words))
+    if captioning.model is None:
+        score_files(scoring)
+    else:
+        caption_and_score(captioning, scoring)
 
 
 def main() -> None:
     try:
         evaluate(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except (OSError, ValueError) as error:  # of ours, and what generate says of options that do not go together
         raise SystemExit(f"error: {printable(error)}") from error
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from . import InputError
 from .caption_files import ImageId, ReferenceSet
 from .data import captions_of, open_cell
-from .sources import folder_of_images, load_rows, with_nested
+from .features import row_keys
+from .sources import folder_of_images, load_rows, locate, with_nested
 
 
 @dataclass(frozen=True)
@@ -116,21 +117,53 @@ class EvaluationSet:
         (cell,) = self.rows[self.row_of[image]].values()
         return open_cell(cell, self.image_folder)
 
+    def fingerprints(self) -> dict[ImageId, str]:
+        """What tells each image from another in its place: name and size in the data set, size and time of its file."""
+        own = self.rows.select(self.row_of.values())
+        (column,) = own.column_names
+        keys = row_keys(own, column)
+        return {
+            image: f"{key:016x}{self._file_of(cell)}"
+            for image, key, cell in zip(self.row_of, keys.tolist(), own[column], strict=True)
+        }
 
-def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int | None = None) -> EvaluationSet:
+    def _file_of(self, cell: dict | None) -> str:
+        """Size and time of an image's file; nothing where it is inside another, or not there."""
+        if cell is None or cell["bytes"] is not None or not cell["path"]:
+            return ""
+        try:
+            file = Path(cell["path"]) if self.image_folder is None else locate(cell["path"], self.image_folder)
+            found = file.stat()
+        except (OSError, ValueError):  # the latter of a name that none can have
+            return ""
+        return f"-{found.st_size}-{found.st_mtime_ns}"
+
+
+def benchmark_of(name: str) -> Benchmark:
+    """The benchmark of a name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name not in BENCHMARKS:
+        raise InputError(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[name]
+
+
+def load_benchmark(
+    name: str, dataset_name: str | None = None, image_folder: str | os.PathLike | None = None
+) -> EvaluationSet:
     """Load the images and references of a benchmark, and check that all of them are there.
 
     Args:
         name: a key of `BENCHMARKS`.
         dataset_name: a copy (Hub id or folder) with the same columns, in place of the one on the Hub.
-        max_samples: keep so many images, the first ones; what comes out is no score of the benchmark.
+        image_folder: where the images are that its rows name, if it is another folder than the copy's.
 
     Raises:
         InputError: for an unknown benchmark, a data set that cannot be loaded, or other counts than the benchmark's.
     """
-    if name not in BENCHMARKS:
-        raise InputError(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
-    benchmark = BENCHMARKS[name]
+    benchmark = benchmark_of(name)
     source = dataset_name or benchmark.dataset_name
     rows = load_rows(source, split_column=benchmark.split_column, split=benchmark.split)[benchmark.split]
     found = load_evaluation_set(
@@ -140,7 +173,7 @@ def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int 
         benchmark.id_column,
         benchmark.row_per_caption,
         benchmark.hidden_references,
-        folder_of_images(source, rows),
+        folder_of_images(source, rows, image_folder),
     )
     counts = (len(found.row_of), found.references.number_of_captions)
     if counts != (benchmark.images, benchmark.captions):
@@ -150,7 +183,7 @@ def load_benchmark(name: str, dataset_name: str | None = None, max_samples: int 
         )
     if benchmark.domains is not None:
         _add_domains(found, rows, benchmark)
-    return first(found, max_samples)
+    return found
 
 
 def load_evaluation_set(
@@ -203,7 +236,7 @@ def load_evaluation_set(
     return EvaluationSet(ReferenceSet(captions, files), images, row_of, image_folder)
 
 
-def first(found: EvaluationSet, number: int | None) -> EvaluationSet:
+def first_images(found: EvaluationSet, number: int | None) -> EvaluationSet:
     """The first so many images, or all."""
     kept = list(found.row_of)[:number]
     whole = found.references

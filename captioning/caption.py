@@ -15,19 +15,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel
-from transformers.utils.hub import cached_file
-from transformers.utils.logging import disable_progress_bar
 
-from ..modeling_qformer import QFormerCaptioner
-from ..processing_qformer import open_image
 from . import UNUSABLE, InputError, check_output, printable
 from .caption_files import write_predictions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling_qformer import QFormerCaptioner
+
+# torch and the model take seconds to import: whoever asks for --help does not wait for them.
 
 
 def find_images(words: Sequence[str]) -> list[str]:
@@ -47,7 +48,7 @@ def find_images(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(file for word in words for file in files(word)))
 
 
-def load_captioner(model: str, revision: str | None = None, dtype: str | torch.dtype = "auto") -> QFormerCaptioner:
+def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.dtype" = "auto") -> "QFormerCaptioner":
     """Open a captioner, or an adapter on one, by folder or Hub id.
 
     Args:
@@ -58,6 +59,11 @@ def load_captioner(model: str, revision: str | None = None, dtype: str | torch.d
     Raises:
         InputError: if there is none, or it is something else; the message names it.
     """
+    from transformers import AutoModel
+    from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
+
+    from ..modeling_qformer import QFormerCaptioner
+
     try:
         found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         at = {"revision": revision} if found is None else {"adapter_kwargs": {"revision": revision}}
@@ -73,7 +79,7 @@ def load_captioner(model: str, revision: str | None = None, dtype: str | torch.d
 
 
 def caption_files(
-    model: QFormerCaptioner, files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation
+    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation
 ) -> Iterator[tuple[str, str | OSError]]:
     """Caption files, batch by batch.
 
@@ -87,6 +93,8 @@ def caption_files(
     Yields:
         Each file and its caption, or the error that it has none for.
     """
+    from ..processing_qformer import open_image
+
     for start in range(0, len(files), batch_size):
         pictures: dict[str, Image.Image] = {}
         for file in files[start : start + batch_size]:
@@ -98,12 +106,12 @@ def caption_files(
             yield from zip(pictures, model.caption(list(pictures.values()), prompt, **generation), strict=True)
 
 
-def one_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """A text in one line, with everything that a terminal would obey written out."""
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
-def write_captions(captions: dict[str, str], path: str | os.PathLike) -> None:
+def save_captions(captions: dict[str, str], path: str | os.PathLike) -> None:
     """COCO results JSON, or the same rows as JSON lines for a name that ends in `.jsonl`."""
     if Path(path).suffix != ".jsonl":
         return write_predictions(captions, path)
@@ -136,6 +144,9 @@ def caption(words: Sequence[str]) -> None:
     files = find_images(options.images)
     if not files:
         raise InputError(f"There are no images in {' or '.join(map(repr, options.images))}.")
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = load_captioner(options.model, options.revision).to(device)
@@ -148,14 +159,14 @@ def caption(words: Sequence[str]) -> None:
         for file, said in caption_files(model, files, options.prompt, options.batch_size, **generation):
             if isinstance(said, str):
                 captions[file] = said
-                bar.write(one_line(f"{file}: {said}"))
+                bar.write(printable_line(f"{file}: {said}"))
             else:
-                bar.write(one_line(f"error: {said}"), file=sys.stderr)
+                bar.write(printable_line(f"error: {said}"), file=sys.stderr)
             bar.update()
     finally:  # what was captioned before it was stopped counts
         bar.close()
         if options.output is not None:
-            write_captions(captions, options.output)
+            save_captions(captions, options.output)
     if len(captions) < len(files):
         raise InputError(f"{len(files) - len(captions)} of {len(files)} images have no caption.")
 

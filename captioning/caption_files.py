@@ -12,6 +12,7 @@ from . import InputError
 
 ImageId = int | str
 ID_KEYS = ("image_id", "id", "file_name")
+ACCEPTED = "give COCO's JSON, or JSON lines"
 
 
 @dataclass
@@ -47,7 +48,7 @@ class ReferenceSet:
         Path(path).write_text(json.dumps({"type": "captions", "images": images, "annotations": annotations}) + "\n")
 
 
-def sha256_of(path: str | os.PathLike) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
     """Fingerprint of a file, by which two scores can be told to have the same references."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -64,8 +65,6 @@ def read_references(path: str | os.PathLike) -> ReferenceSet:
             counts all of them.
     """
     content = _read_json(path)
-    if not isinstance(content, dict | list):
-        raise InputError(f"{str(path)!r} holds no captions: give COCO annotation JSON, or JSON lines.")
     if isinstance(content, dict):
         references = _from_coco(content, path)
     else:
@@ -77,6 +76,8 @@ def read_references(path: str | os.PathLike) -> ReferenceSet:
         files = {image: row["file_name"] for image, row in rows.items() if "file_name" in row}
         references = ReferenceSet(captions, files)
     captions = references.captions
+    if not captions:
+        raise InputError(f"{str(path)!r} holds no images: give COCO annotation JSON, or JSON lines.")
     _refuse(
         path,
         [image for image, file in references.files.items() if not isinstance(file, str)],
@@ -95,7 +96,7 @@ def _from_coco(content: dict, path: str | os.PathLike) -> ReferenceSet:
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list):
             raise InputError(f"{str(path)!r} has no list {key!r}: give COCO annotation JSON, or JSON lines.")
-    images = _rows_by_id(content["images"], path, ("id",))
+    images = _rows_by_id(content["images"], path, ("id",), '{"id": 1}')
     annotations = content["annotations"]
     _refuse(
         path,
@@ -139,7 +140,7 @@ def read_predictions(path: str | os.PathLike) -> dict[ImageId, str]:
             no strings; the message names the first offender and counts all of them.
     """
     content = _read_json(path)
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not content:
         raise InputError(f"{str(path)!r} holds no list of captions: give COCO results JSON, or JSON lines.")
     rows = _rows_by_id(content, path)
     _refuse(path, [i for i, row in rows.items() if "caption" not in row], lambda i: f"image {i!r} has no 'caption'")
@@ -198,9 +199,11 @@ def _read_json(path: str | os.PathLike) -> dict | list:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{str(path)!r} is no UTF-8 text ({error}).") from error
+        raise InputError(f"{str(path)!r} is no UTF-8 text ({error}): {ACCEPTED}, not compressed.") from error
     if not text.strip():
         raise InputError(f"{str(path)!r} is empty.")
+    if text.lstrip()[0] not in "[{":
+        raise InputError(f"{str(path)!r} is no JSON of captions: {ACCEPTED}.")
     try:
         content = json.loads(text)
         # A file of one line of JSON lines is one object, too.
@@ -225,11 +228,16 @@ def _read_json(path: str | os.PathLike) -> dict | list:
         raise InputError(f"{str(path)!r} is no file of captions ({error}).") from error
 
 
-def _rows_by_id(rows: list, path: str | os.PathLike, keys: Sequence[str] = ID_KEYS) -> dict[ImageId, dict]:
+def _rows_by_id(
+    rows: list,
+    path: str | os.PathLike,
+    keys: Sequence[str] = ID_KEYS,
+    example: str = '{"image_id": 1, "caption": "a dog"}',
+) -> dict[ImageId, dict]:
     _refuse(
         path,
         [i for i, row in enumerate(rows) if not isinstance(row, dict) or not any(key in row for key in keys)],
-        lambda i: f"entry {i} has no {' or '.join(map(repr, keys))}",
+        lambda i: f"entry {i} has no {' or '.join(map(repr, keys))}, as {example} has",
     )
     ids = [next(row[key] for key in keys if key in row) for row in rows]
     _refuse(

@@ -28,11 +28,11 @@ from ..configuration_qformer import is_hub_id
 from ..modeling_qformer import QFormerCaptioner
 from .data import CaptionDataset
 from .mixing import CaptionMixture
+from .push import CARD, PICTURES
 from .streams import CaptionStream
 from .training_data import DataArguments, of_each
 
-FACTS, CARD = "card.json", "README.md"
-PICTURES = ("captions.png", "loss_curve.png")
+FACTS = "card.json"
 SCORE_NAMES = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 # What a run is called, where it goes and how it talks is no part of the recipe.
 PRIVATE_OPTIONS = re.compile(
@@ -134,7 +134,7 @@ def describe_evaluation(args: DataArguments, rows: CaptionDataset, prompt: str, 
         "split": f"{rows.split}, its last {len(references)} rows" if args.train_val_split and own else rows.split,
         "images": len(references),
         "references": sum(map(len, references)),
-        "references_sha256": sha256_of(json.dumps(references)),
+        "references_sha256": text_sha256(json.dumps(references)),
         "prompt": prompt,
         "num_beams": num_beams,
         "max_new_tokens": length,
@@ -322,10 +322,10 @@ def write_card(folder: str | os.PathLike, facts: dict) -> None:
     folder = Path(folder)
     text = render(facts, pictures_of(folder))
     (folder / CARD).write_text(text, encoding="utf-8")
-    (folder / FACTS).write_text(json.dumps({**facts, "sha256": sha256_of(text)}, indent=2, default=str) + "\n")
+    (folder / FACTS).write_text(json.dumps({**facts, "sha256": text_sha256(text)}, indent=2, default=str) + "\n")
 
 
-def sha256_of(text: str) -> str:
+def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
@@ -347,7 +347,7 @@ def card_for(
     facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else None
     if (folder / CARD).is_file():
         text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-        changed = facts is None or facts["sha256"] != sha256_of(text)
+        changed = facts is None or facts["sha256"] != text_sha256(text)
         if changed and "[More Information Needed]" not in text:  # what peft leaves is a form, not a card
             if license is None:
                 return text

@@ -43,8 +43,8 @@ def caption_images(
     """Caption every image of an evaluation set.
 
     The processes of a distributed run share the batches. Each writes what it has to a file of its own in `folder`; when
-    the same call is made again after a kill, by as many processes or others, only what is missing is captioned. The
-    batches are the same whoever works on them, so the captions are too.
+    the same call is made again after a kill, by as many processes or others, only what is missing is captioned, and
+    images that have changed since. The batches are the same whoever works on them, so the captions are too.
 
     Args:
         model: the captioner, on the device where it should run.
@@ -63,7 +63,8 @@ def caption_images(
     """
     state = PartialState()
     ids = list(found.row_of)
-    done = _progress(Path(folder))
+    fingerprints = found.fingerprints()
+    done = _progress(Path(folder), fingerprints)
     state.wait_for_everyone()  # or a slow process would take for done what a fast one has just begun with
     batches = [list(range(start, min(start + batch_size, len(ids)))) for start in range(0, len(ids), batch_size)]
     batches = [batch for batch in batches if not all(ids[place] in done for place in batch)]
@@ -81,7 +82,8 @@ def caption_images(
                 captions = model.caption([opened for _, opened in readable], prompt, **generation)
                 captions = dict(zip((image for image, _ in readable), captions, strict=True))
                 new.update(captions)
-                file.write("".join(json.dumps([image, caption]) + "\n" for image, caption in captions.items()))
+                rows = ([image, fingerprints[image], caption] for image, caption in captions.items())
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
                 file.flush()
             progress.update(len(batch) * state.num_processes)
     progress.close()
@@ -95,17 +97,18 @@ def caption_images(
     return {image: done[image] for image in ids}
 
 
-def _progress(folder: Path) -> dict[ImageId, str]:
-    """What earlier calls have written down; a line that a kill cut off counts as not there."""
+def _progress(folder: Path, fingerprints: dict[ImageId, str]) -> dict[ImageId, str]:
+    """What earlier calls wrote down of the images as they are now; a line that a kill cut off counts as not there."""
 
     def rows() -> Iterator[tuple[ImageId, str]]:
         for path in sorted(folder.glob("progress-*.jsonl")):
             for line in path.read_text(errors="replace").split("\n"):
                 try:
-                    image, caption = json.loads(line)
+                    image, fingerprint, caption = json.loads(line)
                 except (ValueError, TypeError, RecursionError):
                     continue
-                if isinstance(image, ImageId) and isinstance(caption, str):
+                known = isinstance(image, ImageId) and fingerprints.get(image) == fingerprint
+                if known and isinstance(caption, str):
                     yield image, caption
 
     return dict(rows())

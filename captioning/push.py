@@ -25,14 +25,16 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from ..configuration_qformer import is_hub_id, without_local_paths
-from . import UNUSABLE, InputError, cannot_use
-from .card import CARD, PICTURES, card_for
+from . import UNUSABLE, InputError, cannot_use, printable
+
+# torch and all else that cards are made with take seconds to import: that is done where the work starts.
+
+CARD = "README.md"
+PICTURES = ("captions.png", "loss_curve.png")
 
 # What a repository of ours may hold. A list of what may, not of what may not: beside the model, a folder has optimizers
 # and other pickles, records of a run with paths in them, and whatever its owner keeps there.
@@ -42,7 +44,7 @@ PUBLISHED = (
     "model*.safetensors",
     SAFE_WEIGHTS_INDEX_NAME,
     ADAPTER_CONFIG_NAME,
-    ADAPTER_WEIGHTS_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
     "*_qformer.py",
     "*processor_config.json",
     "chat_template.jinja",
@@ -109,6 +111,8 @@ def check(folder: Path) -> str | None:
     Raises:
         InputError: if not; the message says why, and what to do.
     """
+    from ..configuration_qformer import is_hub_id
+
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}.")
     record = folder / "run.json"
@@ -121,7 +125,7 @@ def check(folder: Path) -> str | None:
             f"{str(folder)!r} holds no captioner (a {CONFIG_NAME} of model_type qformer_captioner) and no adapter "
             f"({ADAPTER_CONFIG_NAME}): push the folder that training or `save_pretrained` wrote."
         )
-    weights = [folder / (ADAPTER_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME)]
+    weights = [folder / (ADAPTER_SAFE_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME)]
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
         names = list(index.values()) if isinstance(index, dict) else []
@@ -178,6 +182,9 @@ def collect(
     folder: Path, repo_id: str, base: str | None = None, license: str | None = None, adapter: str | None = None
 ) -> dict[str, Path | bytes]:
     """What a repository holds, by path: files as they are, but those that name folders of this machine."""
+    from ..configuration_qformer import without_local_paths
+    from .card import card_for
+
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files: dict[str, Path | bytes] = {
         name: path for name, path in paths.items() if name.count("/") <= 1 and is_published(name)
@@ -298,8 +305,8 @@ def main() -> None:
     folder, repo_id = options.pop("folder"), options.pop("repo_id")
     try:
         repo_id = publish(folder, repo_id, **options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {printable(error)}") from error
     print(f"{folder} is in {HfApi().endpoint}/{repo_id}.")
 
 

@@ -1,5 +1,6 @@
 """Files of captions: what can be read, and the one sentence about what cannot."""
 
+import gzip
 import json
 
 import pytest
@@ -73,7 +74,10 @@ def test_predictions_are_coco_results_or_json_lines(write):
         ('{"image_id": 1, "caption": "a"}\n{"image_id": 2, "cap', "no valid JSON.* line 2"),
         ("[\n1,\n", "no valid JSON.* line 3"),
         ("[" * 100_000, "is no file of captions"),
-        ("1" * 5_000, "is no file of captions"),
+        ("[" + "1" * 5_000, "is no file of captions"),
+        ("image_id,caption\n1,a dog\n", "is no JSON of captions: give COCO's JSON, or JSON lines"),
+        ([], "holds no list of captions: give COCO results JSON, or JSON lines"),
+        ({"1": "a dog"}, """entry 0 has no 'image_id' .* as {"image_id": 1, "caption": "a dog"} has"""),
         ([{"caption": "a"}, {"image_id": 1, "caption": "a"}, {}], r"entry 0 has no 'image_id' .* \(2 in all\)"),
         ([1], "entry 0 has no 'image_id'"),
         ([{"image_id": 1}], "image 1 has no 'caption'"),
@@ -95,7 +99,9 @@ def test_bad_predictions_are_named_and_counted(write, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (5, "holds no captions"),
+        ("5", "is no JSON of captions"),
+        ([], "holds no images: give COCO annotation JSON, or JSON lines"),
+        ({"images": [], "annotations": []}, "holds no images"),
         ({"annotations": []}, "no list 'images'"),
         (COCO | {"images": [{"id": 7, "domain": ["a"]}, {"id": 5}]}, r"domain of image 7 is \['a'\] and no string"),
         (COCO | {"images": COCO["images"] * 2}, r"image 7 is there more than once \(2 in all\)"),
@@ -111,6 +117,12 @@ def test_bad_predictions_are_named_and_counted(write, content, message):
 def test_bad_references_are_named_and_counted(write, content, message):
     with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
         read_references(write(content))
+
+
+def test_a_compressed_file_is_to_be_unpacked(tmp_path):
+    (tmp_path / "captions.json.gz").write_bytes(gzip.compress(b"[]"))
+    with pytest.raises(InputError, match="is no UTF-8 text .*: give COCO's JSON, or JSON lines, not compressed"):
+        read_predictions(tmp_path / "captions.json.gz")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -10,10 +11,11 @@ from transformers import AutoModel
 
 from qformer_captioner import QFormerCaptioner, eval_captions
 from qformer_captioner.captioning import cli
-from qformer_captioner.captioning.caption import caption, find_images, one_line
+from qformer_captioner.captioning.caption import caption, find_images, printable_line
 from qformer_captioner.captioning.caption_files import read_predictions
 
 from . import tiny
+from .conftest import ROOT
 from .processes import command_line
 from .test_loading import adapter_of
 
@@ -78,6 +80,21 @@ def test_an_example_is_in_the_words_of_whoever_asks(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         eval_captions.main()
     assert "    python eval_captions.py --predictions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["eval", "caption", "push"])
+def test_who_asks_for_help_does_not_wait_for_torch(command):
+    program = (
+        "import contextlib, sys\n"
+        "from qformer_captioner.captioning import cli\n"
+        f"sys.argv[1:] = [{command!r}, '--help']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    cli.main()\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT.parent)
+    assert f"qformer-captioner {command}" in done.stdout
+    assert done.stdout.endswith("False\n")
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------------
@@ -170,7 +187,7 @@ def test_a_terminal_is_told_nothing_that_it_would_obey(folder, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and printed.count("\n") == 1
     assert r"red\x1b[31m\nerror: 1.png: " in printed
-    assert one_line("caf\N{LATIN SMALL LETTER E WITH ACUTE} \u202e \udcff") == r"café \u202e \udcff"
+    assert printable_line("caf\N{LATIN SMALL LETTER E WITH ACUTE} \u202e \udcff") == r"café \u202e \udcff"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import time
 import datasets
 import pytest
 
-from qformer_captioner import eval_captions
+from qformer_captioner import QFormerCaptioner, eval_captions
 from qformer_captioner.captioning import InputError, benchmarks
 from qformer_captioner.captioning.benchmarks import load_benchmark
 
@@ -19,6 +19,7 @@ from . import tiny
 from .conftest import ROOT
 from .hub import Hub
 from .processes import kill
+from .test_loading import adapter_of
 
 REFERENCES = {
     "images": [{"id": i, "file_name": f"{i}.png", "domain": "in-domain" if i < 3 else "near-domain"} for i in range(5)],
@@ -124,14 +125,43 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
         (["--prediction", "a.json"], "Unknown option '--prediction'. Did you mean '--predictions'"),
         (["--model", "m"], "Say what to caption"),
         (["--model", "m", "--dtype", "half"], "--dtype is auto, float32, bfloat16 or float16, not 'half'"),
-        (["--output", "/no/such/folder/scores.json"], "There is no folder for '/no/such/folder/scores.json'"),
-        (["--report", "."], "'.' is a folder: name a file in it"),
+        (
+            ["--model", "m", "--output", "/no/such/folder/scores.json"],
+            "There is no folder for '/no/such/folder/scores.json'",
+        ),
+        (["--model", "m", "--report", "."], "'.' is a folder: name a file in it"),
+        (["--model", "m", "--max_samples", "-2"], "--max_samples is at least 1, not -2"),
+        (["--model", "m", "--num_beams", "0"], "--num_beams is at least 1, not 0"),
+        (["--model", "m", "--max_new_tokens", "0"], "--max_new_tokens is at least 1, not 0"),
+        (["--model", "m", "--num_workers", "-1"], "--num_workers is at least 0, not -1"),
+        (
+            ["--model", "m", "--extra_metrics", "meteor", "b"],
+            "--extra_metrics takes meteor, spice and clip_score, not b",
+        ),
+        (
+            ["--predictions", "a.json", "--references", "b.json", "--extra_metrics", "clip_score"],
+            "say with --image_folder where they are",
+        ),
+        (
+            ["--predictions", "a.json", "--references", "b.json", "--num_beams", "3", "--prompt", "a"],
+            "--predictions are captions already: leave out --prompt, --num_beams",
+        ),
+        (
+            ["--model", "m", "--benchmark", "coco_karpathy_test", "--split", "dev", "--id_column", "id"],
+            "--benchmark knows its own split and columns: leave out --split, --id_column",
+        ),
         (["--model", "m", "--benchmark", "coco"], "There is no benchmark 'coco'; there are coco_karpathy_test, "),
     ],
 )
 def test_bad_command_lines_end_in_one_sentence(words, message):
     with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
         eval_captions.evaluate(words)
+
+
+def test_java_is_missed_before_anything_is_captioned(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="meteor need Java"):
+        eval_captions.evaluate(["--model", "/nope", "--dataset_name", "/no/data", "--extra_metrics", "meteor"])
 
 
 def test_an_error_is_a_line_and_no_traceback(files, tmp_path):
@@ -160,7 +190,34 @@ def test_a_run_leaves_captions_references_scores_and_report(one_process):
     content = json.loads((one_process / "scores.json").read_text())
     assert content["generation"] == {"num_beams": 2, "max_new_tokens": 5}
     assert (content["images"], content["references"]) == (11, 22)
+    assert {name: content[name] for name in ("split", "dtype", "batch_size", "max_samples", "revision")} == {
+        "split": "dev",
+        "dtype": "auto",
+        "batch_size": 2,
+        "max_samples": None,
+        "revision": None,
+    }
+    assert "model.safetensors" in str(content["weights"])
+    assert "note" not in content
     assert (one_process / "report.html").stat().st_size > 0
+
+
+def test_scores_of_some_images_only_say_so(captioner, pictures, tmp_path, capsys):
+    eval_captions.evaluate(command(captioner, pictures, tmp_path / "run", "--max_samples", "3"))
+    note = f"Of 3 of 11 images only: no score of {pictures}."
+    content = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert (content["images"], content["max_samples"], content["note"]) == (3, 3, note)
+    assert note in (tmp_path / "run" / "report.html").read_text()
+    assert f"{note}\n{'':<12}  images" in capsys.readouterr().out
+
+
+def test_captions_longer_than_the_language_model_can_write_are_an_error_of_one_line(
+    captioner, pictures, tmp_path, monkeypatch
+):
+    words = command(captioner, pictures, tmp_path / "run", "--max_new_tokens", "99999")
+    monkeypatch.setattr(sys, "argv", ["eval_captions.py", *words])
+    with pytest.raises(SystemExit, match="^error: [^\n]*99999"):
+        eval_captions.main()
 
 
 def test_its_files_score_the_same_by_themselves(one_process, tmp_path):
@@ -192,12 +249,13 @@ def test_a_process_that_starts_late_takes_its_share_all_the_same(captioner, pict
     program = (
         "import sys, time\n"
         "from accelerate import PartialState\n"
-        "from qformer_captioner import QFormerCaptioner, eval_captions\n"
-        "load = QFormerCaptioner.from_pretrained.__func__\n"
-        "def late(cls, *args, **kwargs):\n"
+        "from qformer_captioner import eval_captions\n"
+        "from qformer_captioner.captioning import inference\n"
+        "caption_images = inference.caption_images\n"
+        "def late(*args, **kwargs):\n"
         "    time.sleep(4 * PartialState().process_index)\n"
-        "    return load(cls, *args, **kwargs)\n"
-        "QFormerCaptioner.from_pretrained = classmethod(late)\n"
+        "    return caption_images(*args, **kwargs)\n"
+        "inference.caption_images = late\n"
         "eval_captions.evaluate(sys.argv[1:])"
     )
     (tmp_path / "late.py").write_text(program)
@@ -214,21 +272,52 @@ def test_what_is_captioned_already_is_not_captioned_again(one_process, captioner
     shutil.copy(one_process / "run.json", tmp_path / "run")
     lines = (one_process / "progress-0.jsonl").read_text().split("\n")
     lines[1] = lines[1][:-3]  # cut off by a kill
-    lines[-2] = json.dumps([10, "from before"])
+    lines[-2] = json.dumps([*json.loads(lines[-2])[:2], "from before"])
     (tmp_path / "run" / "progress-0.jsonl").write_text("\n".join(lines))
     eval_captions.evaluate(command(captioner, pictures, tmp_path / "run"))
     captions = [row["caption"] for row in json.loads((tmp_path / "run" / "captions.json").read_text())]
     assert captions[-1] == "from before"
 
 
-def test_captions_of_weights_that_have_changed_are_not_gone_on_with(captioner, pictures, tmp_path):
-    model = tmp_path / "captioner"
-    shutil.copytree(captioner, model)
+@pytest.mark.parametrize("changed", ["captioner", "adapter", "captioner below an adapter", "backbone referred to"])
+def test_captions_of_weights_that_have_changed_are_not_gone_on_with(changed, captioner, pictures, tmp_path):
+    if changed == "backbone referred to":
+        model, weights = tmp_path / "captioner", tmp_path / "vision"
+        vision, language = tiny.save_vision(weights), tiny.save_language(tmp_path / "language")
+        QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER).save_pretrained(model)
+    else:
+        model = weights = tmp_path / "captioner"
+        shutil.copytree(captioner, model)
+    if "adapter" in changed:
+        model = tmp_path / "adapter"
+        adapter_of(QFormerCaptioner.from_pretrained(weights)).save_pretrained(model)
+        weights = model if changed == "adapter" else weights
     words = command(str(model), pictures, tmp_path / "run")
     eval_captions.evaluate(words)
-    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())  # saved anew
+    (file,) = weights.glob("*.safetensors")
+    file.write_bytes(file.read_bytes())  # saved anew
     with pytest.raises(InputError, match="holds another run: it differs in weights"):
         eval_captions.evaluate(words)
+
+
+def test_an_image_that_has_changed_is_captioned_anew_and_no_other(captioner, pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    words = command(captioner, folder, tmp_path / "run")
+    eval_captions.evaluate(words)
+    progress = tmp_path / "run" / "progress-0.jsonl"
+    rows = [json.loads(line) for line in progress.read_text().split("\n") if line]
+    progress.write_text("".join(json.dumps([*row[:2], "from before"]) + "\n" for row in rows))
+    tiny.picture(seed=99).save(folder / "10.png")
+    eval_captions.evaluate(words)
+    captions = [row["caption"] for row in json.loads((tmp_path / "run" / "captions.json").read_text())]
+    assert captions[:-1] == ["from before"] * 10
+    assert captions[-1] != "from before"
+
+
+def test_a_captioner_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="^The captioner '/nope' cannot be loaded"):
+        eval_captions.evaluate(["--model", "/nope", "--dataset_name", "/no/data", "--use_cpu"])
 
 
 def test_an_image_that_cannot_be_read_is_named_and_costs_the_others_nothing(captioner, pictures, tmp_path):
@@ -333,6 +422,18 @@ def test_nocaps_takes_its_domains_from_the_official_file(nocaps):
     found = load_benchmark("nocaps_validation", str(nocaps))
     assert found.references.domains == {0: "in-domain", 1: "out-domain", 2: "in-domain"}
     assert str(found) == "3 images, 6 captions, 2 in-domain, 1 out-domain"
+
+
+def test_the_images_of_a_copy_may_lie_elsewhere(nocaps, tmp_path):
+    (tmp_path / "photos").mkdir()
+    rows = []
+    for i in range(3):
+        tiny.picture(seed=i).save(tmp_path / "photos" / f"{i}.png")
+        rows.append({"image": f"{i}.png", "annotations_captions": ["a", "b"], "image_id": i})
+        rows[-1]["image_open_images_id"] = f"id{i}"
+    datasets.Dataset.from_list(rows).to_parquet(nocaps / "validation-00000.parquet")
+    found = load_benchmark("nocaps_validation", str(nocaps), tmp_path / "photos")
+    assert found.open(2).size == tiny.picture(seed=2).size
 
 
 def test_a_benchmark_of_another_size_is_refused(nocaps):

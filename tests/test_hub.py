@@ -446,15 +446,20 @@ def test_a_hub_that_is_down_leaves_the_branch_as_it_was(hub, published):
 
 @pytest.mark.parametrize("repo", ["tester/trained", "tester/adapter"])
 def test_a_captioner_is_scored_by_its_name_on_the_hub(hub, published, tmp_path, repo):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
     rows = [{"file_name": f"{number}.png", "caption": "a red circle"} for number in range(2)]
     for number, row in enumerate(rows):
-        tiny.picture(number).save(tmp_path / row["file_name"])
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tiny.picture(number).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"model": repo, "dataset_name": ".", "split": "train", "output_dir": "scored", "use_cpu": "true"}
     command = [sys.executable, str(ROOT / "eval_captions.py"), *command_line(**options)]
-    done = subprocess.run(command, cwd=tmp_path, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
-    assert len(json.loads((tmp_path / "scored" / "captions.json").read_text())) == 2
+    weights = json.loads((folder / "scored" / "scores.json").read_text())["weights"]
+    assert repo in weights
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in weights.values()), weights
+    assert len(json.loads((folder / "scored" / "captions.json").read_text())) == 2
 
 
 def test_installed_our_classes_serve_without_remote_code(tmp_path):

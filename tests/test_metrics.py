@@ -102,6 +102,14 @@ def karpathy(shared) -> dict[int, list[str]]:
 # --- Corners ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_last_captions_of_predictions_and_references_are_read_as_the_toolkit_reads_them():
+    """It ends at "'ve", which is a token of its own where a line ends and none where the file does."""
+    references = [["a dog runs", "a brown dog"], ["they've two cats here", "they've got cats", "two cats"]]
+    scores = References(references).score(["a dog runs", "two cats they've"])
+    assert scores["bleu_1"] == pytest.approx(6 / 7)
+    assert scores["cider"] == pytest.approx(3.4005, abs=1e-4)
+
+
 def test_a_perfect_caption_of_three_words_has_cider_7_5():
     """It has no 4-grams, and so a quarter less."""
     assert References([["a red star"], ["two blue cats"]]).score(["a red star", "no"], per_image=True)["per_image"][
@@ -186,7 +194,8 @@ def test_with_frequencies_of_the_whole_a_part_scores_what_it_adds_to_the_whole()
 
 def test_a_file_that_is_no_table_of_frequencies_is_refused(tmp_path):
     (tmp_path / "df.json.gz").write_text("{}")
-    for path in (tmp_path / "df.json.gz", tmp_path / "missing"):
+    DocumentFrequencies(0, [{}, {}, {}, {}]).save(tmp_path / "none.json.gz")
+    for path in (tmp_path / "df.json.gz", tmp_path / "missing", tmp_path / "none.json.gz"):
         with pytest.raises(InputError, match=path.name):
             References([["a"]], df=path)
     assert DocumentFrequencies(3, [{"a": 1}, {}, {}, {}]).images == 3
@@ -205,6 +214,7 @@ def test_a_file_that_is_no_table_of_frequencies_is_refused(tmp_path):
         (["a", "b"], [["a"], ["b", None]], "references of prediction 1 .* not all of them are strings"),
         (["a"], [["a"], ["b"]], "1 predictions but 2 lists"),
         ([], [], "nothing to score"),
+        ("ab", [["a"], ["b"]], "The predictions are one string"),
     ],
 )
 def test_what_cannot_be_scored_is_named(predictions, references, message):
@@ -212,6 +222,14 @@ def test_what_cannot_be_scored_is_named(predictions, references, message):
 
     with pytest.raises(InputError, match=message):
         CaptionMetrics().compute(predictions=predictions, references=references)
+
+
+def test_predictions_and_references_may_be_any_iterables():
+    from qformer_captioner.captioning.metrics import CaptionMetrics
+
+    predictions, references = ["a dog", "a cat"], [["a dog"], ["two cats"]]
+    scores = CaptionMetrics().compute(predictions=iter(predictions), references=iter(references))
+    assert scores == CaptionMetrics().compute(predictions=predictions, references=references)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------

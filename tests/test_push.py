@@ -111,6 +111,13 @@ def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):
         cli.main()
 
 
+def test_what_cannot_be_read_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "config.json").mkdir()
+    monkeypatch.setattr(sys, "argv", ["qformer-captioner", "push", str(tmp_path), "me/captioner"])
+    with pytest.raises(SystemExit, match="^error: [^\n]*config.json"):
+        cli.main()
+
+
 def test_the_command_explains_itself(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["qformer-captioner", "push", "--help"])
     with pytest.raises(SystemExit, match="0"):

@@ -53,7 +53,9 @@ class DocumentFrequencies:
         try:
             with gzip.open(path, "rt") as file:
                 table = json.load(file)
-            return cls(int(table["images"]), [dict(table["counts"][n - 1]) for n in ORDERS])
+            if (images := int(table["images"])) < 1:
+                raise ValueError(f"it is of {images} images")
+            return cls(images, [dict(table["counts"][n - 1]) for n in ORDERS])
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
             raise InputError(f"{str(path)!r} is no saved table of document frequencies ({error}).") from error
 

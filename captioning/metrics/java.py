@@ -43,6 +43,35 @@ def java_scores(
     """
     check_predictions(predictions, len(references), allow_empty)
     check_references(references)
+    scorers = java_scorers(metrics)
+    sizes = [len(own) for own in references]
+    reference_tokens = iter(tokenize([text for own in references for text in own]))
+    theirs = {image: [_line(next(reference_tokens)) for _ in range(size)] for image, size in enumerate(sizes)}
+    ours = {image: [_line(tokens)] for image, tokens in enumerate(tokenize(predictions))}
+    scores: dict[str, float | dict[str, list[float]]] = {}
+    images: dict[str, list[float]] = {}
+    for metric, scorer in scorers.items():
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # they print their progress
+                scores[metric], each = scorer().compute_score(theirs, ours)
+        except Exception as error:  # a Java program that dies shows as a broken pipe, a missing file, a bad number ...
+            hint = " It needs Java 8 or 11, and the network when it first runs." if metric == "spice" else ""
+            raise InputError(f"{metric} could not be computed: its Java program failed ({error}).{hint}") from error
+        scores[metric] = float(scores[metric])
+        images[metric] = [float(one["All"]["f"] if metric == "spice" else one) for one in each]
+    if per_image:
+        scores["per_image"] = images
+    return scores
+
+
+def java_scorers(metrics: Sequence[str]) -> dict[str, type]:
+    """The toolkit's class of each metric.
+
+    Raises:
+        InputError: if there are some, and Java or pycocoevalcap is missing. The message says what to install.
+    """
+    if not metrics:
+        return {}
     if shutil.which("java") is None:
         raise InputError(
             f"{' and '.join(metrics)} need Java, and there is no `java` on the PATH: install a Java runtime (Debian: "
@@ -55,27 +84,8 @@ def java_scores(
         raise InputError(
             f"{' and '.join(metrics)} need pycocoevalcap: pip install 'qformer-captioner[java]' ({error})."
         ) from error
-
-    sizes = [len(own) for own in references]
-    reference_tokens = iter(tokenize([text for own in references for text in own]))
-    theirs = {image: [_line(next(reference_tokens)) for _ in range(size)] for image, size in enumerate(sizes)}
-    ours = {image: [_line(tokens)] for image, tokens in enumerate(tokenize(predictions))}
-    scores: dict[str, float | dict[str, list[float]]] = {}
-    images: dict[str, list[float]] = {}
-    for metric, scorer in (("meteor", Meteor), ("spice", Spice)):
-        if metric not in metrics:
-            continue
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # they print their progress
-                scores[metric], each = scorer().compute_score(theirs, ours)
-        except Exception as error:  # a Java program that dies shows as a broken pipe, a missing file, a bad number ...
-            hint = " It needs Java 8 or 11, and the network when it first runs." if metric == "spice" else ""
-            raise InputError(f"{metric} could not be computed: its Java program failed ({error}).{hint}") from error
-        scores[metric] = float(scores[metric])
-        images[metric] = [float(one["All"]["f"] if metric == "spice" else one) for one in each]
-    if per_image:
-        scores["per_image"] = images
-    return scores
+    scorers = {"meteor": Meteor, "spice": Spice}
+    return {metric: scorers[metric] for metric in metrics}
 
 
 def _line(tokens: list[str]) -> str:

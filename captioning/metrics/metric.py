@@ -1,7 +1,7 @@
 """The scores as `evaluate` metrics: one class that computes all of them in one pass, and one for each alone."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import datasets
 import evaluate
@@ -71,8 +71,8 @@ class CaptionMetrics(evaluate.Metric):
     def compute(
         self,
         *,
-        predictions: Sequence[str] | None = None,
-        references: Sequence[Sequence[str]] | None = None,
+        predictions: Iterable[str] | None = None,
+        references: Iterable[Sequence[str]] | None = None,
         **options,
     ) -> dict[str, float | dict[str, list[float]]] | None:
         """Score captions, or those that `add` and `add_batch` have collected.
@@ -90,6 +90,7 @@ class CaptionMetrics(evaluate.Metric):
         if predictions is None:
             return super().compute(**options)
         # evaluate would print all of them, and say nothing of which is wrong.
+        predictions = predictions if isinstance(predictions, str) else list(predictions)
         references = list(references)
         check_predictions(predictions, len(references), options.get("allow_empty", False))
         check_references(references)

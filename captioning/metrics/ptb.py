@@ -30,7 +30,7 @@ LETTER, MARK, DIGIT, SYMBOL, SUPERSCRIPT, SUBSCRIPT, SPACE, DROPPED = "λ\u0301�
 _SEPARATORS = dict.fromkeys(map(ord, "\n\v\f\r\u2028\u2029"), " ")
 # Outside ASCII, characters that rules name. Others are sorted into kinds by the ranges below or, failing that, by
 # Unicode category; what is none of these kinds, such as an emoji, is dropped.
-_NAMED = "\xa0\xad¢£¤¼½¾\u2010\u2011\u058a–—―‘’‚‛“”„‟«»‹›…⁄⅓⅔€₠٫٬\x80\x85\x91\x92\x93\x94\x96\x97"
+_NAMED = "\xa0\xad¢£¤¼½¾\u2010\u2011\u058a–—―‘’‚‛“”„‟«»‹›…、⁄⅓⅔€₠٫٬\x80\x85\x91\x92\x93\x94\x96\x97"
 _KINDS = {
     LETTER: "1885-1886",
     SPACE: "2000-200a 3000",
@@ -223,7 +223,7 @@ WORDS = [
     _rule("s&ls", "(?i:s&(?:amp;)?ls)"),
     _rule("language", r"[cCfF]#|[cC]\+\+"),
     _rule("currency", r"[A-Z]+\$"),  # US$5 -> us$ | 5
-    _rule("file", f"[{L}{N}\xad]++(?:\\.[{L}{N}]+)*\\.(?i:{_one_of(EXTENSIONS)})(?={NEXT}|[.,!?]|\\Z)", str),  # 001.jpg
+    _rule("file", f"[{L}{N}\xad]++(?:\\.[{L}{N}]+)*\\.(?i:{_one_of(EXTENSIONS)})(?={NEXT}|[.,!?])", str),  # 001.jpg
     _rule("fraction", f"(?:[{N}]{{1,4}}[- \xa0])?[{N}]{{1,4}}[/⁄][{N}]{{1,4}}", _unbroken),  # 1 1/2 is one token
     _rule("date", f"[{N}]{{1,2}}[-/][{N}]{{1,2}}[-/][{N}]{{2,4}}"),
     # the web
@@ -234,11 +234,12 @@ WORDS = [
 # Rules for what begins with a sign.
 SIGNS = [
     # apostrophes
-    _rule("clitic", f"('(?i:[sdm]|ll|re|ve))(?:[^{A}]|\\Z)", _straight),  # dog's -> dog | 's, he'd've -> he | 'd | 've
+    _rule("clitic", f"('(?i:[sdm]))(?:[^{A}]|\\Z)", _straight),  # dog's -> dog | 's
+    _rule("longer clitic", f"('(?i:ll|re|ve))[^{A}]", _straight),  # he'd've -> he | 'd | 've
     _rule("typographic clitic", f"(?!'){APOSTROPHE}(?i:[sdm]|ll|re|ve)", _straight),  # ’sup -> 's | up
     _rule("'t is", "('[tT])(?i:is|was)"),  # 'twas -> 't | was
     _rule("'em", f"{APOSTROPHE}(?i:em|till?|cause)|{APOSTROPHE}[nN]{APOSTROPHE}|{APOSTROPHE}[2-9]0[sS]"),  # '90s, 'n'
-    _rule("'n", f"({APOSTROPHE}(?:[nN]|[{N}]{{2}}))(?:[{BLANK}]|\\Z)"),  # rock 'n roll, summer of '69
+    _rule("'n", f"({APOSTROPHE}[nN])(?:[{BLANK}]|\\Z)|({APOSTROPHE}[{N}]{{2}})[{BLANK}]"),  # rock 'n roll, '69
     _rule("typographic 'n", f"(?!'){APOSTROPHE}[nN]"),
     # the web
     _rule("tag", TAG, _unbroken),  # <a href="x"> is one token; so is <b and c>
@@ -249,7 +250,7 @@ SIGNS = [
     _rule("user", f"@[{A}_][{A}_0-9]*"),
     # runs of signs
     _rule("run of signs", rf"\*+|(?:\\\*){{1,3}}|\#+|@+|_+|<<|>>|[!?]+|{SUPERSCRIPT}+|{SUBSCRIPT}+", str),
-    _rule("smiley", r"([<>]?[:;=]['*o-]?[()\[\]{|\\@DdPpO])(?:[^A-Za-z0-9]|\Z)", _brackets),
+    _rule("smiley", r"([<>]?[:;=]['*o-]?[()\[\]{|\\@DdPpO])[^A-Za-z0-9]", _brackets),
     _rule("face", r"\((?:[-^x=~<>'][_.]?[-^x=~<>']|[\^x=~<>']-[\^x=~<>'`])\)", _brackets),  # (^-^)
     _rule("written bracket", "-(?i:[lr][rsc]b)-"),
     _rule("long dash", "-----+"),
@@ -264,7 +265,7 @@ EITHER = [
     _rule("word", WORD),  # café
     _rule("sentences without a space", DOTTED),  # man.A
     _rule(  # dog., -> dog. | ,
-        "before a comma", f"((?:{WORD}|{COMPOUND}|{DOTTED}|{HYPHENS_BEHIND_DOTS}|{AMPERSANDS})\\.)[,;:]"
+        "before a comma", f"((?:{WORD}|{COMPOUND}|{DOTTED}|{HYPHENS_BEHIND_DOTS}|{AMPERSANDS})\\.)[,;:、]"
     ),
     _rule("number", f"[-+]?{NUMBER}"),  # 1,000  12:30  -.5
     _rule(  # (800) 555-1212 is one token, and so are 20 30 400000
@@ -328,8 +329,10 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
     """The tokens of each caption, punctuation dropped: those of the COCO caption toolkit's Java tokenizer.
 
     The captions are read like the lines of a file. As in the original, a few rules look one word ahead, and that may
-    be the first word of the next caption: "vitamin C." gives "c." before "a dog" and "c" before "A dog". The tokens of
-    a caption by itself are `tokenize([caption])[0]`.
+    be the first word of the next caption: "vitamin C." gives "c." before "a dog" and "c" before "A dog". Others want
+    a character behind their token, if only the end of the line, which the last caption lacks: "they've" gives "they"
+    and "'ve", but as the last word of all "they" and "ve". The tokens of a caption by itself are
+    `tokenize([caption])[0]`.
 
     Unlike in the original, a line separator inside a caption is a space and cannot shift the captions that follow, and
     an HTML attribute whose quotation mark a caption leaves open does not go on in the next one. Tokens may have a

@@ -44,7 +44,7 @@ TEMPLATES = {"README.md": README, "app.py": APP, "requirements.txt": "evaluate\n
 TITLES = {"caption_metrics": "BLEU, ROUGE-L and CIDEr", "cider": "CIDEr", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
 
 
-def publish(organisation: str, metric: str, private: bool = False) -> str:
+def publish_metric(organisation: str, metric: str, private: bool = False) -> str:
     """Create or update the Space of a metric, and return its address.
 
     Raises:
@@ -71,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     for metric in options.metrics:
         try:
-            print(publish(options.organisation, metric, options.private))
+            print(publish_metric(options.organisation, metric, options.private))
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
             raise SystemExit(
                 f"error: the Space {options.organisation}/{metric} cannot be written: log in with `hf auth login` and "
