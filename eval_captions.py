@@ -103,7 +103,7 @@ class CaptioningArguments:
     split: str | None = option(None, "Its split; by default test, validation, val or dev.")
     image_column: str = option("image", "The column of images, or of paths.")
     caption_column: str = option("caption", "The column of references: a string or a list of strings in each row.")
-    id_column: str | None = option(None, "The column of image ids; rows of the same id are captions of one image.")
+    id_column: str | None = option(None, "The column of ids; rows of one id (default: of one file) are of one image.")
     max_samples: int | None = option(None, "Caption so many images only: no score of the benchmark.")
     prompt: str | None = option(
         None, "Text that captions follow. Default: the benchmark's, of own data the captioner's."

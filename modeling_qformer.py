@@ -740,6 +740,8 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
                 "tokenizer)`, or load the model from a folder that holds one."
             )
         several = isinstance(images, (list, tuple))
+        if several and not images:
+            return []
         # Where a part is offloaded, whatever reads the inputs fetches them from anywhere.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         inputs = self.processor(images=images, text=prompt).to(device)

@@ -199,7 +199,8 @@ def load_evaluation_set(
 
     Args:
         rows: the split.
-        image_column, caption_column, id_column: as in [`Benchmark`]; without ids the number of a row is its image's.
+        image_column, caption_column, id_column: as in [`Benchmark`]; without ids an image's is the number of its row,
+            and rows that name the same file are of one image, the first row's.
         row_per_caption: whether rows of the same id are captions of one image, and not a mistake.
         hidden_references: do without references.
         image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
@@ -214,9 +215,16 @@ def load_evaluation_set(
                 f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
                 "Choose with --image_column, --caption_column and --id_column."
             )
+    images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    cells = images[image_column]
+    if id_column is not None:
+        ids = rows[id_column]
+    else:
+        row_of_file: dict[str, int] = {}
+        files = [cell["path"] if cell is not None and cell["bytes"] is None else None for cell in cells]
+        ids = [row if file is None else row_of_file.setdefault(file, row) for row, file in enumerate(files)]
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
-    ids = rows[id_column] if id_column is not None else range(len(rows))
     if wrong := [image for image in ids if isinstance(image, bool) or not isinstance(image, ImageId)]:
         raise InputError(f"In the column {id_column!r}, {wrong[0]!r} is no image id (a whole number or a text).")
     for row, (image, value) in enumerate(zip(ids, rows[caption_column], strict=True)):
@@ -230,10 +238,9 @@ def load_evaluation_set(
         raise InputError(
             f"Image {without[0]!r} has no caption in the column {caption_column!r} ({len(without)} images have none)."
         )
-    images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-    paths = [cell and cell["path"] for cell in images[image_column]]
-    files = {image: os.path.basename(paths[row]) for image, row in row_of.items() if paths[row]}
-    return EvaluationSet(ReferenceSet(captions, files), images, row_of, image_folder)
+    paths = {image: cells[row]["path"] for image, row in row_of.items() if cells[row] is not None}
+    names = {image: os.path.basename(path) for image, path in paths.items() if path}
+    return EvaluationSet(ReferenceSet(captions, names), images, row_of, image_folder)
 
 
 def first_images(found: EvaluationSet, number: int | None) -> EvaluationSet:

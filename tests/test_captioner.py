@@ -423,6 +423,9 @@ class TestCaption:
         captions = either.caption(tiny.picture(), num_beams=3, num_return_sequences=3, **self.OPTIONS)
         assert len(captions) == len(set(captions)) == 3
 
+    def test_no_picture_has_no_caption(self, either):
+        assert either.caption([]) == []
+
     def test_a_missing_file_is_named(self, either, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"absent\.png"):
             either.caption(tmp_path / "absent.png")

@@ -237,6 +237,12 @@ def test_wildcards_and_numbers_in_braces_name_the_same_files(folder):
     assert one["image"] == other["image"] == [row["image"] for row in rows_with_paths()]
 
 
+def test_rows_that_name_one_file_are_captions_of_one_image(tmp_path):
+    rows = {"image": ["a.png", "b.png", "a.png", "c.png", "a.png"], "caption": ["one", "two", "three", "four", "five"]}
+    found = load_evaluation_set(datasets.Dataset.from_dict(rows), "image", "caption", row_per_caption=True)
+    assert found.references.captions == {0: ["one", "three", "five"], 1: ["two"], 3: ["four"]}
+
+
 def test_words_that_pandas_takes_for_nothing_are_captions(folder):
     (folder / "rows.csv").write_text("image,caption\npictures/red.png,NA\npictures/blue.png,\npictures/lime.png,None\n")
     skipped = SkippedRows()
