@@ -222,7 +222,8 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
             kwargs: as for `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
 
         Raises:
-            ValueError: for a part that there is not, or a quantised language model that would have to be saved.
+            ValueError: for a part that there is not, a quantised language model that would have to be saved, or
+                adapters that PEFT put on the captioner and did not merge.
         """
         if include_backbones is None:
             included = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
@@ -236,6 +237,11 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
             self.load_vision_model()
         weights = kwargs.get("state_dict")
         weights = self.state_dict() if weights is None else weights  # FSDP and DeepSpeed gather them for the caller
+        if any(".base_layer." in name for name in weights) and not self._hf_peft_config_loaded:
+            raise ValueError(
+                "There are adapters on the captioner, which would not be found again: save the `PeftModel`, or call "
+                "its `merge_and_unload()` first."
+            )
         frozen, referenced = self._frozen_backbones(), []
         for part in frozen:
             name = getattr(self.config, f"{part}_name_or_path")

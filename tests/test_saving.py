@@ -253,6 +253,17 @@ def test_a_frozen_backbone_that_is_no_longer_what_its_name_stands_for_is_saved(b
     assert loaded.config.referenced_backbones == ["vision_model"]
 
 
+@pytest.mark.parametrize("part", ["captioner", "language_model"])
+def test_adapters_that_would_not_be_found_again_are_refused(tmp_path, part):
+    model, adapter = tiny.captioner(), LoraConfig(r=2, target_modules=["q_proj"])
+    if part == "captioner":
+        get_peft_model(model, adapter)
+    else:
+        model.language_model = get_peft_model(model.language_model, adapter)
+    with pytest.raises(ValueError, match="There are adapters on the captioner"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_holds_what_opens_it(folders, folder):
     assert contents(folders / folder) == {
