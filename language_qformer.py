@@ -13,6 +13,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,9 +33,16 @@ LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
 
 
 def read_captions(
-    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+    language_model: PreTrainedModel,
+    prefix: torch.Tensor,
+    prefix_mask: torch.Tensor,
+    captions: torch.Tensor,
+    generation_config: GenerationConfig,
+    **kwargs,
 ) -> torch.Tensor:
     """Read captions `[B, K, T]` of B images behind a prefix `[B, S, D]` with its mask `[B, S]`.
+
+    An encoder-decoder's decoder starts as `generation_config` says.
 
     What is no label (-100) counts for nothing, be it padding on either side or in the middle of a caption.
 
@@ -42,7 +50,8 @@ def read_captions(
         The decoder's hidden states where it predicts the captions' tokens, `[B*K*T, D]`.
     """
     if language_model.config.is_encoder_decoder:
-        read = read_with_encoder_decoder
+        start = generation_config.decoder_start_token_id
+        read = partial(read_with_encoder_decoder, start=generation_config.bos_token_id if start is None else start)
     elif captions.shape[1] > 1 and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
         read = read_with_shared_prefix
     else:
@@ -118,7 +127,12 @@ def read_with_shared_prefix(
 
 
 def read_with_encoder_decoder(
-    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
+    language_model: PreTrainedModel,
+    prefix: torch.Tensor,
+    prefix_mask: torch.Tensor,
+    captions: torch.Tensor,
+    start: int | None,
+    **kwargs,
 ) -> torch.Tensor:
     """The encoder reads the prefix once per image, the decoder writes each of its captions.
 
@@ -129,8 +143,6 @@ def read_with_encoder_decoder(
     encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
     # The decoder reads one place to the right, behind its start: the one that `generate` has, too. (mBART's own
     # `prepare_decoder_input_ids_from_labels` would start with the last label, which is another.)
-    own = language_model.generation_config
-    start = own.bos_token_id if own.decoder_start_token_id is None else own.decoder_start_token_id
     if start is None:
         raise ValueError("The language model does not say how its decoder starts: set its `decoder_start_token_id`.")
     inputs = captions.clamp(min=0).roll(1, dims=2)  # [B, K, T]

@@ -501,7 +501,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
             self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
         self.language_model = language_model
         self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
-        self._noted = {}  # of the backbones' weights as they were fetched
+        self._noted = {}  # of weights of the backbones as they were fetched
 
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
@@ -629,7 +629,9 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, room_for)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
-        hidden_states = read_captions(self.language_model, prefix, prefix_mask, captions, **kwargs)  # [B*K*T, D]
+        hidden_states = read_captions(
+            self.language_model, prefix, prefix_mask, captions, self.generation_config, **kwargs
+        )  # [B*K*T, D]
 
         words = output_layer(self.language_model)
         vocabulary = self.language_model.config.vocab_size
@@ -909,7 +911,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
                 qformer_tokenizer, qformer, qformer_revision, qformer_config.vocab_size
             )
         model._reference(model._frozen_backbones())
-        model._note_weights()
+        model._note_weights(BACKBONES)
         if quantization_config is not None:
             model.quantize_language_model(quantization_config)
         model.eval()

@@ -31,8 +31,9 @@ logger = logging.get_logger(__name__)
 
 
 def numbers_of(weight: torch.Tensor) -> torch.Tensor:
-    """About a thousand numbers of a weight, evenly spread: training it, or merging an adapter into it, changes some."""
-    return weight.detach().flatten()[:: max(1, weight.numel() // 1000)].cpu().clone()
+    """Its first column and its first row: training, merging an adapter, or other rows for some words change some."""
+    rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().flatten()[None]
+    return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
 
 
 class RefersToBackbones(PushWithCard, PreTrainedModel):
@@ -53,19 +54,22 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
         parts = [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
         return [part for part in parts if not is_quantized(getattr(self, part))]
 
-    def _note_weights(self, parts: Sequence[str] = BACKBONES) -> None:
-        """Take down some numbers of each weight of backbones, to tell later whether it is still the same."""
-        weights = {name: weight for name, weight in self.state_dict().items() if name.split(".")[0] in parts}
-        self._noted |= {name: (each.shape, numbers_of(each)) for name, each in weights.items() if not each.is_meta}
+    def _note_weights(self, parts: Sequence[str]) -> None:
+        """Take down some numbers of the weights of backbones that came by name, to tell later if they are the same."""
+        for part in parts:
+            weights = {f"{part}.{name}": weight for name, weight in getattr(self, part).state_dict().items()}
+            self._noted[part] = {
+                name: (weight.shape, numbers_of(weight)) for name, weight in weights.items() if not weight.is_meta
+            }
 
     def _is_as_fetched(self, part: str, weights: dict[str, torch.Tensor]) -> bool:
-        """Whether a backbone has the weights that it came with. Of one in 4 or 8 bits there is no telling."""
+        """Whether a backbone has the weights that its name stands for. Of one in 4 or 8 bits there is no telling."""
         if is_quantized(getattr(self, part)):
             return True
-        return all(
+        return part in self._noted and all(
             weights[name].shape == shape and torch.equal(numbers_of(weights[name]), numbers.to(weights[name].dtype))
-            for name, (shape, numbers) in self._noted.items()
-            if name.split(".")[0] == part and name in weights and not weights[name].is_meta
+            for name, (shape, numbers) in self._noted[part].items()
+            if name in weights and not weights[name].is_meta
         )
 
     def _freeze(self) -> None:
@@ -161,7 +165,8 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
                 model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         model._freeze()
         model._reference(config.referenced_backbones or [])
-        model._note_weights()
+        # One that was trained has weights of its own, whatever its name, and frozen again it has them still.
+        model._note_weights([part for part in BACKBONES if getattr(config, f"freeze_{part}")])
         if quantization_config is not None:
             model.quantize_language_model(quantization_config, device)
         if pretrained_model_name_or_path is not None:
@@ -251,6 +256,8 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
                 referenced.append(part)
             else:
                 logger.warning(f"The {part} has other weights than {name!r} had: they are saved with the captioner.")
+                for field in ("name_or_path", "revision"):  # or whoever loads and saves it next would refer to it
+                    setattr(self.config, f"{part}_{field}", None)
         self._reference(referenced)
         if is_quantized(self.language_model) and "language_model" not in self.config.referenced_backbones:
             raise ValueError(

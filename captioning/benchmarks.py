@@ -222,7 +222,10 @@ def load_evaluation_set(
     else:
         row_of_file: dict[str, int] = {}
         files = [cell["path"] if cell is not None and cell["bytes"] is None else None for cell in cells]
-        ids = [row if file is None else row_of_file.setdefault(file, row) for row, file in enumerate(files)]
+        ids = [
+            row if file is None else row_of_file.setdefault(os.path.normpath(file), row)
+            for row, file in enumerate(files)
+        ]
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
     if wrong := [image for image in ids if isinstance(image, bool) or not isinstance(image, ImageId)]:

@@ -434,9 +434,10 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """As the Trainer does, but of equals the last is the best: at first all scores may be zero.
 
-        And what is not saved cannot be the best: a run would end with other weights than it says.
+        And what is not saved cannot be the best that a run ends with: it would end with others, and not say so.
         """
-        if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
+        saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if self.args.load_best_model_at_end and not saved:
             return False
         name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         if metrics[name] == self.state.best_metric:

@@ -167,6 +167,7 @@ def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(languag
 @pytest.mark.parametrize("language", ["t5", "bart", "mbart"])
 def test_training_starts_the_decoder_where_generation_does(language):
     model, inputs = captioner(language), tiny.batch()
+    model.generation_config.decoder_start_token_id = 7  # as a file of decoding defaults may say, and nothing else
     written = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     torch.testing.assert_close(model(**inputs).logits[:, 0], written.logits[0], rtol=1e-4, atol=1e-4)
 

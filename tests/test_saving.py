@@ -236,12 +236,15 @@ def test_the_captions_are_worth_comparing(folders):
 # --- What is in a folder ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["merged adapter", "trained before", "more words"])
+@pytest.mark.parametrize("change", ["merged adapter", "trained before", "one word", "more words"])
 def test_a_frozen_backbone_that_is_no_longer_what_its_name_stands_for_is_saved(backbones, tmp_path, change):
     model = make_captioner(backbones / "clip-float32", backbones / "llama-tied-float32")
     if change == "merged adapter":
         adapter = LoraConfig(r=2, target_modules=r"language_model\..*q_proj", init_lora_weights=False)
         model = get_peft_model(model, adapter).merge_and_unload()
+    elif change == "one word":
+        with torch.no_grad():
+            model.language_model.get_input_embeddings().weight[7] += 1
     elif change == "trained before":
         with torch.no_grad():
             model.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
@@ -251,6 +254,23 @@ def test_a_frozen_backbone_that_is_no_longer_what_its_name_stands_for_is_saved(b
     loaded = QFormerCaptioner.from_pretrained(tmp_path)
     assert torch.equal(loaded(**tiny.batch()).loss, model(**tiny.batch()).loss)
     assert loaded.config.referenced_backbones == ["vision_model"]
+    loaded.save_pretrained(tmp_path / "again", include_backbones=False)
+    again = QFormerCaptioner.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(**tiny.batch()).loss, loaded(**tiny.batch()).loss)
+
+
+def test_a_backbone_that_was_trained_is_never_referred_to(backbones, tmp_path):
+    """Though somebody loads and freezes it later."""
+    model = make_captioner(
+        backbones / "clip-float32", backbones / "llama-tied-float32", freeze_language_model=False
+    ).eval()
+    with torch.no_grad():
+        model.language_model.get_input_embeddings().weight[7] += 1
+    model.save_pretrained(tmp_path / "trained")
+    loaded = QFormerCaptioner.from_pretrained(tmp_path / "trained").requires_grad_(False)
+    loaded.save_pretrained(tmp_path / "again", include_backbones=False)
+    again = QFormerCaptioner.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(**tiny.batch()).loss, model(**tiny.batch()).loss)
 
 
 @pytest.mark.parametrize("part", ["captioner", "language_model"])
