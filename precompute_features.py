@@ -47,7 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
 from .captioning import UNUSABLE, InputError, printable
-from .captioning.data import Variations, check_crop, check_flip, open_cell, random_of
+from .captioning.data import Variations, check_crop, check_flip, open_cell
 from .captioning.features import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
@@ -214,7 +214,8 @@ class Pictures(Dataset):
 def random_view(image: Image.Image, row: int, view: int, args: FeatureArguments) -> Image.Image:
     """A random part of an image, the same one whenever and by whomever it is drawn."""
     variations = Variations(smallest_crop=args.smallest_crop, flip=args.flip)
-    return variations.vary_image(image, random_of(args.seed, row, view))
+    seed = np.random.SeedSequence([args.seed, row, view]).generate_state(1, np.uint64).item()
+    return variations.vary_image(image, torch.Generator().manual_seed(seed))
 
 
 def collate(rows: list[torch.Tensor | Skipped | InputError]) -> tuple[torch.Tensor | InputError | None, list[Skipped]]:
