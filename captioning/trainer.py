@@ -23,10 +23,10 @@ from transformers.utils import PushInProgress
 
 from . import InputError
 from .averaging import AveragedWeights
-from .card import PICTURES, describe_results, write_card
+from .card import describe_results, write_card
 from .data import CaptionDataset, ShuffledImages
 from .pictures import draw_caption_sheet, draw_loss_curve
-from .push import open_repository, publish
+from .push import PICTURES, open_repository, publish
 from .streams import CaptionStream
 from .words import WordLoss
 
