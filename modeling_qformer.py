@@ -5,8 +5,8 @@
 
 Read from top to bottom: the layers of the Q-Former, the Q-Former, the captioner (what it computes, what of it trains,
 how it is made of two pretrained models). How the language model reads is in language_qformer.py, how a captioner is
-loaded and saved in saving_qformer.py. The Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters carry
-the names of transformers' `Blip2QFormerModel`.
+loaded and saved in saving_qformer.py, how a CPU multiplies in linear_qformer.py. The Q-Former is BLIP-2's (Li et al.
+2023, arXiv 2301.12597); its parameters carry the names of transformers' `Blip2QFormerModel`.
 
 In the shapes below B is images, K captions of an image, N image tokens, Q queries, P prompt tokens, T caption tokens,
 V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q-Former and the vision encoder.
@@ -60,6 +60,7 @@ from .language_qformer import (
     read_captions,
     read_once,
 )
+from .linear_qformer import with_fast_linears
 from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
 from .saving_qformer import RefersToBackbones
 
@@ -109,7 +110,7 @@ class QFormerMultiHeadAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def split_heads(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # [B, heads, length, head_size]
+            return x.view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)  # [B, heads, length, head_size]
 
         looked_at = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -518,6 +519,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
 
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
+    @with_fast_linears
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the vision encoder: `[B, 3, H, W]` -> `[B, N, Dv]`, without a graph where it is frozen."""
         # requires_grad_(False) is not enough: gradient checkpointing makes the input of the encoder require gradients.
@@ -590,6 +592,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
     # --- Training -----------------------------------------------------------------------------------------------------
 
     @can_return_tuple
+    @with_fast_linears
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -662,6 +665,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
     # --- Captioning ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @with_fast_linears
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,

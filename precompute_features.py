@@ -52,6 +52,7 @@ from .captioning.features import SPLIT_NAME, SplitLayout, VisionKey, finish_stor
 from .captioning.options import make_parser, option, parse
 from .captioning.runs import RunFolder
 from .captioning.sources import find_files, folder_of_images, load_rows
+from .linear_qformer import fast_linears
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -150,7 +151,8 @@ class VisionEncoder:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[B, 3, H, W]` -> `[B, N, Dv]`."""
         pixel_values = pixel_values.to(self.device, dtype_of(self.model), non_blocking=True)
-        return self.model(pixel_values).last_hidden_state
+        with fast_linears(self.device):
+            return self.model(pixel_values).last_hidden_state
 
     def features(self, rows: datasets.Dataset, split: str, views: int, batches: list[range]) -> Iterator[Batch]:
         """Of each batch of rows."""

@@ -1,6 +1,7 @@
 """What every benchmark needs: alternating repetitions, facts of the machine, a line of JSON per result."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -60,7 +61,8 @@ def memory(kind: str) -> float:
 
 def operations(run: Callable[[], object]) -> float:
     """Floating-point operations of the matrix products in a run, forward and backward, in units of 1e9."""
-    with FlopCounterMode(display=False) as counter:
+    of_linear = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+    with FlopCounterMode(display=False, custom_mapping=of_linear) as counter:
         run()
     return counter.get_total_flops() / 1e9
 

@@ -1,0 +1,109 @@
+"""Linear layers in float32 on a CPU, multiplied by oneDNN.
+
+torch brings two libraries that multiply matrices on x86 processors, and asks MKL wherever numbers are float32. oneDNN
+is the faster one on an AMD EPYC: 1.1 to 1.6 times with a batch of rows, up to twice with the few rows of a caption that
+is being written (benchmarks/README.md). The results are as exact, and differ in the last digits.
+
+`torch.backends.mkldnn.enabled = False` turns it off.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+SMALLEST_WEIGHT = 2**18  # elements: 512 x 512. Below, what it takes to call oneDNN is more than what it saves.
+
+
+def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear` by oneDNN: `[..., I]`, `[O, I]`, `[O]` -> `[..., O]`, without a gradient.
+
+    It is what `torch.compile` turns linear layers into, too; torch has no public name for it.
+    """
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """The same, with gradients. Those of a weight are MKL's: there oneDNN is no faster."""
+
+    @staticmethod
+    def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        of_inputs, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)  # a frozen layer keeps none
+        return multiply(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        inputs, weight = ctx.saved_tensors
+        rows = slopes.reshape(-1, slopes.shape[-1])  # [N, O]
+        return (
+            multiply(slopes, weight.t()) if of_inputs else None,
+            rows.t() @ inputs.reshape(-1, inputs.shape[-1]) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+        )
+
+
+class OneDNNLinears(TorchFunctionMode):
+    """While it is entered, linear layers of some size are oneDNN's, those of transformers' models included."""
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.linear and not torch.compiler.is_compiling():
+            inputs, weight, bias = operands(*args, **kwargs)
+            if is_for_onednn(inputs, weight, bias):
+                return (OneDNNLinear.apply if torch.is_grad_enabled() else multiply)(inputs, weight, bias)
+        return function(*args, **kwargs)
+
+
+def operands(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> tuple:
+    """In order, however `torch.nn.functional.linear` was called; the names are its own."""
+    return input, weight, bias
+
+
+def is_for_onednn(*tensors: torch.Tensor | None) -> bool:
+    """Whether it takes such inputs, weight and bias, and gains by them."""
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    return (
+        tensors[1].numel() >= SMALLEST_WEIGHT
+        and tensors[0].numel() > 0
+        and all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in tensors)  # none quantised, none fake
+        and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+        and all(each.is_contiguous() for each in tensors[1:])  # it reads a bias without looking at its strides
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def fast_linears(device: torch.device) -> AbstractContextManager:
+    """While it is entered, linear layers are oneDNN's on a CPU that has it.
+
+    Example:
+
+    ```python
+    >>> with fast_linears(model.device), torch.no_grad():
+    ...     features = model.vision_model(pixel_values).last_hidden_state
+    ```
+    """
+    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    # A compiler chooses by itself.
+    wanted = device.type == "cpu" and available and not torch.compiler.is_compiling()
+    return OneDNNLinears() if wanted else nullcontext()
+
+
+def with_fast_linears(method: Callable) -> Callable:
+    """A method of a model, run with [`fast_linears`]."""
+
+    @wraps(method)
+    def run(self: PreTrainedModel, *args, **kwargs):
+        if torch.is_grad_enabled() and self.is_activation_checkpointing:
+            # Layers are computed a second time when we are gone; torch refuses what then comes by another way.
+            return method(self, *args, **kwargs)
+        with fast_linears(self.device):
+            return method(self, *args, **kwargs)
+
+    return run
