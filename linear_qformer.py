@@ -2,17 +2,19 @@
 
 torch brings two libraries that multiply matrices on x86 processors, and asks MKL wherever numbers are float32. oneDNN
 is the faster one on an AMD EPYC: 1.1 to 1.6 times with a batch of rows, up to twice with the few rows of a caption that
-is being written (benchmarks/README.md). The results are as exact, and differ in the last digits.
+is being written (benchmarks/README.md). The results differ in the last digits; rounding errors are up to twice MKL's.
 
-`torch.backends.mkldnn.enabled = False` turns it off.
+`torch.backends.mkldnn.enabled = False` turns it off; do so to recompute activations by other means than transformers'
+`activation_checkpointing_enable`, on which it keeps out of the way by itself.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from platform import machine
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -37,13 +39,13 @@ class OneDNNLinear(torch.autograd.Function):
         return multiply(inputs, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         inputs, weight = ctx.saved_tensors
         rows = slopes.reshape(-1, slopes.shape[-1])  # [N, O]
+        again = torch.is_grad_enabled()  # with `create_graph` gradients have gradients, which `multiply` has not
         return (
-            multiply(slopes, weight.t()) if of_inputs else None,
+            (slopes @ weight if again else multiply(slopes, weight.t())) if of_inputs else None,
             rows.t() @ inputs.reshape(-1, inputs.shape[-1]) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
@@ -54,7 +56,7 @@ class OneDNNLinears(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
-        if function is torch.nn.functional.linear and not torch.compiler.is_compiling():
+        if function is torch.nn.functional.linear and is_plain():
             inputs, weight, bias = operands(*args, **kwargs)
             if is_for_onednn(inputs, weight, bias):
                 return (OneDNNLinear.apply if torch.is_grad_enabled() else multiply)(inputs, weight, bias)
@@ -66,16 +68,31 @@ def operands(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return input, weight, bias
 
 
-def is_for_onednn(*tensors: torch.Tensor | None) -> bool:
-    """Whether it takes such inputs, weight and bias, and gains by them."""
-    tensors = [tensor for tensor in tensors if tensor is not None]
+def is_plain() -> bool:
+    """Whether what is called is what happens: nothing compiles, traces, casts, vectorises or differentiates forward."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_for_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether it takes such tensors, and gains by them. What is wrong with others torch says better."""
+    tensors = [inputs, weight] if bias is None else [inputs, weight, bias]
     return (
-        tensors[1].numel() >= SMALLEST_WEIGHT
-        and tensors[0].numel() > 0
+        weight.numel() >= SMALLEST_WEIGHT
         and all(type(each) in (torch.Tensor, torch.nn.Parameter) for each in tensors)  # none quantised, none fake
         and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+        and all(each.layout is torch.strided and not each.is_nested for each in tensors)
         and all(each.is_contiguous() for each in tensors[1:])  # it reads a bias without looking at its strides
-        and not torch.is_autocast_enabled("cpu")
+        and inputs.numel() > 0
+        and inputs.dim() > 0
+        and weight.dim() == 2
+        and inputs.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
     )
 
 
@@ -89,9 +106,11 @@ def fast_linears(device: torch.device) -> AbstractContextManager:
     ...     features = model.vision_model(pixel_values).last_hidden_state
     ```
     """
-    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    # A compiler chooses by itself.
-    wanted = device.type == "cpu" and available and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():  # which chooses by itself
+        return nullcontext()
+    # Elsewhere than on x86 there is no MKL.
+    available = torch.backends.mkldnn.is_available() and machine() in ("x86_64", "AMD64")
+    wanted = device.type == "cpu" and available and torch.backends.mkldnn.enabled
     return OneDNNLinears() if wanted else nullcontext()
 
 
@@ -100,8 +119,9 @@ def with_fast_linears(method: Callable) -> Callable:
 
     @wraps(method)
     def run(self: PreTrainedModel, *args, **kwargs):
-        if torch.is_grad_enabled() and self.is_activation_checkpointing:
-            # Layers are computed a second time when we are gone; torch refuses what then comes by another way.
+        # Layers that are computed a second time are so when we are gone; torch refuses what then comes by another way.
+        recomputed = torch.is_grad_enabled() and self.is_activation_checkpointing
+        if torch.compiler.is_compiling() or recomputed:
             return method(self, *args, **kwargs)
         with fast_linears(self.device):
             return method(self, *args, **kwargs)

@@ -37,6 +37,8 @@ class LargestLogits(TorchDispatchMode):
 def measure(side: str, folder: Path, images: int, captions: int) -> dict[str, float]:
     """One step of one side in this process: loss, memory before, at the peak, and the largest array of logits."""
     model, batch = load(side, folder), make_batch(images, captions)
+    for weight in model.parameters():
+        weight.sum()  # a file of weights takes memory when they are first looked at, which is before the step
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     loss = training_step(model, *batch)

@@ -1,8 +1,12 @@
 """Linear layers by oneDNN: the same numbers and gradients, for all models and nothing that they were not meant for."""
 
+from contextlib import nullcontext
+from platform import machine
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.profiler import profile
 
@@ -15,7 +19,10 @@ from . import tiny
 CPU = torch.device("cpu")
 LANGUAGES = ["llama", "qwen2", "gemma", "opt", "gpt2", "bloom", "t5", "flan-t5", "bart"]
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch comes without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or machine() not in ("x86_64", "AMD64"),
+    reason="this torch comes without oneDNN, or without MKL beside it",
+)
 
 
 @pytest.fixture
@@ -187,3 +194,47 @@ def test_a_compiled_captioner_chooses_by_itself(any_size):
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(**batch).loss, expected)
+    features = model.get_image_features(batch["pixel_values"])
+    one_graph = torch.compile(model.get_image_features, backend="eager", fullgraph=True)
+    torch.testing.assert_close(one_graph(batch["pixel_values"]), features)
+
+
+def test_gradients_have_gradients(any_size):
+    inputs, first, second = (torch.randn(size, requires_grad=True) for size in [(5, 32), (16, 32), (20, 16)])
+    results = []
+    for mode in (OneDNNLinears(), nullcontext()):
+        with mode:
+            output = linear(linear(inputs, first).tanh(), second)
+        (slopes,) = torch.autograd.grad(output.pow(2).sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(slopes.pow(2).sum(), [inputs, first, second]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+
+
+def test_function_transforms_work(any_size):
+    inputs, weight = torch.randn(5, 32), torch.randn(48, 32)
+    expected = linear(inputs, weight)
+    with OneDNNLinears():
+        torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight))(inputs), expected)
+        _, tangent = torch.func.jvp(lambda x: linear(x, weight), (inputs,), (inputs,))
+        torch.testing.assert_close(tangent, expected)
+        with forward_ad.dual_level():
+            dual = linear(forward_ad.make_dual(inputs, inputs), weight)
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
+
+
+def test_a_captioner_can_be_traced(any_size):
+    model, pixel_values = tiny.captioner(), tiny.images()
+    traced = torch.jit.trace(lambda images: model.get_image_features(images), pixel_values)
+    torch.testing.assert_close(traced(pixel_values), model.get_image_features(pixel_values))
+
+
+@pytest.mark.parametrize("bias", [torch.tensor(2.0), torch.randn(1), torch.randn(1, 48)], ids=["number", "one", "row"])
+def test_a_bias_that_torch_broadcasts_stays_torchs(any_size, bias):
+    inputs, weight = torch.randn(5, 32), torch.randn(48, 32)
+    with OneDNNLinears():
+        torch.testing.assert_close(linear(inputs, weight, bias), linear(inputs, weight) + bias)
+
+
+def test_what_does_not_fit_torch_names(any_size):
+    with OneDNNLinears(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.randn(5, 31), torch.randn(48, 32))

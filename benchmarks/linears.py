@@ -1,0 +1,62 @@
+"""Linear layers by oneDNN beside torch's own, float32 on a CPU: `python -m benchmarks.linears`.
+
+Layers of SmolLM2-135M, BLIP-2's Q-Former and a language model of a billion weights, over few and many rows. As many
+weights in turn as do not fit into a processor's cache, as in a model. Both sides first multiply, and must agree.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from qformer_captioner.linear_qformer import multiply
+
+from .common import alternate, machine, spread, write_result
+
+LAYERS = {  # inputs, outputs
+    "SmolLM2-135M, attention": (576, 576),
+    "SmolLM2-135M, feed-forward": (576, 1536),
+    "SmolLM2-135M, words": (576, 49152),
+    "Q-Former, attention": (768, 768),
+    "Q-Former, feed-forward": (768, 3072),
+    "Llama-3.2-1B, feed-forward": (2048, 8192),
+}
+CACHE = 2**26  # elements: 256 MiB
+
+
+def run(linear: Callable, inputs: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    for weight in weights:
+        linear(inputs, weight)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 5, 80, 200, 800])
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    print(f"{'times as fast with':<28}" + "".join(f"{rows:>6} rows" for rows in options.rows))
+    for title, (inputs, outputs) in LAYERS.items():
+        weights = [torch.randn(outputs, inputs) for _ in range(max(1, CACHE // (inputs * outputs)))]
+        line = f"{title:<28}"
+        for rows in options.rows:
+            batch = torch.randn(rows, inputs)
+            torch.testing.assert_close(
+                multiply(batch, weights[0]), torch.nn.functional.linear(batch, weights[0]), atol=1e-3, rtol=1e-4
+            )
+            seconds = alternate(
+                options.repetitions,
+                ours=partial(run, multiply, batch, weights),
+                torch=partial(run, torch.nn.functional.linear, batch, weights),
+            )
+            times = {name: spread(values) for name, values in seconds.items()}
+            ratio = times["torch"]["median"] / times["ours"]["median"]
+            line += f"{ratio:>11.2f}"
+            shape = {"layer": title, "inputs": inputs, "outputs": outputs, "rows": rows, "weights": len(weights)}
+            write_result("linears", machine("torch") | shape | {"seconds": times, "ratio": ratio})
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
