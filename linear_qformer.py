@@ -25,7 +25,7 @@ SMALLEST_WEIGHT = 2**18  # elements: 512 x 512. Below, what it takes to call one
 def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` by oneDNN: `[..., I]`, `[O, I]`, `[O]` -> `[..., O]`, without a gradient.
 
-    It is what `torch.compile` turns linear layers into, too; torch has no public name for it.
+    The operator is the one of torch's own compiler (Inductor); it has no public name.
     """
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
@@ -103,8 +103,10 @@ def fast_linears(device: torch.device) -> AbstractContextManager:
     Example:
 
     ```python
-    >>> with fast_linears(model.device), torch.no_grad():
-    ...     features = model.vision_model(pixel_values).last_hidden_state
+    >>> layer = torch.nn.Linear(1024, 512)
+    >>> with fast_linears(torch.device("cpu")):
+    ...     layer(torch.randn(5, 1024)).shape
+    torch.Size([5, 512])
     ```
     """
     if torch.compiler.is_compiling():  # which chooses by itself
@@ -122,9 +124,7 @@ def with_fast_linears(method: Callable) -> Callable:
     def run(self: PreTrainedModel, *args, **kwargs):
         # Layers that are computed a second time are so when we are gone; torch refuses what then comes by another way.
         recomputed = torch.is_grad_enabled() and self.is_activation_checkpointing
-        if torch.compiler.is_compiling() or recomputed:
-            return method(self, *args, **kwargs)
-        with fast_linears(self.device):
+        with nullcontext() if recomputed else fast_linears(self.device):
             return method(self, *args, **kwargs)
 
     return run

@@ -95,7 +95,8 @@ class QFormerMultiHeadAttention(nn.Module):
     def __init__(self, config: QFormerConfig, key_value_size: int):
         super().__init__()
         self.config = config
-        self.num_heads, self.head_size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.num_heads = config.num_attention_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_size**-0.5
         self.is_causal = False  # the attention interface asks
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
@@ -109,10 +110,8 @@ class QFormerMultiHeadAttention(nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,  # [B, N, Dv]
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def split_heads(x: torch.Tensor) -> torch.Tensor:
-            return x.view(*x.shape[:-1], self.num_heads, self.head_size).transpose(
-                1, 2
-            )  # [B, heads, length, head_size]
+        def split_heads(x: torch.Tensor) -> torch.Tensor:  # -> [B, heads, length, head_size]
+            return x.view(*x.shape[:-1], self.num_heads, self.head_size).transpose(1, 2)
 
         looked_at = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

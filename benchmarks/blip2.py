@@ -71,9 +71,9 @@ def load(side: str, folder: Path) -> QFormerCaptioner | Blip2ForConditionalGener
     return model
 
 
-def make_batch(images: int, captions: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(images: int, captions: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Images `[B, 3, 224, 224]` and labels `[B, K, T]` of 10 to 16 tokens each."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     pixel_values = torch.randn(images, 3, 224, 224, generator=generator)
     labels = torch.full((images, captions, 16), -100)
     for own in labels.view(-1, 16):
@@ -132,8 +132,8 @@ def compare(
 ) -> dict[str, float]:
     """See that both sides compute the same thing: loss to 1e-5, each of the Q-Former's gradients to 1e-4 relative.
 
-    With a T5 gradients are told in float32, and must be equal in float64: of its millions of ReLUs a few are so close
-    to zero that rounding decides whether a gradient comes through, on either side.
+    In float64 gradients must be equal to 1e-6. For the sake of a T5: of its millions of ReLUs a few are so close to
+    zero that in float32 rounding decides whether a gradient comes through, on either side; there 5e-3 is all to ask.
 
     Raises:
         SystemExit: if they do not.
@@ -143,9 +143,8 @@ def compare(
     exact_loss, exact_gradients = differences(ours.double(), peer.double(), pixel_values.double(), labels)
     print(f"  float64: loss differs by {exact_loss:.1e}; gradients by {exact_gradients:.1e}")
     ours.float(), peer.float()  # as they were, to the last digit
-    rounded = peer.config.text_config.model_type == "t5"
-    equal = loss <= 1e-5 and exact_loss <= 1e-5 and exact_gradients <= 1e-4 and (rounded or gradients <= 1e-4)
-    if not equal:
+    bound = 5e-3 if peer.config.text_config.model_type == "t5" else 1e-4
+    if not (loss <= 1e-5 and exact_loss <= 1e-5 and gradients <= bound and exact_gradients <= 1e-6):
         raise SystemExit("The two sides do not compute the same thing: no timing.")
     return {
         "loss_difference": loss,

@@ -1,7 +1,8 @@
 """Linear layers by oneDNN beside torch's own, float32 on a CPU: `python -m benchmarks.linears`.
 
 Layers of SmolLM2-135M, BLIP-2's Q-Former and a language model of a billion weights, over few and many rows. As many
-weights in turn as do not fit into a processor's cache, as in a model. Both sides first multiply, and must agree.
+weights in turn as do not fit into a processor's cache, as in a model. Both sides first multiply, and must agree; how
+far each is from float64 is told, too.
 """
 
 import argparse
@@ -39,12 +40,14 @@ def main() -> None:
     print(f"{'times as fast with':<28}" + "".join(f"{rows:>6} rows" for rows in options.rows))
     for title, (inputs, outputs) in LAYERS.items():
         weights = [torch.randn(outputs, inputs) for _ in range(max(1, CACHE // (inputs * outputs)))]
-        line = f"{title:<28}"
+        line, rounding = f"{title:<28}", 0.0
         for rows in options.rows:
             batch = torch.randn(rows, inputs)
-            torch.testing.assert_close(
-                multiply(batch, weights[0]), torch.nn.functional.linear(batch, weights[0]), atol=1e-3, rtol=1e-4
-            )
+            products = multiply(batch, weights[0]), torch.nn.functional.linear(batch, weights[0])
+            torch.testing.assert_close(*products, atol=1e-3, rtol=1e-4)
+            exact = batch.double() @ weights[0].t().double()
+            errors = [((product - exact).norm() / exact.norm()).item() for product in products]
+            rounding = max(rounding, errors[0] / errors[1])
             seconds = alternate(
                 options.repetitions,
                 ours=partial(run, multiply, batch, weights),
@@ -54,8 +57,9 @@ def main() -> None:
             ratio = times["torch"]["median"] / times["ours"]["median"]
             line += f"{ratio:>11.2f}"
             shape = {"layer": title, "inputs": inputs, "outputs": outputs, "rows": rows, "weights": len(weights)}
+            shape["errors"] = dict(zip(times, errors, strict=True))
             write_result("linears", machine("torch") | shape | {"seconds": times, "ratio": ratio})
-        print(line, flush=True)
+        print(f"{line}   rounds {rounding:.1f} x as much at most", flush=True)
 
 
 if __name__ == "__main__":

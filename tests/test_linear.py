@@ -16,7 +16,6 @@ from qformer_captioner.linear_qformer import SMALLEST_WEIGHT, OneDNNLinears, fas
 
 from . import tiny
 
-CPU = torch.device("cpu")
 LANGUAGES = ["llama", "qwen2", "gemma", "opt", "gpt2", "bloom", "t5", "flan-t5", "bart"]
 
 pytestmark = pytest.mark.skipif(
@@ -29,11 +28,6 @@ pytestmark = pytest.mark.skipif(
 def any_size(monkeypatch):
     """Layers as small as those of a tiny captioner are oneDNN's, too."""
     monkeypatch.setattr(linear_qformer, "SMALLEST_WEIGHT", 0)
-
-
-@pytest.fixture
-def off(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
 
 def products_of_onednn(run) -> int:
@@ -88,7 +82,9 @@ def test_loss_and_gradients_of_a_captioner_do_not_change(language, any_size, mon
     ours, expected = results
     largest = max(each.norm() for each in expected.values())  # some are nothing but rounding: a key's bias
     for name, tensor in expected.items():
-        assert (ours[name] - tensor).norm() < 5e-4 * tensor.norm() + 1e-6 * largest, name
+        # Its gradients are large here, and float32 itself is no nearer to float64.
+        bound = 5e-4 if language == "t5" else 5e-5
+        assert (ours[name] - tensor).norm() < bound * tensor.norm() + 1e-6 * largest, name
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -114,12 +110,13 @@ def test_layers_of_all_parts_are_onednns(any_size):
 def test_small_layers_stay_torchs_own():
     side = int(SMALLEST_WEIGHT**0.5)
     inputs, large, small = torch.randn(2, side), torch.randn(side, side), torch.randn(side - 1, side)
-    with fast_linears(CPU):
+    with fast_linears(torch.device("cpu")):
         assert products_of_onednn(lambda: linear(inputs, large)) == 1
         assert products_of_onednn(lambda: linear(inputs, small)) == 0
 
 
-def test_it_can_be_turned_off(any_size, off):
+def test_it_can_be_turned_off(any_size, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     model, batch = tiny.captioner(), tiny.batch()
     assert products_of_onednn(lambda: model(**batch)) == 0
 
