@@ -1,9 +1,9 @@
 """Linear layers in float32 on a CPU, multiplied by oneDNN.
 
 torch brings two libraries that multiply matrices on x86 processors, and asks MKL wherever numbers are float32. oneDNN
-is the faster one on an AMD EPYC: 1.03 to 1.9 times with many rows, 1.1 to 3.1 times with the few of a caption that is
-being written (`python -m benchmarks.linears`). Results differ in the last digits: rounding errors are up to twice
-MKL's.
+is the faster one on an AMD EPYC: 1.03 to 1.9 times with many rows, 1.1 to 3.2 times with the few of a caption that is
+being written (`python -m benchmarks.linears`). Results differ in the last digits: rounding errors are 1.5 to 2.3 times
+MKL's at most.
 
 `torch.backends.mkldnn.enabled = False` turns it off; do so to recompute activations by other means than transformers'
 `activation_checkpointing_enable`, on which it keeps out of the way by itself.

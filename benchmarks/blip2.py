@@ -132,8 +132,8 @@ def compare(
 ) -> dict[str, float]:
     """See that both sides compute the same thing: loss to 1e-5, each of the Q-Former's gradients to 1e-4 relative.
 
-    In float64 gradients must be equal to 1e-6. For the sake of a T5: of its millions of ReLUs a few are so close to
-    zero that in float32 rounding decides whether a gradient comes through, on either side; there 5e-3 is all to ask.
+    In float64 gradients must be equal to 1e-6. Of a T5's millions of ReLUs a few are so close to zero that in float32
+    rounding decides whether a gradient comes through, and oneDNN rounds otherwise than MKL: 5e-3 is asked of it there.
 
     Raises:
         SystemExit: if they do not.
