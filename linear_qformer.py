@@ -3,7 +3,8 @@
 torch brings two libraries that multiply matrices on x86 processors, and asks MKL wherever numbers are float32. oneDNN
 is the faster one on an AMD EPYC: 1.03 to 1.9 times with many rows, 1.1 to 3.2 times with the few of a caption that is
 being written (`python -m benchmarks.linears`). Results differ in the last digits: rounding errors are 1.5 to 2.3 times
-MKL's at most.
+MKL's at most. While a captioner with ReLUs (T5, OPT) trains, only gradients are multiplied by it: otherwise rounding would
+open and close those ReLUs that are close to zero, and gradients differ by up to 1e-3 from what they are with MKL.
 
 `torch.backends.mkldnn.enabled = False` turns it off; do so to recompute activations by other means than transformers'
 `activation_checkpointing_enable`, on which it keeps out of the way by itself.
@@ -31,21 +32,24 @@ def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """The same, with gradients. Those of a weight are MKL's: there oneDNN is no faster."""
+    """A linear layer (by `product`) with gradients. Those of a weight are MKL's: there oneDNN is no faster."""
 
     @staticmethod
-    def forward(ctx, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        of_inputs, of_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx, product: Callable, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        _, of_inputs, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)  # a frozen layer keeps none
-        return multiply(inputs, weight, bias)
+        return product(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx, slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        _, of_inputs, of_weight, of_bias = ctx.needs_input_grad
         inputs, weight = ctx.saved_tensors
         rows = slopes.reshape(-1, slopes.shape[-1])  # [N, O]
         again = torch.is_grad_enabled()  # with `create_graph` gradients have gradients, which `multiply` has not
         return (
+            None,
             (slopes @ weight if again else multiply(slopes, weight.t())) if of_inputs else None,
             rows.t() @ inputs.reshape(-1, inputs.shape[-1]) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
@@ -53,14 +57,23 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 class OneDNNLinears(TorchFunctionMode):
-    """While it is entered, linear layers of some size are oneDNN's, those of transformers' models included."""
+    """While it is entered, linear layers of some size are oneDNN's, those of transformers' models included.
+
+    Their results are those of `product`: `multiply`, or torch's own, which leaves oneDNN the gradients.
+    """
+
+    def __init__(self, product: Callable = multiply):
+        super().__init__()
+        self.product = product
 
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
         if function is torch.nn.functional.linear and is_plain():
             inputs, weight, bias = operands(*args, **kwargs)
             if is_for_onednn(inputs, weight, bias):
-                return (OneDNNLinear.apply if torch.is_grad_enabled() else multiply)(inputs, weight, bias)
+                if torch.is_grad_enabled():
+                    return OneDNNLinear.apply(self.product, inputs, weight, bias)
+                return self.product(inputs, weight, bias)
         return function(*args, **kwargs)
 
 
@@ -97,8 +110,8 @@ def is_for_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     )
 
 
-def fast_linears(device: torch.device) -> AbstractContextManager:
-    """While it is entered, linear layers are oneDNN's on a CPU that has it.
+def fast_linears(device: torch.device, product: Callable = multiply) -> AbstractContextManager:
+    """While it is entered, linear layers are oneDNN's on a CPU that has it (see [`OneDNNLinears`]).
 
     Example:
 
@@ -114,7 +127,7 @@ def fast_linears(device: torch.device) -> AbstractContextManager:
     # Elsewhere than on x86 there is no MKL.
     available = torch.backends.mkldnn.is_available() and machine() in ("x86_64", "AMD64")
     wanted = device.type == "cpu" and available and torch.backends.mkldnn.enabled
-    return OneDNNLinears() if wanted else nullcontext()
+    return OneDNNLinears(product) if wanted else nullcontext()
 
 
 def with_fast_linears(method: Callable) -> Callable:
@@ -122,9 +135,13 @@ def with_fast_linears(method: Callable) -> Callable:
 
     @wraps(method)
     def run(self: PreTrainedModel, *args, **kwargs):
+        trains = torch.is_grad_enabled()
         # Layers that are computed a second time are so when we are gone; torch refuses what then comes by another way.
-        recomputed = torch.is_grad_enabled() and self.is_activation_checkpointing
-        with nullcontext() if recomputed else fast_linears(self.device):
+        recomputed = trains and self.is_activation_checkpointing
+        # Of a ReLU that is close to zero, rounding decides whether it lets a gradient through.
+        rounded_by_torch = trains and any(isinstance(module, torch.nn.ReLU) for module in self.modules())
+        product = torch.nn.functional.linear if rounded_by_torch else multiply
+        with nullcontext() if recomputed else fast_linears(self.device, product):
             return method(self, *args, **kwargs)
 
     return run
