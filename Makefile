@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python train_hf.py
 
+# A process for each core, each with one thread; the tests of a file stay together, because they share what they train.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
