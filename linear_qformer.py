@@ -3,8 +3,8 @@
 torch brings two libraries that multiply matrices on x86 processors, and asks MKL wherever numbers are float32. oneDNN
 is the faster one on an AMD EPYC: 1.03 to 1.9 times with many rows, 1.1 to 3.2 times with the few of a caption that is
 being written (`python -m benchmarks.linears`). Results differ in the last digits: rounding errors are 1.5 to 2.3 times
-MKL's at most. While a captioner with ReLUs (T5, OPT) trains, only gradients are multiplied by it: otherwise rounding would
-open and close those ReLUs that are close to zero, and gradients differ by up to 1e-3 from what they are with MKL.
+MKL's at most. While a captioner with ReLUs (T5, OPT) trains, only gradients are multiplied by it: otherwise rounding
+would open and close those ReLUs that are close to zero, and gradients differ from MKL's by up to 1e-3.
 
 `torch.backends.mkldnn.enabled = False` turns it off; do so to recompute activations by other means than transformers'
 `activation_checkpointing_enable`, on which it keeps out of the way by itself.
