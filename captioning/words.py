@@ -60,5 +60,5 @@ class WordLoss:
         target = (said * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)  # [B, W]
         soft_prompt = self.loudness.to(device) * nn.functional.normalize(soft_prompt.float(), dim=-1)
         likeness = self.scale.to(device) * soft_prompt @ self.embeddings.to(device).T  # [B, Q, W]
-        score = self.prior.to(device) + likeness.logsumexp(dim=1) - torch.tensor(float(likeness.shape[1])).log()
+        score = self.prior.to(device) + likeness.logsumexp(dim=1) - likeness.new_full((), likeness.shape[1]).log()
         return nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none").sum(dim=-1).mean()

@@ -444,6 +444,28 @@ class TestCaption:
             model.caption(tiny.picture())
 
 
+# --- Devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_a_loss_is_computed_on_the_captioners_device(model, skip_logits):
+    """A tensor that is made without saying where would be on the CPU beside a GPU, and here where nothing computes."""
+    batch = tiny.batch() | {"labels": several_captions()}
+    with torch.device("meta"):
+        outputs = model(**batch, skip_logits=skip_logits)
+        (gradient,) = torch.autograd.grad(outputs.loss, model.qformer.query_tokens)
+    tensors = [gradient, *(value for value in outputs.values() if value is not None)]
+    assert {tensor.device for tensor in tensors} == {model.device}
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "num_return_sequences": 2}], ids=["greedy", "sampled"])
+def test_captions_are_written_on_the_captioners_device(model, options):
+    batch = tiny.batch()
+    with torch.device("meta"):
+        captions = model.generate(**batch, max_new_tokens=5, **options)
+    assert captions.device == model.device
+
+
 # --- Backbones --------------------------------------------------------------------------------------------------------
 
 

@@ -67,3 +67,10 @@ def test_the_loss_hears_what_is_said_and_not_how_loud():
     soft_prompt = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[7, 2, -100], [7, 3, 2]])
     torch.testing.assert_close(words(soft_prompt, labels), words(100 * soft_prompt, labels))
+
+
+def test_it_is_computed_on_the_soft_prompts_device(words):
+    prompt, caption = speaking_for(DOG), torch.tensor([[DOG, 1]])
+    with torch.device("meta"):  # where a tensor ends up that is made without saying where
+        loss = words(prompt, caption)
+    assert loss.device.type == "cpu"
