@@ -12,7 +12,7 @@ demo: $(VENV)/installed-$(EXTRAS)
 
 # A process for each core, each with one thread; the tests of a file stay together, because they share what they train.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .

@@ -1,10 +1,16 @@
-"""Makes the checkout importable as `qformer_captioner` when it is not installed."""
+"""Makes the checkout importable as `qformer_captioner` when it is not installed; a Hugging Face home for the tests."""
 
 import importlib.util
+import os
 import pathlib
 import sys
+import tempfile
 
 import pytest
+
+# Of its own for each process: two would write the same modules, and nobody's token belongs here.
+HOME = tempfile.TemporaryDirectory(prefix="huggingface")
+os.environ["HF_HOME"] = HOME.name
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
