@@ -1,7 +1,7 @@
 """The peer of the speed benchmarks, transformers' BLIP-2, and our captioner with the same weights.
 
-Shapes are those of CLIP ViT-B/32, BLIP-2's Q-Former (12 layers, 768 wide, 32 queries) and a small language model.
-Weights are random: what takes time does not depend on them.
+Shapes are those of CLIP ViT-B/32, BLIP-2's Q-Former (12 layers, 768 wide, 32 queries) and a small language model, or of
+CLIP ViT-L/14 and one that a GPU is for. Weights are random: what takes time does not depend on them.
 """
 
 from pathlib import Path
@@ -30,28 +30,43 @@ SMOLLM2_135M = dict(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
+SMOLLM2_1_7B = dict(
+    hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, tie_word_embeddings=True
+)
+LLAMA_3_2_3B = dict(
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+VIT_B_32 = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32)
+VIT_L_14 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 DECODERS = {
     "llama": LlamaConfig(**SMOLLM2_135M, vocab_size=49152),
     "t5": T5Config(**T5_BASE, dropout_rate=0.0, decoder_start_token_id=0),
     "llama-128k": LlamaConfig(**SMOLLM2_135M, vocab_size=128256),  # Llama 3's vocabulary
+    "smollm2-1.7b": LlamaConfig(**SMOLLM2_1_7B, vocab_size=49152),
+    "llama-3.2-3b": LlamaConfig(**LLAMA_3_2_3B, vocab_size=128256),
 }
 TITLES = {
     "llama": "SmolLM2-135M's shape",
     "t5": "T5-base's shape",
     "llama-128k": "SmolLM2-135M's shape with 128,256 words",
+    "smollm2-1.7b": "SmolLM2-1.7B's shape",
+    "llama-3.2-3b": "Llama-3.2-3B's shape",
 }
+LARGE = ("smollm2-1.7b", "llama-3.2-3b")  # which read what ViT-L/14 sees
 
 
-def save_both(language: PreTrainedConfig, folder: Path) -> None:
+def save_both(language: PreTrainedConfig, folder: Path, vision: dict[str, int] = VIT_B_32) -> None:
     """Write BLIP-2 to `folder/peer` and the same weights as our captioner to `folder/ours`."""
     torch.manual_seed(0)
-    vision = Blip2VisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, patch_size=32, initializer_range=0.02
-    )
-    vision.num_attention_heads = 12
     config = Blip2Config(
-        vision_config=vision.to_dict(),
-        qformer_config=Blip2QFormerConfig(encoder_hidden_size=768).to_dict(),
+        vision_config=Blip2VisionConfig(**vision, initializer_range=0.02).to_dict(),
+        qformer_config=Blip2QFormerConfig(encoder_hidden_size=vision["hidden_size"]).to_dict(),
         text_config=language.to_dict(),
         num_query_tokens=QUERIES,
         image_token_index=IMAGE_TOKEN,
@@ -62,10 +77,10 @@ def save_both(language: PreTrainedConfig, folder: Path) -> None:
     convert(folder / "peer", folder / "ours", include_backbones=True)
 
 
-def load(side: str, folder: Path) -> QFormerCaptioner | Blip2ForConditionalGeneration:
-    """One of the two, backbones frozen, no dropout."""
+def load(side: str, folder: Path, device: str = "cpu") -> QFormerCaptioner | Blip2ForConditionalGeneration:
+    """One of the two, in float32, backbones frozen, no dropout."""
     cls = QFormerCaptioner if side == "ours" else Blip2ForConditionalGeneration
-    model = cls.from_pretrained(folder / side).eval()
+    model = cls.from_pretrained(folder / side).eval().to(device)
     model.vision_model.requires_grad_(False)
     model.language_model.requires_grad_(False)
     return model
@@ -82,16 +97,16 @@ def make_batch(images: int, captions: int, seed: int = 1) -> tuple[torch.Tensor,
     return pixel_values, labels
 
 
-def image_tokens(rows: int) -> dict[str, torch.Tensor]:
+def image_tokens(rows: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """What stands for the image in the input of BLIP-2: the places of its soft prompt."""
-    tokens = torch.full((rows, QUERIES), IMAGE_TOKEN)
+    tokens = torch.full((rows, QUERIES), IMAGE_TOKEN, device=device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def rows_of(labels: torch.Tensor, is_encoder_decoder: bool) -> dict[str, torch.Tensor]:
     """BLIP-2's batch, a row for each image and caption: image tokens and caption, or with an encoder the former."""
     labels = labels.flatten(0, 1)
-    image = image_tokens(len(labels))
+    image = image_tokens(len(labels), labels.device)
     if is_encoder_decoder:
         return image | {"labels": labels}
     return {
@@ -101,14 +116,20 @@ def rows_of(labels: torch.Tensor, is_encoder_decoder: bool) -> dict[str, torch.T
     }
 
 
-def training_step(model: torch.nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> float:
-    """Forward and backward of either side; returns the loss."""
+def training_step(
+    model: QFormerCaptioner | Blip2ForConditionalGeneration,
+    pixel_values: torch.Tensor,
+    labels: torch.Tensor,
+    compiled: torch.nn.Module | None = None,
+) -> float:
+    """Forward and backward of either side, or of what `torch.compile` made of it; returns the loss."""
     model.zero_grad()
+    run = compiled or model
     if isinstance(model, QFormerCaptioner):
-        loss = model(pixel_values=pixel_values, labels=labels).loss
+        loss = run(pixel_values=pixel_values, labels=labels).loss
     else:
         images = pixel_values.repeat_interleave(labels.shape[1], dim=0)
-        loss = model(pixel_values=images, **rows_of(labels, model.config.text_config.is_encoder_decoder)).loss
+        loss = run(pixel_values=images, **rows_of(labels, model.config.text_config.is_encoder_decoder)).loss
     loss.backward()
     return loss.item()
 

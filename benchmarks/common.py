@@ -24,6 +24,8 @@ def alternate(repetitions: int, **sides: Callable[[], object]) -> dict[str, list
         for name, run in sides.items():
             start = time.perf_counter()
             run()
+            if torch.accelerator.is_available():  # which goes on by itself
+                torch.accelerator.synchronize()
             if repetition:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -44,6 +46,8 @@ def machine(*packages: str) -> dict[str, object]:
             processor,
         )
     facts = {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
     return facts | {package: version(package) for package in packages}
 
 
@@ -67,8 +71,9 @@ def operations(run: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def matrix_rate(size: int = 2048) -> float:
+def matrix_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """The most that this machine multiplies, in 1e9 operations per second: large square matrices, the best of 5."""
-    left, right = torch.randn(2, size, size)
+    size = 2048 if device == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     best = min(alternate(5, product=lambda: left @ right)["product"])
     return 2 * size**3 / best / 1e9

@@ -4,17 +4,21 @@ The same weights on both sides: the shapes of CLIP ViT-B/32 and SmolLM2-135M or 
 layers, 768 wide, 32 queries), captions of 10 to 16 tokens, float32, no dropout. BLIP-2 gets one row per image and
 caption, as it is trained everywhere. Both sides first compute loss and gradients, which must be equal; then they are
 timed in turn. Last, steps with 1 to 10 captions per image, and with 1 to 16 images, show how the cost grows.
+
+On a GPU: `--device cuda --dtype bfloat16 --compile --decoder smollm2-1.7b llama-3.2-3b --images 16`, with the shape of
+CLIP ViT-L/14. There the two sides must be equal in float32 before they are timed in bfloat16.
 """
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qformer_captioner import QFormerCaptioner
 
-from .blip2 import DECODERS, TITLES, compare, load, make_batch, save_both, training_step
+from .blip2 import DECODERS, LARGE, TITLES, VIT_B_32, VIT_L_14, compare, load, make_batch, save_both, training_step
 from .common import RESULTS, alternate, machine, matrix_rate, operations, spread, write_result
 
 CAPTIONS, IMAGES = range(1, 11), (1, 2, 4, 8, 16)  # how the cost grows
@@ -24,6 +28,21 @@ def features_step(model: QFormerCaptioner, image_embeds: torch.Tensor, labels: t
     """Our step on precomputed features."""
     model.zero_grad()
     model(image_embeds=image_embeds, labels=labels).loss.backward()
+
+
+def time_vision(model: QFormerCaptioner, pixel_values: torch.Tensor, repetitions: int, rate: float) -> None:
+    """The vision encoder alone, which is the same on both sides: how near it comes to large matrices."""
+    see = partial(model.get_image_features, pixel_values)
+    work, images = operations(see), len(pixel_values)
+    seconds = spread(alternate(repetitions, see=see)["see"])
+    print(
+        f"features of {images} images: {seconds['median']:.3f} s, {images / seconds['median']:.0f} images per second, "
+        f"{work / seconds['median'] / rate:.0%} of what the machine multiplies"
+    )
+    facts = machine("qformer-captioner", "transformers", "torch")
+    shape = {"images": images, "device": pixel_values.device.type, "dtype": str(pixel_values.dtype)}
+    shape |= {"gflop": {"vision": work}, "matrix_gflop_per_second": rate}
+    write_result("training", facts | shape | {"seconds": {"vision": seconds}})
 
 
 def draw(rows: list[dict]) -> None:
@@ -58,45 +77,59 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--growth_repetitions", type=int, default=3, help="0 leaves out how the cost grows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="time both sides behind torch.compile, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rate, growth = matrix_rate(), []
+    dtype = getattr(torch, options.dtype)
+    rate, growth = matrix_rate(options.device, dtype), []
     print(f"large matrices: {rate:.0f} GFLOP/s")
     for decoder in options.decoder:
         with tempfile.TemporaryDirectory() as folder:
-            save_both(DECODERS[decoder], Path(folder))
-            ours, peer = load("ours", Path(folder)), load("peer", Path(folder))
+            save_both(DECODERS[decoder], Path(folder), VIT_L_14 if decoder in LARGE else VIT_B_32)
+            ours, peer = (load(side, Path(folder), options.device) for side in ("ours", "peer"))
         for captions in options.captions:
             print(f"{TITLES[decoder]}, {options.images} images, {captions} captions each")
-            pixel_values, labels = make_batch(options.images, captions)
-            equal = compare(ours, peer, pixel_values, labels)
+            pixel_values, labels = (tensor.to(options.device) for tensor in make_batch(options.images, captions))
+            equal = compare(ours.float(), peer.float(), pixel_values, labels)
+            ours.to(dtype), peer.to(dtype)
+            pixel_values = pixel_values.to(dtype)
             features = ours.get_image_features(pixel_values)
             sides = {
-                "ours": lambda: training_step(ours, pixel_values, labels),  # noqa: B023
-                "blip2": lambda: training_step(peer, pixel_values, labels),  # noqa: B023
-                "features": lambda: features_step(ours, features, labels),  # noqa: B023
+                "ours": partial(training_step, ours, pixel_values, labels),
+                "blip2": partial(training_step, peer, pixel_values, labels),
+                "features": partial(features_step, ours, features, labels),
             }
             work = {name: operations(step) for name, step in sides.items()}
+            if options.compile:
+                for name, model in (("ours", ours), ("blip2", peer)):
+                    compiled = torch.compile(model)
+                    sides[f"{name}, compiled"] = partial(training_step, model, pixel_values, labels, compiled)
+                    work[f"{name}, compiled"] = work[name]
             seconds = alternate(options.repetitions, **sides)
             times = {name: spread(values) for name, values in seconds.items()}
             ratios = {name: times["blip2"]["median"] / own["median"] for name, own in times.items()}
             for name, own in times.items():
                 print(
-                    f"  {name:<9}{own['median']:7.2f} s  ({own['min']:.2f} to {own['max']:.2f}), {ratios[name]:.2f} x "
+                    f"  {name:<15}{own['median']:7.3f} s  ({own['min']:.3f} to {own['max']:.3f}), {ratios[name]:.2f} x "
                     f"BLIP-2's pairs per second; {work[name]:.0f} GFLOP, {work[name] / own['median'] / rate:.0%} of "
                     "what the machine multiplies"
                 )
             shape = {"decoder": decoder, "images": options.images, "captions": captions, "threads": options.threads}
+            shape |= {"device": options.device, "dtype": options.dtype}
             shape |= {"gflop": work, "matrix_gflop_per_second": rate}
             facts = machine("qformer-captioner", "transformers", "torch")
             write_result("training", facts | shape | equal | {"seconds": times, "ratio": ratios})
+        time_vision(ours, pixel_values, options.repetitions, rate)
         if not options.growth_repetitions:
             continue
         for grows, images, captions in [
             *(("captions", options.images, captions) for captions in CAPTIONS),
             *(("images", images, 5) for images in IMAGES),
         ]:
-            batch = make_batch(images, captions)
+            pixel_values, labels = (tensor.to(options.device) for tensor in make_batch(images, captions))
+            batch = pixel_values.to(dtype), labels
             sides = {"ours": ours}
             if (grows == "captions" and captions in (1, 5, 10)) or (grows == "images" and images in (1, 4)):
                 sides["blip2"] = peer

@@ -8,10 +8,6 @@ import tempfile
 
 import pytest
 
-# Of its own for each process: two would write the same modules, and nobody's token belongs here.
-HOME = tempfile.TemporaryDirectory(prefix="huggingface")
-os.environ["HF_HOME"] = HOME.name
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 if importlib.util.find_spec("qformer_captioner") is None:
@@ -21,6 +17,13 @@ if importlib.util.find_spec("qformer_captioner") is None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["qformer_captioner"] = module
     spec.loader.exec_module(module)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A home of its own for each process: two would write the same modules, and nobody's token belongs here."""
+    home = tempfile.TemporaryDirectory(prefix="huggingface")
+    config.add_cleanup(home.cleanup)
+    os.environ["HF_HOME"] = home.name
 
 
 @pytest.fixture(scope="session")
