@@ -124,7 +124,7 @@ def training_step(
 ) -> float:
     """Forward and backward of either side, or of what `torch.compile` made of it; returns the loss."""
     model.zero_grad()
-    run = compiled or model
+    run = model if compiled is None else compiled
     if isinstance(model, QFormerCaptioner):
         loss = run(pixel_values=pixel_values, labels=labels).loss
     else:
