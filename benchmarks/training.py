@@ -5,8 +5,8 @@ layers, 768 wide, 32 queries), captions of 10 to 16 tokens, float32, no dropout.
 caption, as it is trained everywhere. Both sides first compute loss and gradients, which must be equal; then they are
 timed in turn. Last, steps with 1 to 10 captions per image, and with 1 to 16 images, show how the cost grows.
 
-On a GPU: `--device cuda --dtype bfloat16 --compile --decoder smollm2-1.7b llama-3.2-3b --images 16`, with the shape of
-CLIP ViT-L/14. There the two sides must be equal in float32 before they are timed in bfloat16.
+On a GPU, with the shape of CLIP ViT-L/14: `--device cuda --dtype bfloat16 --compile --decoder smollm2-1.7b llama-3.2-3b
+--images 16 --growth_repetitions 0`. There the two sides must be equal in float32 before they are timed in bfloat16.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def features_step(model: QFormerCaptioner, image_embeds: torch.Tensor, labels: t
     model(image_embeds=image_embeds, labels=labels).loss.backward()
 
 
-def time_vision(model: QFormerCaptioner, pixel_values: torch.Tensor, repetitions: int, rate: float) -> None:
+def time_vision(model: QFormerCaptioner, pixel_values: torch.Tensor, repetitions: int, rate: float) -> dict:
     """The vision encoder alone, which is the same on both sides: how near it comes to large matrices."""
     see = partial(model.get_image_features, pixel_values)
     work, images = operations(see), len(pixel_values)
@@ -39,10 +39,7 @@ def time_vision(model: QFormerCaptioner, pixel_values: torch.Tensor, repetitions
         f"features of {images} images: {seconds['median']:.3f} s, {images / seconds['median']:.0f} images per second, "
         f"{work / seconds['median'] / rate:.0%} of what the machine multiplies"
     )
-    facts = machine("qformer-captioner", "transformers", "torch")
-    shape = {"images": images, "device": pixel_values.device.type, "dtype": str(pixel_values.dtype)}
-    shape |= {"gflop": {"vision": work}, "matrix_gflop_per_second": rate}
-    write_result("training", facts | shape | {"seconds": {"vision": seconds}})
+    return {"gflop": {"vision": work}, "seconds": {"vision": seconds}}
 
 
 def draw(rows: list[dict]) -> None:
@@ -82,8 +79,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="time both sides behind torch.compile, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # or convolutions would not be float32 where the two sides are compared
     dtype = getattr(torch, options.dtype)
     rate, growth = matrix_rate(options.device, dtype), []
+    facts = machine("qformer-captioner", "transformers", "torch")
+    facts |= {name: getattr(options, name) for name in ("images", "threads", "device", "dtype")}
+    facts["matrix_gflop_per_second"] = rate
     print(f"large matrices: {rate:.0f} GFLOP/s")
     for decoder in options.decoder:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,6 +104,7 @@ def main() -> None:
             }
             work = {name: operations(step) for name, step in sides.items()}
             if options.compile:
+                torch._dynamo.reset()  # or another number of captions would be compiled for any number
                 for name, model in (("ours", ours), ("blip2", peer)):
                     compiled = torch.compile(model)
                     sides[f"{name}, compiled"] = partial(training_step, model, pixel_values, labels, compiled)
@@ -116,12 +118,15 @@ def main() -> None:
                     f"BLIP-2's pairs per second; {work[name]:.0f} GFLOP, {work[name] / own['median'] / rate:.0%} of "
                     "what the machine multiplies"
                 )
-            shape = {"decoder": decoder, "images": options.images, "captions": captions, "threads": options.threads}
-            shape |= {"device": options.device, "dtype": options.dtype}
-            shape |= {"gflop": work, "matrix_gflop_per_second": rate}
-            facts = machine("qformer-captioner", "transformers", "torch")
-            write_result("training", facts | shape | equal | {"seconds": times, "ratio": ratios})
-        time_vision(ours, pixel_values, options.repetitions, rate)
+            write_result(
+                "training",
+                facts
+                | {"decoder": decoder, "captions": captions, "gflop": work}
+                | equal
+                | {"seconds": times, "ratio": ratios},
+            )
+        seen = time_vision(ours, pixel_values, options.repetitions, rate)
+        write_result("training", facts | {"decoder": decoder} | seen)
         if not options.growth_repetitions:
             continue
         for grows, images, captions in [
