@@ -30,26 +30,30 @@ SMOLLM2_135M = dict(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
-SMOLLM2_1_7B = dict(
-    hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, tie_word_embeddings=True
-)
-LLAMA_3_2_3B = dict(
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_hidden_layers=28,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
-)
 VIT_B_32 = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32)
 VIT_L_14 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 DECODERS = {
     "llama": LlamaConfig(**SMOLLM2_135M, vocab_size=49152),
     "t5": T5Config(**T5_BASE, dropout_rate=0.0, decoder_start_token_id=0),
     "llama-128k": LlamaConfig(**SMOLLM2_135M, vocab_size=128256),  # Llama 3's vocabulary
-    "smollm2-1.7b": LlamaConfig(**SMOLLM2_1_7B, vocab_size=49152),
-    "llama-3.2-3b": LlamaConfig(**LLAMA_3_2_3B, vocab_size=128256),
+    "smollm2-1.7b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        tie_word_embeddings=True,
+        vocab_size=49152,
+    ),
+    "llama-3.2-3b": LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        vocab_size=128256,
+    ),
 }
 TITLES = {
     "llama": "SmolLM2-135M's shape",

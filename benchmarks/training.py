@@ -140,7 +140,7 @@ def main() -> None:
                 sides["blip2"] = peer
             seconds = alternate(
                 options.growth_repetitions,
-                **{name: lambda model=model: training_step(model, *batch) for name, model in sides.items()},  # noqa: B023
+                **{name: partial(training_step, model, *batch) for name, model in sides.items()},
             )
             medians = {name: spread(values)["median"] for name, values in seconds.items()}
             row = {"decoder": decoder, "grows": grows, "images": images, "captions": captions}
