@@ -25,6 +25,6 @@ def __getattr__(name: str):
 
 
 if __name__ == "qformer_captioner":  # and not the name of the checkout's folder, under which pytest imports this file
-    from .captioning.auto_classes import register_with_transformers
+    from .hub.auto_classes import register_with_transformers
 
     register_with_transformers()

@@ -42,7 +42,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
-class AbsentVisionModel(nn.Module):
+class VisionModelPlaceholder(nn.Module):
     """Stands in the place of a vision encoder where its features come precomputed, and takes no memory."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
@@ -69,7 +69,7 @@ def load_backbone(
     dtype: str | torch.dtype = "auto",
     absent: bool = False,
     **hub_kwargs,
-) -> PreTrainedModel | AbsentVisionModel:
+) -> PreTrainedModel | VisionModelPlaceholder:
     """Load a vision encoder (`part="vision_model"`) or a language model from the Hub or a folder.
 
     With `absent`, only the configuration of the vision encoder is fetched.
@@ -84,7 +84,7 @@ def load_backbone(
         if absent:
             config = vision_config_of(config)
             dtype = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
-            backbone = AbsentVisionModel(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            backbone = VisionModelPlaceholder(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         elif config.model_type in CAPTIONERS:
             backbone = load_part_of_captioner(part, name_or_path, config, revision, dtype, **hub_kwargs)
         elif part == "language_model":

@@ -18,22 +18,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
-    import importlib.util
-
-    _here = Path(__file__).resolve().parent
-    _spec = importlib.util.spec_from_file_location(
-        "qformer_captioner", _here / "__init__.py", submodule_search_locations=[str(_here)]
-    )
-    sys.modules["qformer_captioner"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["qformer_captioner"])
-    __package__ = "qformer_captioner"
-
 from PIL import Image
 
-from . import __version__
-from .captioning import InputError, check_output, printable
-from .captioning.caption_files import (
+from qformer_captioner import __version__
+from qformer_captioner.common.arguments import changed_options, make_parser, option, parse
+from qformer_captioner.common.errors import InputError, check_output, printable
+from qformer_captioner.evaluation.caption_files import (
     ImageId,
     ReferenceSet,
     file_sha256,
@@ -42,12 +32,11 @@ from .captioning.caption_files import (
     read_references,
     write_predictions,
 )
-from .captioning.metrics import DocumentFrequencies, References
-from .captioning.metrics.java import JAVA_METRICS, java_scorers
-from .captioning.options import changed_options, make_parser, option, parse
+from qformer_captioner.metrics import DocumentFrequencies, References
+from qformer_captioner.metrics.java import JAVA_METRICS, java_scorers
 
 if TYPE_CHECKING:
-    from .modeling_qformer import QFormerCaptioner
+    from qformer_captioner.modeling_qformer import QFormerCaptioner
 
 # torch, the model and the data sets take seconds to import. Scoring files needs none of them, so what captions imports
 # them where it starts.
@@ -192,11 +181,11 @@ def extra_scores(
     wanted = args.extra_metrics or []
     scores = []
     if java := [metric for metric in JAVA_METRICS if metric in wanted]:
-        from .captioning.metrics import java_scores
+        from qformer_captioner.metrics import java_scores
 
         scores.append(java_scores(captions, references, java, True, args.allow_empty))
     if "clip_score" in wanted:
-        from .captioning.metrics import clip_scores
+        from qformer_captioner.metrics import clip_scores
 
         pictures = (open_picture(image) for image in images)
         clip = args.clip_model_name_or_path
@@ -233,7 +222,7 @@ def write_scores(
         Path(args.output).write_text(json.dumps(content, indent=2) + "\n")
         print(f"The scores are in {args.output}.")
     if args.report is not None:
-        from .captioning.report import write_report
+        from qformer_captioner.evaluation.report import write_report
 
         write_report(args.report, scored, NAMES, facts, open_picture)
         print(f"To look at: {args.report}.")
@@ -253,8 +242,8 @@ def score_files(args: ScoringArguments) -> None:
         folder = Path(args.image_folder)
         if not folder.is_dir():
             raise InputError(f"There is no folder {args.image_folder!r}: --image_folder says where the images are.")
-        from .captioning.sources import locate
-        from .processing_qformer import open_image
+        from qformer_captioner.data.images import locate
+        from qformer_captioner.processing_qformer import open_image
 
         def open_picture(image: ImageId) -> Image.Image:
             return open_image(locate(references.files.get(image, str(image)), folder))
@@ -299,11 +288,18 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
-    from .captioning.benchmarks import BENCHMARKS, benchmark_of, first_images, load_benchmark, load_evaluation_set
-    from .captioning.caption import load_captioner
-    from .captioning.inference import caption_images
-    from .captioning.runs import RunFolder
-    from .captioning.sources import folder_of_images, load_rows
+    from qformer_captioner.common.run_folder import RunFolder
+    from qformer_captioner.data.images import folder_of_images
+    from qformer_captioner.data.loading import load_rows
+    from qformer_captioner.evaluation.benchmarks import (
+        BENCHMARKS,
+        benchmark_of,
+        first_images,
+        load_benchmark,
+        load_evaluation_set,
+    )
+    from qformer_captioner.evaluation.inference import caption_images
+    from qformer_captioner.hub.load import load_captioner
 
     if args.benchmark is None and args.dataset_name is None:
         raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")

@@ -25,14 +25,14 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LOGITS_AT_A_TIME = 2**23  # in float32, 32 MiB
+MAX_LOGITS_PER_CHUNK = 2**23  # in float32, 32 MiB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Captions behind a prefix
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_captions(
+def encode_captions(
     language_model: PreTrainedModel,
     prefix: torch.Tensor,
     prefix_mask: torch.Tensor,
@@ -51,11 +51,11 @@ def read_captions(
     """
     if language_model.config.is_encoder_decoder:
         start = generation_config.decoder_start_token_id
-        read = partial(read_with_encoder_decoder, start=generation_config.bos_token_id if start is None else start)
+        read = partial(encode_with_encoder_decoder, start=generation_config.bos_token_id if start is None else start)
     elif captions.shape[1] > 1 and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
-        read = read_with_shared_prefix
+        read = encode_with_shared_prefix
     else:
-        read = read_with_decoder_only
+        read = encode_with_decoder_only
         if captions.shape[1] > 1:
             logger.warning_once(
                 f"A {language_model.config.model_type!r} cannot read several captions behind one prefix: it reads the "
@@ -69,7 +69,7 @@ def read_captions(
     return take(hidden_states.reshape(*places.shape, -1), places).flatten(0, 1)
 
 
-def read_with_decoder_only(
+def encode_with_decoder_only(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
 ) -> torch.Tensor:
     """`[prefix, caption]` in one sequence, whose last `[B*K, T, D]` predict the caption."""
@@ -87,7 +87,7 @@ def read_with_decoder_only(
     return output.last_hidden_state[:, -length:]
 
 
-def read_with_shared_prefix(
+def encode_with_shared_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
 ) -> torch.Tensor:
     """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
@@ -126,7 +126,7 @@ def read_with_shared_prefix(
     return take(output.last_hidden_state, before)  # [B, K*T, D]
 
 
-def read_with_encoder_decoder(
+def encode_with_encoder_decoder(
     language_model: PreTrainedModel,
     prefix: torch.Tensor,
     prefix_mask: torch.Tensor,
@@ -241,7 +241,7 @@ def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class HandedOn(MoEModelOutputWithPastAndCrossAttentions):
+class DecoderOutputStub(MoEModelOutputWithPastAndCrossAttentions):
     """Hidden states, and nothing of all that language models look for beside them in what their decoder returns."""
 
     cache_params: Cache | None = None  # Mamba, xLSTM
@@ -264,8 +264,8 @@ def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], to
         vars(copied).pop("forward", None)  # with a `device_map` accelerate's own, which belongs to the module
         return copied
 
-    def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> HandedOn:
-        return HandedOn(last_hidden_state=inputs_embeds)
+    def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> DecoderOutputStub:
+        return DecoderOutputStub(last_hidden_state=inputs_embeds)
 
     decoder = decoder_of(language_model)
     *above, last = next(name for name, module in language_model.named_modules() if module is decoder).split(".")
@@ -322,10 +322,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             scores = logits.detach().float().log_softmax(dim=-1)
             losses[here] = -scores.gather(1, targets[here, None]).squeeze(1)
             if gradients:
-                slopes = scores.exp_()  # of the losses over the logits: softmax, less one at the target
-                slopes[torch.arange(len(slopes), device=slopes.device), targets[here]] -= 1
+                grad_output = scores.exp_()  # of the losses over the logits: softmax, less one at the target
+                grad_output[torch.arange(len(grad_output), device=grad_output.device), targets[here]] -= 1
                 gradients[0][here], *of_weights = torch.autograd.grad(
-                    logits, inputs, slopes.to(logits.dtype), allow_unused=True, materialize_grads=True
+                    logits, inputs, grad_output.to(logits.dtype), allow_unused=True, materialize_grads=True
                 )
                 for gradient, part in zip(gradients[1:], of_weights, strict=True):
                     gradient += part
@@ -344,7 +344,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def can_read_once(
+def can_prefill_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict
 ) -> bool:
     """Whether `generate` would begin with the memory of a prefix that we hand it, and none of its own."""
@@ -369,7 +369,7 @@ def can_read_once(
     )
 
 
-def read_once(
+def prefill_shared_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int
 ) -> Cache | None:
     """What the language model remembers of all but the last of a prefix, for each beam or sequence.

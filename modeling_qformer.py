@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbones_qformer import (
     BACKBONES,
-    AbsentVisionModel,
+    VisionModelPlaceholder,
     commit_of,
     dtype_of,
     is_frozen,
@@ -51,18 +51,17 @@ from .backbones_qformer import (
 )
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from .language_qformer import (
-    LOGITS_AT_A_TIME,
+    MAX_LOGITS_PER_CHUNK,
     ChunkedCrossEntropy,
-    can_read_once,
+    can_prefill_prefix,
     embed_prompt,
+    encode_captions,
     output_layer,
     output_weights,
-    read_captions,
-    read_once,
+    prefill_shared_prefix,
 )
-from .linear_qformer import with_fast_linears
 from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
-from .saving_qformer import RefersToBackbones
+from .saving_qformer import QFormerCaptionerPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -113,15 +112,15 @@ class QFormerMultiHeadAttention(nn.Module):
         def split_heads(x: torch.Tensor) -> torch.Tensor:  # -> [B, heads, length, head_size]
             return x.view(*x.shape[:-1], self.num_heads, self.head_size).transpose(1, 2)
 
-        looked_at = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        key_value_states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attended, weights = attend(
             self,
             split_heads(self.query(hidden_states)),
-            split_heads(self.key(looked_at)),
-            split_heads(self.value(looked_at)),
+            split_heads(self.key(key_value_states)),
+            split_heads(self.value(key_value_states)),
             attention_mask,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
@@ -173,9 +172,9 @@ class QFormerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: QFormerConfig, layer_index: int):
         super().__init__()
-        self.looks_at_image = layer_index % config.cross_attention_frequency == 0
+        self.has_cross_attention = layer_index % config.cross_attention_frequency == 0
         self.attention = QFormerAttention(config, config.hidden_size)
-        if self.looks_at_image:
+        if self.has_cross_attention:
             self.crossattention = QFormerAttention(config, config.encoder_hidden_size)
         self.intermediate_query = QFormerIntermediate(config)
         self.output_query = QFormerOutput(config, config.intermediate_size)
@@ -194,7 +193,7 @@ class QFormerLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         queries, words = hidden_states.tensor_split([self.num_query_tokens], dim=1)  # [B, Q, Dq], [B, P, Dq]
-        if self.looks_at_image:
+        if self.has_cross_attention:
             queries = self.crossattention(
                 queries,
                 encoder_hidden_states=encoder_hidden_states,
@@ -297,7 +296,7 @@ class QFormerModel(PreTrainedModel):
         """
         images = encoder_hidden_states.float().mean(dim=1)  # [B, Dv]
         for layer in self.encoder.layer:
-            if layer.looks_at_image:
+            if layer.has_cross_attention:
                 value = layer.crossattention.attention.value
                 value.weight.div_(images.std(dim=0).clamp(min=1e-4).to(value.weight))
                 value.bias.sub_(value.weight @ images.mean(dim=0).to(value.weight))
@@ -444,7 +443,7 @@ class QFormerCaptionerOutput(ModelOutput):
     soft_prompt: torch.FloatTensor | None = None
 
 
-class QFormerCaptioner(RefersToBackbones, GenerationMixin):
+class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     r"""A vision encoder, a Q-Former and a language model that captions what the encoder sees.
 
     Built from two pretrained models with [`~QFormerCaptioner.from_backbones`], from a folder or the Hub with
@@ -476,7 +475,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
     def __init__(
         self,
         config: QFormerCaptionerConfig,
-        vision_model: PreTrainedModel | AbsentVisionModel | None = None,
+        vision_model: PreTrainedModel | VisionModelPlaceholder | None = None,
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
@@ -520,7 +519,6 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
 
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
-    @with_fast_linears
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Run the vision encoder: `[B, 3, H, W]` -> `[B, N, Dv]`, without a graph where it is frozen."""
         # requires_grad_(False) is not enough: gradient checkpointing makes the input of the encoder require gradients.
@@ -593,7 +591,6 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
     # --- Training -----------------------------------------------------------------------------------------------------
 
     @can_return_tuple
-    @with_fast_linears
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -633,14 +630,14 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, room_for)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
-        hidden_states = read_captions(
+        hidden_states = encode_captions(
             self.language_model, prefix, prefix_mask, captions, self.generation_config, **kwargs
         )  # [B*K*T, D]
 
         words = output_layer(self.language_model)
         vocabulary = self.language_model.config.vocab_size
         if skip_logits is None:
-            skip_logits = labels is not None and targets.numel() * vocabulary > LOGITS_AT_A_TIME
+            skip_logits = labels is not None and targets.numel() * vocabulary > MAX_LOGITS_PER_CHUNK
         if not skip_logits:
             logits = words(hidden_states)
         if labels is None:
@@ -650,7 +647,11 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         if skip_logits:
             weights = output_weights(self.language_model) if torch.is_grad_enabled() else []
             loss, own = ChunkedCrossEntropy.apply(
-                words, max(1, LOGITS_AT_A_TIME // vocabulary), hidden_states[real], targets.flatten()[real], *weights
+                words,
+                max(1, MAX_LOGITS_PER_CHUNK // vocabulary),
+                hidden_states[real],
+                targets.flatten()[real],
+                *weights,
             )
             losses = own.new_zeros(len(real)).masked_scatter(real, own)
         else:
@@ -666,7 +667,6 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
     # --- Captioning ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    @with_fast_linears
     def generate(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -703,9 +703,9 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         config.min_new_tokens, config.min_length = config.min_new_tokens or config.min_length, None
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
-        if can_read_once(self.language_model, prefix, config, kwargs):
+        if can_prefill_prefix(self.language_model, prefix, config, kwargs):
             copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-            kwargs["past_key_values"] = read_once(
+            kwargs["past_key_values"] = prefill_shared_prefix(
                 self.language_model, prefix, prefix_mask, copies, config.max_new_tokens
             )
         generated = self.language_model.generate(
@@ -870,7 +870,7 @@ class QFormerCaptioner(RefersToBackbones, GenerationMixin):
         weights = None
         if qformer is not None:
             try:
-                from qformer_captioner.captioning.convert import load_qformer  # does not travel to the Hub
+                from qformer_captioner.hub.convert import load_qformer  # does not travel to the Hub
             except ImportError as error:
                 raise ImportError("To begin with a pretrained Q-Former, pip install qformer-captioner.") from error
             pretrained_fields, weights = load_qformer(qformer, qformer_revision)

@@ -4,7 +4,7 @@ r"""Run a vision encoder once over a data set, and keep what it says of each ima
     python precompute_features.py --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder \
         --output_dir outputs/features
     torchrun --nproc_per_node 8 precompute_features.py --vision_model_name_or_path google/siglip-base-patch16-224 \
-        --dataset_name coco --views 4 --smallest_crop 0.4 --output_dir outputs/features
+        --dataset_name coco --views 4 --random_resized_crop_scale 0.4 --output_dir outputs/features
     python precompute_features.py --vision_model_name_or_path openai/clip-vit-base-patch32 \
         --dataset_name shirsh10mall/Image_Captioning_GCC_Embeddings --embeddings_column image_embeddings
 
@@ -23,17 +23,6 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
-if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
-    import importlib.util
-
-    _here = Path(__file__).resolve().parent
-    _spec = importlib.util.spec_from_file_location(
-        "qformer_captioner", _here / "__init__.py", submodule_search_locations=[str(_here)]
-    )
-    sys.modules["qformer_captioner"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["qformer_captioner"])
-    __package__ = "qformer_captioner"
-
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -45,14 +34,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from .backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
-from .captioning import UNUSABLE, InputError, printable
-from .captioning.data import Variations, check_crop, check_flip, open_cell
-from .captioning.features import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
-from .captioning.options import make_parser, option, parse
-from .captioning.runs import RunFolder
-from .captioning.sources import find_files, folder_of_images, load_rows
-from .linear_qformer import fast_linears
+from qformer_captioner.backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
+from qformer_captioner.common.arguments import make_parser, option, parse
+from qformer_captioner.common.errors import UNUSABLE, InputError, printable
+from qformer_captioner.common.onednn import onednn_linears
+from qformer_captioner.common.run_folder import RunFolder
+from qformer_captioner.data.augmentation import Augmentation, check_crop, check_horizontal_flip_prob
+from qformer_captioner.data.feature_shards import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
+from qformer_captioner.data.images import folder_of_images, open_cell
+from qformer_captioner.data.loading import load_rows
+from qformer_captioner.data.readers import find_files
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -78,8 +69,8 @@ class FeatureArguments:
     max_samples: int | None = option(None, "Only so many rows of each split, the first ones.")
     train_split: str = option("train", "The split that gets several views of each image; all others get one.")
     views: int = option(1, "Of each image to train on: the whole image first, then random parts of it.")
-    smallest_crop: float | None = option(None, "Random parts keep at least this share of an image's area.")
-    flip: float = option(0.0, "Random parts are mirrored left to right with this probability.")
+    random_resized_crop_scale: float | None = option(None, "Random parts keep at least this share of an image's area.")
+    horizontal_flip_prob: float = option(0.0, "Random parts are mirrored left to right with this probability.")
     seed: int = option(0, "Of the random parts.")
     dtype: str = option("float16", "Of the numbers on disk: float16, or float32 in twice the room.")
     compute_dtype: str = option("auto", "Of the vision encoder. auto: bfloat16 where the GPU has it, else float32.")
@@ -107,11 +98,13 @@ def check_arguments(args: FeatureArguments) -> None:
     for name in ("dataloader_num_workers", "seed"):
         if (value := getattr(args, name)) < 0:
             raise InputError(f"--{name} is at least 0, not {value}.")
-    check_crop(args.smallest_crop)
-    check_flip(args.flip)
-    varied = args.smallest_crop is not None or args.flip > 0
+    check_crop(args.random_resized_crop_scale)
+    check_horizontal_flip_prob(args.horizontal_flip_prob)
+    varied = args.random_resized_crop_scale is not None or args.horizontal_flip_prob > 0
     if (args.views > 1) != varied:
-        raise InputError("--views 2 or more goes with --smallest_crop or --flip, or all views would be the same.")
+        raise InputError(
+            "--views 2 or more goes with --random_resized_crop_scale or --horizontal_flip_prob, or all views would be the same."
+        )
     if args.embeddings_column is not None and args.views > 1:
         raise InputError("Ready-made embeddings have one view: leave out --views, or --embeddings_column.")
 
@@ -151,7 +144,7 @@ class VisionEncoder:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`[B, 3, H, W]` -> `[B, N, Dv]`."""
         pixel_values = pixel_values.to(self.device, dtype_of(self.model), non_blocking=True)
-        with fast_linears(self.device):
+        with onednn_linears(self.device):
             return self.model(pixel_values).last_hidden_state
 
     def features(self, rows: datasets.Dataset, split: str, views: int, batches: list[range]) -> Iterator[Batch]:
@@ -215,9 +208,11 @@ class Pictures(Dataset):
 
 def random_view(image: Image.Image, row: int, view: int, args: FeatureArguments) -> Image.Image:
     """A random part of an image, the same one whenever and by whomever it is drawn."""
-    variations = Variations(smallest_crop=args.smallest_crop, flip=args.flip)
+    augmentation = Augmentation(
+        random_resized_crop_scale=args.random_resized_crop_scale, horizontal_flip_prob=args.horizontal_flip_prob
+    )
     seed = np.random.SeedSequence([args.seed, row, view]).generate_state(1, np.uint64).item()
-    return variations.vary_image(image, torch.Generator().manual_seed(seed))
+    return augmentation.vary_image(image, torch.Generator().manual_seed(seed))
 
 
 def collate(rows: list[torch.Tensor | Skipped | InputError]) -> tuple[torch.Tensor | InputError | None, list[Skipped]]:
@@ -449,7 +444,7 @@ def counted(batches: Iterator[Batch], bar: tqdm, processes: int) -> Iterator[Bat
 
 
 def precompute(words: list[str]) -> None:
-    """Compute the features that a command line asks for, and leave a store of them (`captioning/features.py`).
+    """Compute the features that a command line asks for, and leave a store of them (`data/features.py`).
 
     First come the options, then rows and vision encoder, and whether the folder is free for this run and the disk has
     room. Then the processes of a distributed run share the shards that are missing: each is written whole or not at
@@ -517,7 +512,15 @@ def precompute(words: list[str]) -> None:
         "images": {split: hashlib.sha256(own.tobytes()).hexdigest() for split, own in keys.items()},
         "compute_dtype": source.dtype,
     }
-    for each in ("rows_per_shard", "dtype", "train_split", "views", "smallest_crop", "flip", "seed"):
+    for each in (
+        "rows_per_shard",
+        "dtype",
+        "train_split",
+        "views",
+        "random_resized_crop_scale",
+        "horizontal_flip_prob",
+        "seed",
+    ):
         settings[each] = getattr(args, each)
     if state.is_main_process:
         run = RunFolder(folder, settings, args.overwrite_output_dir)

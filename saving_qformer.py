@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .backbones_qformer import (
     BACKBONES,
-    AbsentVisionModel,
+    VisionModelPlaceholder,
     check_layers,
     dtype_of,
     is_frozen,
@@ -36,7 +36,7 @@ def numbers_of(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
 
 
-class RefersToBackbones(PushWithCard, PreTrainedModel):
+class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     """A `PreTrainedModel` that need not save the frozen models it is made of: whoever loads it fetches them by name.
 
     Which ones is `config.referenced_backbones`; names and commits are in the configuration, too. A name stands for the
@@ -184,7 +184,7 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
         source: str | os.PathLike,
         config: QFormerCaptionerConfig,
         there: int,
-        vision_model: AbsentVisionModel | None = None,
+        vision_model: VisionModelPlaceholder | None = None,
     ) -> None:
         """Refuse a configuration that asks for much more weights than are there: transformers would make the rest up.
 
@@ -206,7 +206,7 @@ class RefersToBackbones(PushWithCard, PreTrainedModel):
         Raises:
             OSError: if it cannot be fetched; the message names it.
         """
-        if isinstance(self.vision_model, AbsentVisionModel):
+        if isinstance(self.vision_model, VisionModelPlaceholder):
             name, revision = self.config.vision_model_name_or_path, self.config.vision_model_revision
             vision_model = load_backbone("vision_model", name, revision, dtype_of(self.vision_model))
             self.vision_model = vision_model.requires_grad_(False).eval().to(self.device)

@@ -21,53 +21,46 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-if not __package__:  # run as a file of a checkout that need not be installed (PEP 366)
-    import importlib.util
-
-    _here = Path(__file__).resolve().parent
-    _spec = importlib.util.spec_from_file_location(
-        "qformer_captioner", _here / "__init__.py", submodule_search_locations=[str(_here)]
-    )
-    sys.modules["qformer_captioner"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["qformer_captioner"])
-    __package__ = "qformer_captioner"
-
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, IntervalStrategy, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from .captioning import UNUSABLE, InputError, printable
-from .captioning.card import (
+from qformer_captioner.common.arguments import changed_options, make_parser, option, parse
+from qformer_captioner.common.errors import UNUSABLE, InputError, printable
+from qformer_captioner.common.recipes import read_recipes, recipes_of
+from qformer_captioner.common.run_folder import RunFolder, is_complete
+from qformer_captioner.configuration_qformer import is_hub_id
+from qformer_captioner.data.augmentation import Augmentation
+from qformer_captioner.data.collator import CaptionCollator
+from qformer_captioner.data.dataset import CaptionDataset
+from qformer_captioner.data.features import FeatureStore
+from qformer_captioner.data.scenes import Scene, score_facts
+from qformer_captioner.data.skipped_rows import SkippedRows
+from qformer_captioner.hub.layout import pictures_of
+from qformer_captioner.hub.push import publish
+from qformer_captioner.metrics import CaptionMetrics
+from qformer_captioner.modeling_qformer import QFormerCaptioner
+from qformer_captioner.training.arguments import CaptionTrainingArguments, DataArguments, ModelArguments
+from qformer_captioner.training.data_setup import check_data, load_data
+from qformer_captioner.training.model_setup import (
+    add_lora,
+    build_model,
+    check_model,
+    read_quantization,
+    save_base_model,
+    standardize,
+)
+from qformer_captioner.training.run_facts import (
     describe_data,
     describe_evaluation,
     describe_machine,
     describe_options,
     describe_parts,
-    pictures_of,
     shown_name,
 )
-from .captioning.data import CaptionCollator, CaptionDataset, SkippedRows, Variations
-from .captioning.features import FeatureStore
-from .captioning.metrics import CaptionMetrics
-from .captioning.options import changed_options, make_parser, option, parse, read_recipes, recipes_of
-from .captioning.push import publish
-from .captioning.runs import RunFolder, is_complete
-from .captioning.scenes import Scene, score_facts
-from .captioning.trainer import CaptionTrainer, CaptionTrainingArguments
-from .captioning.training_data import DataArguments, check_data, load_data
-from .captioning.training_model import (
-    ModelArguments,
-    add_lora,
-    build_model,
-    check_model,
-    keep_base,
-    read_quantization,
-    standardize,
-)
-from .configuration_qformer import is_hub_id
-from .modeling_qformer import QFormerCaptioner
+from qformer_captioner.training.trainer import CaptionTrainer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -163,9 +156,9 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
     Raises:
         InputError: if other options ask for images.
     """
-    if data_args.smallest_crop is not None or data_args.flip:
+    if data_args.random_resized_crop_scale is not None or data_args.horizontal_flip_prob:
         raise InputError(
-            "--smallest_crop and --flip change images, and --features has none any more: give them to "
+            "--random_resized_crop_scale and --horizontal_flip_prob change images, and --features has none any more: give them to "
             "precompute_features.py, with --views."
         )
     if not model_args.freeze_vision_model or model_args.vision_config is not None:
@@ -261,11 +254,15 @@ def train(words: list[str]) -> None:
 
     # 2. Data.
     skipped = SkippedRows()
-    variations = Variations(
-        data_args.smallest_crop, data_args.flip, data_args.captions_per_image, seed=training_args.seed, any_view=True
+    augmentation = Augmentation(
+        data_args.random_resized_crop_scale,
+        data_args.horizontal_flip_prob,
+        data_args.captions_per_image,
+        seed=training_args.seed,
+        any_view=True,
     )
     processes = (training_args.process_index, training_args.world_size)
-    train_data, eval_data = load_data(data_args, store, skipped, variations, *processes)
+    train_data, eval_data = load_data(data_args, store, skipped, augmentation, *processes)
     if data_args.streaming:
         count_in_steps(training_args)
     if eval_data is None:
@@ -282,7 +279,7 @@ def train(words: list[str]) -> None:
         if model_args.use_chat_template:  # a captioner that exists may have its prompt from there already
             prompts = [processor.as_chat(prompt) for prompt in prompts]
         processor.prompt = prompts[0] if prompts else processor.prompt
-        variations.prompts = prompts if len(prompts) > 1 else ()
+        augmentation.prompts = prompts if len(prompts) > 1 else ()
         if store is not None:
             name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
             store.check(name, revision, processor.image_processor)
@@ -300,9 +297,13 @@ def train(words: list[str]) -> None:
     # 4. Training.
     first = training_args.process_index == 0  # the process that writes
     checkpoint = training_args.resume_from_checkpoint or run.last_checkpoint
-    if model_args.standardize_features is not None and model_args.model_name_or_path is None and checkpoint is None:
+    if (
+        model_args.normalize_image_features_samples is not None
+        and model_args.model_name_or_path is None
+        and checkpoint is None
+    ):
         model.to(training_args.device)
-        standardize(model, train_data, collate, model_args.standardize_features)
+        standardize(model, train_data, collate, model_args.normalize_image_features_samples)
     included = {"true": True, "false": False, "auto": model.local_backbones()}[run_args.include_backbones]
     if training_args.push_to_hub and run_args.include_backbones == "false" and model.local_backbones():
         raise InputError(
@@ -318,7 +319,7 @@ def train(words: list[str]) -> None:
     if model_args.lora_r is not None:
         if model_args.model_name_or_path is None:
             if first:
-                keep_base(model, folder / "base", included)
+                save_base_model(model, folder / "base", included)
             wait_for_everyone()
             # From the root: peft writes the path down, and the adapter is opened from elsewhere.
             base = (folder / "base").absolute()
@@ -382,7 +383,7 @@ def train(words: list[str]) -> None:
     if not first:
         return
     training = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": seconds}
-    trainer.save_for_others(folder, weights, training={**training, "resumed": checkpoint is not None})
+    trainer.save_final_model(folder, weights, training={**training, "resumed": checkpoint is not None})
     trainer.save_state()
     speed = result.metrics["train_samples_per_second"]
     best = trainer.state.best_metric

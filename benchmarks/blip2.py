@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.captioning.convert import convert
+from qformer_captioner.hub.convert import convert
 
 QUERIES, IMAGE_TOKEN = 32, 3
 T5_BASE = dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)

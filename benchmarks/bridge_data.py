@@ -9,8 +9,10 @@ import torch
 from tqdm import tqdm
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.captioning.data import CaptionDataset, ShuffledImages, SkippedRows, Variations
-from qformer_captioner.captioning.sources import load_splits
+from qformer_captioner.data.augmentation import Augmentation
+from qformer_captioner.data.dataset import CaptionDataset, ShuffledImages
+from qformer_captioner.data.skipped_rows import SkippedRows
+from qformer_captioner.data.splits import load_splits
 
 
 @dataclass
@@ -86,8 +88,8 @@ def load_data(
     caption_column: str,
     views: int,
     cache: str | os.PathLike,
-    smallest_crop: float = 0.4,
-    flip: float = 0.5,
+    random_resized_crop_scale: float = 0.4,
+    horizontal_flip_prob: float = 0.5,
 ) -> tuple[Captioned, Captioned]:
     """The training images in several random crops, half of them mirrored, and the evaluation images as they are.
 
@@ -95,10 +97,19 @@ def load_data(
     """
     train_rows, eval_rows = load_splits(dataset_name)
     columns = (image_column, caption_column, SkippedRows())
-    train = CaptionDataset(train_rows, "train", *columns, Variations(smallest_crop, flip)).readable()
+    train = CaptionDataset(
+        train_rows, "train", *columns, Augmentation(random_resized_crop_scale, horizontal_flip_prob)
+    ).readable()
     dev = CaptionDataset(eval_rows, "evaluation", *columns).readable()
     vision = model.vision_model
-    key = [dataset_name, vision.config.name_or_path, str(vision.dtype), views, smallest_crop, flip]
+    key = [
+        dataset_name,
+        vision.config.name_or_path,
+        str(vision.dtype),
+        views,
+        random_resized_crop_scale,
+        horizontal_flip_prob,
+    ]
     key += [train.references(), dev.references()]
     kept = torch.load(cache, mmap=True) if Path(cache).is_file() else {"key": None}
     if kept["key"] != key:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.captioning import InputError
-from qformer_captioner.captioning.old_scripts import OldScriptsQFormer
+from qformer_captioner.common.errors import InputError
+from qformer_captioner.hub.legacy import LegacyQFormer
 
 # As in recipes/flickr8k.yaml.
 OURS = dict(num_query_tokens=8, hidden_size=384, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=6)
@@ -49,7 +49,7 @@ def put_old_scripts(
 ) -> None:
     """The Q-Former that this package's predecessors trained: no residual connections, queries drawn with variance 1."""
     width, vision_width = _widths(model)
-    model.qformer = OldScriptsQFormer(16, width, num_layers, num_attention_heads, vision_width)
+    model.qformer = LegacyQFormer(16, width, num_layers, num_attention_heads, vision_width)
     nn.init.normal_(model.qformer.query_tokens)
     model.language_projection = nn.Linear(width, width)
 

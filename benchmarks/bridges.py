@@ -5,7 +5,7 @@ python -m benchmarks.bridges --dataset_name flickr8k --vision_model dinov2-small
 All of them are trained on the same features, the same batches in the same order, for the same number of steps, with the
 same optimizer, each at three learning rates on the first seed. The one with the best CIDEr on the evaluation split is
 run again with the other seeds. There are two objectives: the captions' loss alone, and the captions' loss with a little
-of the word loss (captioning/words.py). Ours are trained with it, the other two as their authors did; a second part of
+of the word loss (training/bag_of_words.py). Ours are trained with it, the other two as their authors did; a second part of
 the table gives every bridge the other objective.
 
 One line of JSON per finished run goes into benchmarks/results/bridges.jsonl. The same command goes on after a kill; a
@@ -24,18 +24,11 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.captioning.metrics import References
-from qformer_captioner.captioning.words import WordLoss
+from qformer_captioner.metrics import References
+from qformer_captioner.training.bag_of_words import BagOfWordsLoss
 
 from .bridge_data import Captioned, batches, load_data, other_images, pad
-from .bridge_models import (
-    OURS,
-    check_bridge,
-    put_clipcap,
-    put_old_scripts,
-    put_ours,
-    trained_parameters,
-)
+from .bridge_models import OURS, check_bridge, put_clipcap, put_old_scripts, put_ours, trained_parameters
 from .common import RESULTS, machine, write_result
 
 BRIDGES = {"ours": put_ours, "old scripts": put_old_scripts, "ClipCap": put_clipcap}
@@ -85,7 +78,7 @@ def build(
     return model
 
 
-def train(model: QFormerCaptioner, data: Captioned, words: WordLoss, run: Run) -> None:
+def train(model: QFormerCaptioner, data: Captioned, words: BagOfWordsLoss, run: Run) -> None:
     """The loop that all bridges go through."""
     parameters = trained_parameters(model)
     optimizer = torch.optim.AdamW(
@@ -231,7 +224,7 @@ def main() -> None:
     data, dev = load_data(
         model, options.dataset_name, options.image_column, options.caption_column, options.views, options.features
     )
-    words = WordLoss([ids for own in data.ids for ids in own], model.get_input_embeddings().weight)
+    words = BagOfWordsLoss([ids for own in data.ids for ids in own], model.get_input_embeddings().weight)
     for bridge in BRIDGES:
         model = build(bridge, 0, *models, data.features[:, 0])
         batch = next(batches(data, options.batch_size, 1, 0))

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qformer_captioner.captioning.features import FeatureStore, SplitFeatures, SplitLayout, VisionKey, finish_store
+from qformer_captioner.data.feature_shards import SplitLayout, VisionKey, finish_store
+from qformer_captioner.data.features import FeatureStore, SplitFeatures
 
 from .common import RESULTS, alternate, machine, memory, spread, write_result
 

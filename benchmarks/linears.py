@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from qformer_captioner.linear_qformer import multiply
+from qformer_captioner.common.onednn import multiply
 
 from .common import alternate, machine, spread, write_result
 

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import time
 
-from qformer_captioner.captioning.caption_files import in_order, read_predictions, read_references
-from qformer_captioner.captioning.metrics import References
+from qformer_captioner.evaluation.caption_files import in_order, read_predictions, read_references
+from qformer_captioner.metrics import References
 
 from .common import RESULTS, alternate, machine, memory, spread, write_result
 

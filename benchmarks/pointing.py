@@ -13,7 +13,7 @@ import numpy as np
 from transformers import AutoModel
 
 from demo import attention
-from qformer_captioner.captioning.scenes import Scene, load_scenes
+from qformer_captioner.data.scenes import Scene, load_scenes
 
 from .common import machine, write_result
 

@@ -106,7 +106,7 @@ def upload(browser: WebDriver, path: str | os.PathLike) -> None:
 
 def draw_held_out(folder: Path, number: int = 12) -> list[Path]:
     """Drawings such as the captioner of `make demo` has never seen."""
-    from qformer_captioner.captioning.scenes import load_scenes
+    from qformer_captioner.data.scenes import load_scenes
 
     paths = [folder / f"{i:02}.png" for i in range(number)]
     for path, row in zip(paths, load_scenes(0, number, image_size=384)["validation"], strict=True):

@@ -1,3 +1,0 @@
-"""For `evaluate.load`: the metric itself lives in the package `qformer_captioner` (pip install qformer-captioner)."""
-
-from qformer_captioner.captioning.metrics.metric import Bleu  # noqa: F401

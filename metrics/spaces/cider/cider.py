@@ -1,0 +1,1 @@
+"""For `evaluate.load`: the metric itself lives in the package `qformer_captioner` (pip install qformer-captioner)."""

@@ -1,0 +1,100 @@
+"""The bridge as a file and as one graph: equal to what it was made of. Each test states one property."""
+
+import pytest
+import torch
+
+from qformer_captioner.common.errors import InputError
+from qformer_captioner.hub.export import export
+from qformer_captioner.hub.export_bridge import Bridge, export_bridge
+
+from ..fixtures import tiny
+
+KINDS = {
+    "plain": {},
+    "a projection per query": dict(projection_per_query=True),
+    "reads text": dict(use_qformer_text_input=True, vocab_size=tiny.WORDS, max_position_embeddings=20),
+}
+SIZES = [(2, 3), (1, 1), (5, 17)]  # images, features of each
+
+
+def inputs(kind: str, images: int, features: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(images)
+    batch = {"image_embeds": torch.randn(images, features, tiny.VISION_WIDTH, generator=generator)}
+    if kind == "reads text":
+        batch["qformer_input_ids"] = torch.randint(0, tiny.WORDS, (images, 7), generator=generator)
+        batch["qformer_attention_mask"] = torch.ones(images, 7, dtype=torch.long)
+        batch["qformer_attention_mask"][0, 4:] = 0
+    return batch
+
+
+def soft_prompt(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.get_soft_prompt(**batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_of_torch_export_computes_the_same(kind, tmp_path):
+    model = tiny.captioner(**KINDS[kind])
+    export_bridge(model, tmp_path / "bridge.pt2")
+    program = torch.export.load(tmp_path / "bridge.pt2").module()
+    for size in SIZES:
+        batch = inputs(kind, *size)
+        torch.testing.assert_close(program(**batch), soft_prompt(model, batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*axis name.*:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_onnx_model_computes_the_same(kind, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'qformer-captioner[onnx]'")
+    import onnxruntime
+
+    model = tiny.captioner(**KINDS[kind])
+    export_bridge(model, tmp_path / "bridge.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "bridge.onnx")
+    for size in SIZES:
+        batch = inputs(kind, *size)
+        (computed,) = session.run(["soft_prompt"], {name: tensor.numpy() for name, tensor in batch.items()})
+        torch.testing.assert_close(torch.from_numpy(computed), soft_prompt(model, batch), atol=1e-5, rtol=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["bridge.onnx"]  # weights included
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bridge_is_one_graph(kind):
+    """`fullgraph` refuses a break; the backend computes what was traced."""
+    torch.compiler.reset()
+    model = tiny.captioner(**KINDS[kind])
+    bridge = torch.compile(Bridge(model), fullgraph=True, backend="eager", dynamic=True)
+    for size in SIZES[::2]:
+        batch = inputs(kind, *size)
+        torch.testing.assert_close(bridge(**batch), soft_prompt(model, batch), atol=1e-5, rtol=0)
+
+
+def test_gradients_pass_through_the_one_graph():
+    torch.compiler.reset()
+    model = tiny.captioner()
+    batch = inputs("plain", 2, 3)
+    bridges = Bridge(model), torch.compile(Bridge(model), fullgraph=True, backend="aot_eager")
+    gradients = []
+    for bridge in bridges:
+        model.zero_grad()
+        bridge(**batch).square().mean().backward()
+        gradients.append(model.qformer.query_tokens.grad.clone())
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_export_writes_the_bridge_where_out_is_a_file(tmp_path, capsys):
+    model = tiny.captioner()
+    model.save_pretrained(tmp_path / "captioner")
+    export(tmp_path / "captioner", tmp_path / "bridge.pt2")
+    batch = inputs("plain", 2, 3)
+    computed = torch.export.load(tmp_path / "bridge.pt2").module()(**batch)
+    torch.testing.assert_close(computed, soft_prompt(model, batch))
+    with pytest.raises(InputError, match=r"bridge\.pt2' is there already"):
+        export(tmp_path / "captioner", tmp_path / "bridge.pt2")
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"ends in \.pt2 or \.onnx, not to '.*bridge\.pt'"):
+        export_bridge(tiny.captioner(), tmp_path / "bridge.pt")

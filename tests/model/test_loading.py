@@ -1,0 +1,439 @@
+"""Every way to open a captioner. Each test states one property.
+
+Two fresh processes do what this one cannot: one has this package and trusts nobody's code, the other has no package and
+no network (`WITH_PACKAGE`, `WITHOUT_PACKAGE`). Their findings are fixtures, an entry per check.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, pipeline
+
+from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
+
+from ..fixtures import tiny
+
+ROOT = Path(__file__).parents[2]
+FORMS = ["referenced", "included", "adapter"]  # backbones by name, backbones beside it, LoRA adapter on the first
+PARTS = ["vision_model", "qformer", "language_projection", "language_model"]
+COMMIT, EARLIER = "a" * 40, "b" * 40  # of everything in the cache that is made here; of an adapter alone
+DECODING = dict(max_new_tokens=6, min_new_tokens=6, no_repeat_ngram_size=1)
+
+BEGINNING = """
+import json, pathlib, socket, sys, traceback
+
+
+def refuse(*args):
+    raise AssertionError("the network was asked")
+
+
+socket.socket.connect = socket.getaddrinfo = refuse
+findings = {}
+
+
+def finding(check):
+    try:
+        findings[check.__name__] = check()
+    except Exception:
+        findings[check.__name__] = traceback.format_exc()
+
+
+folder, expected = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+"""
+
+WITH_PACKAGE = (
+    BEGINNING
+    + """
+sys.path.insert(0, sys.argv[3])
+if sys.argv[4] == "transformers first":
+    from transformers import AutoConfig, AutoProcessor
+import tests.conftest  # maps the checkout, where it is not installed
+import qformer_captioner
+
+findings["imports lightly"] = sys.argv[4] == "transformers first" or "transformers" not in sys.modules
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+
+@finding
+def classes():
+    opened = [
+        each.from_pretrained(folder / "referenced", **options)
+        for each in (AutoProcessor, AutoConfig, AutoModel, AutoModelForImageTextToText)
+        for options in ({}, {"trust_remote_code": True})
+    ]
+    opened.append(pipeline("image-text-to-text", model=str(folder / "included")).model)
+    return sorted({type(each).__module__ for each in opened})
+
+
+@finding
+def captions():
+    return [
+        AutoModel.from_pretrained(folder / form).caption(str(folder / "picture.png"), **expected["decoding"])
+        for form in expected["forms"]
+    ]
+
+
+@finding
+def a_revision_of_an_adapter():
+    if sys.argv[4] == "transformers first":
+        return None  # has no cache
+    from qformer_captioner.cli.caption import load_captioner
+
+    model = load_captioner("tester/adapter", expected["earlier"])
+    return model.caption(str(folder / "picture.png"), **expected["decoding"])
+
+
+@finding
+def remote_copies():
+    return [name for name in sys.modules if name.startswith("transformers_modules.")]
+
+
+print(json.dumps(findings))
+"""
+)
+
+WITHOUT_PACKAGE = (
+    BEGINNING
+    + """
+sys.modules["qformer_captioner"] = None
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+trust = dict(trust_remote_code=True)
+picture = str(folder / "picture.png")
+
+
+@finding
+def a_folder():
+    return AutoModel.from_pretrained(folder / "included", **trust).caption(picture, **expected["decoding"])
+
+
+@finding
+def from_the_cache():
+    return AutoModel.from_pretrained("tester/captioner", **trust).caption(picture, **expected["decoding"])
+
+
+@finding
+def a_revision_from_the_cache():
+    model = AutoModel.from_pretrained("tester/captioner", revision=expected["commit"], **trust)
+    return model.caption(picture, **expected["decoding"])
+
+
+@finding
+def an_adapter_from_the_cache():
+    return AutoModel.from_pretrained("tester/adapter", **trust).caption(picture, **expected["decoding"])
+
+
+@finding
+def a_pipeline_from_the_cache():
+    captioner = pipeline("image-text-to-text", model="tester/captioner", **trust)
+    answer = captioner(images=picture, text="", return_full_text=False, generate_kwargs=expected["decoding"])
+    return answer[0]["generated_text"].strip()
+
+
+@finding
+def a_backbone_that_is_not_in_the_cache():
+    AutoModel.from_pretrained("tester/incomplete", **trust)
+
+
+print(json.dumps(findings))
+"""
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`:UserWarning")
+
+
+def run(program: str, *words, **environment) -> dict:
+    """What a fresh process finds out."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], env=own | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def adapter_of(model: QFormerCaptioner):
+    """A LoRA adapter that has learnt something, and a Q-Former that has, too."""
+    layers = LoraConfig(
+        r=2, target_modules=r"language_model\..*\.(q|v)_proj", modules_to_save=["qformer", "language_projection"]
+    )
+    adapter = get_peft_model(model, layers)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, weight in adapter.named_parameters():
+            if ".lora_B." in name or "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Folders of all `FORMS`, a picture, and a Hub cache that holds the same under `tester/`."""
+    folder = tmp_path_factory.mktemp("captioners")
+    vision, language = tiny.save_vision(folder / "vision"), tiny.save_language(folder / "language")
+
+    def captioner() -> QFormerCaptioner:
+        torch.manual_seed(0)
+        return QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER)
+
+    def cached(name: str) -> Path:
+        entry = folder / "home" / "hub" / f"models--tester--{name}"
+        (entry / "refs").mkdir(parents=True)
+        (entry / "refs" / "main").write_text(COMMIT)
+        return entry / "snapshots" / COMMIT
+
+    tiny.picture().save(folder / "picture.png")
+    captioner().save_pretrained(folder / "referenced")
+    captioner().save_pretrained(folder / "included", include_backbones=True)
+    adapter = adapter_of(QFormerCaptioner.from_pretrained(folder / "referenced"))
+    adapter.save_pretrained(folder / "adapter")
+
+    tiny.save_vision(cached("vision"))
+    tiny.save_language(cached("language"))
+    for name, missing in {"captioner": "language", "incomplete": "nowhere"}.items():
+        model = captioner()
+        model.config.vision_model_name_or_path, model.config.vision_model_revision = "tester/vision", COMMIT
+        model.config.language_model_name_or_path, model.config.language_model_revision = f"tester/{missing}", COMMIT
+        model.save_pretrained(cached(name), include_backbones=False)
+    shutil.copytree(folder / "adapter", copy := cached("adapter"))
+    settings = json.loads((copy / "adapter_config.json").read_text()) | {"base_model_name_or_path": "tester/captioner"}
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    shutil.copytree(copy, copy.parent / EARLIER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> dict[str, str]:
+    """The caption of the picture in each form."""
+    return {
+        form: AutoModel.from_pretrained(folder / form).caption(str(folder / "picture.png"), **DECODING)
+        for form in FORMS
+    }
+
+
+def test_the_adapter_says_something_else(expected):
+    """Or its tests could not fail."""
+    assert expected["included"] == expected["referenced"] != expected["adapter"]
+
+
+# --- Installed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["transformers first", "package first"])
+def with_package(request, folder) -> dict:
+    asked = json.dumps({"decoding": DECODING, "forms": FORMS, "earlier": EARLIER})
+    home = dict(HF_HOME=str(folder / "empty"))  # and no word of being offline
+    if request.param == "package first":
+        home = dict(HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
+    return run(WITH_PACKAGE, folder, asked, ROOT, request.param, **home)
+
+
+def test_importing_the_package_does_not_import_transformers(with_package):
+    assert with_package["imports lightly"]
+
+
+def test_our_own_classes_open_folders_without_trust_in_their_code(with_package):
+    assert with_package["classes"] == [
+        "qformer_captioner.configuration_qformer",
+        "qformer_captioner.modeling_qformer",
+        "qformer_captioner.processing_qformer",
+    ]
+    assert with_package["remote_copies"] == []
+
+
+def test_a_revision_of_an_adapter_is_none_of_its_captioner(with_package, expected):
+    assert with_package["a_revision_of_an_adapter"] in (None, expected["adapter"])
+
+
+def test_folders_open_without_a_network(with_package, expected):
+    assert with_package["captions"] == [expected[form] for form in FORMS]
+
+
+def test_a_q_former_by_itself_opens_too(tmp_path):
+    qformer = QFormerModel(QFormerConfig(**tiny.QFORMER, encoder_hidden_size=8)).eval()
+    qformer.save_pretrained(tmp_path)
+    opened, features = AutoModel.from_pretrained(tmp_path), torch.randn(2, 5, 8)
+    assert type(opened) is QFormerModel
+    assert torch.equal(opened(features).last_hidden_state, qformer(features).last_hidden_state)
+
+
+# --- Not installed, no network ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_package(folder) -> dict:
+    asked = json.dumps({"decoding": DECODING, "commit": COMMIT})
+    return run(WITHOUT_PACKAGE, folder, asked, HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.parametrize(
+    ("check", "form"),
+    {
+        "a_folder": "included",
+        "from_the_cache": "referenced",
+        "a_revision_from_the_cache": "referenced",
+        "an_adapter_from_the_cache": "adapter",
+        "a_pipeline_from_the_cache": "referenced",
+    }.items(),
+)
+def test_opens_without_package_and_network(without_package, expected, check, form):
+    assert without_package[check] == expected[form]
+
+
+def test_a_backbone_that_is_not_in_the_cache_is_named_with_the_way_to_get_it(without_package):
+    message = without_package["a_backbone_that_is_not_in_the_cache"].splitlines()
+    message = next(line for line in message if line.startswith("OSError: The language model"))
+    assert f"'tester/nowhere' (revision {COMMIT})" in message
+    assert f"`hf download tester/nowhere --revision {COMMIT}`" in message
+
+
+# --- Where, and in which numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "device_map", ["auto", "cpu", torch.device("cpu"), {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str
+)
+def test_a_device_map_changes_nothing(folder, expected, form, device_map):
+    model = AutoModel.from_pretrained(folder / form, device_map=device_map)
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+    assert model.caption(folder / "picture.png", **DECODING) == expected[form]
+
+
+@pytest.mark.parametrize("form", ["referenced", "included"])
+@pytest.mark.parametrize("offloaded", [*([part] for part in PARTS), PARTS[:3]], ids=" ".join)
+def test_parts_on_disk_are_fetched_when_they_are_needed(folder, expected, tmp_path, form, offloaded):
+    device_map = {part: "disk" if part in offloaded else "cpu" for part in PARTS}
+    model = AutoModel.from_pretrained(folder / form, device_map=device_map, offload_folder=tmp_path)
+    assert {weight.device.type for weight in model.qformer.parameters()} == {
+        "meta" if "qformer" in offloaded else "cpu"
+    }
+    assert model.caption(folder / "picture.png", **DECODING) == expected[form]
+
+
+@pytest.mark.parametrize("kilobytes", [10, 120, 180, 250])
+def test_little_memory_suffices(folder, expected, tmp_path, kilobytes):
+    """accelerate decides what fits: nothing, some layers, some parts."""
+    memory = {"cpu": f"{kilobytes}KB"}
+    model = AutoModel.from_pretrained(
+        folder / "referenced", device_map="auto", max_memory=memory, offload_folder=tmp_path
+    )
+    assert "disk" in model.hf_device_map.values()
+    assert not [name for name in model.hf_device_map if name.startswith("qformer.")]  # it reads its queries itself
+    assert model.caption(folder / "picture.png", **DECODING) == expected["referenced"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16, "auto"], ids=str)
+def test_a_dtype_is_every_backbones(folder, form, dtype):
+    model = AutoModel.from_pretrained(folder / form, dtype=dtype)
+    wanted = torch.float32 if dtype == "auto" else torch.bfloat16 if "bfloat16" in str(dtype) else torch.float16
+    for part in ("vision_model", "language_model"):
+        weights = {name: weight.dtype for name, weight in getattr(model, part).named_parameters()}
+        assert {weights[name] for name in weights if ".lora_" not in name} == {wanted}, part
+    assert model.caption(folder / "picture.png", **DECODING)
+
+
+def test_the_old_name_of_dtype_counts(folder):
+    model = AutoModel.from_pretrained(folder / "referenced", torch_dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def bnb():
+    return pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'qformer-captioner[qlora]'")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str)
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_bits_go_with_a_device_and_a_dtype(bnb, folder, form, device_map, bits):
+    model = AutoModel.from_pretrained(
+        folder / form,
+        quantization_config=BitsAndBytesConfig(**{bits: True}),
+        device_map=device_map,
+        dtype=torch.bfloat16,
+    )
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    assert layers and all(name.startswith("language_model.") for name in layers)
+    assert model.vision_model.dtype == torch.bfloat16
+    assert model.caption(folder / "picture.png", **DECODING)
+
+
+def test_bits_are_not_spread_over_devices(bnb, folder):
+    with pytest.raises(ValueError, match=r"on one device: give that as `device_map`, such as \"cuda:0\""):
+        AutoModel.from_pretrained(
+            folder / "referenced",
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+            device_map={"": "cpu", "language_model": 0},
+        )
+
+
+# --- Pipelines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def piped(request, folder):
+    """A pipeline, and the captioner that it should agree with."""
+    return pipeline("image-text-to-text", model=str(folder / request.param)), AutoModel.from_pretrained(
+        folder / request.param
+    )
+
+
+def texts(answers) -> list[str]:
+    return [(answer[0] if isinstance(answer, list) else answer)["generated_text"].strip() for answer in answers]
+
+
+PICTURES = [tiny.picture(number) for number in range(3)]
+OPTIONS = dict(return_full_text=False, generate_kwargs=DECODING)
+
+
+def test_a_pipeline_captions_a_file(piped, folder):
+    captioner, model = piped
+    answers = captioner(images=str(folder / "picture.png"), text="", **OPTIONS)
+    assert texts(answers) == [model.caption(folder / "picture.png", **DECODING)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_pipeline_captions_batches_with_prompts(piped, batch_size):
+    captioner, model = piped
+    prompts = ["a star", "", "a red circle above"]
+    answers = captioner(images=PICTURES, text=prompts, batch_size=batch_size, **OPTIONS)
+    assert texts(answers) == [
+        model.caption(picture, prompt, **DECODING) for picture, prompt in zip(PICTURES, prompts, strict=True)
+    ]
+
+
+def test_a_pipeline_takes_dictionaries_and_conversations(piped):
+    captioner, model = piped
+    expected = model.caption(PICTURES[0], "a star", **DECODING)
+    said = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "a star"}]
+    assert texts(captioner({"images": PICTURES[0], "text": "a star"}, **OPTIONS)) == [expected]
+    assert texts(captioner(text=[{"role": "user", "content": said}], **OPTIONS)) == [expected]
+
+
+def test_options_of_a_pipeline_reach_generate(piped):
+    captioner, model = piped
+    answers = captioner(
+        images=PICTURES[0], text="", return_full_text=False, generate_kwargs=DECODING | {"num_beams": 3}
+    )
+    assert texts(answers) == [model.caption(PICTURES[0], **DECODING, num_beams=3)]
+    answers = captioner(images=PICTURES[0], text="", return_full_text=False, max_new_tokens=2)
+    assert texts(answers) == [model.caption(PICTURES[0], max_new_tokens=2)]
+
+
+def test_a_pipeline_of_model_and_processor_is_the_same(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder / "referenced")
+    processor = AutoProcessor.from_pretrained(folder / "referenced")
+    captioner = pipeline("image-text-to-text", model=model, processor=processor)
+    assert isinstance(PICTURES[0], Image.Image)
+    assert texts(captioner(images=PICTURES[:1], text=[""], **OPTIONS)) == [model.caption(PICTURES[0], **DECODING)]

@@ -1,0 +1,169 @@
+"""Logits are made at the labels only, and for a large vocabulary a few positions at a time: loss and gradients stay."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, modeling_qformer
+from qformer_captioner.language_qformer import decoder_of, output_layer
+
+from ..fixtures import tiny
+
+OTHERS = {  # between hidden states and logits: a scale, a cap, a factor, a bias, layers; heads that look for more
+    "cohere": dict(model_type="cohere", **tiny.LLAMA, logit_scale=0.3),
+    "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0),
+    "granite": dict(model_type="granite", **tiny.LLAMA, logits_scaling=3.0),
+    "phi": dict(model_type="phi", **tiny.LLAMA),
+    "falcon_h1": dict(model_type="falcon_h1", **tiny.LLAMA, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4),
+    "t5gemma": dict(
+        model_type="t5gemma",
+        encoder=dict(**tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0, vocab_size=tiny.WORDS),
+        decoder=dict(**tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0, vocab_size=tiny.WORDS),
+    ),
+    "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
+    "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
+    "bert": dict(model_type="bert", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, intermediate_size=64, is_decoder=True),
+    "modernbert-decoder": dict(
+        model_type="modernbert-decoder", **tiny.LAYERS, hidden_size=tiny.TEXT_WIDTH, sep_token_id=1
+    )
+    | dict(intermediate_size=64, cls_token_id=1),
+    "llama4_text": dict(
+        model_type="llama4_text", **tiny.LLAMA, head_dim=12, num_local_experts=2, intermediate_size_mlp=64
+    ),
+    "mt5": dict(model_type="mt5", **tiny.T5),
+}
+
+
+def captioner(language: str) -> QFormerCaptioner:
+    if language in tiny.TEXT:
+        return tiny.captioner(language=language)
+    torch.manual_seed(0)
+    special_tokens = dict(vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    config = QFormerCaptionerConfig(
+        vision_config=tiny.vision_config("clip"),
+        text_config=AutoConfig.for_model(**OTHERS[language], **special_tokens),
+        qformer_config=tiny.QFORMER,
+    )
+    return QFormerCaptioner(config).eval()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Three images with two captions each of different lengths; one lacks its second."""
+    labels = torch.full((3, 2, 6), -100)
+    generator = torch.Generator().manual_seed(3)
+    for image, caption, length in [(0, 0, 5), (0, 1, 2), (1, 0, 3), (1, 1, 5), (2, 0, 4)]:
+        labels[image, caption, :length] = torch.randint(3, tiny.WORDS, (length,), generator=generator)
+        labels[image, caption, length] = 1
+    return {**tiny.batch(), "labels": labels}
+
+
+def loss_and_gradients(model: torch.nn.Module, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest array whose last dimension is the vocabulary, other than the output layer's weight."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
+        if shape[-1:] == (tiny.WORDS,) and shape != (tiny.TEXT_WIDTH, tiny.WORDS):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("language", [*tiny.TEXT, *OTHERS])
+def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(language):
+    model = captioner(language).language_model
+    ids = torch.tensor([[5, 9, 17, 4]])
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    hidden_states = []
+    decoder_of(model).register_forward_hook(
+        lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
+    )
+    expected = model(input_ids=ids, **inputs).logits
+    torch.testing.assert_close(output_layer(model)(hidden_states[0][0]), expected[0])
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere", "bert", "modernbert-decoder", "llama4_text"])
+def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, monkeypatch):
+    model = captioner(language)
+    model.language_model.requires_grad_(not frozen)
+    expected_loss, expected = loss_and_gradients(model, **batch(), skip_logits=False)
+    monkeypatch.setattr(
+        modeling_qformer, "MAX_LOGITS_PER_CHUNK", 23 * tiny.WORDS
+    )  # 23 of the 24 positions, and then one
+    loss, gradients = loss_and_gradients(model, **batch())
+    torch.testing.assert_close(loss, expected_loss)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        assert (gradients[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+def test_in_chunks_an_adapter_on_the_output_layer_learns_the_same(monkeypatch):
+    config = LoraConfig(r=2, target_modules=r"language_model\.(lm_head|.*\.q_proj)", init_lora_weights=False)
+    model = get_peft_model(tiny.captioner(), config).eval()
+    expected_loss, expected = loss_and_gradients(model, **batch())
+    monkeypatch.setattr(modeling_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
+    loss, gradients = loss_and_gradients(model, **batch())
+    torch.testing.assert_close(loss, expected_loss)
+    assert any("lm_head" in name for name in gradients)
+    for name in expected:
+        assert (gradients[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_no_array_of_logits_is_larger_than_the_limit(language, monkeypatch):
+    model = captioner(language)
+    model.requires_grad_(False)
+    model.qformer.requires_grad_(True)
+    monkeypatch.setattr(modeling_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
+    with Largest() as largest:
+        loss_and_gradients(model, **batch())
+    assert largest.elements == 4 * tiny.WORDS
+    with Largest() as largest:
+        loss_and_gradients(model, **batch(), skip_logits=False)
+    assert largest.elements == 3 * 2 * 6 * tiny.WORDS  # of the labels, none of prompt and image
+
+
+def test_logits_are_skipped_where_they_would_be_large_and_never_without_labels(monkeypatch):
+    model = captioner("llama")
+    assert model(**batch()).logits is not None
+    monkeypatch.setattr(modeling_qformer, "MAX_LOGITS_PER_CHUNK", 30 * tiny.WORDS)
+    assert model(**batch()).logits is None
+    assert model(**{**batch(), "labels": None}).logits is not None
+    assert model(**batch(), skip_logits=False).logits.shape == (3, 2, 6, tiny.WORDS)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_the_nats_of_each_caption_add_up_to_the_loss(skip_logits):
+    model, inputs = captioner("llama"), batch()
+    output = model(**inputs, skip_logits=skip_logits)
+    torch.testing.assert_close(output.losses.sum() / (inputs["labels"] != -100).sum(), output.loss)
+    for caption in (0, 1):
+        alone = model(**{**inputs, "labels": inputs["labels"][:, caption]})
+        torch.testing.assert_close(output.losses[:, caption], alone.losses)
+    assert output.losses[2, 1] == 0
+    assert not output.losses.requires_grad
+
+
+def test_no_caption_at_all_is_a_loss_of_zero_in_chunks_too():
+    inputs = batch() | {"labels": torch.full((3, 2, 6), -100)}
+    loss, gradients = loss_and_gradients(captioner("llama"), **inputs, skip_logits=True)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_where_nothing_learns_no_gradient_is_computed(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    model = captioner("llama")  # all of it trains
+    with torch.no_grad():
+        assert model(**batch(), skip_logits=True).loss > 0

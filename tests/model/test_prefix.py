@@ -1,0 +1,238 @@
+"""Several captions behind one prefix: what is computed is what plain rows compute."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language_qformer, modeling_qformer
+
+from ..fixtures import tiny
+
+OTHERS = {
+    "qwen3": dict(model_type="qwen3", **tiny.LLAMA, head_dim=12),
+    "mistral": dict(model_type="mistral", **tiny.LLAMA, sliding_window=64),
+    "phi": dict(model_type="phi", **tiny.LLAMA),
+    "phi3": dict(model_type="phi3", **tiny.LLAMA),
+    "gpt_neox": dict(model_type="gpt_neox", **tiny.LLAMA),
+    "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, sliding_window=64),
+    "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
+    "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
+    "minimax": dict(model_type="minimax", **tiny.LLAMA, head_dim=12, num_local_experts=4)
+    | dict(layer_types=["linear_attention", "full_attention"]),
+    "gpt_neo": dict(model_type="gpt_neo", hidden_size=tiny.TEXT_WIDTH, num_heads=4, num_layers=2, window_size=16)
+    | dict(attention_types=[[["global", "local"], 1]], max_position_embeddings=64, initializer_range=0.2),
+    "mt5": dict(model_type="mt5", **tiny.T5, initializer_factor=2.0),
+    "mbart": dict(model_type="mbart", **tiny.BART, decoder_start_token_id=2, forced_eos_token_id=None),
+    "umt5": dict(model_type="umt5", **tiny.T5, initializer_factor=2.0),
+}
+T5_KINDS = ["t5", "flan-t5", "mt5", "umt5"]
+SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", "qwen3", "mistral", "phi", "phi3", "gpt_neox", "gemma2", "mixtral"]
+
+
+def captioner(language: str, **fields) -> QFormerCaptioner:
+    if language in tiny.TEXT:
+        return tiny.captioner(language=language)
+    torch.manual_seed(0)
+    special_tokens = dict(vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    text = AutoConfig.for_model(**OTHERS[language] | special_tokens | fields)
+    model = QFormerCaptioner(
+        QFormerCaptionerConfig(vision_config=tiny.vision_config("clip"), text_config=text, qformer_config=tiny.QFORMER)
+    )
+    torch.nn.init.normal_(model.language_projection.weight, std=0.2)
+    return model.eval()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Three images with prompts of different lengths and four captions each, one of which one image lacks."""
+    inputs = tiny.batch()
+    labels = torch.full((3, 4, 7), -100)
+    generator = torch.Generator().manual_seed(3)
+    for image in range(3):
+        for caption in range(3 if image == 1 else 4):
+            length = 1 + (image + 2 * caption) % 6
+            labels[image, caption, :length] = torch.randint(3, tiny.WORDS, (length,), generator=generator)
+            labels[image, caption, length] = 1
+    return {**inputs, "labels": labels}
+
+
+def losses_and_gradients(model: QFormerCaptioner) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(**batch())
+    output.loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return output.loss, output.logits[batch()["labels"] != -100], gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("language", SHARING)
+def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, monkeypatch):
+    model = captioner(language)
+    if language == "gemma2" and attention == "sdpa":
+        pytest.skip("transformers gives Gemma 2 eager attention only")
+    model.set_attn_implementation(attention)
+    assert language_qformer.shares_prefix(model.language_model, 20)
+    loss, logits, gradients = losses_and_gradients(model)
+    monkeypatch.setattr(language_qformer, "shares_prefix", lambda language_model, length: False)
+    expected_loss, expected_logits, expected = losses_and_gradients(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("language", ["llama", "gpt2", "t5"])
+def test_what_is_no_label_in_front_or_in_the_middle_counts_for_nothing(language):
+    model, inputs = captioner(language), batch()
+    inputs["labels"][0, 2, 1] = inputs["labels"][1, 1, :2] = inputs["labels"][2, 0, 0] = -100
+    together = model(**inputs).losses
+    one_by_one = [model(**{**inputs, "labels": inputs["labels"][:, caption]}).losses for caption in range(4)]
+    torch.testing.assert_close(together, torch.stack(one_by_one, dim=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("language", ["llama", "bloom", "t5", "bart"])
+def test_captions_may_be_padded_on_either_side(language):
+    model, inputs = captioner(language), batch()
+    right, length = inputs["labels"], inputs["labels"].shape[2]
+    left = torch.stack([row.roll(length - int((row != -100).sum())) for row in right.flatten(0, 1)]).view_as(right)
+    assert not torch.equal(left, right)
+    padded_left, padded_right = model(**{**inputs, "labels": left}), model(**inputs)
+    torch.testing.assert_close(padded_left.losses, padded_right.losses)
+    torch.testing.assert_close(padded_left.logits[left != -100], padded_right.logits[right != -100])
+
+
+@pytest.mark.parametrize("language", SHARING)
+def test_the_language_model_reads_one_sequence_per_image_without_padding_between_captions(language):
+    model = captioner(language)
+    read = []
+    model.language_model.get_decoder().register_forward_pre_hook(
+        lambda module, args, inputs: read.append(inputs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    model(**batch())
+    prefix = tiny.QUERIES + tiny.batch()["input_ids"].shape[1]
+    real = batch()["labels"] != -100
+    words = real.sum(dim=(1, 2)) - real.any(dim=2).sum(dim=1)  # the last of each caption predicts nothing
+    assert read == [(3, prefix + words.max())]  # and no padding in the image that has most of them
+
+
+@pytest.mark.parametrize(
+    ("language", "fields"),
+    [("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("bloom", {}), ("gpt_neo", {})],
+)
+def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
+    model = captioner(language, **fields)
+    said = []
+    logger = transformers_logging.get_logger("qformer_captioner.language_qformer")
+    type(logger).warning_once.cache_clear()  # or another test may have had it said
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        output = model(**batch())
+        model(**batch())
+    finally:
+        logger.removeHandler(handler)
+    assert [line for line in said if "cannot read several captions behind one prefix" in line] == said
+    assert len(said) == 1
+    one_by_one = [
+        model(**{**batch(), "labels": batch()["labels"][:, caption], "num_items_in_batch": 1}).loss
+        for caption in range(4)
+    ]
+    number = (batch()["labels"] != -100).sum()
+    torch.testing.assert_close(output.loss, sum(one_by_one) / number, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("language", [*T5_KINDS, "bart", "mbart"])
+def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(language, attention):
+    model = captioner(language)
+    model.set_attn_implementation(attention)
+    loss, _, gradients = losses_and_gradients(model)
+    model.zero_grad()
+    number = (batch()["labels"] != -100).sum()
+    expected = sum(
+        model(**{**batch(), "labels": batch()["labels"][:, caption], "num_items_in_batch": number}).loss
+        for caption in range(4)
+    )
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            assert (gradients[name] - weight.grad).norm() <= 1e-4 * weight.grad.norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("language", ["t5", "bart", "mbart"])
+def test_training_starts_the_decoder_where_generation_does(language):
+    model, inputs = captioner(language), tiny.batch()
+    model.generation_config.decoder_start_token_id = 7  # as a file of decoding defaults may say, and nothing else
+    written = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+    torch.testing.assert_close(model(**inputs).logits[:, 0], written.logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("language", T5_KINDS)
+def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
+    model = captioner(language)
+    looked = []
+    model.language_model.get_decoder().register_forward_pre_hook(
+        lambda module, args, inputs: looked.append(inputs["encoder_hidden_states"].shape[0]), with_kwargs=True
+    )
+    model(**batch())
+    assert looked == [3]
+
+
+# --- Beams and samples ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [dict(num_beams=1), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=0.5)]
+)
+@pytest.mark.parametrize("language", [*SHARING, "bloom", "gpt_neo", "minimax"])
+def test_beams_behind_one_prefix_write_what_beams_that_read_their_own_write(language, options):
+    model = captioner(language, **({"sliding_window": 8} if language in ("mistral", "gemma2") else {}))
+    inputs = {name: tensor for name, tensor in tiny.batch().items() if name != "labels"}
+    options = dict(options, max_new_tokens=6, return_dict_in_generate=True, output_scores=True)
+    written = model.generate(**inputs, **options)
+    prefix, mask = model.get_prefix(
+        model.get_soft_prompt(inputs["pixel_values"]), inputs["input_ids"], inputs["attention_mask"]
+    )
+    expected = model.language_model.generate(inputs_embeds=prefix, attention_mask=mask, **options)
+    assert written.sequences.tolist() == expected.sequences.tolist()
+    torch.testing.assert_close(torch.stack(written.scores), torch.stack(expected.scores), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(num_beams=4), dict(do_sample=True, num_return_sequences=4), {}])
+@pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "no prompt"])
+def test_the_prefix_is_read_once_for_each_image(prompt, options):
+    model, inputs = captioner("llama"), tiny.batch()
+    inputs = {name: inputs[name] for name in ("pixel_values", *(["input_ids", "attention_mask"] if prompt else []))}
+    read = []
+    model.language_model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: (
+            read.append(given["inputs_embeds"].shape[:2]) if given.get("inputs_embeds") is not None else None
+        ),
+        with_kwargs=True,
+    )
+    model.generate(**inputs, max_new_tokens=3, **options)
+    prefix = tiny.QUERIES + (inputs["input_ids"].shape[1] if prompt else 0)
+    assert read == [(3, prefix - 1), (3 * (4 if options else 1), 1)]
+
+
+@pytest.mark.parametrize("options", [dict(use_cache=False), dict(use_cache=False, num_beams=3)])
+def test_without_a_cache_the_language_model_gets_none(options, monkeypatch):
+    model, inputs = captioner("llama"), tiny.batch()
+    monkeypatch.setattr(modeling_qformer, "prefill_shared_prefix", None)
+    assert model.generate(**inputs, max_new_tokens=3, **options).shape == (3, 3)
+
+
+def test_hidden_states_and_attentions_are_those_of_the_whole_prefix():
+    model, inputs = captioner("llama"), tiny.batch()
+    model.set_attn_implementation("eager")
+    written = model.generate(
+        **inputs, max_new_tokens=3, return_dict_in_generate=True, output_hidden_states=True, output_attentions=True
+    )
+    prefix = tiny.QUERIES + inputs["input_ids"].shape[1]
+    assert written.hidden_states[0][0].shape[1] == prefix
+    assert written.attentions[0][0].shape[-2:] == (prefix, prefix)

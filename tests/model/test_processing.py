@@ -1,0 +1,337 @@
+"""Images, prompts and captions on their way to the model. Each test states one property."""
+
+import base64
+import io
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from qformer_captioner import QFormerCaptionerProcessor
+from qformer_captioner.processing_qformer import open_image
+
+from ..fixtures import tiny
+
+CAPTION = "a red circle above a blue star"
+
+
+def beginning_with_bos():
+    """A tokenizer that puts a token in front of every text, as Llama's does."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def make(request):
+    """Makes a processor: `make("gpt2")`, `make("t5", prompt="...")`."""
+    real = {}  # read once
+
+    def make(name: str, prompt: str = "") -> QFormerCaptionerProcessor:
+        if name in ("t5", "gpt2"):
+            if name not in real:
+                folder = request.getfixturevalue("shared") / "tokenizers" / name
+                real[name] = AutoTokenizer.from_pretrained(folder)
+            tokenizer = real[name]
+        else:
+            tokenizer = beginning_with_bos() if name == "bos" else tiny.tokenizer()
+        encoder_decoder = name in ("t5", "words, encoder-decoder")
+        return QFormerCaptionerProcessor(tiny.image_processor(), tokenizer, None, prompt, encoder_decoder)
+
+    return make
+
+
+TOKENIZERS = ["words", "words, encoder-decoder", "bos", "gpt2", "t5"]
+every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
+
+# --- Captions ---------------------------------------------------------------------------------------------------------
+
+
+@every_tokenizer
+def test_a_caption_ends_with_one_end_of_sequence_and_reads_back(make, name):
+    processor = make(name)
+    ids = processor.encode_caption(CAPTION)
+    end = processor.tokenizer.eos_token_id
+    assert ids[-1] == end and ids.count(end) == 1
+    assert processor.decode(ids[:-1], skip_special_tokens=False).strip() == CAPTION
+
+
+@pytest.mark.parametrize("name", ["words", "bos", "gpt2"])
+@pytest.mark.parametrize("prompt", [None, "a star:"])
+def test_captions_of_decoder_only_models_begin_with_their_first_word(make, name, prompt):
+    """A token of the tokenizer's own would stand in the middle of the text."""
+    processor = make(name)
+    special = set(processor.tokenizer.all_special_ids)
+    assert not special & set(processor.encode_caption("a star", prompt)[:-1])
+
+
+@every_tokenizer
+@pytest.mark.parametrize("prompt", ["A photo of", "A photo of "])
+def test_a_caption_goes_on_where_the_prompt_ends(make, name, prompt):
+    """With one space in between for a decoder-only model; for an encoder-decoder the caption is a text of its own."""
+    processor = make(name)
+    ids = processor.encode_caption(CAPTION, prompt)
+    if processor.is_encoder_decoder:
+        assert ids == processor.encode_caption(CAPTION)
+    else:
+        whole = processor.decode(processor.tokenizer(prompt, add_special_tokens=False).input_ids + ids[:-1])
+        expected = f"{prompt.strip()} {CAPTION}"
+        if name != "gpt2":  # the word-level tokenizers know none of these three words
+            whole, expected = whole[-len(CAPTION) - 1 :], " " + CAPTION
+        assert whole == expected
+
+
+def test_gpt2_learns_the_tokens_that_it_would_see_in_running_text(make):
+    processor = make("gpt2")
+    caption = processor.encode_caption(CAPTION, "A photo of")[:-1]
+    prompt = processor(text="A photo of").input_ids[0].tolist()
+    assert prompt + caption == processor.tokenizer(f"A photo of {CAPTION}").input_ids
+    assert processor.encode_caption(CAPTION)[:-1] == processor.tokenizer(CAPTION).input_ids
+
+
+def test_the_processors_own_prompt_counts_where_none_is_given(make):
+    own, without = make("gpt2", prompt="A photo of"), make("gpt2")
+    assert own.encode_caption(CAPTION) == without.encode_caption(CAPTION, "A photo of")
+    assert own.encode_caption(CAPTION) != without.encode_caption(CAPTION)
+
+
+@every_tokenizer
+def test_truncation_keeps_the_beginning_and_the_end_of_sequence(make, name):
+    processor = make(name)
+    whole = processor.encode_caption(CAPTION)
+    end = processor.tokenizer.eos_token_id
+    assert processor.encode_caption(CAPTION, max_length=3) == [*whole[:2], end]
+    assert processor.encode_caption(CAPTION, max_length=1) == [end]
+    assert processor.encode_caption(CAPTION, max_length=len(whole)) == whole
+    assert processor.encode_caption(CAPTION, max_length=len(whole) - 1) == [*whole[:-2], end]
+
+
+def test_a_caption_ends_where_it_ends_though_a_tokenizer_writes_its_language_behind():
+    """As mBART's does: "a dog </s> en_XX"."""
+    processor = tiny.processor(is_encoder_decoder=True)
+    expected = processor.encode_caption("a red circle")
+    special = [("</s>", processor.tokenizer.eos_token_id), ("en_XX", 5)]
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A </s> en_XX", special_tokens=special)
+    assert processor.tokenizer("a red circle")["input_ids"][-1] == 5
+    assert processor.encode_caption("a red circle") == expected
+
+
+@every_tokenizer
+def test_space_around_a_caption_does_not_matter(make, name):
+    processor = make(name)
+    assert processor.encode_caption(f" {CAPTION}\n") == processor.encode_caption(CAPTION)
+
+
+@pytest.mark.parametrize("caption", ["", "  ", "\n\t"])
+@pytest.mark.parametrize("name", ["words", "t5"])
+def test_an_empty_caption_is_refused(make, name, caption):
+    with pytest.raises(ValueError, match="empty"):
+        make(name).encode_caption(caption, "A photo of")
+
+
+# --- Prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["words", "gpt2"])
+@pytest.mark.parametrize("text, rows", [(None, 1), ("", 1), (["", ""], 2)])
+def test_no_prompt_is_a_whole_number_tensor_of_width_zero(make, name, text, rows):
+    batch = make(name)(text=text)
+    for key in ("input_ids", "attention_mask"):
+        assert batch[key].shape == (rows, 0)
+        assert batch[key].dtype == torch.long
+
+
+@pytest.mark.parametrize("name, token", [("bos", "bos_token_id"), ("t5", "eos_token_id")])
+def test_no_prompt_is_what_the_tokenizer_makes_of_it(make, name, token):
+    processor = make(name)
+    assert processor(text="").input_ids.tolist() == [[getattr(processor.tokenizer, token)]]
+
+
+@every_tokenizer
+def test_prompts_are_padded_where_the_language_model_wants_it(make, name):
+    """In front for a decoder-only model, which writes on at the end; behind for an encoder."""
+    processor = make(name)
+    texts = ["a star", "a red circle above a blue star"]
+    batch = processor(text=texts)
+    assert batch.input_ids.shape == batch.attention_mask.shape
+    for row, mask, text in zip(batch.input_ids, batch.attention_mask, texts, strict=True):
+        assert row[mask.bool()].tolist() == processor.tokenizer(text).input_ids
+    short = batch.attention_mask[0].tolist()
+    assert 0 in short and short == sorted(short, reverse=processor.is_encoder_decoder)
+    assert batch.attention_mask[1].all()
+
+
+def test_an_empty_prompt_among_others_is_padding(make):
+    batch = make("words")(text=["", "a star"])
+    assert batch.attention_mask.tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_tokenizer_without_padding_gets_its_end_of_sequence(make):
+    tokenizer = make("gpt2").tokenizer
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+
+def test_one_prompt_serves_all_images(make):
+    processor = make("words")
+    pictures = [tiny.picture(0), tiny.picture(1), tiny.picture(2)]
+    one, three = processor(pictures, "a star"), processor(pictures, ["a star"] * 3)
+    assert torch.equal(one.input_ids, three.input_ids)
+    assert one.input_ids.shape[0] == one.pixel_values.shape[0] == 3
+
+
+@pytest.mark.parametrize("text", [None, "", ["", ""]])
+def test_the_own_prompt_stands_in_for_none(make, text):
+    processor = make("words", prompt="a blue star")
+    batch = processor([tiny.picture(0), tiny.picture(1)], text)
+    assert batch.input_ids.tolist() == [processor.tokenizer("a blue star").input_ids] * 2
+
+
+@pytest.mark.parametrize("images, prompts", [(3, 2), (1, 2)])
+def test_a_wrong_number_of_prompts_is_refused(make, images, prompts):
+    with pytest.raises(ValueError, match=f"{images} images.*{prompts} prompts"):
+        make("words")([tiny.picture()] * images, ["a star"] * prompts)
+
+
+def test_a_conversation_becomes_its_plain_text(make):
+    message = [{"type": "image"}, {"type": "text", "text": "a blue"}, {"type": "text", "text": " star"}]
+    assert make("words").apply_chat_template([{"role": "user", "content": message}]) == "a blue star"
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
+def test_pictures_of_every_kind_have_three_channels(make, mode):
+    """And show what Pillow shows of them."""
+    picture = tiny.picture(mode=mode)
+    pixels = make("words")(picture).pixel_values
+    assert pixels.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert torch.equal(pixels, make("words")(picture.convert("RGB")).pixel_values)
+    assert pixels.std() > 0.1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_files_of_every_kind_have_three_channels(make, mode, tmp_path):
+    tiny.picture(mode=mode).save(tmp_path / "noise.png")
+    pixels = make("words")(tmp_path / "noise.png").pixel_values
+    assert torch.equal(pixels, make("words")(tiny.picture(mode=mode)).pixel_values)
+
+
+def test_pictures_of_unequal_size_make_a_batch(make):
+    sizes = [(40, 50), (300, 7), (1, 1)]
+    pixels = make("words")([tiny.picture(size=size) for size in sizes]).pixel_values
+    assert pixels.shape == (3, 3, tiny.SIDE, tiny.SIDE)
+
+
+def test_images_may_be_nested(make):
+    """Chat pipelines hand over a list for every message."""
+    pictures = [tiny.picture(0), tiny.picture(1)]
+    nested = make("words")([[pictures[0]], [pictures[1]]]).pixel_values
+    assert torch.equal(nested, make("words")(pictures).pixel_values)
+
+
+def test_without_images_there_are_no_pixels(make):
+    assert set(make("words")(text="a star")) == {"input_ids", "attention_mask"}
+
+
+def test_options_reach_the_image_processor(make):
+    pixels = make("words")(tiny.picture(size=(40, 50)), do_resize=False).pixel_values
+    assert pixels.shape == (1, 3, 50, 40)
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    tiny.picture(size=(40, 20)).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_image(tmp_path / "photo.jpg").size == (20, 40)
+
+
+def test_an_image_may_stand_in_its_url():
+    buffer = io.BytesIO()
+    tiny.picture().save(buffer, "PNG")
+    opened = open_image("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    assert opened.tobytes() == tiny.picture().tobytes()
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
+def test_a_missing_file_is_named(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
+        open_image(kind(tmp_path / "absent.jpg"))
+
+
+def test_a_folder_is_no_image(tmp_path):
+    with pytest.raises(OSError, match=tmp_path.name):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_a_damaged_file_is_named(tmp_path, damage, ending):
+    path = tmp_path / f"broken.{ending}"
+    tiny.picture(size=(200, 200)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"not an image", "empty": b""}[damage])
+    with pytest.raises(OSError, match=rf"broken\.{ending}"):
+        open_image(path)
+
+
+def test_a_picture_that_was_opened_from_a_damaged_file_is_named(tmp_path):
+    """Pillow reads the pixels only when they are asked for."""
+    path = tmp_path / "broken.png"
+    tiny.picture(size=(200, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(OSError, match=r"broken\.png"):
+        open_image(Image.open(path))
+
+
+# --- Saving -----------------------------------------------------------------------------------------------------------
+
+
+@every_tokenizer
+def test_a_saved_processor_does_the_same(make, name, tmp_path):
+    processor = make(name, prompt="a blue star on")
+    processor.save_pretrained(tmp_path)
+    loaded = QFormerCaptionerProcessor.from_pretrained(tmp_path)
+    assert (loaded.prompt, loaded.is_encoder_decoder) == ("a blue star on", processor.is_encoder_decoder)
+    assert loaded.encode_caption(CAPTION) == processor.encode_caption(CAPTION)
+    inputs = dict(images=[tiny.picture(0), tiny.picture(1)], text=["a star", ""])
+    before, after = processor(**inputs), loaded(**inputs)
+    assert before.keys() == after.keys()
+    for key in before:
+        assert torch.equal(after[key], before[key]), key
+    message = [{"role": "user", "content": [{"type": "text", "text": "a star"}]}]
+    assert loaded.apply_chat_template(message) == "a star"
+
+
+def test_a_folder_without_a_processor_has_none(make, tmp_path):
+    assert QFormerCaptionerProcessor.from_folder_if_any(tmp_path) is None
+    make("words", prompt="a star").save_pretrained(tmp_path)
+    assert QFormerCaptionerProcessor.from_folder_if_any(tmp_path).prompt == "a star"
+
+
+def test_from_backbones_joins_image_processor_and_tokenizer(tmp_path):
+    tiny.image_processor(side=16).save_pretrained(tmp_path / "vision")
+    tiny.tokenizer().save_pretrained(tmp_path / "language")
+    processor = QFormerCaptionerProcessor.from_backbones(tmp_path / "vision", tmp_path / "language", prompt="a star")
+    batch = processor(tiny.picture())
+    assert batch.pixel_values.shape == (1, 3, 16, 16)
+    assert batch.input_ids.tolist() == [tiny.tokenizer()("a star").input_ids]
+
+
+def test_the_chat_template_of_the_language_model_survives_saving(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<user>{{ message['content'] }}{% endfor %}<assistant>"
+    processor = QFormerCaptionerProcessor(tiny.image_processor(), tokenizer)
+    assert processor.as_chat("What is this?") == "<user>What is this?<assistant>"
+    processor.save_pretrained(tmp_path)
+    again = QFormerCaptionerProcessor.from_pretrained(tmp_path)
+    assert again.as_chat("What is this?") == "<user>What is this?<assistant>"
+
+
+def test_without_a_chat_template_there_is_no_turn():
+    with pytest.raises(ValueError, match="has no chat template: leave out --use_chat_template"):
+        tiny.processor().as_chat("What is this?")

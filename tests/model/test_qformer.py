@@ -1,0 +1,184 @@
+"""The Q-Former by itself. Each test states one property."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from qformer_captioner import QFormerConfig, QFormerModel
+
+from ..fixtures import tiny
+
+WIDTH, LENGTH = tiny.VISION_WIDTH, 7
+
+
+def make_qformer(**fields) -> QFormerModel:
+    torch.manual_seed(0)
+    fields = tiny.QFORMER | {"encoder_hidden_size": WIDTH} | fields
+    return QFormerModel(QFormerConfig(**fields)).eval()
+
+
+def features(number: int = 2, width: int = WIDTH) -> torch.Tensor:
+    return torch.randn(number, LENGTH, width, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("frequency, depth", [(1, 1), (1, 3), (2, 2), (2, 5), (3, 4)])
+def test_equals_blip2_in_outputs_and_gradients(frequency, depth):
+    """With transformers' parameters copied one-to-one by name; the queries go into theirs as an input."""
+    ours = make_qformer(cross_attention_frequency=frequency, num_hidden_layers=depth)
+    sizes = dict(cross_attention_frequency=frequency, num_hidden_layers=depth, encoder_hidden_size=WIDTH)
+    sizes = {name: value for name, value in (tiny.QFORMER | sizes).items() if name != "num_query_tokens"}
+    theirs = Blip2QFormerModel(Blip2QFormerConfig(**sizes)).eval()
+    weights = ours.state_dict()
+    queries = weights.pop("query_tokens")
+    theirs.load_state_dict(weights, strict=True)
+    queries.requires_grad_(True)
+
+    image = features()
+    mine = ours(image, output_hidden_states=True)
+    reference = theirs(query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=image, output_hidden_states=True)
+    assert len(mine.hidden_states) == len(reference.hidden_states) == depth + 1
+    torch.testing.assert_close(mine.last_hidden_state, reference.last_hidden_state)
+    torch.testing.assert_close(mine.pooler_output, reference.pooler_output)
+    torch.testing.assert_close(mine.hidden_states, reference.hidden_states)
+
+    direction = torch.randn_like(mine.last_hidden_state)
+    (mine.last_hidden_state * direction).sum().backward()
+    (reference.last_hidden_state * direction).sum().backward()
+    torch.testing.assert_close(ours.query_tokens.grad, queries.grad)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, msg=name)
+
+
+@pytest.mark.parametrize("frequency, looking", [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
+def test_queries_look_at_the_image_every_so_many_layers_from_the_first(frequency, looking):
+    layers = make_qformer(cross_attention_frequency=frequency, num_hidden_layers=5).encoder.layer
+    assert [index for index, layer in enumerate(layers) if hasattr(layer, "crossattention")] == looking
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_eager_attention_equals_sdpa(masked):
+    model = make_qformer()
+    mask = torch.tensor([[1] * LENGTH, [1] * 4 + [0] * (LENGTH - 4)]) if masked else None
+    assert model.config._attn_implementation == "sdpa"
+    fast = model(features(), mask).last_hidden_state
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(features(), mask).last_hidden_state, fast)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool])
+def test_masked_image_features_are_as_if_absent(attention, dtype):
+    model = make_qformer()
+    model.set_attn_implementation(attention)
+    image = features()
+    mask = torch.tensor([[1] * LENGTH, [1] * 4 + [0] * (LENGTH - 4)], dtype=dtype)
+    masked = model(image, mask).last_hidden_state
+    torch.testing.assert_close(masked[0], model(image).last_hidden_state[0])
+    torch.testing.assert_close(masked[1], model(image[:, :4]).last_hidden_state[1])
+    assert not torch.allclose(masked[1], model(image).last_hidden_state[1], atol=1e-3)
+
+
+def test_fresh_queries_answer_differently():
+    """Queries that start equal would stay equal for ever. The default initializer is small, the difference is not."""
+    answers = make_qformer(initializer_range=0.02).forward(features()).last_hidden_state[0]
+    distances = torch.cdist(answers, answers) + torch.eye(len(answers)) * 9
+    assert distances.min() > 0.1
+
+
+def test_fresh_queries_have_the_configured_spread():
+    model = make_qformer(num_query_tokens=100, initializer_range=0.3)
+    assert model.query_tokens.std().item() == pytest.approx(0.3, rel=0.1)
+    assert model.query_tokens.mean().item() == pytest.approx(0, abs=0.03)
+
+
+def test_queries_depend_on_the_image():
+    answers = make_qformer()(features()).last_hidden_state
+    assert not torch.allclose(answers[0], answers[1], atol=1e-2)
+
+
+def test_order_of_image_features_does_not_matter():
+    """The Q-Former has no positions of its own; those are in the features."""
+    model, image = make_qformer(), features()
+    torch.testing.assert_close(model(image.flip(1)).last_hidden_state, model(image).last_hidden_state)
+
+
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_attention_maps_of_queries_and_of_image(frequency):
+    model = make_qformer(num_hidden_layers=3, cross_attention_frequency=frequency)
+    model.set_attn_implementation("eager")
+    output = model(features(), output_attentions=True)
+    looking = 3 if frequency == 1 else 2
+    assert [tuple(x.shape) for x in output.attentions] == [(2, 4, tiny.QUERIES, tiny.QUERIES)] * 3
+    assert [tuple(x.shape) for x in output.cross_attentions] == [(2, 4, tiny.QUERIES, LENGTH)] * looking
+    for weights in (*output.attentions, *output.cross_attentions):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, tiny.QUERIES))
+
+
+def test_masked_features_get_no_attention():
+    model = make_qformer()
+    model.set_attn_implementation("eager")
+    mask = torch.tensor([[1] * LENGTH, [1] * 4 + [0] * (LENGTH - 4)])
+    (weights,) = model(features(), mask, output_attentions=True).cross_attentions
+    assert weights[1, :, :, 4:].max() == 0
+    assert weights[0].min() > 0
+
+
+def test_features_of_another_width_are_refused_by_name():
+    with pytest.raises(ValueError, match=rf"\b{WIDTH + 1}\b.*\b{WIDTH}\b"):
+        make_qformer()(features(width=WIDTH + 1))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(num_query_tokens=0), "num_query_tokens"),
+        (dict(num_query_tokens=-1), "num_query_tokens"),
+        (dict(num_hidden_layers=0), "num_hidden_layers"),
+        (dict(hidden_size=0), "hidden_size"),
+        (dict(cross_attention_frequency=0), "cross_attention_frequency"),
+        (dict(hidden_size=30, num_attention_heads=4), "30.*multiple.*4"),
+        (dict(num_attention_heads=0), "num_attention_heads"),
+        (dict(num_query_tokens="32"), "num_query_tokens"),
+    ],
+)
+def test_impossible_sizes_are_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        QFormerConfig(**fields)
+
+
+def test_features_of_another_dtype_are_cast():
+    model = make_qformer()
+    answer = model(features().bfloat16()).last_hidden_state
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer, model(features().bfloat16().float()).last_hidden_state)
+
+
+def test_activation_checkpointing_changes_nothing():
+    model = make_qformer().train()
+    plain = torch.autograd.grad(model(features()).last_hidden_state[:, 0, 0].sum(), model.query_tokens)
+    model.activation_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in model.encoder.layer)
+    checkpointed = torch.autograd.grad(model(features()).last_hidden_state[:, 0, 0].sum(), model.query_tokens)
+    torch.testing.assert_close(checkpointed, plain)
+
+
+def test_saved_equals_loaded(tmp_path):
+    model = make_qformer()
+    model.save_pretrained(tmp_path)
+    loaded, info = QFormerModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(features()).last_hidden_state, model(features()).last_hidden_state)
+
+
+def test_standardized_values_see_how_an_image_differs_from_the_mean_one():
+    model = QFormerModel(QFormerConfig(**tiny.QFORMER, encoder_hidden_size=tiny.VISION_WIDTH)).eval()
+    torch.manual_seed(0)
+    features = 5 + 3 * torch.randn(40, 6, tiny.VISION_WIDTH)
+    values = [layer.crossattention.attention.value for layer in model.encoder.layer if layer.has_cross_attention]
+    images = features.mean(dim=1)
+    expected = [value((images - images.mean(dim=0)) / images.std(dim=0)) for value in values]
+    model.standardize(features)
+    assert len(values) == 1
+    for value, before in zip(values, expected, strict=True):
+        torch.testing.assert_close(value(images), before, rtol=1e-4, atol=1e-4)

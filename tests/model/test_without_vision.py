@@ -1,0 +1,216 @@
+"""A captioner whose vision encoder is left out of memory, because its features come precomputed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel
+
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, precompute_features, train_hf
+
+from ..fixtures import tiny
+from ..fixtures.processes import command_line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A vision encoder, a language model, pictures with captions, and captioners that refer to both or hold them."""
+    folder = tmp_path_factory.mktemp("captioners")
+    tiny.save_vision(folder / "vision")
+    tiny.save_language(folder / "llama", max_position_embeddings=256)
+    captioner = QFormerCaptioner.from_backbones(folder / "vision", folder / "llama", **tiny.QFORMER)
+    torch.nn.init.normal_(captioner.language_projection.weight, std=0.2)  # so that the image matters
+    captioner.save_pretrained(folder / "referring")
+    captioner.save_pretrained(folder / "including", include_backbones=True)
+    (folder / "pictures").mkdir()
+    lines = []
+    for row in range(20):
+        tiny.picture(row).save(folder / "pictures" / f"{row}.png")
+        entry = {"file_name": f"{row}.png", "caption": tiny.CAPTIONS[row % 3], "split": "train" if row < 16 else "dev"}
+        lines.append(json.dumps(entry))
+    (folder / "pictures" / "broken.png").write_bytes(b"no picture")
+    lines.append(json.dumps({"file_name": "broken.png", "caption": tiny.CAPTIONS[0], "split": "dev"}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def answers(model: QFormerCaptioner, **looks) -> torch.Tensor:
+    batch = {name: value for name, value in tiny.batch().items() if name != "pixel_values"}
+    return model.eval()(**looks, **batch).logits
+
+
+@pytest.mark.parametrize("form", ["referring", "including"])
+def test_it_answers_features_as_the_whole_one_answers_images(folder, form):
+    whole = QFormerCaptioner.from_pretrained(folder / form)
+    without = QFormerCaptioner.from_pretrained(folder / form, load_vision_model=False)
+    features = whole.get_image_features(tiny.images())
+    assert torch.equal(answers(without, image_embeds=features), answers(whole, pixel_values=tiny.images()))
+
+
+def test_it_has_no_weights_of_the_vision_encoder(folder):
+    without = QFormerCaptioner.from_pretrained(folder / "including", load_vision_model=False)
+    assert sum(parameter.numel() for parameter in without.vision_model.parameters()) == 0
+
+
+def test_images_are_refused_with_a_remedy(folder):
+    without = QFormerCaptioner.from_pretrained(folder / "referring", load_vision_model=False)
+    with pytest.raises(ValueError, match=r"without its vision encoder .* `load_vision_model\(\)`"):
+        without.caption(tiny.picture())
+
+
+def test_the_vision_encoder_can_be_fetched_later(folder):
+    whole = QFormerCaptioner.from_pretrained(folder / "referring")
+    without = QFormerCaptioner.from_pretrained(folder / "referring", load_vision_model=False)
+    without.load_vision_model()
+    assert without.caption(tiny.picture()) == whole.caption(tiny.picture())
+    assert not any(parameter.requires_grad for parameter in without.vision_model.parameters())
+
+
+@pytest.mark.parametrize("included", [True, False, ["vision_model"]])
+def test_what_it_saves_is_whole(folder, tmp_path, included):
+    whole = QFormerCaptioner.from_pretrained(folder / "referring")
+    without = QFormerCaptioner.from_pretrained(folder / "referring", load_vision_model=False)
+    without.save_pretrained(tmp_path, include_backbones=included)
+    loaded = QFormerCaptioner.from_pretrained(tmp_path)
+    expected = answers(whole, pixel_values=tiny.images())
+    assert torch.equal(answers(loaded, pixel_values=tiny.images()), expected)
+
+
+def test_one_without_a_name_to_fetch_cannot_be_left_out(tmp_path):
+    tiny.captioner().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has a vision encoder of its own and cannot be loaded without it"):
+        QFormerCaptioner.from_pretrained(tmp_path, load_vision_model=False)
+
+
+# --- train_hf.py --features -------------------------------------------------------------------------------------------
+
+
+def command(folder, output_dir, **more) -> list[str]:
+    values = {
+        "language_model_name_or_path": folder / "llama",
+        "vision_model_name_or_path": folder / "vision",
+        "qformer_config": json.dumps(tiny.QFORMER),
+        "dataset_name": folder / "pictures",
+        "output_dir": output_dir,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "generation_num_beams": 1,
+        "generation_max_length": 6,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    } | more
+    return command_line(**values)
+
+
+def precompute(folder, output_dir, **more) -> None:
+    values = {"vision_model_name_or_path": folder / "vision", "dataset_name": folder / "pictures"} | more
+    precompute_features.precompute(command_line(**values, output_dir=output_dir))
+
+
+def losses(output_dir) -> torch.Tensor:
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    names = ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider")
+    return torch.tensor([entry[name] for entry in history for name in names if name in entry])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
+def test_a_run_on_features_has_the_losses_of_a_run_on_images(folder, tmp_path, dtype, tolerance):
+    precompute(folder, tmp_path / "features", dtype=dtype)
+    seeing = {"vision_model_name_or_path": None, "language_model_name_or_path": None, "qformer_config": None}
+    seeing["model_name_or_path"] = folder / "referring"
+    train_hf.train(command(folder, tmp_path / "images", **seeing))
+    seeing["dataset_name"] = None  # the features say it
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **seeing))
+    expected, found = losses(tmp_path / "images"), losses(tmp_path / "run")
+    assert len(found) > 10
+    assert (expected[-3] - expected[-2]).abs() > 0.01, "which image it is must matter"
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    assert (tmp_path / "run" / "captions.png").exists()
+    assert "broken.png" in (tmp_path / "run" / "skipped_rows.jsonl").read_text()
+    for run in ("images", "run"):  # the backbones are local folders, so all of them are in it
+        assert isinstance(QFormerCaptioner.from_pretrained(tmp_path / run).caption(tiny.picture()), str)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 2}])
+def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, monkeypatch, lora):
+    precompute(folder, tmp_path / "features")
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", include_backbones="false", **lora))
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"random_resized_crop_scale": 0.5},
+            "--random_resized_crop_scale and --horizontal_flip_prob change images, and --features has none",
+        ),
+        ({"freeze_vision_model": "false"}, "there is no vision encoder that could train"),
+        ({"eval_split": "train", "vision_model_name_or_path": "{folder}/other"}, "not of"),
+        ({"train_split": "validation"}, "no split 'validation'"),
+        ({"dataset_name": "{folder}/reversed"}, "those of other images, or in another order, from row 0 on"),
+        ({"eval_dataset_name": "{folder}/pictures"}, "--features are of one data set"),
+    ],
+)
+def test_what_does_not_go_with_features_is_one_sentence(folder, tmp_path, options, message):
+    tiny.save_vision(folder / "other", "vit")
+    if not (folder / "reversed").exists():
+        shutil.copytree(folder / "pictures", folder / "reversed")
+        lines = (folder / "pictures" / "metadata.jsonl").read_text().splitlines()
+        (folder / "reversed" / "metadata.jsonl").write_text("\n".join(reversed(lines)))
+    precompute(folder, tmp_path / "features")
+    options = {name: str(value).format(folder=folder) for name, value in options.items()}
+    with pytest.raises(train_hf.InputError, match=message):
+        train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **options))
+
+
+def test_a_data_set_that_has_moved_keeps_its_features(folder, tmp_path):
+    precompute(folder, tmp_path / "features")
+    shutil.copytree(folder / "pictures", tmp_path / "moved")
+    own = {"dataset_name": tmp_path / "moved", "num_train_epochs": 1}
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_fresh_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
+    precompute(folder, tmp_path / "features")
+    own = {"vision_model_name_or_path": None, "num_train_epochs": 1}
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    assert isinstance(QFormerCaptioner.from_pretrained(tmp_path / "run").caption(tiny.picture()), str)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_what_trains_and_loads_by_itself(folder, tmp_path):
+    train_hf.train(command(folder, tmp_path / "run", num_train_epochs=1, include_backbones="false"))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"qformer", "language_projection"}  # noqa: SIM118
+    assert isinstance(QFormerCaptioner.from_pretrained(checkpoint).caption(tiny.picture()), str)
+
+
+def test_a_checkpoint_of_clip_and_llama_3b_is_under_2_percent_of_the_whole():
+    """In bytes of the recipe's shapes: the backbones in bfloat16, what trains in float32."""
+    args = train_hf.parse_options(["--recipe", "clip_llama"])[0]
+    llama = dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24)
+    llama |= dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, model_type="llama")
+    clip = {"model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+    clip |= {"num_attention_heads": 12, "patch_size": 32, "image_size": 224}
+    dtypes = {"vision_model": "bfloat16", "language_model": "bfloat16"}
+    dtypes |= {"qformer": "float32", "language_projection": "float32"}
+    config = QFormerCaptionerConfig(
+        vision_config=clip, text_config=llama, qformer_config=json.loads(args.qformer_config), dtypes=dtypes
+    )
+    with torch.device("meta"):
+        model = QFormerCaptioner(config)
+    sizes = {
+        name: sum(parameter.numel() * parameter.element_size() for parameter in part.parameters())
+        for name, part in model.named_children()
+    }
+    assert sizes["language_model"] > 6.4e9
+    assert sizes["qformer"] + sizes["language_projection"] < 0.02 * sum(sizes.values())

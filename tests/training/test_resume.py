@@ -1,0 +1,137 @@
+"""Runs that are killed and go on, and runs of several processes: they end where an unbroken one of one process ends."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qformer_captioner import precompute_features, train_hf
+
+from ..conftest import ROOT
+from ..fixtures import tiny
+from ..fixtures.processes import command_line, kill
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in another number of threads round differently
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """A folder with a vision encoder, a language model, pictures with captions, and the pictures' features."""
+    folder = tmp_path_factory.mktemp("backbones")
+    tiny.save_vision(folder / "vision")
+    tiny.save_language(folder / "llama", max_position_embeddings=256)
+    (folder / "pictures").mkdir()
+    lines = []
+    for row in range(30):
+        tiny.picture(row).save(folder / "pictures" / f"{row}.png")
+        captions = [tiny.CAPTIONS[(row + shift) % 3] for shift in range(1 + row % 2)]
+        split = "train" if row < 24 else "dev"
+        lines.append(json.dumps({"file_name": f"{row}.png", "caption": captions, "split": split}))
+    (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    named = {"dataset_name": folder / "pictures", "vision_model_name_or_path": folder / "vision"}
+    precompute_features.precompute(
+        command_line(**named, output_dir=folder / "features", views=2, horizontal_flip_prob=0.5)
+    )
+    return folder
+
+
+def command(folder, output_dir, batch_size: int = 4, **more) -> list[str]:
+    """Two epochs of six steps, with everything in it that draws random numbers but dropout."""
+    values = {
+        "vision_model_name_or_path": folder / "vision",
+        "language_model_name_or_path": folder / "llama",
+        "qformer_config": json.dumps(tiny.QFORMER),
+        "dataset_name": folder / "pictures",
+        "captions_per_image": 1,
+        "random_resized_crop_scale": 0.5,
+        "horizontal_flip_prob": 0.5,
+        "bag_of_words_loss_weight": 0.1,
+        "output_dir": output_dir,
+        "per_device_train_batch_size": batch_size,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": "false",
+        "logging_steps": 1,
+        "generation_num_beams": 1,
+        "generation_max_length": 6,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    } | more
+    return command_line(**values)
+
+
+VARIANTS = {
+    "plain": {
+        "qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}),
+        "ema_decay": 0.9,
+        "projection_per_query": "true",
+        "normalize_image_features_samples": 8,
+    },
+    "lora": {"lora_r": 4, "lora_dropout": 0.1, "language_model_learning_rate": 0.01},
+    "features": {"random_resized_crop_scale": None, "horizontal_flip_prob": None, "dataloader_num_workers": 1},
+    "two processes": {},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_one(backbones, tmp_path, variant):
+    more = dict(VARIANTS[variant])
+    if variant == "features":
+        more["features"] = backbones / "features"
+    launcher = TWO if variant == "two processes" else []
+
+    def run(name: str) -> list[str]:
+        return [sys.executable, *launcher, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / name, **more)]
+
+    if launcher:
+        subprocess.run(run("unbroken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    else:
+        train_hf.train(command(backbones, tmp_path / "unbroken", **more))
+    process = subprocess.Popen(run("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    while not list((tmp_path / "broken").glob("checkpoint-*")):
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.4))
+    kill(process)
+    assert not (tmp_path / "broken" / "model.safetensors").exists(), "the run ended before it was killed"
+    subprocess.run(run("broken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    file = "adapter_model.safetensors" if variant == "lora" else "model.safetensors"
+    broken, unbroken = (load_file(tmp_path / name / file) for name in ("broken", "unbroken"))
+    assert broken.keys() == unbroken.keys()
+    assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
+
+
+def test_two_processes_log_the_losses_of_one(backbones, tmp_path):
+    train_hf.train(command(backbones, tmp_path / "one", batch_size=4))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
+    words = [sys.executable, *launch, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "two", batch_size=2)]
+    done = subprocess.run(words, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("Trained in") == 1, "one process speaks"
+    for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
+        one, two = (
+            [
+                entry[key]
+                for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+                if key in entry
+            ]
+            for name in ("one", "two")
+        )
+        assert len(one) == len(two) > 1
+        torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(backbones, tmp_path, capsys):
+    words = command(backbones, tmp_path / "run", max_steps=4)
+    train_hf.train(words)
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").write_text('{"best_met')
+    train_hf.train([*words, "--max_steps", "6"])
+    assert "Going on from" in (said := capsys.readouterr().out) and "checkpoint-2" in said
