@@ -103,7 +103,8 @@ def check_arguments(args: FeatureArguments) -> None:
     varied = args.random_resized_crop_scale is not None or args.horizontal_flip_prob > 0
     if (args.views > 1) != varied:
         raise InputError(
-            "--views 2 or more goes with --random_resized_crop_scale or --horizontal_flip_prob, or all views would be the same."
+            "--views 2 or more goes with --random_resized_crop_scale or --horizontal_flip_prob, or "
+            "all views would be the same."
         )
     if args.embeddings_column is not None and args.views > 1:
         raise InputError("Ready-made embeddings have one view: leave out --views, or --embeddings_column.")

@@ -158,8 +158,8 @@ def read_features(store: FeatureStore, model_args: ModelArguments, data_args: Da
     """
     if data_args.random_resized_crop_scale is not None or data_args.horizontal_flip_prob:
         raise InputError(
-            "--random_resized_crop_scale and --horizontal_flip_prob change images, and --features has none any more: give them to "
-            "precompute_features.py, with --views."
+            "--random_resized_crop_scale and --horizontal_flip_prob change images, and --features has none any "
+            "more: give them to precompute_features.py, with --views."
         )
     if not model_args.freeze_vision_model or model_args.vision_config is not None:
         raise InputError("With --features there is no vision encoder that could train.")

@@ -5,7 +5,7 @@ python -m benchmarks.bridges --dataset_name flickr8k --vision_model dinov2-small
 All of them are trained on the same features, the same batches in the same order, for the same number of steps, with the
 same optimizer, each at three learning rates on the first seed. The one with the best CIDEr on the evaluation split is
 run again with the other seeds. There are two objectives: the captions' loss alone, and the captions' loss with a little
-of the word loss (training/bag_of_words.py). Ours are trained with it, the other two as their authors did; a second part of
+of the bag-of-words loss. Ours are trained with it, the other two as their authors did; a second part of
 the table gives every bridge the other objective.
 
 One line of JSON per finished run goes into benchmarks/results/bridges.jsonl. The same command goes on after a kill; a

@@ -18,7 +18,8 @@ def check_crop(random_resized_crop_scale: float | None) -> None:
     """
     if random_resized_crop_scale is not None and not 0 < random_resized_crop_scale <= 1:
         raise InputError(
-            f"--random_resized_crop_scale is a share of an image's area, from 0 to 1, not {random_resized_crop_scale:g}."
+            f"--random_resized_crop_scale is a share of an image's area, from 0 to 1, not "
+            f"{random_resized_crop_scale:g}."
         )
 
 
