@@ -46,6 +46,15 @@ class CaptionTrainer(Seq2SeqTrainer):
     With `args.bag_of_words_loss_weight` training also asks the soft prompt alone for the words of the captions
     ([`BagOfWordsLoss`]). The logged training loss is the sum. Images per second since the last line and memory in GB
     are logged beside it: the peak of the GPU, or the current memory of the process.
+
+    With `args.push_to_hub` each save publishes the captioner as it is then, in the background and in one commit
+    (`hub/push.py`), and [`~CaptionTrainer.push_to_hub`] the finished output folder.
+
+    Args:
+        score: from captions and the data set that they describe to named scores; higher is better.
+        include_backbones: which backbones are in the folders for others (`QFormerCaptioner.save_pretrained`).
+        facts: of the run, for the model card (`hub/model_card.py`); without them there is none in the output folder.
+        args, kwargs: as for the Trainer.
     """
 
     def __init__(
