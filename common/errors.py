@@ -39,6 +39,23 @@ def check_output(path: str | os.PathLike) -> None:
         raise InputError(f"{str(path)!r} is a folder: name a file in it.")
 
 
+def one_line(error: object, max_length: int | None = None) -> str:
+    r"""Return an error message as one line: every run of white space becomes a space.
+
+    Args:
+        error: an exception, or a message.
+        max_length: cut the message to this number of characters.
+
+    Example:
+
+    ```python
+    >>> one_line(ValueError("The file is\n  damaged."))
+    'The file is damaged.'
+    ```
+    """
+    return " ".join(str(error).split())[:max_length]
+
+
 def printable(text: object) -> str:
     """A text that may hold strangers' words, for a terminal: what moves its cursor or turns its lines is spelt out."""
     return "".join(
