@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from qformer_captioner import __version__
-from qformer_captioner.common.arguments import changed_options, make_parser, option, parse
+from qformer_captioner.common.arguments import option
 from qformer_captioner.common.errors import InputError, check_output, printable
+from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.evaluation.caption_files import (
     ImageId,
     ReferenceSet,
@@ -434,14 +435,14 @@ def check(scoring: ScoringArguments, captioning: CaptioningArguments, changed: I
 
 
 def evaluate(words: list[str]) -> None:
-    parser = make_parser((ScoringArguments, CaptioningArguments), __doc__)
-    scoring, captioning = parse(parser, words)
+    parser = OptionParser((ScoringArguments, CaptioningArguments), __doc__)
+    scoring, captioning = parser.parse(words)
     given = [name for name in ("predictions", "references") if getattr(scoring, name) is not None]
     if len(given) != (2 if captioning.model is None else 0):
         raise InputError(
             "Say what to score: --predictions with --references, or --model with --benchmark or --dataset_name."
         )
-    check(scoring, captioning, changed_options(parser, words))
+    check(scoring, captioning, parser.changed_options(words))
     if captioning.model is None:
         score_files(scoring)
     else:

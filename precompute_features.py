@@ -35,9 +35,10 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from qformer_captioner.backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
-from qformer_captioner.common.arguments import make_parser, option, parse
+from qformer_captioner.common.arguments import option
 from qformer_captioner.common.errors import UNUSABLE, InputError, printable
 from qformer_captioner.common.onednn import onednn_linears
+from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.run_folder import RunFolder
 from qformer_captioner.data.augmentation import Augmentation, check_crop, check_horizontal_flip_prob
 from qformer_captioner.data.feature_shards import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
@@ -467,7 +468,7 @@ def precompute(words: list[str]) -> None:
     ```
     """
     # 1. Options, and the processes. accelerate finds out by itself about every kind of processor but this one.
-    (args,) = parse(make_parser((FeatureArguments,), __doc__), words)
+    (args,) = OptionParser((FeatureArguments,), __doc__).parse(words)
     check_arguments(args)
     cpu = args.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, IntervalStrategy, set_seed
+from transformers import IntervalStrategy, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from qformer_captioner.common.arguments import changed_options, make_parser, option, parse
+from qformer_captioner.common.arguments import option
 from qformer_captioner.common.errors import UNUSABLE, InputError, printable
+from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.recipes import read_recipes, recipes_of
 from qformer_captioner.common.run_folder import RunFolder, is_complete
 from qformer_captioner.configuration_qformer import is_hub_id
@@ -82,13 +83,14 @@ class RunArguments:
 
 def parse_options(words: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments]:
     """The recipes' options, overridden by the command line's. With neither, the recipe is `scenes`."""
-    return parse(*parser_and_words(words))
+    parser, words = parser_and_words(words)
+    return parser.parse(words)
 
 
-def parser_and_words(words: list[str]) -> tuple[HfArgumentParser, list[str]]:
+def parser_and_words(words: list[str]) -> tuple[OptionParser, list[str]]:
     """The parser of all options, and a command line with its recipes written out."""
     classes = (ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments)
-    parser = make_parser(classes, __doc__)
+    parser = OptionParser(classes, __doc__)
     if not words or not words[0].startswith("-"):  # `train_hf.py recipe.yaml`, as transformers' examples take a file
         words = ["--recipe", *(words or ["scenes"])]
     return parser, [*read_recipes(recipes_of(words), parser), *words]
@@ -336,12 +338,13 @@ def train(words: list[str]) -> None:
         scores = metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
         return {name: scores[name] for name in CAPTION_SCORES}
 
+    parser, all_words = parser_and_words(words)
     facts = {
         "model": training_args.hub_model_id or shown_name(folder.absolute()),
         "starts_from": model_args.model_name_or_path if is_hub_id(model_args.model_name_or_path) else None,
         "parts": describe_parts(model),
         "data": describe_data(data_args, train_data),
-        "options": describe_options(changed_options(*parser_and_words(words))),
+        "options": describe_options(parser.changed_options(all_words)),
         **describe_machine(training_args.world_size),
     }
     if eval_data is not None:

@@ -1,4 +1,4 @@
-"""What `train_hf.py` and `eval_captions.py` share and the Hub never sees."""
+"""Errors that a user can act on, and texts that are safe to print."""
 
 import os
 import unicodedata
@@ -6,32 +6,58 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
-# What transformers raises for a folder whose configuration or weights cannot be used: each of its parts something else.
+# Errors that transformers raises for a folder whose configuration or weights cannot be used.
 UNUSABLE = (
     ValueError,
     LookupError,
     TypeError,
     AttributeError,
-    RuntimeError,  # also brackets nested thousands deep
+    RuntimeError,  # also for JSON with thousands of nested brackets
     ImportError,
     StrictDataclassError,
 )
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one sentence that names it and says what to do."""
+    """Error for something that the user gave. The message is one sentence that names it and the remedy."""
+
+
+def one_line(error: object, max_length: int = 400) -> str:
+    """Return the message of an error in one line, for use inside another message.
+
+    Args:
+        error: the error, or any text.
+        max_length: the largest number of characters; a longer message is cut and ends in "...".
+
+    Example:
+
+    ```python
+    >>> one_line(ValueError("There is no\\n  file 'a'."))
+    "There is no file 'a'."
+    ```
+    """
+    text = " ".join(str(error).split())
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."
 
 
 def cannot_use(name: object, error: Exception) -> InputError:
-    """Which captioner transformers could make nothing of, and why."""
-    return InputError(f"The captioner {str(name)!r} cannot be used: {' '.join(str(error).split())[:500]}")
+    """Return the error for a captioner that transformers cannot use.
+
+    Args:
+        name: folder or Hub id of the captioner.
+        error: what transformers raised.
+    """
+    return InputError(f"The captioner {str(name)!r} cannot be used: {one_line(error)}")
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """See that a file can be written there, before there is anything to lose.
+    """Check that a file can be written, before the work whose result it receives.
+
+    Args:
+        path: the file to write.
 
     Raises:
-        InputError: if its folder is missing, or it is itself one.
+        InputError: if the folder of the file does not exist, or the path is a folder.
     """
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"There is no folder for {str(path)!r}: make it first.")
@@ -39,25 +65,14 @@ def check_output(path: str | os.PathLike) -> None:
         raise InputError(f"{str(path)!r} is a folder: name a file in it.")
 
 
-def one_line(error: object, max_length: int | None = None) -> str:
-    r"""Return an error message as one line: every run of white space becomes a space.
+def printable(text: object) -> str:
+    """Escape the control characters of a text that others wrote, so that a terminal shows them and obeys none.
+
+    Line breaks and tabs stay. So do zero-width joiners, which some scripts and emoji need.
 
     Args:
-        error: an exception, or a message.
-        max_length: cut the message to this number of characters.
-
-    Example:
-
-    ```python
-    >>> one_line(ValueError("The file is\n  damaged."))
-    'The file is damaged.'
-    ```
+        text: the text, or an object whose `str` is shown.
     """
-    return " ".join(str(error).split())[:max_length]
-
-
-def printable(text: object) -> str:
-    """A text that may hold strangers' words, for a terminal: what moves its cursor or turns its lines is spelt out."""
     return "".join(
         character.encode("unicode_escape").decode()
         if character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -1,5 +1,6 @@
-"""Files that survive a kill: atomic writes, and JSON lines of which the last may be cut off."""
+"""Files that a killed process must not leave half-written, and JSON lines that it may have cut off."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -7,32 +8,58 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file so that a kill leaves either the old file or the complete new one.
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and move what was written there to `path` at the end.
+
+    A kill leaves the old file and a file whose name ends in `.tmp`. An exception leaves the old file alone.
 
     Args:
-        path: the file. The text is first written to a file beside it with the suffix `.tmp`.
-        text: its content, encoded as UTF-8.
+        path: the file to write, or a folder that does not exist yet.
 
-    Raises:
-        OSError: if the file cannot be written.
+    Example:
+
+    ```python
+    with atomic_path("features.npy") as unfinished, unfinished.open("wb") as file:
+        numpy.save(file, features)
+    ```
     """
     path = Path(path)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes to this name
+    try:
+        yield unfinished
+    except BaseException:
+        if not unfinished.is_dir():
+            unfinished.unlink(missing_ok=True)
+        raise
     unfinished.replace(path)
 
 
-def read_json_lines(path: str | os.PathLike) -> Iterator[Any]:
-    """Yield the values of a JSON-lines file and skip every line that is not valid JSON.
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a whole file, so that readers find the old content or the new content and never a part.
 
-    A process that is killed while it appends a line leaves part of it behind. Such a line is skipped.
+    Args:
+        path: the file.
+        content: text, which is encoded as UTF-8, or bytes.
+    """
+    with atomic_path(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json_lines(path: str | os.PathLike) -> Iterator[Any]:
+    """Yield the values of a JSON-lines file, and leave out lines that are not valid JSON.
+
+    A killed process may have cut off a line anywhere, also inside a character. Callers check the shape of each value.
+
+    Args:
+        path: the file.
 
     Raises:
         OSError: if the file cannot be read.
     """
+    # `splitlines` would also split at characters such as U+2028, which JSON strings may hold.
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             yield json.loads(line)
-        except (ValueError, RecursionError):  # cut off or empty; brackets nested too deep
+        except (ValueError, RecursionError):
             continue

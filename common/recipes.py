@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
-from .arguments import nearest_option
+from .arguments import CommandParser, unknown_name
 from .errors import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -26,7 +25,7 @@ def recipes_of(words: list[str]) -> list[str]:
     return parser.parse_known_args(words)[0].recipe
 
 
-def read_recipes(names: list[str], parser: HfArgumentParser) -> list[str]:
+def read_recipes(names: list[str], parser: CommandParser) -> list[str]:
     """Recipes as command-line words, which the parser then checks like any others.
 
     Raises:
@@ -65,7 +64,7 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: Path, parser: HfArgumentParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_recipe(path: Path, parser: CommandParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The fields of a recipe, on top of those of the recipes that it begins with (its field `recipe`)."""
     if path in above:
         circle = " begins with ".join(repr(str(each)) for each in [*above[above.index(path) :], path])
@@ -81,12 +80,9 @@ def load_recipe(path: Path, parser: HfArgumentParser, above: tuple[Path, ...] = 
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(own, dict):
         raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
-    known = {action.dest for action in parser._actions}
     for key in own:
-        if key not in known:
-            raise InputError(
-                f"The recipe {str(path)!r} has an unknown field {key!r}. {nearest_option(parser, str(key))}"
-            )
+        if key not in parser.option_names:
+            raise unknown_name(f"The recipe {str(path)!r} has an unknown field", key, parser.option_names)
     names = own.pop("recipe", None) or []
     names = names if isinstance(names, list) else [names]
     return merge(*(load_recipe(find_recipe(str(name), path.parent), parser, (*above, path)) for name in names), own)

@@ -86,7 +86,7 @@ def test_an_example_is_in_the_words_of_whoever_asks(monkeypatch, capsys):
 def test_who_asks_for_help_does_not_wait_for_torch(command):
     program = (
         "import contextlib, sys\n"
-        "from qformer_captioner.captioning import cli\n"
+        "from qformer_captioner.cli import main as cli\n"
         f"sys.argv[1:] = [{command!r}, '--help']\n"
         "with contextlib.suppress(SystemExit):\n"
         "    cli.main()\n"

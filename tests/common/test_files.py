@@ -26,4 +26,4 @@ def test_lines_that_are_cut_off_are_skipped(tmp_path):
 
 
 def test_an_error_is_one_line_of_limited_length():
-    assert one_line(ValueError("one\n two\tthree"), max_length=7) == "one two"
+    assert one_line(ValueError("one\n two\tthree"), max_length=7) == "one ..."

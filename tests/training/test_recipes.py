@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from qformer_captioner import train_hf
-from qformer_captioner.common.arguments import make_parser
+from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.recipes import RECIPE_FOLDERS, RECIPES, load_recipe, merge
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.dataset import CaptionDataset
@@ -38,7 +38,7 @@ FILES = {path.stem: path for folder in RECIPE_FOLDERS for path in sorted((RECIPE
 DATA = [name for name, path in FILES.items() if path.parent.name == "data"]
 # Stage 2 goes on from what stage 1 leaves, and is run with it.
 RUN = [name for name in FILES if name not in DATA]
-PARSER = make_parser(
+PARSER = OptionParser(
     (train_hf.ModelArguments, train_hf.DataArguments, train_hf.RunArguments, train_hf.CaptionTrainingArguments), ""
 )
 

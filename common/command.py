@@ -1,0 +1,37 @@
+"""What every command does around its work: set up logging, and turn errors into one line and an exit status."""
+
+import sys
+from collections.abc import Callable
+
+from .errors import InputError, printable
+from .logging import setup_logging
+
+
+def run_command(
+    command: Callable[[list[str]], None],
+    *,
+    expected: tuple[type[Exception], ...] = (InputError, OSError),
+    interrupted: str | None = None,
+) -> None:
+    """Run a command on the arguments of this process.
+
+    An expected error is printed to stderr as `error: message`, and the exit status is 1. After Ctrl-C the exit status
+    is 130, as in shells. Any other exception is a bug and keeps its traceback.
+
+    Args:
+        command: function that takes the command line after the program's name.
+        expected: errors that name something the user can change.
+        interrupted: message for somebody who stops the command with Ctrl-C.
+
+    Raises:
+        SystemExit: after an expected error or Ctrl-C.
+    """
+    setup_logging()
+    try:
+        command(sys.argv[1:])
+    except expected as error:
+        raise SystemExit(f"error: {printable(error)}") from error
+    except KeyboardInterrupt:
+        if interrupted is not None:
+            print(f"\n{interrupted}", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,97 @@
+"""Parser of the scripts: it takes dataclasses of options, and returns them with the values of a command line."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from .arguments import TRAINER, CommandParser
+from .errors import InputError, one_line
+
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", string_to_bool: "BOOL"}
+UNSET = ("null", "none")  # in any case
+UNSET_HELP = "An option without a default can be unset where a recipe sets it: --option null."
+
+
+class OptionParser(CommandParser, HfArgumentParser):
+    """Parser of dataclasses of options, which `--help` shows in the groups that the options name.
+
+    Args:
+        classes: dataclasses whose fields are made with [`option`], or of transformers.
+        description: the docstring of the script. Its examples `python script.py ...` are shown as they are, or as
+            `qformer-captioner command ...` to somebody who runs that.
+    """
+
+    def __init__(self, classes: tuple[type, ...], description: str):
+        if sys.argv[0].startswith("qformer-captioner "):
+            description = re.sub(r"python \w+\.py", sys.argv[0], description)
+        super().__init__(classes, description=description, epilog=UNSET_HELP, usage="%(prog)s [--option value ...]")
+
+    def add_argument(self, *names: str, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Add an argument to the group that it names. Options of transformers name none."""
+        action = kwargs.get("action")
+        if action == "help":
+            return super().add_argument(*names, **kwargs)
+        if action == "store_false":  # `--no_x`, which transformers adds for every flag `x` that is true by default
+            kwargs["help"] = argparse.SUPPRESS
+        elif "choices" not in kwargs:
+            kwargs.setdefault("metavar", METAVARS.get(kwargs["type"]))
+        return super().add_argument(*names, **{"group": TRAINER, **kwargs})
+
+    def parse(self, words: Sequence[str]) -> tuple:
+        """Return the dataclasses with the values of a command line.
+
+        Args:
+            words: the command line. Of several values for one option the last one counts.
+
+        Raises:
+            InputError: for an unknown option, with the nearest one, or for options that do not go together.
+        """
+        try:
+            *options, unknown = self.parse_args_into_dataclasses(
+                self.without_unset(words), return_remaining_strings=True, look_for_args_file=False
+            )
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:  # the Trainer's own checks
+            raise InputError(one_line(error)) from error
+        self.refuse(unknown)
+        return tuple(options)
+
+    def changed_options(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the options of a command line whose values are not the default ones, in alphabetical order."""
+        values = vars(self.parse_known_args(self.without_unset(words))[0])
+        defaults = vars(self.parse_known_args([])[0])
+        return {name: value for name, value in sorted(values.items()) if value != defaults[name]}
+
+    def without_unset(self, words: Sequence[str]) -> list[str]:
+        """Return a command line without the options that it sets to `null`, and without their earlier values.
+
+        Only an option whose default is `None` can be unset; for others `null` is an ordinary value.
+        """
+        parts: list[list[str]] = [[]]  # the words before the first option, then each option with its values
+        for word in words:
+            if word.startswith("--"):
+                parts.append([])
+            parts[-1].append(word)
+        kept: list[tuple[str, list[str]]] = []
+        for part in parts:
+            name, values = split_option(part)
+            is_unset = len(values) == 1 and values[0].lower() in UNSET
+            if is_unset and name in self.option_names and self.get_default(name) is None:
+                kept = [(other, own) for other, own in kept if other != name]
+            else:
+                kept.append((name, part))
+        return [word for _, part in kept for word in part]
+
+
+def split_option(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split `["--name", "value"]` or `["--name=value"]` into the name of the option and its values."""
+    if not words or not words[0].startswith("--"):
+        return "", list(words)
+    name, equals, value = words[0].partition("=")
+    return name.lstrip("-").replace("-", "_"), [*([value] if equals else []), *words[1:]]
