@@ -12,7 +12,6 @@ results) or JSON lines. A killed captioning run goes on when the same command is
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 
 from qformer_captioner import __version__
 from qformer_captioner.common.arguments import option
+from qformer_captioner.common.command import run_command
 from qformer_captioner.common.errors import InputError, check_output, printable
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.evaluation.caption_files import (
@@ -450,10 +450,8 @@ def evaluate(words: list[str]) -> None:
 
 
 def main() -> None:
-    try:
-        evaluate(sys.argv[1:])
-    except (OSError, ValueError) as error:  # of ours, and what generate says of options that do not go together
-        raise SystemExit(f"error: {printable(error)}") from error
+    # `generate` raises ValueError for options that do not go together.
+    run_command(evaluate, expected=(ValueError, OSError))
 
 
 if __name__ == "__main__":

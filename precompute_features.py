@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -36,7 +35,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from qformer_captioner.backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
 from qformer_captioner.common.arguments import option
-from qformer_captioner.common.errors import UNUSABLE, InputError, printable
+from qformer_captioner.common.command import run_command
+from qformer_captioner.common.errors import UNUSABLE, InputError
 from qformer_captioner.common.onednn import onednn_linears
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.run_folder import RunFolder
@@ -567,10 +567,7 @@ def precompute(words: list[str]) -> None:
 
 
 def main() -> None:
-    try:
-        precompute(sys.argv[1:])
-    except (InputError, OSError) as error:
-        raise SystemExit(f"error: {printable(error)}") from error
+    run_command(precompute)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 # The groups of `--help`, in the order in which it shows them.
 TRAINER = "transformers' Trainer"
@@ -218,7 +218,7 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             InputError: always.
         """
-        raise InputError(f"{message[:1].upper()}{message[1:]}")
+        raise InputError(one_line(f"{message[:1].upper()}{message[1:]}"))
 
 
 def one_of(choices: Sequence[str], convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -11,7 +11,6 @@ Nothing is computed: parts and parameters have nearly the same names on both sid
 a few hundred megabytes at a time.
 """
 
-import argparse
 import json
 import os
 import re
@@ -26,7 +25,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..backbones_qformer import CAPTIONERS, blip2_vision_config, check_layers, commit_of, open_weights, weight_files
-from ..common.errors import UNUSABLE, InputError, printable
+from ..common.arguments import CommandParser
+from ..common.command import run_command
+from ..common.errors import UNUSABLE, InputError
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner, QFormerModel
 from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
@@ -351,20 +352,20 @@ def _shards(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[list[str]
     yield shard
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def convert_command(words: list[str]) -> None:
+    """Convert the checkpoint that a command line names."""
+    parser = CommandParser(description=__doc__)
     parser.add_argument("source", help="folder or Hub id of a BLIP-2 or InstructBLIP")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--include_backbones", action="store_true", help="copy vision encoder and language model, too")
     parser.add_argument("--revision", help="branch, tag or commit of SOURCE on the Hub")
-    options = parser.parse_args()
-    try:
-        convert(options.source, options.out, options.include_backbones, options.revision)
-    except InputError as error:
-        raise SystemExit(f"error: {printable(error)}") from error
+    options = parser.parse_args(words)
+    convert(options.source, options.out, options.include_backbones, options.revision)
     print(f"The captioner is in {options.out}.")
+
+
+def main() -> None:
+    run_command(convert_command)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Where OUT ends in `.onnx` or `.pt2` it becomes the Q-Former and the projection a
 `torch.export`: from `image_embeds` to `soft_prompt`, for any number of images and of image features.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from ..common.errors import UNUSABLE, InputError, cannot_use, printable
+from ..common.arguments import CommandParser
+from ..common.command import run_command
+from ..common.errors import UNUSABLE, InputError, cannot_use
 from ..modeling_qformer import QFormerCaptioner
 from .export_bridge import BRIDGE_FORMATS, export_bridge
 
@@ -60,16 +61,18 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
         load_whole(source).save_pretrained(out, include_backbones=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def export_command(words: list[str]) -> None:
+    """Export the captioner that a command line names."""
+    parser = CommandParser(description=__doc__)
     parser.add_argument("source", help="captioner, or adapter on one: folder or Hub id")
     parser.add_argument("out", help="folder to write, or file that ends in .onnx or .pt2")
-    options = parser.parse_args()
-    try:
-        export(options.source, options.out)
-    except (InputError, OSError) as error:
-        raise SystemExit(f"error: {printable(error)}") from error
+    options = parser.parse_args(words)
+    export(options.source, options.out)
     print(f"It is in {options.out}.")
+
+
+def main() -> None:
+    run_command(export_command)
 
 
 if __name__ == "__main__":

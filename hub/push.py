@@ -6,7 +6,6 @@ All files go in one commit: weights, code, processor, card and pictures, and not
 REPO_ID-base where it lies in a folder of this machine, as `train_hf.py` leaves it.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
-from ..common.errors import UNUSABLE, InputError, cannot_use, printable
+from ..common.arguments import CommandParser
+from ..common.command import run_command
+from ..common.errors import UNUSABLE, InputError, cannot_use
 from .layout import CARD, is_published
 
 WAITS = (1, 4)  # seconds before another try
@@ -258,21 +259,23 @@ def _insist(request, repo_id: str):
         time.sleep(wait)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def push(words: list[str]) -> None:
+    """Publish the folder that a command line names."""
+    parser = CommandParser(description=__doc__)
     parser.add_argument("folder", help="of a run, or of `save_pretrained`: a captioner, or an adapter on one")
     parser.add_argument("repo_id", help="repository on the Hub, with or without the owner; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="let only its owner see a new repository")
     parser.add_argument("--revision", help="branch, such as v1; by default main")
     parser.add_argument("--license", help="of the repository, such as apache-2.0; by default that of its backbones")
     parser.add_argument("--commit_message", default="Upload captioner", help="title of the commit")
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(words))
     folder, repo_id = options.pop("folder"), options.pop("repo_id")
-    try:
-        repo_id = publish(folder, repo_id, **options)
-    except (InputError, OSError) as error:
-        raise SystemExit(f"error: {printable(error)}") from error
+    repo_id = publish(folder, repo_id, **options)
     print(f"{folder} is in {HfApi().endpoint}/{repo_id}.")
+
+
+def main() -> None:
+    run_command(push)
 
 
 if __name__ == "__main__":

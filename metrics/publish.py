@@ -5,12 +5,15 @@ python -m qformer_captioner.metrics.publish ORGANISATION [--metrics cider bleu] 
 evaluate's own command for this (`evaluate-cli create`) needs huggingface_hub below 1.0.
 """
 
-import argparse
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import LocalTokenNotFoundError
+
+from ..common.arguments import CommandParser
+from ..common.command import run_command
+from ..common.errors import InputError, one_line
 
 SPACES = Path(__file__).parent / "spaces"
 
@@ -63,20 +66,25 @@ def publish_metric(organisation: str, metric: str, private: bool = False) -> str
     return str(url)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def publish(words: list[str]) -> None:
+    """Publish the metrics that a command line names."""
+    parser = CommandParser(description=__doc__)
     parser.add_argument("organisation", help="your name on the Hub, or an organisation of yours")
     parser.add_argument("--metrics", nargs="+", choices=list(TITLES), default=list(TITLES), help="which (default: all)")
     parser.add_argument("--private", action="store_true", help="only for the organisation's own eyes")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for metric in options.metrics:
         try:
             print(publish_metric(options.organisation, metric, options.private))
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-            raise SystemExit(
-                f"error: the Space {options.organisation}/{metric} cannot be written: log in with `hf auth login` and "
-                f"check the name ({str(error).splitlines()[0]})."
+            raise InputError(
+                f"The Space {options.organisation}/{metric} cannot be written ({one_line(error, 200)}): log in with "
+                "`hf auth login` and check the name."
             ) from error
+
+
+def main() -> None:
+    run_command(publish)
 
 
 if __name__ == "__main__":

@@ -73,17 +73,15 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_hostile_recipe_ends_in_one_sentence(name, tmp_path, monkeypatch, capsys):
+def test_a_hostile_recipe_ends_in_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = RECIPES[name]
     (tmp_path / "stranger.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
         train_hf.train(["--recipe", "stranger.yaml", "--output_dir", "out"])
     except InputError as error:
-        assert len(str(error)) < 2000
+        assert len(str(error)) <= 500
         assert "root:" not in str(error)  # not a line of another's file
-    except SystemExit as stopped:  # argparse's own
-        assert stopped.code == 2 and "error: argument" in capsys.readouterr().err
     else:
         pytest.fail("trained")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stranger.yaml"]
