@@ -251,7 +251,7 @@ def test_a_process_that_starts_late_takes_its_share_all_the_same(captioner, pict
         "import sys, time\n"
         "from accelerate import PartialState\n"
         "from qformer_captioner import eval_captions\n"
-        "from qformer_captioner.captioning import inference\n"
+        "from qformer_captioner.evaluation import inference\n"
         "caption_images = inference.caption_images\n"
         "def late(*args, **kwargs):\n"
         "    time.sleep(4 * PartialState().process_index)\n"
@@ -356,7 +356,7 @@ def test_a_benchmark_comes_from_the_hub_and_nothing_but_its_split_is_fetched(cap
     program = (
         "import dataclasses, sys\n"
         "from qformer_captioner import eval_captions\n"
-        "from qformer_captioner.captioning import benchmarks\n"
+        "from qformer_captioner.evaluation import benchmarks\n"
         "table = benchmarks.BENCHMARKS\n"
         "table['coco_karpathy_test'] = dataclasses.replace(table['coco_karpathy_test'], images=3, captions=6)\n"
         "eval_captions.evaluate(sys.argv[1:])"

@@ -1,1 +1,3 @@
 """For `evaluate.load`: the metric itself lives in the package `qformer_captioner` (pip install qformer-captioner)."""
+
+from qformer_captioner.metrics import Bleu  # noqa: F401
