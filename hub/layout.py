@@ -1,26 +1,30 @@
-"""TODO."""
+"""Files of a published captioner: their names, and checks that a folder holds them whole."""
 
+import json
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from huggingface_hub.constants import REPOCARD_NAME
+from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
+from ..common.errors import InputError
 
-def pictures_of(folder: Path) -> tuple[str, ...]:
-    return tuple(name for name in PICTURES if (folder / name).is_file())
-
-
-# torch and all else that cards are made with take seconds to import: that is done where the work starts.
-
-CARD = "README.md"
 PICTURES = ("captions.png", "loss_curve.png")
 
-# What a repository of ours may hold. A list of what may, not of what may not: beside the model, a folder has optimizers
-# and other pickles, records of a run with paths in them, and whatever its owner keeps there.
-PUBLISHED = (
+# Glob patterns of the files that a repository may hold. This is an allow-list: the folder of a run also has optimizer
+# states and other pickles, records with local paths, and whatever its owner keeps there.
+PUBLISHED_FILES = (
     CONFIG_NAME,
-    "generation_config.json",
+    GENERATION_CONFIG_NAME,
     "model*.safetensors",
     SAFE_WEIGHTS_INDEX_NAME,
     ADAPTER_CONFIG_NAME,
@@ -29,7 +33,7 @@ PUBLISHED = (
     "*processor_config.json",
     "chat_template.jinja",
     "qformer_tokenizer/*.json",
-    # Of tokenizers:
+    # Tokenizers
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,12 +41,125 @@ PUBLISHED = (
     "merges.txt",
     "*.model",
     "*.spm",
-    CARD,
+    # Documentation
+    REPOCARD_NAME,
     "LICENSE*",
     *PICTURES,
 )
 
 
-def is_published(name: str) -> bool:
-    """Whether a path is one of `PUBLISHED`, folder by folder: `*` stands for no slash."""
-    return any(pattern.count("/") == name.count("/") and fnmatch(name, pattern) for pattern in PUBLISHED)
+def is_published(path: str) -> bool:
+    """Return True if a path, relative to the folder, matches one of `PUBLISHED_FILES`. `*` does not match a slash.
+
+    Example:
+
+    ```python
+    >>> is_published("model-00001-of-00002.safetensors"), is_published("checkpoint-1/model.safetensors")
+    (True, False)
+    ```
+    """
+    return any(pattern.count("/") == path.count("/") and fnmatch(path, pattern) for pattern in PUBLISHED_FILES)
+
+
+def pictures_of(folder: Path) -> tuple[str, ...]:
+    """Return the names among `PICTURES` that exist in a folder."""
+    return tuple(name for name in PICTURES if (folder / name).is_file())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. A file that is missing, or that holds another kind of value, reads as an empty object.
+
+    Raises:
+        InputError: if the file is not valid JSON.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{str(file)!r} is not valid JSON: {error}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def check_folder(folder: Path) -> str | None:
+    """Check that a folder holds everything that others need to caption with it.
+
+    Args:
+        folder: a folder that a run or `save_pretrained` wrote, with a captioner or an adapter.
+
+    Returns:
+        Folder or Hub id of the captioner that an adapter belongs to; `None` if the folder holds a captioner.
+
+    Raises:
+        InputError: if a run has not finished, a file is missing or damaged, or a backbone exists only on this machine.
+    """
+    if not folder.is_dir():
+        raise InputError(f"The folder {str(folder)!r} does not exist.")
+    run_record = folder / "run.json"
+    if run_record.is_file() and read_json(run_record).get("finished") is None:
+        raise InputError(f"The run in {str(folder)!r} has not finished: repeat its command to resume it, then push.")
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return _check_adapter(folder)
+    _check_captioner(folder)
+    return None
+
+
+def _check_adapter(folder: Path) -> str:
+    """Check an adapter and the captioner that it belongs to; return the folder or Hub id of that captioner."""
+    from ..configuration_qformer import is_hub_id  # imports torch
+
+    _check_weights(folder / ADAPTER_SAFE_WEIGHTS_NAME)
+    base = str(read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path"))
+    if Path(base).is_dir():
+        check_folder(Path(base))
+    elif not is_hub_id(base):
+        raise InputError(f"The adapter in {str(folder)!r} belongs to the captioner {base!r}, which does not exist.")
+    return base
+
+
+def _check_captioner(folder: Path) -> None:
+    """Check the configuration, weights, code, processor and referenced backbones of a captioner."""
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("model_type") != "qformer_captioner":
+        raise InputError(
+            f"The folder {str(folder)!r} holds neither a captioner ({CONFIG_NAME} with model_type qformer_captioner) "
+            f"nor an adapter ({ADAPTER_CONFIG_NAME}): push the folder that training or `save_pretrained` wrote."
+        )
+    for file in _weight_files(folder):
+        _check_weights(file)
+    for name in ("modeling_qformer.py", PROCESSOR_NAME):
+        if not (folder / name).is_file():
+            raise InputError(f"{name} is missing in {str(folder)!r}, so nobody could caption with it: save it again.")
+    _check_referenced_backbones(folder, config)
+
+
+def _check_referenced_backbones(folder: Path, config: dict[str, Any]) -> None:
+    from ..configuration_qformer import is_hub_id  # imports torch
+
+    for backbone in config.get("referenced_backbones") or []:
+        name = config.get(f"{backbone}_name_or_path")
+        if not is_hub_id(name):
+            raise InputError(
+                f"The captioner in {str(folder)!r} refers to the {backbone.replace('_', ' ')} {name!r}, which only "
+                "this machine has: include it with `qformer-captioner export`, or train with --include_backbones true."
+            )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a captioner, sharded or not."""
+    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    weight_map = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and is_published(name) for name in names):
+        raise InputError(f"{SAFE_WEIGHTS_INDEX_NAME} in {str(folder)!r} is not an index of weights: save it again.")
+    return [folder / name for name in sorted(set(names))]
+
+
+def _check_weights(file: Path) -> None:
+    """Open a safetensors file, which compares its size with its header."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"The weights {str(file)!r} are missing or damaged ({error}).") from error

@@ -1,20 +1,22 @@
-"""Publish a finished run, or any folder that holds a captioner or an adapter, on the Hugging Face Hub.
+"""Publish the folder of a run, of a captioner or of an adapter on the Hugging Face Hub.
 
     qformer-captioner push outputs/own_images somebody/my-captioner --private
 
-All files go in one commit: weights, code, processor, card and pictures, and nothing else. What an adapter is on goes to
-REPO_ID-base where it lies in a folder of this machine, as `train_hf.py` leaves it.
+One commit holds weights, code, processor, model card and pictures. No other file of the folder is published. If the
+folder holds an adapter on a captioner in a local folder, that captioner is published first, as REPO_ID-base.
 """
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,16 +25,16 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+from safetensors import SafetensorError
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..common.arguments import CommandParser
 from ..common.command import run_command
-from ..common.errors import UNUSABLE, InputError, cannot_use
-from .layout import CARD, is_published
+from ..common.errors import UNUSABLE, InputError, cannot_use, one_line
+from .layout import check_folder, is_published, read_json
 
-WAITS = (1, 4)  # seconds before another try
+T = TypeVar("T")
+RETRY_DELAYS = (1, 4)  # seconds
 
 
 def publish(
@@ -44,93 +46,97 @@ def publish(
     license: str | None = None,
     token: str | None = None,
     commit_message: str = "Upload captioner",
-    adapter: str | None = None,
+    adapter_id: str | None = None,
 ) -> str:
-    """Put a captioner or an adapter into a repository, as one commit, and return the repository's id.
+    """Upload a captioner or an adapter to a repository, in one commit.
 
     Args:
-        folder: of `save_pretrained` or of a run.
-        repo_id: the repository, with or without the owner; made if it is not there.
-        private: who may see a new one; by default as its owner's settings say.
-        revision: the branch, `main` by default; made if it is not there.
-        license: of the repository, for its card.
-        token: by default the one of `hf auth login` or `HF_TOKEN`.
+        folder: folder that a run or `save_pretrained` wrote.
+        repo_id: repository, with or without its owner. It is created if it does not exist.
+        private: whether a new repository is private. By default its owner's settings decide.
+        revision: branch, by default `main`. It is created if it does not exist.
+        license: licence for the model card, by default the licences of the backbones.
+        token: access token, by default that of `hf auth login` or `HF_TOKEN`.
         commit_message: title of the commit.
-        adapter: the repository of the adapters that this is the captioner below.
+        adapter_id: repository of the adapter that this captioner is the base of.
+
+    Returns:
+        The repository id with its owner.
 
     Raises:
-        InputError: if the folder is no captioner that others could open, or the Hub does not take it.
+        InputError: if others could not load the folder, or the Hub refuses or does not answer.
+
+    Example:
+
+    ```python
+    >>> publish("outputs/own_images", "my-captioner", private=True, license="apache-2.0")  # doctest: +SKIP
+    'somebody/my-captioner'
+    ```
     """
     folder = Path(folder)
-    with _readable(folder):
-        base = check(folder)
+    with _explain_damage(folder):
+        base = check_folder(folder)
     repo_id = open_repository(repo_id, private, revision, token)
-    hub = {"private": private, "revision": revision, "token": token, "commit_message": commit_message}
-    own_base = base if base is not None and Path(base).is_dir() else None
-    with _readable(folder):  # before anything is published: an adapter must not stay behind its new base
-        files = collect(folder, repo_id, base if own_base is None else f"{repo_id}-base", license, adapter)
-    if own_base is not None:
-        _insist(lambda: _refuse_another_model(f"{repo_id}-base", token), repo_id)
-        publish(own_base, f"{repo_id}-base", license=license, adapter=repo_id, **hub)
-    _insist(lambda: _commit(files, repo_id, revision, token, commit_message), repo_id)
+    local_base = base if base is not None and Path(base).is_dir() else None
+    local_base_id = f"{repo_id}-base"
+    with _explain_damage(folder):  # before the base is published: its adapter must not stay behind
+        files = collect_files(folder, repo_id, base if local_base is None else local_base_id, license, adapter_id)
+    if local_base is not None:
+        _check_base_repository(local_base_id, token)
+        publish(
+            local_base,
+            local_base_id,
+            private=private,
+            revision=revision,
+            license=license,
+            token=token,
+            commit_message=commit_message,
+            adapter_id=repo_id,
+        )
+    _call_hub(lambda: _commit(files, repo_id, revision, token, commit_message), repo_id)
     return repo_id
 
 
-def check(folder: Path) -> str | None:
-    """See that a folder can be published; returns what its adapter is on, `None` if it is a captioner itself.
+def collect_files(
+    folder: Path,
+    repo_id: str,
+    base_id: str | None = None,
+    license: str | None = None,
+    adapter_id: str | None = None,
+) -> dict[str, Path | bytes]:
+    """Return the files to publish, by their path in the repository.
 
-    Raises:
-        InputError: if not; the message says why, and what to do.
+    Configurations lose the paths of local folders, and the model card is written for the repository. All other files
+    are published unchanged.
+
+    Args:
+        folder: folder that a run or `save_pretrained` wrote.
+        repo_id: repository, with its owner.
+        base_id: Hub id of the captioner that an adapter belongs to.
+        license: licence for the model card.
+        adapter_id: repository of the adapter that this captioner is the base of.
     """
-    from ..configuration_qformer import is_hub_id
+    from ..configuration_qformer import without_local_paths  # imports torch
+    from .model_card import card_for_hub
 
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {str(folder)!r}.")
-    record = folder / "run.json"
-    if record.is_file() and read_json(record).get("finished") is None:
-        raise InputError(f"The run in {str(folder)!r} has not come to its end: give its command again, then push.")
-    adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
-    config = read_json(folder / (ADAPTER_CONFIG_NAME if adapter else CONFIG_NAME))
-    if not adapter and config.get("model_type") != "qformer_captioner":
-        raise InputError(
-            f"{str(folder)!r} holds no captioner (a {CONFIG_NAME} of model_type qformer_captioner) and no adapter "
-            f"({ADAPTER_CONFIG_NAME}): push the folder that training or `save_pretrained` wrote."
-        )
-    weights = [folder / (ADAPTER_SAFE_WEIGHTS_NAME if adapter else SAFE_WEIGHTS_NAME)]
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
-        names = list(index.values()) if isinstance(index, dict) else []
-        if not names or not all(isinstance(name, str) and is_published(name) for name in names):
-            raise InputError(f"The {SAFE_WEIGHTS_INDEX_NAME} in {str(folder)!r} is no index of weights: save it again.")
-        weights = [folder / name for name in sorted(set(names))]
-    for file in weights:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"The weights {str(file)!r} are missing or damaged ({error}).") from error
-    if adapter:
-        base = str(config.get("base_model_name_or_path"))
-        if Path(base).is_dir():
-            check(Path(base))
-        elif not is_hub_id(base):
-            raise InputError(f"The adapter in {str(folder)!r} is on the captioner {base!r}, which is not there.")
-        return base
-    for name in ("modeling_qformer.py", PROCESSOR_NAME):
-        if not (folder / name).is_file():
-            raise InputError(f"There is no {name} in {str(folder)!r}, so nobody could caption with it: save it again.")
-    for part in config.get("referenced_backbones") or []:
-        if not is_hub_id(name := config.get(f"{part}_name_or_path")):
-            raise InputError(
-                f"The captioner in {str(folder)!r} refers to the {part.replace('_', ' ')} {name!r}, which only this "
-                "machine has: put it in with `qformer-captioner export`, or train with --include_backbones true."
-            )
-    return None
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or not is_published(name):
+            continue
+        files[name] = path
+        if name.endswith("config.json"):
+            config = without_local_paths(read_json(path))
+            if name == ADAPTER_CONFIG_NAME:
+                config["base_model_name_or_path"] = base_id
+            files[name] = (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    files[REPOCARD_NAME] = card_for_hub(folder, repo_id, base_id, license, adapter_id).encode(errors="replace")
+    return files
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Whatever a damaged file of the folder makes somebody raise is one sentence."""
+def _explain_damage(folder: Path) -> Iterator[None]:
+    """Turn the errors that a damaged file raises into an `InputError` that names the folder."""
     try:
         yield
     except InputError:
@@ -139,143 +145,142 @@ def _readable(folder: Path) -> Iterator[None]:
         raise cannot_use(folder, error) from error
 
 
-def read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{str(file)!r} is not valid JSON: {error}.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def collect(
-    folder: Path, repo_id: str, base: str | None = None, license: str | None = None, adapter: str | None = None
-) -> dict[str, Path | bytes]:
-    """What a repository holds, by path: files as they are, but those that name folders of this machine."""
-    from ..configuration_qformer import without_local_paths
-    from .model_card import card_for
-
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files: dict[str, Path | bytes] = {
-        name: path for name, path in paths.items() if name.count("/") <= 1 and is_published(name)
-    }
-    for name in files:
-        if name.endswith("config.json"):
-            content = without_local_paths(read_json(paths[name]))
-            if name == ADAPTER_CONFIG_NAME:
-                content["base_model_name_or_path"] = base
-            files[name] = (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    files[CARD] = card_for(folder, repo_id, base, license, adapter).encode(errors="replace")
-    return files
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The Hub
+# Requests to the Hub
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def open_repository(repo_id: str, private: bool | None, revision: str | None, token: str | None) -> str:
-    """Make a repository and its branch unless they are there; returns its id with the owner.
+    """Create a repository and its branch unless they exist; return the repository id with its owner.
 
     Raises:
-        InputError: if that cannot be.
+        InputError: if the id is not valid, a public repository was to be private, or the Hub refuses.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"{repo_id!r} is no name of a repository: {' '.join(str(error).split())}") from error
+        raise InputError(f"{repo_id!r} is not a valid repository id: {one_line(error)}") from error
 
     def create() -> str:
         api = HfApi(token=token)
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and api.model_info(full_id).private is False:  # made before, by somebody who wanted it so
-            raise InputError(f"{full_id!r} is there already, and everybody may see it: choose another name.")
+        if private and api.model_info(full_id).private is False:
+            raise InputError(f"{full_id!r} exists already and is public: choose another name, or omit --private.")
         if revision not in (None, "main"):
             api.create_branch(full_id, branch=revision, exist_ok=True)
         return full_id
 
-    return _insist(create, repo_id)
+    return _call_hub(create, repo_id)
 
 
-def _refuse_another_model(repo_id: str, token: str | None) -> None:
-    """Nobody has asked for REPO_ID-base by name: a model that somebody has there stays."""
-    api = HfApi(token=token)
-    there = set(api.list_repo_files(repo_id)) if api.repo_exists(repo_id) else set()
-    if there - {".gitattributes", CARD} and "modeling_qformer.py" not in there:
+def _check_base_repository(base_id: str, token: str | None) -> None:
+    """Check that REPO_ID-base is new or holds a captioner: the user has not named it, so nothing else may be replaced.
+
+    Raises:
+        InputError: if it holds another model, or the Hub refuses.
+    """
+
+    def list_files() -> set[str]:
+        api = HfApi(token=token)
+        return set(api.list_repo_files(base_id)) if api.repo_exists(base_id) else set()
+
+    files = _call_hub(list_files, base_id)
+    if files - {".gitattributes", REPOCARD_NAME} and "modeling_qformer.py" not in files:
         raise InputError(
-            f"What the adapter is on would go to {repo_id!r}, and another model is there already: choose another name."
+            f"The captioner below the adapter would be published as {base_id!r}, which already holds another model: "
+            "choose another name."
         )
 
 
 def _commit(files: dict[str, Path | bytes], repo_id: str, revision: str | None, token: str | None, title: str) -> None:
-    """One commit, so that a branch is never half of one thing and half of another.
+    """Upload files in one commit, so that a branch never holds half of an upload.
 
-    `upload_folder` would make several where hf_xet is installed. What an earlier push left and this one has not goes.
+    `upload_folder` makes several commits where hf_xet is installed. Files of an earlier upload that are not uploaded
+    again are deleted, licences excepted.
     """
     api = HfApi(token=token)
-    there = api.list_repo_files(repo_id, revision=revision)
-    old = [name for name in there if name not in files and is_published(name) and name.count("/") <= 1]
-    additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in files and is_published(name) and not name.startswith("LICENSE")
+    ]
     api.create_commit(
         repo_id,
-        [*additions, *(CommitOperationDelete(name) for name in old if not name.startswith("LICENSE"))],
+        [*(CommitOperationAdd(*file) for file in files.items()), *(CommitOperationDelete(name) for name in stale)],
         commit_message=title,
         revision=revision,
     )
 
 
-def _insist(request, repo_id: str):
-    """Try again where the Hub or the connection failed: the client does so for the parts of an upload only.
+def _call_hub(request: Callable[[], T], repo_id: str) -> T:
+    """Run a request and repeat it after temporary failures; huggingface_hub itself repeats only parts of uploads.
 
-    A commit that arrived while its answer got lost is made once: the client leaves out files that are there already.
+    Repeating a commit whose answer got lost is harmless: huggingface_hub leaves out files that have not changed.
+
+    Raises:
+        InputError: if the Hub refuses, or the last attempt fails, too.
     """
-    for wait in (*WAITS, None):
+    delays = list(RETRY_DELAYS)
+    while True:
         try:
             return request()
         except InputError:
             raise
         except LocalTokenNotFoundError as error:
-            raise InputError("Nobody is logged in to the Hub: hf auth login, or set HF_TOKEN.") from error
+            raise InputError("You are not logged in to the Hub: run `hf auth login`, or set HF_TOKEN.") from error
         except OfflineModeIsEnabled as error:
-            raise InputError("The Hub cannot be asked while HF_HUB_OFFLINE is set.") from error
+            raise InputError("The Hub cannot be reached while HF_HUB_OFFLINE is set: unset it.") from error
         except json.JSONDecodeError:
             failure = "the Hub did not answer in JSON"
-        except ValueError as error:  # the card
-            raise InputError(f"The Hub refuses {repo_id!r}: {' '.join(str(error).split())}") from error
+        except ValueError as error:  # huggingface_hub's for a card that the Hub does not accept
+            raise InputError(f"The Hub refuses {repo_id!r}: {one_line(error)}") from error
         except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status < 500 and status not in (409, 412, 429):  # somebody else at the same time, or too many requests
-                reason = {401: "log in with `hf auth login`", 403: "your token may not write there"}.get(status)
-                reason = reason or " ".join(str(error.server_message or error).split())
-                raise InputError(f"The Hub refuses {repo_id!r} ({status}): {reason}.") from error
-            failure = f"the Hub answered {status}"
-        except (HTTPError, OSError, RuntimeError) as error:  # the last where a large file did not arrive
-            failure = " ".join(str(error).split()) or type(error).__name__
-        if wait is None:
+            if not _is_temporary(error):
+                raise _refusal(repo_id, error) from error
+            failure = f"the Hub answered {error.response.status_code}"
+        except (HTTPError, OSError, RuntimeError) as error:  # a RuntimeError where a large file did not arrive
+            failure = one_line(error) or type(error).__name__
+        if not delays:
             raise InputError(
-                f"{repo_id!r} could not be published, {failure}; its branch is as it was before. Try again later."
+                f"{repo_id!r} could not be published ({failure}); its branch has not changed. Try again later."
             )
-        time.sleep(wait)
+        time.sleep(delays.pop(0))
 
 
-def push(words: list[str]) -> None:
+def _is_temporary(error: HfHubHTTPError) -> bool:
+    """Return True for failures of the server, commits at the same time (409, 412) and too many requests (429)."""
+    return error.response.status_code >= 500 or error.response.status_code in (409, 412, 429)
+
+
+def _refusal(repo_id: str, error: HfHubHTTPError) -> InputError:
+    status = error.response.status_code
+    remedies = {401: "log in with `hf auth login`", 403: "your token may not write there"}
+    reason = remedies.get(status) or one_line(error.server_message or error)
+    return InputError(f"The Hub refuses {repo_id!r} ({status}): {reason}.")
+
+
+def push_command(words: list[str]) -> None:
     """Publish the folder that a command line names."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("folder", help="of a run, or of `save_pretrained`: a captioner, or an adapter on one")
-    parser.add_argument("repo_id", help="repository on the Hub, with or without the owner; made if it is not there")
-    parser.add_argument("--private", action="store_true", default=None, help="let only its owner see a new repository")
-    parser.add_argument("--revision", help="branch, such as v1; by default main")
-    parser.add_argument("--license", help="of the repository, such as apache-2.0; by default that of its backbones")
-    parser.add_argument("--commit_message", default="Upload captioner", help="title of the commit")
+    parser.add_argument("folder", help="Folder of a run, of a captioner or of an adapter.")
+    parser.add_argument(
+        "repo_id", help="Repository on the Hub, with or without its owner. It is created if it does not exist."
+    )
+    parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    parser.add_argument("--revision", help="Branch to publish to, such as v1. By default main.")
+    parser.add_argument(
+        "--license", help="Licence for the model card, such as apache-2.0. By default the licences of the backbones."
+    )
+    parser.add_argument("--commit_message", default="Upload captioner", help="Title of the commit.")
     options = vars(parser.parse_args(words))
     folder, repo_id = options.pop("folder"), options.pop("repo_id")
     repo_id = publish(folder, repo_id, **options)
-    print(f"{folder} is in {HfApi().endpoint}/{repo_id}.")
+    print(f"{folder} is published at {HfApi().endpoint}/{repo_id}.")
 
 
 def main() -> None:
-    run_command(push)
+    """Run the command `qformer-captioner push`."""
+    run_command(push_command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be published and what cannot, found out before anything goes over the line."""
+"""Checks of a folder before anything is uploaded."""
 
 import json
 import sys
@@ -10,7 +10,8 @@ from qformer_captioner import QFormerCaptioner, train_hf
 from qformer_captioner.cli import main as cli
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub import push
-from qformer_captioner.hub.push import check, collect
+from qformer_captioner.hub.layout import check_folder
+from qformer_captioner.hub.push import collect_files
 
 from ..fixtures import tiny
 from ..fixtures.processes import command_line
@@ -18,34 +19,34 @@ from ..fixtures.processes import command_line
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a captioner with all of its weights."""
+    """Folder of a self-contained captioner."""
     tiny.captioner().save_pretrained(tmp_path / "captioner")
     return tmp_path / "captioner"
 
 
 def test_a_captioner_and_an_adapter_on_one_can_be_published(folder, tmp_path):
-    assert check(folder) is None
+    assert check_folder(folder) is None
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     (adapter / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert check(adapter) == str(folder)
+    assert check_folder(adapter) == str(folder)
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/captioner"}))
-    assert check(adapter) == "org/captioner"
+    assert check_folder(adapter) == "org/captioner"
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/not/there"}))
-    with pytest.raises(InputError, match="on the captioner '/not/there', which is not there"):
-        check(adapter)
+    with pytest.raises(InputError, match="belongs to the captioner '/not/there', which does not exist"):
+        check_folder(adapter)
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.json", b'{"model_type": "bert"}', "holds no captioner .* and no adapter"),
-        ("config.json", b"[]", "holds no captioner"),
+        ("config.json", b'{"model_type": "bert"}', "holds neither a captioner .* nor an adapter"),
+        ("config.json", b"[]", "holds neither a captioner"),
         ("config.json", b"{", "is not valid JSON"),
         ("model.safetensors", None, "missing or damaged"),
         ("model.safetensors", b"half a fi", "missing or damaged"),
-        ("run.json", b'{"finished": null}', "has not come to its end"),
+        ("run.json", b'{"finished": null}', "has not finished"),
     ],
 )
 def test_what_is_no_finished_captioner_is_refused(folder, file, content, message):
@@ -53,22 +54,22 @@ def test_what_is_no_finished_captioner_is_refused(folder, file, content, message
     if content is not None:
         (folder / file).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        check(folder)
+        check_folder(folder)
 
 
 def test_truncated_weights_are_refused(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(InputError, match="missing or damaged"):
-        check(folder)
+        check_folder(folder)
 
 
 def test_every_shard_must_be_there(folder):
     QFormerCaptioner.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
-    assert check(folder) is None
+    assert check_folder(folder) is None
     next(folder.glob("model-00002-of-*")).unlink()
     with pytest.raises(InputError, match="model-00002-of-.* missing or damaged"):
-        check(folder)
+        check_folder(folder)
 
 
 def test_a_backbone_that_only_this_machine_has_is_refused(tmp_path):
@@ -76,16 +77,16 @@ def test_a_backbone_that_only_this_machine_has_is_refused(tmp_path):
     model = QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER)
     model.save_pretrained(tmp_path / "captioner")
     with pytest.raises(InputError, match=f"refers to the vision model '{vision}', which only this machine has"):
-        check(tmp_path / "captioner")
+        check_folder(tmp_path / "captioner")
     model.save_pretrained(tmp_path / "whole", include_backbones=True)
-    assert check(tmp_path / "whole") is None
-    config = json.loads(collect(tmp_path / "whole", "a/b")["config.json"])
+    assert check_folder(tmp_path / "whole") is None
+    config = json.loads(collect_files(tmp_path / "whole", "a/b")["config.json"])
     assert config["vision_model_name_or_path"] is config["language_model_name_or_path"] is None
     assert str(tmp_path) not in json.dumps(config)
 
 
 def test_only_what_belongs_to_a_captioner_is_published(folder):
-    files = set(collect(folder, "a/b"))
+    files = set(collect_files(folder, "a/b"))
     for name in (
         "optimizer.pt",
         "training_args.bin",
@@ -96,12 +97,12 @@ def test_only_what_belongs_to_a_captioner_is_published(folder):
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
-    assert set(collect(folder, "a/b")) == files
+    assert set(collect_files(folder, "a/b")) == files
     assert {"model.safetensors", "modeling_qformer.py", "processor_config.json", "README.md"} <= files
 
 
 def test_files_are_published_as_they_are(folder):
-    files = collect(folder, "a/b")
+    files = collect_files(folder, "a/b")
     assert load_file(files["model.safetensors"]).keys() == load_file(folder / "model.safetensors").keys()
     for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
         assert json.loads(files[name]) == json.loads((folder / name).read_text())
@@ -109,7 +110,7 @@ def test_files_are_published_as_they_are(folder):
 
 def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["qformer-captioner", "push", str(tmp_path / "nothing"), "me/captioner"])
-    with pytest.raises(SystemExit, match=f"^error: There is no folder '{tmp_path / 'nothing'}'.$"):
+    with pytest.raises(SystemExit, match=f"^error: The folder '{tmp_path / 'nothing'}' does not exist.$"):
         cli.main()
 
 
@@ -155,13 +156,13 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_starts(tmp_path,
     ("file", "content", "message"),
     [
         ("run.json", b"{", "is not valid JSON"),
-        ("run.json", b"[]", "has not come to its end"),
+        ("run.json", b"[]", "has not finished"),
         ("card.json", b"{", "cannot be used"),
         ("card.json", b"{}", "cannot be used"),
         ("README.md", b"---\n: : [\n---\nMine.\n", "cannot be used"),
-        ("model.safetensors.index.json", b"{}", "is no index of weights"),
-        ("model.safetensors.index.json", b'{"weight_map": [1]}', "is no index of weights"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "../canary.safetensors"}}', "is no index of weights"),
+        ("model.safetensors.index.json", b"{}", "is not an index of weights"),
+        ("model.safetensors.index.json", b'{"weight_map": [1]}', "is not an index of weights"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "../canary.safetensors"}}', "is not an index of weights"),
         ("processor_config.json", None, "nobody could caption with it"),
         ("modeling_qformer.py", None, "nobody could caption with it"),
     ],
@@ -191,13 +192,13 @@ def test_parts_of_no_name_and_an_adapter_on_itself_end_in_one_sentence(folder):
 @pytest.mark.parametrize("error", [RuntimeError("Error while uploading 'model.safetensors' to the Hub."), OSError("x")])
 def test_a_large_file_that_does_not_arrive_is_tried_again_and_one_sentence(error, monkeypatch):
     """huggingface_hub raises a `RuntimeError` for it."""
-    monkeypatch.setattr(push, "WAITS", (0, 0))
+    monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
     tried = []
 
     def request():
         tried.append(1)
         raise error
 
-    with pytest.raises(InputError, match=f"'me/captioner' could not be published, {error}; its branch is as it was"):
-        push._insist(request, "me/captioner")
+    with pytest.raises(InputError, match=f"'me/captioner' could not be published .{error}.; its branch has not changed"):
+        push._call_hub(request, "me/captioner")
     assert len(tried) == 3
