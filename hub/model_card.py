@@ -1,4 +1,9 @@
-"""The model card of a captioner or adapter, made from what its run wrote down (`card.json`)."""
+"""The model card of a captioner or an adapter.
+
+A run writes its card together with the facts that the card is rendered from (`card.json`). Publishing renders the card
+again, because only then the repository and its licences are known. Everything that comes from data or from names is
+escaped, so that it cannot become markup.
+"""
 
 import contextlib
 import hashlib
@@ -8,30 +13,215 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME
 from yaml import YAMLError
 
-from ..backbones_qformer import BACKBONES
-from ..configuration_qformer import is_hub_id
-from .layout import CARD, pictures_of
+from .layout import pictures_of
 
-FACTS = "card.json"
+FACTS_NAME = "card.json"
+PEFT_PLACEHOLDER = "[More Information Needed]"  # in the empty card that peft writes
+PROTOCOL = ("prompt", "num_beams", "max_new_tokens", "images", "references", "references_sha256")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text of the card
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def describe_folder(folder: Path) -> dict:
-    """What is known of a captioner or an adapter without a run: its configuration, and how many weights are in it."""
-    sizes = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                part = name.split(".")[0]
-                sizes[part] = sizes.get(part, 0) + math.prod(tensors.get_slice(name).get_shape())
+class Markdown(str):
+    """Text that is Markdown already and is not escaped."""
+
+
+def single_line(text: object) -> str:
+    """Replace line breaks and control characters by single spaces."""
+    return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())
+
+
+def escape(text: object) -> str:
+    r"""Escape text for Markdown, so that it holds no markup, no HTML and no table cell of its own.
+
+    Example:
+
+    ```python
+    >>> print(escape("a_b | <b>"))
+    a\_b \| &lt;b&gt;
+    ```
+    """
+    if isinstance(text, Markdown):
+        return text
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(single_line(text), quote=False))
+
+
+def format_number(value: float | None, form: str = "{:,}") -> Markdown:
+    """Format a number with a `str.format` or `%` pattern; `None` becomes an empty cell."""
+    if value is None:
+        return Markdown("")
+    return Markdown(form % value if "%" in form else form.format(value))
+
+
+def card_template() -> jinja2.Template:
+    """Load the template. Each of its expressions is escaped, unless a filter returns [`Markdown`]."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        finalize=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["url"] = lambda name: Markdown(quote(name))
+    environment.filters["number"] = format_number
+    environment.filters["code"] = lambda name: Markdown(re.sub(r"[^\w./-]", "_", name))
+    return environment.get_template("model_card_template.md")
+
+
+def render_card(facts: dict[str, Any], pictures: tuple[str, ...] = ()) -> str:
+    """Render the text of a card.
+
+    Args:
+        facts: facts of a run (`training/run_facts.py`) or of a folder ([`describe_folder`]).
+        pictures: names of the `PICTURES` that lie beside the card.
+    """
+    text = card_template().render(
+        metadata=Markdown(card_metadata(facts).to_yaml()),
+        title=single_line(facts["model"].split("/")[-1]),
+        facts=facts,
+        pictures=pictures,
+    )
+    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metadata of the card
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def card_metadata(facts: dict[str, Any]) -> ModelCardData:
+    """Return the metadata by which the Hub indexes the model."""
+    is_adapter = bool(facts.get("adapter"))
+    base_models, relation = _base_models(facts)
+    results = [_eval_result(facts["evaluation"], score) for score in facts.get("scores") or []]
+    data = ModelCardData(
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=base_models or None,
+        base_model_relation=relation if base_models else None,
+        datasets=sorted({dataset["name"] for dataset in facts.get("data", []) if dataset["on_hub"]}) or None,
+        tags=["image-captioning", "q-former", "qformer-captioner", *(["lora"] if is_adapter else [])],
+        model_name=single_line(facts["model"].split("/")[-1]) if results else None,
+        eval_results=results or None,
+    )
+    licenses = _licenses(facts)
+    data["license"] = licenses[0] if len(licenses) == 1 else licenses or None
+    return data
+
+
+def _base_models(facts: dict[str, Any]) -> tuple[list[str], str | None]:
+    """Return the Hub ids of the models that this one is made of, and the Hub's name for the relation to them."""
+    if adapter := facts.get("adapter"):
+        return [adapter["base"]] if adapter["base_is_on_hub"] else [], "adapter"
+    if facts.get("starts_from"):
+        return [facts["starts_from"]], "finetune"
+    return [part["source"] for part in facts["parts"] if part["on_hub"]], None
+
+
+def _licenses(facts: dict[str, Any]) -> list[str]:
+    """Return the licence of the repository, otherwise those of the backbones, or none if one of these is unknown."""
+    licenses = facts.get("licenses", {})
+    if own_license := licenses.get(facts["model"]):
+        return [own_license]
+    has_local_part = any(part["source"] and not part["on_hub"] for part in facts["parts"])
+    return [] if has_local_part or None in licenses.values() else sorted(set(licenses.values()))
+
+
+def _eval_result(evaluation: dict[str, Any], score: dict[str, Any]) -> EvalResult:
+    """Return a score as an entry of the Hub's `model-index`, with the protocol of the evaluation."""
+    name, on_hub = evaluation["name"], evaluation["on_hub"]
+    protocol = {key: evaluation[key] for key in PROTOCOL}
+    return EvalResult(
+        task_type="image-text-to-text",
+        task_name="Image captioning",
+        dataset_type=name if on_hub else re.sub(r"\W+", "-", name),
+        dataset_name=single_line(name),
+        dataset_split=single_line(evaluation["split"]),
+        dataset_revision=evaluation["revision"] if on_hub else None,
+        dataset_args={key: single_line(value) if isinstance(value, str) else value for key, value in protocol.items()},
+        metric_type=score["type"],
+        metric_name=score["name"],
+        metric_value=round(score["value"], 2),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cards in folders and repositories
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_card(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
+    """Write a card and its facts (`card.json`) to a folder.
+
+    Args:
+        folder: folder of the captioner or adapter.
+        facts: facts of a run (`training/run_facts.py`).
+    """
+    folder = Path(folder)
+    text = render_card(facts, pictures_of(folder))
+    facts = {**facts, "sha256": text_sha256(text)}
+    (folder / REPOCARD_NAME).write_text(text, encoding="utf-8")
+    (folder / FACTS_NAME).write_text(json.dumps(facts, indent=2, default=str) + "\n")
+
+
+def card_for_hub(
+    folder: Path,
+    repo_id: str,
+    base_id: str | None = None,
+    license: str | None = None,
+    adapter_id: str | None = None,
+) -> str:
+    """Return the card of a folder for its repository. A card that somebody wrote or changed is kept.
+
+    Args:
+        folder: folder of the captioner or adapter.
+        repo_id: repository that the usage example loads.
+        base_id: Hub id of the captioner that an adapter belongs to.
+        license: licence of the repository, by default those of the backbones if the cards of all of them state it.
+        adapter_id: Hub id of the adapter that this captioner is the base of.
+    """
+    facts = json.loads((folder / FACTS_NAME).read_text()) if (folder / FACTS_NAME).is_file() else None
+    if (folder / REPOCARD_NAME).is_file():
+        text = (folder / REPOCARD_NAME).read_text(encoding="utf-8", errors="replace")
+        is_changed = facts is None or facts["sha256"] != text_sha256(text)
+        if is_changed and PEFT_PLACEHOLDER not in text:
+            return text if license is None else _with_license(text, license)
+    facts = describe_folder(folder) if facts is None else facts
+    facts["model"] = repo_id
+    if base_id is not None:
+        facts["adapter"] = {"base": base_id, "base_is_on_hub": True}
+    if adapter_id is not None:
+        facts["is_base_of"] = adapter_id
+    backbones = [part["source"] for part in facts["parts"] if part["on_hub"]]
+    facts["licenses"] = {repo_id: license} if license else {name: license_of(name) for name in backbones}
+    return render_card(facts, pictures_of(folder))
+
+
+def _with_license(text: str, license: str) -> str:
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.data["license"] = license
+    return str(card)
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Return the facts that a folder without `card.json` tells: names, sizes and dtypes of the captioner's parts."""
+    from ..backbones_qformer import BACKBONES  # imports torch
+    from ..configuration_qformer import is_hub_id
+
+    sizes = count_parameters(folder)
     if not sizes:
         return {"parts": []}
     config = json.loads((folder / CONFIG_NAME).read_text())
@@ -39,157 +229,39 @@ def describe_folder(folder: Path) -> dict:
     for name in (*BACKBONES, "qformer", "language_projection"):
         source = config.get(f"{name}_name_or_path")
         on_hub = is_hub_id(source)
-        part = {"name": name, "source": source if on_hub else "", "on_hub": on_hub}
-        part |= {"revision": config.get(f"{name}_revision") if on_hub else None}
         parts.append(
-            part | {"total": sizes.get(name), "trained": None, "dtype": (config["dtypes"] or {}).get(name, "")}
+            {
+                "name": name,
+                "source": source if on_hub else "",
+                "on_hub": on_hub,
+                "revision": config.get(f"{name}_revision") if on_hub else None,
+                "total": sizes.get(name),
+                "trained": None,
+                "dtype": (config["dtypes"] or {}).get(name, ""),
+            }
         )
     return {"parts": parts}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The card
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Markdown(str):
-    """Text that may stand in a card as it is."""
-
-
-def one_line(text: object) -> str:
-    """Without line breaks and control characters."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in str(text)).split())
-
-
-def escape(text: object) -> str:
-    """Let any text stand in Markdown as itself: no markup, no HTML, no cell or line of its own."""
-    if isinstance(text, Markdown):
-        return text
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", html.escape(one_line(text), quote=False))
-
-
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    finalize=escape,  # of every expression in the template
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-ENVIRONMENT.filters["url"] = lambda name: Markdown(quote(name))
-ENVIRONMENT.filters["number"] = lambda value, form="{:,}": Markdown(
-    "" if value is None else form % value if "%" in form else form.format(value)
-)
-ENVIRONMENT.filters["code"] = lambda name: Markdown(re.sub(r"[^\w./-]", "_", name))
-
-
-def render(facts: dict, pictures: tuple[str, ...] = ()) -> str:
-    """The text of a card.
-
-    Args:
-        facts: as [`write_card`] keeps them.
-        pictures: of `PICTURES`, those that lie beside it.
-    """
-    title = one_line(facts["model"].split("/")[-1])
-    text = ENVIRONMENT.get_template("model_card_template.md").render(
-        metadata=Markdown(metadata(facts).to_yaml()), title=title, facts=facts, pictures=pictures
-    )
-    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text)))
-
-
-def metadata(facts: dict) -> ModelCardData:
-    """What the Hub files the model under."""
-    adapter = facts.get("adapter")
-    sources = [part["source"] for part in facts["parts"] if part["on_hub"]]
-    if adapter:
-        sources = [adapter["base"]] if adapter["base_is_on_hub"] else []
-    elif facts.get("starts_from"):
-        sources = [facts["starts_from"]]
-    relation = "adapter" if adapter else "finetune" if facts.get("starts_from") else None
-    licenses = facts.get("licenses", {})
-    told = licenses.get(facts["model"])  # by who publishes it
-    unknown = None in licenses.values() or any(part["source"] and not part["on_hub"] for part in facts["parts"])
-    licenses = [told] if told else [] if unknown else sorted(set(licenses.values()))
-    results = None
-    if facts.get("scores"):
-        evaluation = facts["evaluation"]
-        protocol = ("prompt", "num_beams", "max_new_tokens", "images", "references", "references_sha256")
-        results = [
-            EvalResult(
-                task_type="image-text-to-text",
-                task_name="Image captioning",
-                dataset_type=evaluation["name"] if evaluation["on_hub"] else re.sub(r"\W+", "-", evaluation["name"]),
-                dataset_name=one_line(evaluation["name"]),
-                dataset_split=one_line(evaluation["split"]),
-                dataset_revision=evaluation["revision"] if evaluation["on_hub"] else None,
-                dataset_args={
-                    name: one_line(evaluation[name]) if isinstance(evaluation[name], str) else evaluation[name]
-                    for name in protocol
-                },
-                metric_type=score["type"],
-                metric_name=score["name"],
-                metric_value=round(score["value"], 2),
-            )
-            for score in facts["scores"]
-        ]
-    return ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=sources or None,
-        base_model_relation=relation if sources else None,
-        license=licenses[0] if len(licenses) == 1 else licenses or None,
-        datasets=sorted({data["name"] for data in facts.get("data", []) if data["on_hub"]}) or None,
-        tags=["image-captioning", "q-former", "qformer-captioner", *(["lora"] if adapter else [])],
-        model_name=one_line(facts["model"].split("/")[-1]) if results else None,
-        eval_results=results,
-    )
-
-
-def write_card(folder: str | os.PathLike, facts: dict) -> None:
-    """Write a card and, in `card.json`, the facts that it is made of, so that it can be made again for the Hub."""
-    folder = Path(folder)
-    text = render(facts, pictures_of(folder))
-    (folder / CARD).write_text(text, encoding="utf-8")
-    (folder / FACTS).write_text(json.dumps({**facts, "sha256": text_sha256(text)}, indent=2, default=str) + "\n")
-
-
-def text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
-
-
-def card_for(
-    folder: Path, repo_id: str, base: str | None = None, license: str | None = None, adapter: str | None = None
-) -> str:
-    """The card of a folder as it stands in a repository: one that somebody wrote or changed stays as it is.
-
-    Args:
-        repo_id: what its lines of usage load.
-        base: the Hub id of the captioner that adapters are on.
-        license: of the repository; by default those of the backbones, where the cards of all of them tell.
-        adapter: the Hub id of the adapters that the captioner is for, and is nothing without.
-    """
-    facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else None
-    if (folder / CARD).is_file():
-        text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
-        changed = facts is None or facts["sha256"] != text_sha256(text)
-        if changed and "[More Information Needed]" not in text:  # what peft leaves is a form, not a card
-            if license is None:
-                return text
-            card = ModelCard(text, ignore_metadata_errors=True)
-            card.data.license = license
-            return str(card)
-    facts = (describe_folder(folder) if facts is None else facts) | {"model": repo_id}
-    if base is not None:
-        facts["adapter"] = {"base": base, "base_is_on_hub": True}
-    if adapter is not None:
-        facts["is_base_of"] = adapter
-    sources = [part["source"] for part in facts["parts"] if part["on_hub"]]
-    facts["licenses"] = {repo_id: license} if license else {name: license_of(name) for name in sources}
-    return render(facts, pictures_of(folder))
+def count_parameters(folder: Path) -> dict[str, int]:
+    """Return the number of parameters of each part, read from the headers of the safetensors files."""
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, safe_open is not a dictionary
+                part = name.split(".")[0]
+                sizes[part] = sizes.get(part, 0) + math.prod(tensors.get_slice(name).get_shape())
+    return sizes
 
 
 def license_of(repo_id: str) -> str | None:
-    """What the card of a model says; `None` if it cannot be had."""
+    """Return the licence that the card of a model states, or `None` if the card or its licence is not available."""
     with contextlib.suppress(OSError, ValueError, HTTPError, YAMLError):
-        license = ModelCard.load(repo_id, ignore_metadata_errors=True).data.license
+        license = ModelCard.load(repo_id, ignore_metadata_errors=True).data.get("license")
         return license if isinstance(license, str) else None
     return None
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text, as hexadecimal digits."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()

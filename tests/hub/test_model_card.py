@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
 from qformer_captioner import train_hf
-from qformer_captioner.hub.model_card import card_for, escape, render, write_card
+from qformer_captioner.hub.model_card import card_for_hub, escape, render_card, write_card
 from qformer_captioner.training.run_facts import describe_options, describe_parts
 
 from ..fixtures import tiny
@@ -53,7 +53,7 @@ def rows(card: str) -> list[list[str]]:
 
 
 def test_the_metadata_says_what_the_hub_files_a_model_under():
-    text = render(facts())
+    text = render_card(facts())
     assert check_card(text)[0] == 200
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag) == ("transformers", "image-text-to-text")
@@ -73,14 +73,14 @@ def test_the_metadata_says_what_the_hub_files_a_model_under():
 
 
 def test_the_tables_say_what_was_trained_how_and_how_well():
-    cells = rows(render(facts()))
+    cells = rows(render_card(facts()))
     assert ["qformer", "", "200", "200", "float32"] in cells
     assert ["**all**", "", "1,200", "200", ""] in cells
     assert ["CIDEr", "57.32", "1.50"] in cells
-    assert ["loss, nats per token", "2.5000", "3.5000"] in cells
+    assert ["loss (nats per token)", "2.5000", "3.5000"] in cells
     assert ["learning\\_rate", "0.001"] in cells
     assert ["prompt", "a photo of"] in cells
-    assert ["weights", "after step 4, chosen for their cider on this data"] in cells
+    assert ["weights", "after step 4, chosen by the best cider on this data set"] in cells
 
 
 def test_pictures_are_shown_where_they_are(tmp_path):
@@ -106,8 +106,8 @@ def test_pictures_are_shown_where_they_are(tmp_path):
     ids=lambda changes: next(iter(changes)),
 )
 def test_whatever_comes_from_data_is_text(changes):
-    card = render(facts(**changes))
-    ordinary = render(facts())
+    card = render_card(facts(**changes))
+    ordinary = render_card(facts())
     assert check_card(card)[0] == 200
     assert front_matter(card)["library_name"] == "transformers"
     text = ModelCard(card).text
@@ -148,15 +148,15 @@ def test_of_an_adapter_what_trains_is_counted_once():
 
 def test_on_the_hub_the_usage_names_the_repository(tmp_path):
     write_card(tmp_path, facts(parts=[]))
-    card = card_for(tmp_path, "other/name")
+    card = card_for_hub(tmp_path, "other/name")
     assert 'from_pretrained("other/name"' in card and "somebody" not in card
 
 
 def test_a_card_that_somebody_changed_stays(tmp_path):
     write_card(tmp_path, facts(parts=[]))
     (tmp_path / "README.md").write_text(mine := "---\nlicense: mit\n---\nMine.\n")
-    assert card_for(tmp_path, "other/name") == mine
-    assert ModelCard(card_for(tmp_path, "other/name", license="apache-2.0")).data.license == "apache-2.0"
+    assert card_for_hub(tmp_path, "other/name") == mine
+    assert ModelCard(card_for_hub(tmp_path, "other/name", license="apache-2.0")).data.license == "apache-2.0"
 
 
 @pytest.mark.parametrize(
@@ -169,18 +169,18 @@ def test_a_card_that_somebody_changed_stays(tmp_path):
     ],
 )
 def test_a_licence_is_told_where_all_are_known(licenses, license):
-    assert ModelCard(render(facts(licenses=licenses))).data.license == license
+    assert ModelCard(render_card(facts(licenses=licenses))).data.license == license
 
 
 def test_the_captioner_below_adapters_sends_to_them(tmp_path):
     write_card(tmp_path, facts(parts=[]))
-    assert "adapters [me/lora](https://huggingface.co/me/lora)" in card_for(tmp_path, "me/lora-base", adapter="me/lora")
+    assert "adapter [me/lora](https://huggingface.co/me/lora)" in card_for_hub(tmp_path, "me/lora-base", adapter_id="me/lora")
 
 
 def test_a_folder_without_a_run_has_a_card_of_what_is_in_it(tmp_path):
     model = tiny.captioner()
     model.save_pretrained(tmp_path)
-    card = card_for(tmp_path, "somebody/captioner", license="mit")
+    card = card_for_hub(tmp_path, "somebody/captioner", license="mit")
     assert check_card(card)[0] == 200 and ModelCard(card).data.license == "mit"
     size = sum(parameter.numel() for parameter in model.qformer.parameters())
     assert ["qformer", "", f"{size:,}", "", "float32"] in rows(card)
@@ -208,9 +208,9 @@ def test_a_run_leaves_a_card_with_its_own_numbers(tmp_path):
     best = next(entry for entry in state["log_history"] if entry["step"] == state["best_global_step"])
     losses = [f"{best[key]:.4f}" for key in ("eval_loss", "eval_loss_shuffled")]
     cells = rows(card)
-    assert ["loss, nats per token", *losses] in cells
+    assert ["loss (nats per token)", *losses] in cells
     assert ["prompt", "a &lt;photo&gt; of"] in cells
-    assert ["images, references", "4, 20"] in cells
+    assert ["reference captions", "20"] in cells
     assert {"captions.png", "loss_curve.png"} == set(re.findall(r"\]\((\w+\.png)\)", card))
     assert str(tmp_path) not in card and "output" not in card
 
