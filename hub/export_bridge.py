@@ -1,7 +1,4 @@
-"""The bridge alone, from image features to soft prompt, as a file that runs without this package.
-
-`.pt2` is a program of `torch.export`, `.onnx` an ONNX model. Both take any number of images and of image features.
-"""
+"""Export the bridge, from image features to soft prompt, to a file that runs without this package."""
 
 import os
 from pathlib import Path
@@ -16,9 +13,10 @@ BRIDGE_FORMATS = (".pt2", ".onnx")
 
 
 class Bridge(nn.Module):
-    """Q-Former and projection: `image_embeds` `[B, N, Dv]` -> `soft_prompt` `[B, Q, D]`.
+    """Q-Former and projection of a captioner as one module.
 
-    Where the Q-Former reads the prompt, too, so does this: `qformer_input_ids` and `qformer_attention_mask` `[B, P]`.
+    Args:
+        model: the captioner; the bridge shares its parameters.
     """
 
     def __init__(self, model: QFormerCaptioner):
@@ -31,6 +29,16 @@ class Bridge(nn.Module):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Compute the soft prompt.
+
+        Args:
+            image_embeds (`[B, N, Dv]`, float): image features.
+            qformer_input_ids, qformer_attention_mask (`[B, P]`, long, *optional*): prompt, for a Q-Former that reads
+                text.
+
+        Returns:
+            `[B, Q, D]`, float: soft prompt.
+        """
         queries = self.qformer(image_embeds, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask)
         return self.language_projection(queries.last_hidden_state)
 
@@ -38,12 +46,14 @@ class Bridge(nn.Module):
 def export_bridge(model: QFormerCaptioner, path: str | os.PathLike) -> None:
     """Write the Q-Former and the projection of a captioner to one file.
 
+    The file takes any number of images and of image features, and the bridge keeps its dtype.
+
     Args:
-        model: the captioner; its bridge is written in the dtype that it has.
-        path: a file that ends in `.pt2` (opened with `torch.export.load(path).module()`) or in `.onnx`.
+        model: the captioner.
+        path: a file that ends in `.pt2`, to open with `torch.export.load(path).module()`, or in `.onnx`.
 
     Raises:
-        InputError: for another ending, or where what writes ONNX is not installed.
+        InputError: for another ending, or if the packages that write ONNX are not installed.
 
     Example:
 
@@ -55,31 +65,42 @@ def export_bridge(model: QFormerCaptioner, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     if path.suffix not in BRIDGE_FORMATS:
-        raise InputError(f"A bridge is written to a file that ends in .pt2 or .onnx, not to {str(path)!r}.")
+        raise InputError(f"The bridge is written to a file that ends in .pt2 or .onnx, not to {str(path)!r}.")
     check_output(path)
     bridge = Bridge(model).eval()
-    config, device = model.config.qformer_config, model.qformer.query_tokens.device
-    # Two of everything: torch.export takes a 1 for a number that is always 1.
-    example = {"image_embeds": torch.zeros(2, 3, config.encoder_hidden_size, device=device)}
-    sizes = {"image_embeds": {0: torch.export.Dim("images"), 1: torch.export.Dim("features")}}
-    if config.use_qformer_text_input:
-        prompt = {0: sizes["image_embeds"][0], 1: torch.export.Dim("words", max=config.max_position_embeddings)}
-        for name in ("qformer_input_ids", "qformer_attention_mask"):
-            example[name], sizes[name] = torch.ones(2, 4, dtype=torch.long, device=device), prompt
+    inputs, dynamic_shapes = _example_inputs(model)
     if path.suffix == ".pt2":
         with torch.no_grad():
-            torch.export.save(torch.export.export(bridge, (), example, dynamic_shapes=sizes), path)
+            program = torch.export.export(bridge, (), inputs, dynamic_shapes=dynamic_shapes)
+        torch.export.save(program, path)
         return
     try:
         torch.onnx.export(
             bridge,
             (),
             path,
-            kwargs=example,
-            dynamic_shapes=sizes,
+            kwargs=inputs,
+            dynamic_shapes=dynamic_shapes,
             output_names=["soft_prompt"],
             external_data=False,
             verbose=False,
         )
     except ImportError as error:
-        raise InputError("An ONNX file needs more packages: pip install 'qformer-captioner[onnx]'.") from error
+        raise InputError("Exporting to ONNX needs more packages: pip install 'qformer-captioner[onnx]'.") from error
+
+
+def _example_inputs(model: QFormerCaptioner) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
+    """Return example inputs for tracing, and their dynamic dimensions.
+
+    No dynamic dimension has size 1: `torch.export` would take it for a constant.
+    """
+    config, device = model.qformer.config, model.qformer.query_tokens.device
+    images, features = torch.export.Dim("images"), torch.export.Dim("features")
+    inputs = {"image_embeds": torch.zeros(2, 3, config.encoder_hidden_size, device=device)}
+    dynamic_shapes = {"image_embeds": {0: images, 1: features}}
+    if config.use_qformer_text_input:
+        tokens = torch.export.Dim("tokens", max=config.max_position_embeddings)
+        for name in ("qformer_input_ids", "qformer_attention_mask"):
+            inputs[name] = torch.ones(2, 4, dtype=torch.long, device=device)
+            dynamic_shapes[name] = {0: images, 1: tokens}
+    return inputs, dynamic_shapes

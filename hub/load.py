@@ -1,8 +1,9 @@
-"""Open a captioner, or an adapter on one, by folder or Hub id."""
+"""Load a captioner, or an adapter on a captioner, from a folder or the Hub."""
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
-from ..common.errors import UNUSABLE, InputError
+from ..common.errors import UNUSABLE, InputError, cannot_use, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -11,15 +12,23 @@ if TYPE_CHECKING:
 
 
 def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.dtype" = "auto") -> "QFormerCaptioner":
-    """Open a captioner, or an adapter on one, by folder or Hub id.
+    """Load a captioner with its processor. An adapter is loaded on the captioner that it belongs to.
 
     Args:
-        model: folder or Hub id.
-        revision: its branch, tag or commit on the Hub. Of an adapter: the captioner that it is on has others.
-        dtype: of the weights; "auto" is as they were saved.
+        model: folder or Hub id of a captioner or an adapter.
+        revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the captioner below.
+        dtype: dtype of the weights; `"auto"` keeps the dtype in which each part was saved.
 
     Raises:
-        InputError: if there is none, or it is something else; the message names it.
+        InputError: if the model cannot be loaded, or is not a captioner with a processor.
+
+    Example:
+
+    ```python
+    >>> model = load_captioner("outputs/own_images")  # doctest: +SKIP
+    >>> model.caption("dog.jpg")  # doctest: +SKIP
+    'a dog runs over the grass'
+    ```
     """
     from transformers import AutoModel
     from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
@@ -27,14 +36,50 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
     from ..modeling_qformer import QFormerCaptioner
 
     try:
-        found = cached_file(model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        at = {"revision": revision} if found is None else {"adapter_kwargs": {"revision": revision}}
-        captioner = AutoModel.from_pretrained(model, dtype=dtype, **(at if revision is not None else {}))
+        adapter_config = cached_file(
+            model, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+        hub_kwargs: dict[str, Any] = {}
+        if revision is not None:
+            hub_kwargs = {"revision": revision}
+            if adapter_config is not None:
+                hub_kwargs = {"adapter_kwargs": hub_kwargs}
+        captioner = AutoModel.from_pretrained(model, dtype=dtype, **hub_kwargs)
     except (OSError, *UNUSABLE) as error:
-        why = " ".join(str(error).split())[:500]
-        raise InputError(f"The captioner {model!r} cannot be loaded, from a folder or the Hub: {why}") from error
+        raise InputError(
+            f"The captioner {model!r} cannot be loaded from a folder or the Hub: {one_line(error)}"
+        ) from error
     if not isinstance(captioner, QFormerCaptioner):
-        raise InputError(f"{model!r} holds a {type(captioner).__name__} and no captioner of this package.")
+        raise InputError(f"{model!r} holds a {type(captioner).__name__}, not a captioner of this package.")
     if captioner.processor is None:
-        raise InputError(f"The captioner {model!r} has no processor beside it.")
+        raise InputError(f"The captioner {model!r} has no processor: save it again with `save_pretrained`.")
+    return captioner
+
+
+def load_merged_captioner(model: str | os.PathLike) -> "QFormerCaptioner":
+    """Load a captioner. An adapter is merged into the captioner that it belongs to.
+
+    Args:
+        model: folder or Hub id of a captioner or an adapter.
+
+    Raises:
+        InputError: if the model cannot be used.
+        OSError: if the captioner, or the one below an adapter, cannot be fetched; the message names it.
+    """
+    from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
+
+    from ..modeling_qformer import QFormerCaptioner
+
+    try:
+        if cached_file(model, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+            return QFormerCaptioner.from_pretrained(model)
+        from peft import PeftConfig, PeftModel
+
+        base = PeftConfig.from_pretrained(os.fspath(model)).base_model_name_or_path
+        if not base:
+            raise ValueError("its adapter_config.json does not name the captioner that the adapter belongs to")
+        captioner = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), model).merge_and_unload()
+    except UNUSABLE as error:
+        raise cannot_use(model, error) from error
+    captioner.config.language_model_name_or_path = None  # its weights are no longer those of that name
     return captioner

@@ -193,7 +193,7 @@ def test_a_terminal_is_told_nothing_that_it_would_obey(folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "nowhere/at/all"}, "captioner 'nowhere/at/all' cannot be loaded, from a folder or the Hub"),
+        ({"model": "nowhere/at/all"}, "captioner 'nowhere/at/all' cannot be loaded from a folder or the Hub"),
         ({"num_beams": 0}, "--num_beams is at least 1, not 0"),
         ({"batch_size": -1}, "--batch_size is at least 1, not -1"),
         ({"output": "nowhere/captions.json"}, "no folder for 'nowhere/captions.json'"),

@@ -91,7 +91,7 @@ def test_export_writes_the_bridge_where_out_is_a_file(tmp_path, capsys):
     batch = inputs("plain", 2, 3)
     computed = torch.export.load(tmp_path / "bridge.pt2").module()(**batch)
     torch.testing.assert_close(computed, soft_prompt(model, batch))
-    with pytest.raises(InputError, match=r"bridge\.pt2' is there already"):
+    with pytest.raises(InputError, match=r"bridge\.pt2' exists already"):
         export(tmp_path / "captioner", tmp_path / "bridge.pt2")
 
 
