@@ -1,21 +1,27 @@
-"""Our classes behind transformers' `AutoConfig`, `AutoModel`, `AutoModelForImageTextToText` and `AutoProcessor`.
+"""Registration of our classes with transformers' `AutoConfig`, `AutoModel` and `AutoProcessor`.
 
-Importing the package is enough for a captioner to open without `trust_remote_code`, whatever is imported first. Nothing
-is imported for it: transformers takes seconds, and scoring captions does not need it. So stand-ins are registered, as
-soon as the Auto classes are imported, and our classes when a stand-in is used.
+transformers cannot discover classes of other packages: it declares no entry points, so a package must call
+`AutoConfig.register` itself. Calling it when this package is imported would import transformers and torch, which takes
+seconds, even for a program that only scores captions. Therefore an import hook registers placeholders when a program
+imports the Auto classes, and the first use of a placeholder loads our classes.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-CONFIGS, PROCESSORS = (f"transformers.models.auto.{name}_auto" for name in ("configuration", "processing"))
+PACKAGE = __name__.partition(".")[0]
+CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
+PROCESSING_AUTO = "transformers.models.auto.processing_auto"
 
 
-def register() -> None:
-    """Let the Auto classes build captioners of ours from this package, and not from the code beside the weights."""
+def register_classes() -> None:
+    """Register our classes, so that the Auto classes prefer them to the code beside the weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
@@ -30,66 +36,91 @@ def register() -> None:
     AutoProcessor.register(QFormerCaptionerConfig, QFormerCaptionerProcessor)
 
 
-class StandIn(type):
-    """A class of ours that is imported, and registered with the others, when something is asked of it."""
+class Placeholder(type):
+    """Metaclass of classes that stand for a class of ours until it is used.
 
-    def __getattr__(cls, name: str):
-        return getattr(cls.load(), name)
+    The first access to an attribute, or the first call, registers our classes and goes to the class of the same name.
+    """
 
-    def __call__(cls, *args, **kwargs):
-        return cls.load()(*args, **kwargs)
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls._load(), name)
 
-    def load(cls) -> type:
-        register()
-        return getattr(sys.modules[__name__.split(".")[0]], cls.__name__)
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._load()(*args, **kwargs)
+
+    def _load(cls) -> type:
+        register_classes()
+        return getattr(importlib.import_module(PACKAGE), cls.__name__)
 
 
-class QFormerConfig(metaclass=StandIn):
+class QFormerConfig(metaclass=Placeholder):
     pass
 
 
-class QFormerCaptionerConfig(metaclass=StandIn):
+class QFormerCaptionerConfig(metaclass=Placeholder):
     pass
 
 
-class QFormerCaptionerProcessor(metaclass=StandIn):
+class QFormerCaptionerProcessor(metaclass=Placeholder):
     pass
 
 
-def register_stand_ins(name: str, module: ModuleType) -> None:
-    """Register those that an Auto module is for."""
-    if name == CONFIGS:
+def register_placeholders(module: ModuleType) -> None:
+    """Register the placeholders that belong to one of the two Auto modules."""
+    if module.__name__ == CONFIGURATION_AUTO:
         module.AutoConfig.register("qformer", QFormerConfig)
         module.AutoConfig.register("qformer_captioner", QFormerCaptionerConfig)
     else:
         module.AutoProcessor.register(QFormerCaptionerConfig, QFormerCaptionerProcessor)
 
 
-def register_with_transformers() -> None:
-    """Register stand-ins: now, with an Auto module that is imported already, and else as soon as it is."""
-    sys.meta_path.insert(0, _AutoModuleFinder())
-    for name in (CONFIGS, PROCESSORS):
-        if name in sys.modules:
-            register_stand_ins(name, sys.modules[name])
+class AutoModuleFinder(importlib.abc.MetaPathFinder):
+    """Import hook for one of transformers' Auto modules.
 
+    Args:
+        name: full name of the module. The hook ignores all other modules, and removes itself once it was used.
+    """
 
-class _AutoModuleFinder(importlib.abc.MetaPathFinder):
-    """Finds two modules, by asking all other finders."""
+    def __init__(self, name: str):
+        self.name = name
 
-    def __init__(self):
-        self.looks_for = {CONFIGS, PROCESSORS}
-
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        if name not in self.looks_for:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
             return None
-        self.looks_for.remove(name)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _AutoModuleLoader(name, spec.origin)
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = AutoModuleLoader(spec.loader)
         return spec
 
 
-class _AutoModuleLoader(SourceFileLoader):
+class AutoModuleLoader(importlib.abc.Loader):
+    """Loader that executes a module with its own loader and then registers the placeholders.
+
+    Args:
+        loader: the module's own loader.
+    """
+
+    def __init__(self, loader: importlib.abc.Loader):
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
     def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        register_stand_ins(module.__name__, module)
+        self.loader.exec_module(module)
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        register_placeholders(module)
+
+
+def register_with_transformers() -> None:
+    """Register the placeholders with Auto modules that are imported already, and with the others on their import."""
+    for name in (CONFIGURATION_AUTO, PROCESSING_AUTO):
+        if name in sys.modules:
+            register_placeholders(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, AutoModuleFinder(name))

@@ -383,7 +383,7 @@ def test_the_same_command_pushes_a_finished_run_again(published, folder):
 def test_an_unfinished_captioner_has_a_card_and_loads(hub, published):
     first = next(files for (repo, _), files in hub.seen.items() if repo[1] == "tester/trained" and files)
     assert set(first) == CAPTIONER | PICTURES
-    assert "training has not come to its end yet" in first["README.md"].decode()
+    assert "has not finished yet" in first["README.md"].decode()
 
 
 def test_no_token_and_no_path_of_this_machine_leaves_it(hub, published, folder):
@@ -423,23 +423,23 @@ def test_what_fails_once_is_tried_again_and_done_once(hub, published, repo):
 
 
 def test_a_wrong_name_and_a_wrong_token_are_one_sentence(published):
-    assert "'a/b/c' is no name of a repository" in published["messages"]["no name"]
+    assert "'a/b/c' is not a valid repository id" in published["messages"]["no name"]
     assert "The Hub refuses 'tester/trained' (401): log in with `hf auth login`." in published["messages"]["forbidden"]
 
 
 def test_another_model_by_the_name_of_the_base_stays(hub, published):
-    assert "would go to 'tester/taken-base', and another model is there already" in published["messages"]["taken"]
+    assert "would be published as 'tester/taken-base', which already holds another model" in published["messages"]["taken"]
     assert set(hub.files["model", "tester/taken-base"]) == {"config.json", "model.safetensors"}
     assert not hub.files["model", "tester/taken"]
 
 
 def test_what_everybody_sees_does_not_become_private_by_a_push(published):
-    assert "'tester/trained' is there already, and everybody may see it" in published["messages"]["public"]
+    assert "'tester/trained' exists already and is public" in published["messages"]["public"]
 
 
 def test_a_hub_that_is_down_leaves_the_branch_as_it_was(hub, published):
     assert published["messages"]["down"] == (
-        "'tester/once' could not be published, the Hub answered 503; its branch is as it was before. Try again later."
+        "'tester/once' could not be published (the Hub answered 503); its branch has not changed. Try again later."
     )
     assert hub.branches["model", "tester/once", "v2"] == hub.files["model", "tester/once"]
 
