@@ -174,7 +174,9 @@ def test_a_licence_is_told_where_all_are_known(licenses, license):
 
 def test_the_captioner_below_adapters_sends_to_them(tmp_path):
     write_card(tmp_path, facts(parts=[]))
-    assert "adapter [me/lora](https://huggingface.co/me/lora)" in card_for_hub(tmp_path, "me/lora-base", adapter_id="me/lora")
+    assert "adapter [me/lora](https://huggingface.co/me/lora)" in card_for_hub(
+        tmp_path, "me/lora-base", adapter_id="me/lora"
+    )
 
 
 def test_a_folder_without_a_run_has_a_card_of_what_is_in_it(tmp_path):

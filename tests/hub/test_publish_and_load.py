@@ -428,7 +428,9 @@ def test_a_wrong_name_and_a_wrong_token_are_one_sentence(published):
 
 
 def test_another_model_by_the_name_of_the_base_stays(hub, published):
-    assert "would be published as 'tester/taken-base', which already holds another model" in published["messages"]["taken"]
+    assert (
+        "would be published as 'tester/taken-base', which already holds another model" in published["messages"]["taken"]
+    )
     assert set(hub.files["model", "tester/taken-base"]) == {"config.json", "model.safetensors"}
     assert not hub.files["model", "tester/taken"]
 

@@ -162,7 +162,11 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_starts(tmp_path,
         ("README.md", b"---\n: : [\n---\nMine.\n", "cannot be used"),
         ("model.safetensors.index.json", b"{}", "is not an index of weights"),
         ("model.safetensors.index.json", b'{"weight_map": [1]}', "is not an index of weights"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "../canary.safetensors"}}', "is not an index of weights"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "../canary.safetensors"}}',
+            "is not an index of weights",
+        ),
         ("processor_config.json", None, "nobody could caption with it"),
         ("modeling_qformer.py", None, "nobody could caption with it"),
     ],
@@ -199,6 +203,8 @@ def test_a_large_file_that_does_not_arrive_is_tried_again_and_one_sentence(error
         tried.append(1)
         raise error
 
-    with pytest.raises(InputError, match=f"'me/captioner' could not be published .{error}.; its branch has not changed"):
+    with pytest.raises(
+        InputError, match=f"'me/captioner' could not be published .{error}.; its branch has not changed"
+    ):
         push._call_hub(request, "me/captioner")
     assert len(tried) == 3
