@@ -18,9 +18,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerProcessor
 
 from ..conftest import ROOT
-from ..docs.test_readme import files_of
 from ..fixtures import tiny
-from ..fixtures.hub_server import Failure, Hub
+from ..fixtures.hub_server import Failure, Hub, files_of
 from ..fixtures.processes import command_line
 
 DECODING = dict(num_beams=2, max_new_tokens=6, min_new_tokens=6)

@@ -1,0 +1,192 @@
+"""Commands and Python blocks of the README and of docs, run as they stand.
+
+The blocks of a page run in order in one folder, so that a page is a story. Models are tiny and come from a local Hub. A
+block that cannot run here is preceded by a comment `<!-- not run: REASON -->`.
+"""
+
+import csv
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+)
+
+from ..conftest import ROOT
+from ..fixtures import tiny
+from ..fixtures.fork_server import ForkServer
+from ..fixtures.hub_server import Hub, files_of
+from ..fixtures.markdown import code_blocks
+
+pytestmark = pytest.mark.slow
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUNNABLE = ("bash", "python")
+DATA_LANGUAGES = ("json", "yaml", "bibtex", "text")  # shown, not run
+# Pages that begin with what another page has trained: its command is that of the README.
+AFTER_TRAINING = ("README.md", "evaluation.md", "export.md", "publishing.md")
+CHECKOUT = ("train_hf.py", "eval_captions.py", "precompute_features.py", "recipes", "metrics")
+FIRST_TRAINING = "qformer-captioner train --recipe own_images --dataset_name photos/captions.csv"
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# --- Stand-ins --------------------------------------------------------------------------------------------------------
+
+
+def save_clip(folder: Path) -> None:
+    """Save a CLIP with both towers, for CLIPScore."""
+    sizes = dict(tiny.LAYERS, hidden_size=tiny.VISION_WIDTH, intermediate_size=40)
+    vision, text = sizes | dict(image_size=tiny.SIDE, patch_size=16), sizes | dict(vocab_size=tiny.WORDS)
+    torch.manual_seed(4)
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).save_pretrained(folder)
+    side = {"height": tiny.SIDE, "width": tiny.SIDE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": tiny.SIDE}, crop_size=side)
+    CLIPProcessor(images, tiny.tokenizer()).save_pretrained(folder)
+
+
+def save_blip2(folder: Path) -> None:
+    """Save a BLIP-2 with an OPT."""
+    vision = dict(tiny.LAYERS, hidden_size=tiny.VISION_WIDTH, intermediate_size=40, image_size=tiny.SIDE, patch_size=16)
+    qformer = dict(tiny.QFORMER, encoder_hidden_size=tiny.VISION_WIDTH, vocab_size=50, cross_attention_frequency=2)
+    qformer.pop("num_query_tokens")
+    text = tiny.text_config("opt", word_embed_proj_dim=tiny.TEXT_WIDTH).to_dict()
+    torch.manual_seed(6)
+    config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=tiny.QUERIES)
+    Blip2ForConditionalGeneration(config).save_pretrained(folder)
+    tiny.image_processor().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    """A Hub with tiny models under the ids that the pages name."""
+    folder = tmp_path_factory.mktemp("models")
+    vision = AutoConfig.for_model("dinov2", hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    AutoModel.from_config(vision).save_pretrained(folder / "facebook/dinov2-small")
+    tiny.image_processor(28).save_pretrained(folder / "facebook/dinov2-small")
+    tiny.save_language(folder / "HuggingFaceTB/SmolLM2-135M-Instruct", max_position_embeddings=256)
+    save_clip(folder / "openai/clip-vit-base-patch32")
+    save_blip2(folder / "Salesforce/blip2-opt-2.7b")
+    with Hub() as hub:
+        hub.tokens["hf_test"] = "USER"
+        for path in folder.glob("*/*"):
+            hub.files["model", f"{path.parent.name}/{path.name}"] = files_of(path)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def server(hub) -> Iterator[ForkServer]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = hub.environment(Path(folder) / "home") | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        with ForkServer(Path(folder), environment) as server:
+            yield server
+
+
+def make_files(folder: Path) -> None:
+    """Put into a folder what the pages take for granted: a clone, images, captions, and what `make demo` leaves."""
+    for name in CHECKOUT:
+        (folder / name).symlink_to(ROOT / name)
+    photos = {"dog.jpg": tiny.CAPTIONS[:2], "cat.jpg": tiny.CAPTIONS[1:], "bird.jpg": tiny.CAPTIONS[::2]}
+    for name in ("dog.jpg", "cat.jpg", "picture.png"):
+        tiny.picture(1).save(folder / name)
+    for place in ("photos", "my_folder"):
+        (folder / place).mkdir()
+        for number, name in enumerate(photos):
+            tiny.picture(number).save(folder / place / name)
+    with (folder / "photos" / "captions.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption"])
+        rows.writerows([name, caption] for name in photos for caption in photos[name])
+        for number in range(9):
+            tiny.picture(number).save(folder / "photos" / f"{number}.jpg")
+            rows.writerow([f"{number}.jpg", tiny.CAPTIONS[number % 3]])
+    rows = [
+        {"file_name": name, "split": split, "caption": photos[name]}
+        for name, split in zip(photos, ("train", "train", "dev"), strict=True)
+    ]
+    (folder / "my_folder" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    images = [{"id": number, "file_name": name} for number, name in enumerate(photos)]
+    captions = [caption for name in photos for caption in photos[name]]
+    annotations = [{"id": place, "image_id": place // 2, "caption": text} for place, text in enumerate(captions)]
+    (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    results = [{"image_id": number, "caption": tiny.CAPTIONS[number]} for number in range(len(photos))]
+    (folder / "results.json").write_text(json.dumps(results))
+    tiny.captioner().save_pretrained(folder / "outputs" / "scenes")
+
+
+@pytest.fixture(scope="module")
+def trained(server, tmp_path_factory) -> Path:
+    """A folder in which the command of the README has trained `outputs/own_images`."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_files(folder)
+    done = server.run("bash", FIRST_TRAINING, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "The captioner is in outputs/own_images" in done.stdout + done.stderr
+    return folder
+
+
+def anchors(markdown: str) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", markdown, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- Tests ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in PAGES[2:] if f"]({page.name})" not in index] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_blocks_have_a_known_language(page):
+    for block in code_blocks(page.read_text()):
+        assert block.language in RUNNABLE + DATA_LANGUAGES, f"{page_id(page)}:{block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text()), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_blocks_run(page, server, tmp_path, request):
+    if page.name in ("convert.md", "evaluation.md", "performance.md"):
+        pytest.skip("waits for changes to from_backbones, metrics/spaces and onednn_linears")
+    blocks = [block for block in code_blocks(page.read_text()) if block.language in RUNNABLE and not block.not_run]
+    if not blocks:
+        return
+    if page.name in AFTER_TRAINING:
+        shutil.copytree(request.getfixturevalue("trained"), tmp_path, symlinks=True, dirs_exist_ok=True)
+    else:
+        make_files(tmp_path)
+    for block in blocks:
+        done = server.run(block.language, block.source, tmp_path)
+        assert done.returncode == 0, f"{page_id(page)}:{block.line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
