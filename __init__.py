@@ -13,6 +13,7 @@ _HOME = {
     "QFormerCaptioner": "modeling_qformer",
     "QFormerCaptionerOutput": "modeling_qformer",
     "QFormerCaptionerProcessor": "processing_qformer",
+    "onednn_linears": "common.onednn",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

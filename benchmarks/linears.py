@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from qformer_captioner.common.onednn import multiply
+from qformer_captioner.common.onednn import multiply_by_mkl, multiply_by_onednn
 
 from .common import alternate, machine, spread, write_result
 
@@ -43,15 +43,15 @@ def main() -> None:
         line, rounding = f"{title:<28}", 0.0
         for rows in options.rows:
             batch = torch.randn(rows, inputs)
-            products = multiply(batch, weights[0]), torch.nn.functional.linear(batch, weights[0])
+            products = multiply_by_onednn(batch, weights[0]), multiply_by_mkl(batch, weights[0])
             torch.testing.assert_close(*products, atol=1e-3, rtol=1e-4)
             exact = batch.double() @ weights[0].t().double()
             errors = [((product - exact).norm() / exact.norm()).item() for product in products]
             rounding = max(rounding, errors[0] / errors[1])
             seconds = alternate(
                 options.repetitions,
-                ours=partial(run, multiply, batch, weights),
-                torch=partial(run, torch.nn.functional.linear, batch, weights),
+                ours=partial(run, multiply_by_onednn, batch, weights),
+                torch=partial(run, multiply_by_mkl, batch, weights),
             )
             times = {name: spread(values) for name, values in seconds.items()}
             ratio = times["torch"]["median"] / times["ours"]["median"]
