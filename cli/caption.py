@@ -62,6 +62,7 @@ def caption_files(
     Yields:
         Each file and its caption, or the error that it has none for.
     """
+    from ..common.onednn import onednn_linears
     from ..processing_qformer import open_image
 
     for start in range(0, len(files), batch_size):
@@ -72,7 +73,9 @@ def caption_files(
             except OSError as error:
                 yield file, error
         if pictures:
-            yield from zip(pictures, model.caption(list(pictures.values()), prompt, **generation), strict=True)
+            with onednn_linears(model.device):
+                captions = model.caption(list(pictures.values()), prompt, **generation)
+            yield from zip(pictures, captions, strict=True)
 
 
 def printable_line(text: str) -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..common.errors import InputError
+from ..common.onednn import onednn_linears
 from ..modeling_qformer import QFormerCaptioner
 from .benchmarks import EvaluationSet
 from .caption_files import ImageId
@@ -79,7 +80,8 @@ def caption_images(
             readable = [(image, opened) for image, opened in batch if isinstance(opened, Image.Image)]
             unreadable += [(image, str(error)) for image, error in batch if isinstance(error, OSError)]
             if readable:
-                captions = model.caption([opened for _, opened in readable], prompt, **generation)
+                with onednn_linears(model.device):
+                    captions = model.caption([opened for _, opened in readable], prompt, **generation)
                 captions = dict(zip((image for image, _ in readable), captions, strict=True))
                 new.update(captions)
                 rows = ([image, fingerprints[image], caption] for image, caption in captions.items())

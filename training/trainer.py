@@ -21,6 +21,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, speed_metrics
 from transformers.utils import PushInProgress
 
 from ..common.errors import InputError
+from ..common.onednn import has_relu, onednn_linears
 from ..data.dataset import CaptionDataset, ShuffledImages
 from ..data.streaming import CaptionStream
 from ..evaluation.plots import draw_caption_sheet, draw_loss_curve
@@ -71,6 +72,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.include_backbones = include_backbones
         self.facts = facts
         self.last_logged = (time.time(), self.state.global_step)
+        self.has_relu = has_relu(self.model)
         self.add_callback(SetEpochCallback(self.train_dataset))
         self.average = None
         if self.args.ema_decay is not None:
@@ -133,6 +135,13 @@ class CaptionTrainer(Seq2SeqTrainer):
             logs["memory_gb"] = round(memory / 1e9, 2)
         super().log(logs, start_time)
 
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """Compute the loss and its gradients as the Trainer does, on a float32 CPU by oneDNN."""
+        if self.args.gradient_checkpointing:  # recomputed layers would leave the context
+            return super().training_step(*args, **kwargs)
+        with onednn_linears(self.args.device, backward_only=self.has_relu):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The caption loss; in training some of the word loss, too."""
         if self.word_loss is None or not model.training:
@@ -168,7 +177,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         """Evaluate as the class says. Takes what `Trainer.evaluate` takes."""
         averaged = nullcontext() if self.average is None else self.average.in_place()
         # Loading data draws random numbers. Training must not notice, or it would go on otherwise after a kill.
-        with averaged, torch.random.fork_rng(devices=[]):
+        with averaged, torch.random.fork_rng(devices=[]), onednn_linears(self.args.device):
             return self._measure(eval_dataset, metric_key_prefix)
 
     def _measure(self, eval_dataset: CaptionDataset | None, metric_key_prefix: str) -> dict[str, float]:
