@@ -4,6 +4,7 @@ Shapes are those of CLIP ViT-B/32, BLIP-2's Q-Former (12 layers, 768 wide, 32 qu
 CLIP ViT-L/14 and one that a GPU is for. Weights are random: what takes time does not depend on them.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from qformer_captioner import QFormerCaptioner
+from qformer_captioner.common.onednn import has_relu, onednn_linears
 from qformer_captioner.hub.convert import convert
 
 QUERIES, IMAGE_TOKEN = 32, 3
@@ -125,16 +127,27 @@ def training_step(
     pixel_values: torch.Tensor,
     labels: torch.Tensor,
     compiled: torch.nn.Module | None = None,
+    onednn: bool = True,
 ) -> float:
-    """Forward and backward of either side, or of what `torch.compile` made of it; returns the loss."""
+    """Run a forward and a backward pass of either side, and return the loss.
+
+    Args:
+        model: one of the two.
+        pixel_values, labels: batch of [`make_batch`].
+        compiled: the same model behind `torch.compile`, to run that.
+        onednn: run our step inside [`onednn_linears`], as our Trainer does. BLIP-2's never is.
+    """
     model.zero_grad()
     run = model if compiled is None else compiled
     if isinstance(model, QFormerCaptioner):
-        loss = run(pixel_values=pixel_values, labels=labels).loss
+        context = onednn_linears(model.device, backward_only=has_relu(model)) if onednn else nullcontext()
+        with context:
+            loss = run(pixel_values=pixel_values, labels=labels).loss
+            loss.backward()
     else:
         images = pixel_values.repeat_interleave(labels.shape[1], dim=0)
         loss = run(pixel_values=images, **rows_of(labels, model.config.text_config.is_encoder_decoder)).loss
-    loss.backward()
+        loss.backward()
     return loss.item()
 
 

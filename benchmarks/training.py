@@ -3,7 +3,8 @@
 The same weights on both sides: the shapes of CLIP ViT-B/32 and SmolLM2-135M or T5-base, BLIP-2's Q-Former (12
 layers, 768 wide, 32 queries), captions of 10 to 16 tokens, float32, no dropout. BLIP-2 gets one row per image and
 caption, as it is trained everywhere. Both sides first compute loss and gradients, which must be equal; then they are
-timed in turn. Last, steps with 1 to 10 captions per image, and with 1 to 16 images, show how the cost grows.
+timed in turn. On a CPU our step is timed twice: inside `onednn_linears`, as our Trainer runs it, and without.
+Last, steps with 1 to 10 captions per image, and with 1 to 16 images, show how the cost grows.
 
 On a GPU, with the shape of CLIP ViT-L/14: `--device cuda --dtype bfloat16 --compile --decoder smollm2-1.7b llama-3.2-3b
 --images 16 --growth_repetitions 0`. There the two sides must be equal in float32 before they are timed in bfloat16.
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from qformer_captioner import QFormerCaptioner
+from qformer_captioner.common.onednn import has_relu, onednn_linears
 
 from .blip2 import DECODERS, LARGE, TITLES, VIT_B_32, VIT_L_14, compare, load, make_batch, save_both, training_step
 from .common import RESULTS, alternate, machine, matrix_rate, operations, spread, write_result
@@ -25,16 +27,18 @@ CAPTIONS, IMAGES = range(1, 11), (1, 2, 4, 8, 16)  # how the cost grows
 
 
 def features_step(model: QFormerCaptioner, image_embeds: torch.Tensor, labels: torch.Tensor) -> None:
-    """Our step on precomputed features."""
+    """Run our step on precomputed features."""
     model.zero_grad()
-    model(image_embeds=image_embeds, labels=labels).loss.backward()
+    with onednn_linears(model.device, backward_only=has_relu(model)):
+        model(image_embeds=image_embeds, labels=labels).loss.backward()
 
 
 def time_vision(model: QFormerCaptioner, pixel_values: torch.Tensor, repetitions: int, rate: float) -> dict:
-    """The vision encoder alone, which is the same on both sides: how near it comes to large matrices."""
+    """Time the vision encoder alone, which is the same on both sides: how near it comes to large matrices."""
     see = partial(model.get_image_features, pixel_values)
     work, images = operations(see), len(pixel_values)
-    seconds = spread(alternate(repetitions, see=see)["see"])
+    with onednn_linears(model.device):
+        seconds = spread(alternate(repetitions, see=see)["see"])
     print(
         f"features of {images} images: {seconds['median']:.3f} s, {images / seconds['median']:.0f} images per second, "
         f"{work / seconds['median'] / rate:.0%} of what the machine multiplies"
@@ -102,19 +106,23 @@ def main() -> None:
                 "blip2": partial(training_step, peer, pixel_values, labels),
                 "features": partial(features_step, ours, features, labels),
             }
+            if options.device == "cpu":
+                sides["ours, no oneDNN"] = partial(training_step, ours, pixel_values, labels, onednn=False)
             work = {name: operations(step) for name, step in sides.items()}
             if options.compile:
                 torch._dynamo.reset()  # or another number of captions would be compiled for any number
                 for name, model in (("ours", ours), ("blip2", peer)):
                     compiled = torch.compile(model)
-                    sides[f"{name}, compiled"] = partial(training_step, model, pixel_values, labels, compiled)
+                    sides[f"{name}, compiled"] = partial(
+                        training_step, model, pixel_values, labels, compiled, onednn=False
+                    )
                     work[f"{name}, compiled"] = work[name]
             seconds = alternate(options.repetitions, **sides)
             times = {name: spread(values) for name, values in seconds.items()}
             ratios = {name: times["blip2"]["median"] / own["median"] for name, own in times.items()}
             for name, own in times.items():
                 print(
-                    f"  {name:<15}{own['median']:7.3f} s  ({own['min']:.3f} to {own['max']:.3f}), {ratios[name]:.2f} x "
+                    f"  {name:<16}{own['median']:7.3f} s  ({own['min']:.3f} to {own['max']:.3f}), {ratios[name]:.2f} x "
                     f"BLIP-2's pairs per second; {work[name]:.0f} GFLOP, {work[name] / own['median'] / rate:.0%} of "
                     "what the machine multiplies"
                 )
