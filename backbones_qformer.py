@@ -1,12 +1,14 @@
-"""The frozen models on both sides of the Q-Former: fetched from the Hub or a folder, or taken out of another captioner.
+"""The pretrained models on both sides of the Q-Former: a vision encoder and a language model.
 
-A captioner keeps them by name or holds their weights (saving_qformer.py), so this is what its loading rests on.
+This file fetches a backbone from the Hub or a folder, takes it out of another captioner, and quantises it.
+saving_qformer.py decides whether a captioner saves the weights of a backbone or keeps it by reference.
 """
 
 import copy
 import json
 import math
 import os
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,95 +30,241 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .configuration_qformer import is_hub_id
 
 BACKBONES = ("vision_model", "language_model")
-MOST_LAYERS = 1000
-CAPTIONERS = ("blip-2", "instructblip")  # of transformers; their parts can be ours
+CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers that hold backbones under the same names
+MAX_LAYERS = 1000
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a module is
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether none of its parameters trains."""
+    """Return True if no parameter of the module receives gradients."""
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of its floating-point weights."""
+    """Return the dtype of the first floating-point parameter."""
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
-class VisionModelPlaceholder(nn.Module):
-    """Stands in the place of a vision encoder where its features come precomputed, and takes no memory."""
+def is_quantized(module: nn.Module) -> bool:
+    """Return True if transformers quantised the module. Only quantised models have the attribute `is_quantized`."""
+    return getattr(module, "is_quantized", False)
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
+
+class VisionModelPlaceholder(nn.Module):
+    """Placeholder for the vision encoder when training on precomputed features; holds no weights.
+
+    Args:
+        config (`PreTrainedConfig`): configuration of the vision encoder.
+        dtype (`torch.dtype`): dtype that the vision encoder would have.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None):
         super().__init__()
         self.config = config
-        self.nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)  # tells the dtype it would have
+        self.nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)  # keeps dtype and device
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
             "This captioner was loaded without its vision encoder and reads precomputed features (`image_embeds`). To "
             "show it images, call its `load_vision_model()` first."
         )
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether transformers put its layers into fewer bits; a model that is not has no such attribute."""
-    return getattr(module, "is_quantized", False)
+# ----------------------------------------------------------------------------------------------------------------------
+# Fetching a backbone
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_backbone(
     part: str,
     name_or_path: str,
     revision: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    absent: bool = False,
-    **hub_kwargs,
+    dtype: str | torch.dtype | None = "auto",
+    load_weights: bool = True,
+    **hub_kwargs: Any,
 ) -> PreTrainedModel | VisionModelPlaceholder:
-    """Load a vision encoder (`part="vision_model"`) or a language model from the Hub or a folder.
+    """Load a backbone from the Hub or a folder. No code of the repository is executed.
 
-    With `absent`, only the configuration of the vision encoder is fetched.
+    Args:
+        part (`str`): `"vision_model"` or `"language_model"`.
+        name_or_path (`str`): Hub id or folder of a vision encoder, a two-tower model (CLIP, SigLIP), a language model,
+            or a BLIP-2 or InstructBLIP that holds the backbone.
+        revision (`str`, *optional*): branch, tag or commit.
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`): `"auto"` is the dtype of the saved weights.
+        load_weights (`bool`, defaults to `True`): `False` returns a placeholder for the vision encoder.
+        hub_kwargs: `cache_dir`, `force_download`, `local_files_only` and `token` of `from_pretrained`.
+
+    Returns:
+        The backbone, whose `config.name_or_path` is the Hub id or the absolute path.
 
     Raises:
-        OSError: if it cannot be fetched; the message names it and says what to do.
+        OSError: if the backbone cannot be fetched; the message names it and the remedy.
+
+    Example:
+
+    ```python
+    >>> load_backbone("language_model", "openai-community/gpt2").config.vocab_size  # doctest: +SKIP
+    50257
+    ```
     """
+    download = {"revision": revision, **hub_kwargs}
+    backbone: PreTrainedModel | VisionModelPlaceholder
     try:
-        # No code but ours and transformers' is run for a backbone, whatever its folder brings.
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **hub_kwargs)
-        check_layers(config)
-        if absent:
-            config = vision_config_of(config)
-            dtype = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
-            backbone = VisionModelPlaceholder(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **download)
+        check_number_of_layers(config)
+        if not load_weights:
+            backbone = placeholder_for(vision_config_of(config), dtype)
         elif config.model_type in CAPTIONERS:
-            backbone = load_part_of_captioner(part, name_or_path, config, revision, dtype, **hub_kwargs)
+            backbone = load_backbone_of_captioner(part, name_or_path, config, dtype, **download)
         elif part == "language_model":
-            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            if not config.is_encoder_decoder and vars(config).get("is_decoder") is False:
-                config.is_decoder = True  # or a BERT would see the words that it is to write
-            backbone = auto_class.from_pretrained(
-                name_or_path, config=config, revision=revision, dtype=dtype, **hub_kwargs
-            )
+            backbone = load_language_model(name_or_path, config, dtype, **download)
         else:
-            backbone = AutoModel.from_pretrained(
-                name_or_path, config=vision_config_of(config), revision=revision, dtype=dtype, **hub_kwargs
-            )
+            vision_config = vision_config_of(config)
+            backbone = AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=dtype, **download)
     except (OSError, SafetensorError) as error:
-        raise cannot_load(part, name_or_path, revision, error) from error
+        raise loading_error(part, name_or_path, revision, error) from error
     backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     return backbone
 
 
-def one_device(device_map: str | int | torch.device | dict | None) -> str | int | torch.device | None:
-    """The device that a `device_map` is about; `None` where it leaves the choice to others.
+def placeholder_for(config: PreTrainedConfig, dtype: str | torch.dtype | None) -> VisionModelPlaceholder:
+    """Return a placeholder for the vision encoder of a configuration."""
+    if dtype == "auto":
+        dtype = config.dtype or torch.get_default_dtype()
+    return VisionModelPlaceholder(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def load_language_model(
+    name_or_path: str, config: PreTrainedConfig, dtype: str | torch.dtype | None, **download: Any
+) -> PreTrainedModel:
+    """Load a decoder-only or encoder-decoder language model."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM.from_pretrained(name_or_path, config=config, dtype=dtype, **download)
+    if vars(config).get("is_decoder") is False:
+        config.is_decoder = True  # otherwise a BERT would attend to the tokens that it has to predict
+    return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **download)
+
+
+def load_backbone_of_captioner(
+    part: str, name_or_path: str, config: PreTrainedConfig, dtype: str | torch.dtype | None, **download: Any
+) -> PreTrainedModel:
+    """Load a backbone out of a BLIP-2 or InstructBLIP of transformers.
 
     Raises:
-        ValueError: if it is about several.
+        OSError: if the checkpoint lacks a weight of the backbone.
     """
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if len(devices) > 1 or "disk" in devices:
-        raise ValueError(
-            "With `quantization_config` all of a captioner is on one device: give that as `device_map`, such as "
-            f'"cuda:0", or "auto", and not {device_map}.'
+    weights = read_weights(name_or_path, f"{part}.", **download)
+    weights = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
+    if dtype is None or isinstance(dtype, str):
+        saved = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+        dtype = saved if dtype == "auto" else getattr(torch, dtype or "float32")
+    if part == "vision_model":
+        backbone = vision_model_from_config(blip2_vision_config(config.vision_config), dtype)
+    else:
+        backbone = language_model_from_config(config.text_config, dtype)
+        if "shared.weight" in weights:  # a T5 whose output layer was tied in memory saved one tensor for both
+            weights.setdefault("lm_head.weight", weights["shared.weight"])
+    missing, _ = backbone.load_state_dict(weights, strict=False)
+    if missing := sorted(set(missing) - set(backbone.all_tied_weights_keys)):
+        raise OSError(f"{name_or_path!r} has no {missing[0]!r} in its {part}.")
+    return backbone
+
+
+def loading_error(part: str, name_or_path: str, revision: str | None, error: Exception) -> OSError:
+    """Return the error for a backbone that is neither in the cache nor can be fetched, with the remedy."""
+    remedy = "check the name or put the folder back"
+    if is_hub_id(name_or_path):
+        option = f" --revision {revision}" if revision else ""
+        remedy = (
+            "check the name, log in with `hf auth login` if it is private or gated, and where the Hub can be reached, "
+            f"fetch it into the cache with `hf download {name_or_path}{option}`"
         )
-    return None if devices & {"auto", "balanced", "balanced_low_0", "sequential"} else devices.pop()
+    reason = " ".join(str(error).split())[:300]
+    return OSError(
+        f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: {remedy}. "
+        f"A captioner saved with `include_backbones=True` does not need it. ({reason})"
+    )
+
+
+def commit_of(name_or_path: str | os.PathLike, revision: str | None) -> str | None:
+    """Return the commit of a model in the Hub cache, or `None` for a plain folder."""
+    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, revision=revision), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configurations and models without weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_number_of_layers(config: PreTrainedConfig) -> None:
+    """Refuse a configuration that would take hours to build.
+
+    Raises:
+        OSError: if any field counts more than a thousand layers.
+    """
+    configs = [config.to_dict()]
+    while configs:
+        for name, value in configs.pop().items():
+            if isinstance(value, dict):
+                configs.append(value)
+            elif "layer" in str(name) and isinstance(value, int) and value > MAX_LAYERS:
+                raise OSError(
+                    f"The configuration sets `{name}` to {value}, but at most {MAX_LAYERS} are supported. Fetch it "
+                    "again or correct its `config.json`."
+                )
+
+
+def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the vision encoder's part of a configuration (CLIP, SigLIP, BLIP-2), or the configuration itself."""
+    if config.model_type in CAPTIONERS:
+        return blip2_vision_config(config.vision_config)
+    return config.vision_config if "vision_config" in config.sub_configs else config
+
+
+def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:
+    """Return the configuration of a BLIP-2 or InstructBLIP vision encoder, which are the same model."""
+    return Blip2VisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
+
+
+def vision_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a vision encoder with random weights. `AutoModel` does not know the one of BLIP-2."""
+    if config.model_type == Blip2VisionConfig.model_type:
+        return Blip2VisionModel._from_config(config, dtype=dtype)
+    return AutoModel.from_config(config, dtype=dtype)
+
+
+def language_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a language model with random weights."""
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    language_model = auto_class.from_config(config, dtype=dtype)
+    untie_t5_head(language_model)
+    return language_model
+
+
+def untie_t5_head(language_model: PreTrainedModel) -> None:
+    """Give T5 v1.1 and Flan-T5 an output layer of their own again. Do nothing to other models.
+
+    These models have one. Since huggingface/transformers#42815, `T5Config` forces `tie_word_embeddings=True` and keeps
+    the original value as `scale_decoder_outputs=False`. `tie_weights()`, which the Trainer and FSDP call, would
+    therefore silently replace the output layer by the input embedding.
+    """
+    if getattr(language_model.config, "scale_decoder_outputs", True):
+        return
+    tied: dict[str, str] = dict(language_model._tied_weights_keys or {})
+    tied.pop("lm_head.weight", None)
+    language_model._tied_weights_keys = tied
+    language_model.all_tied_weights_keys.pop("lm_head.weight", None)
+    head, embedding = language_model.get_output_embeddings(), language_model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantisation
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def quantize(
@@ -124,12 +272,17 @@ def quantize(
     quantization_config: BitsAndBytesConfig,
     device: str | int | torch.device | None = None,
 ) -> PreTrainedModel:
-    """The same language model with its linear layers in 4 or 8 bits; by default on the GPU, where there is one.
+    """Return a copy of a language model whose linear layers are quantised to 4 or 8 bits.
 
-    Words and output layer stay as they are, and so does whatever else transformers leaves alone (T5's `wo`).
+    The input embedding, the output layer and the layers that transformers excludes (T5's `wo`) keep their dtype.
+
+    Args:
+        language_model (`PreTrainedModel`): model in a floating-point dtype.
+        quantization_config (`BitsAndBytesConfig`): number of bits and further options.
+        device (`str`, `int` or `torch.device`, *optional*): defaults to the GPU, or to the CPU without one.
 
     Raises:
-        ImportError: if bitsandbytes is not there.
+        ImportError: if bitsandbytes is not installed.
     """
     try:
         from bitsandbytes.nn import Linear4bit
@@ -144,173 +297,114 @@ def quantize(
         quantization_config=quantization_config,
         device_map=None if device is None else {"": device},
     )
-    # Folders say nothing of it: what is saved are names and adapters, and whoever loads them quantises anew or not.
+    # Folders do not record the quantisation: they keep the language model by reference.
     del quantized.config.quantization_config
     quantized.config.name_or_path = config.name_or_path
     quantized.generation_config = language_model.generation_config
     untie_t5_head(quantized)
     for module in quantized.modules():
         if isinstance(module, Linear4bit):
-            # In evaluation bitsandbytes would repack the weights for this kind of CPU, and from then on gradients would
-            # end there without a word (bitsandbytes 0.50).
-            module.support_avx512bf16_for_cpu = False
+            keep_gradients_on_cpu(module)
     return quantized
 
 
-def cannot_load(part: str, name_or_path: str, revision: str | None, error: Exception) -> OSError:
-    """What to tell somebody whose backbone is neither on the Hub, as far as it can be reached, nor in the cache."""
-    what = f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded"
-    remedy = "check the name or put the folder back"
-    if is_hub_id(name_or_path):
-        at = f" --revision {revision}" if revision else ""
-        remedy = (
-            f"check the name, log in with `hf auth login` if it is private or gated, and where the Hub can be reached, "
-            f"fetch it into the cache with `hf download {name_or_path}{at}`"
-        )
-    why = " ".join(str(error).split())[:300]
-    return OSError(f"{what}: {remedy}. A captioner saved with `include_backbones=True` does not need it. ({why})")
+def keep_gradients_on_cpu(layer: Any) -> None:
+    """Keep a `Linear4bit` of bitsandbytes differentiable after it was evaluated on a CPU with AVX-512 BF16.
+
+    `Linear4bit.forward` repacks the weights for a fused kernel when it runs in evaluation mode on such a CPU
+    (bitsandbytes-foundation/bitsandbytes#1804). The kernel has no backward pass, and gradients end there silently.
+    """
+    layer.support_avx512bf16_for_cpu = False
 
 
-def weight_files(path: str | os.PathLike, **hub_kwargs) -> list[str]:
-    """The safetensors files of a folder or Hub repository, sharded or not.
+def single_device(device_map: str | int | torch.device | dict | None) -> str | int | torch.device | None:
+    """Return the device that a `device_map` names, or `None` if it leaves the choice to transformers.
 
     Raises:
-        OSError: if there are none, or the index names files that are not beside it.
+        ValueError: if the map names more than one device, or offloads to disk.
+    """
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            "A quantised captioner must be on one device: give that as `device_map`, such as "
+            f'"cuda:0", or "auto", and not {device_map}.'
+        )
+    return None if devices & {"auto", "balanced", "balanced_low_0", "sequential"} else devices.pop()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights in safetensors files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def weight_files(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
+    """Return the paths of the safetensors files of a folder or Hub repository, sharded or not.
+
+    Raises:
+        OSError: if there are none, or if the index is damaged or names files outside its folder.
     """
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if index is None:
-        return [cached_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
+        return [fetch_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
     try:
         with open(index, encoding="utf-8") as file:
             names = set(json.load(file)["weight_map"].values())
         outside = [name for name in names if name != os.path.basename(name) or not name.endswith(".safetensors")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OSError(f"{index!r} is no index of weights ({error}). Fetch it again.") from error
+        raise OSError(f"{index!r} is not a valid index of weights ({error}). Fetch it again.") from error
     if outside or not names:
-        raise OSError(f"{index!r} is no index of weights: it names {outside[0] if outside else 'nothing'!r}.")
-    return [cached_file(path, name, **hub_kwargs) for name in sorted(names)]
+        wrong = outside[0] if outside else "nothing"
+        raise OSError(f"{index!r} is not a valid index of weights: it names {wrong!r}. Fetch it again.")
+    return [fetch_file(path, name, **hub_kwargs) for name in sorted(names)]
 
 
-def read_weights(
-    path: str | os.PathLike, prefix: str = "", revision: str | None = None, **hub_kwargs
-) -> dict[str, torch.Tensor]:
-    """The tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`.
+def fetch_file(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> str:
+    """Return the local path of one file of a folder or Hub repository.
 
     Raises:
-        OSError: if a file is missing or cut off.
+        OSError: if the file does not exist or cannot be fetched.
     """
-    weights = {}
-    for file in weight_files(path, revision=revision, **hub_kwargs):
-        with open_weights(file) as tensors:
-            weights.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
-    return weights
+    file = cached_file(path, name, **hub_kwargs)
+    if file is None:
+        raise OSError(f"{os.fspath(path)!r} has no file {name!r}. Fetch it again.")
+    return file
 
 
 def open_weights(file: str) -> safe_open:
     """Open a safetensors file.
 
     Raises:
-        OSError: if it is none, or cut off.
+        OSError: if the file is damaged or not in this format.
     """
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
         raise OSError(
-            f"{file!r} is no whole safetensors file, it may have been cut off ({error}). Fetch it again."
+            f"{file!r} is not a complete safetensors file, it may have been cut off ({error}). Fetch it again."
         ) from error
 
 
-def number_of_weights(path: str | os.PathLike, **hub_kwargs) -> int:
-    """How many numbers the safetensors files hold, by their headers.
+def read_weights(path: str | os.PathLike, prefix: str = "", **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`.
 
     Raises:
-        OSError: if a file is missing or cut off.
+        OSError: if a file is missing or damaged.
+    """
+    weights = {}
+    for file in weight_files(path, **hub_kwargs):
+        with open_weights(file) as tensors:
+            weights.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
+    return weights
+
+
+def count_weights(path: str | os.PathLike, **hub_kwargs: Any) -> int:
+    """Return the number of elements of all tensors, read from the headers of the safetensors files.
+
+    Raises:
+        OSError: if a file is missing or damaged.
     """
     total = 0
     for file in weight_files(path, **hub_kwargs):
         with open_weights(file) as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return total
-
-
-def check_layers(config: PreTrainedConfig) -> None:
-    """Refuse a configuration that would take hours to build, before anything is.
-
-    Raises:
-        OSError: if it asks for more than a thousand layers of anything.
-    """
-    configs = [config.to_dict()]
-    while configs:
-        for name, value in configs.pop().items():
-            if isinstance(value, dict):
-                configs.append(value)
-            elif "layer" in str(name) and isinstance(value, int) and value > MOST_LAYERS:
-                raise OSError(f"A configuration with `{name}` {value} cannot be used: the most are {MOST_LAYERS}.")
-
-
-def load_part_of_captioner(
-    part: str,
-    name_or_path: str,
-    config: PreTrainedConfig,
-    revision: str | None,
-    dtype: str | torch.dtype,
-    **hub_kwargs,
-) -> PreTrainedModel:
-    """A backbone out of a BLIP-2 or InstructBLIP of transformers, whose parts have the same names as ours."""
-    weights = read_weights(name_or_path, f"{part}.", revision, **hub_kwargs)
-    weights = {name.removeprefix(f"{part}."): tensor for name, tensor in weights.items()}
-    if dtype == "auto":
-        dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    if part == "vision_model":
-        backbone = vision_model_from_config(blip2_vision_config(config.vision_config), dtype)
-    else:
-        auto_class = AutoModelForSeq2SeqLM if config.text_config.is_encoder_decoder else AutoModelForCausalLM
-        backbone = auto_class.from_config(config.text_config, dtype=dtype)
-        untie_t5_head(backbone)
-        if "shared.weight" in weights:  # a T5 that had its output layer tied in memory saved one tensor for both
-            weights.setdefault("lm_head.weight", weights["shared.weight"])
-    missing, _ = backbone.load_state_dict(weights, strict=False)
-    if missing := sorted(set(missing) - set(backbone.all_tied_weights_keys)):
-        raise OSError(f"{name_or_path!r} has no {missing[0]!r} in its {part}.")
-    return backbone
-
-
-def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the vision encoder in whatever it is a part of (CLIP, SigLIP, BLIP-2), or it itself."""
-    if config.model_type in CAPTIONERS:
-        return blip2_vision_config(config.vision_config)
-    return config.vision_config if "vision_config" in config.sub_configs else config
-
-
-def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:
-    """The vision encoder of a BLIP-2 or InstructBLIP: they are the same."""
-    return Blip2VisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
-
-
-def commit_of(name_or_path: str | os.PathLike, revision: str | None) -> str | None:
-    """The commit of the Hub that a model came from, read off the cache; `None` for a plain folder."""
-    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, revision=revision), None)
-
-
-def vision_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A vision encoder with random weights. `AutoModel` does not know BLIP-2's own, which its captioners come with."""
-    if config.model_type == Blip2VisionConfig.model_type:
-        return Blip2VisionModel._from_config(config, dtype=dtype)
-    return AutoModel.from_config(config, dtype=dtype)
-
-
-def untie_t5_head(language_model: PreTrainedModel) -> None:
-    """Keep the output layer of T5 v1.1 and Flan-T5 their own.
-
-    These models have one, and the only trace of it is `scale_decoder_outputs=False`: transformers 5 declares all T5
-    output layers tied to the input embedding, so that a later `tie_weights()` (Trainer and FSDP call it) would silently
-    overwrite it.
-    """
-    if getattr(language_model.config, "scale_decoder_outputs", True):
-        return
-    language_model._tied_weights_keys = {
-        name: source for name, source in language_model._tied_weights_keys.items() if name != "lm_head.weight"
-    }
-    language_model.all_tied_weights_keys.pop("lm_head.weight", None)
-    if language_model.lm_head.weight is language_model.shared.weight:
-        language_model.lm_head.weight = nn.Parameter(language_model.shared.weight.detach().clone())

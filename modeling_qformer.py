@@ -20,8 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
     GenerationConfig,
     GenerationMixin,
@@ -44,8 +42,8 @@ from .backbones_qformer import (
     dtype_of,
     is_frozen,
     is_quantized,
+    language_model_from_config,
     load_backbone,
-    quantize,
     untie_t5_head,
     vision_model_from_config,
 )
@@ -486,8 +484,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         if vision_model is None:
             vision_model = vision_model_from_config(config.vision_config, dtype("vision_model"))
         if language_model is None:
-            auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            language_model = auto_class.from_config(config.text_config, dtype=dtype("language_model"))
+            language_model = language_model_from_config(config.text_config, dtype("language_model"))
         untie_t5_head(language_model)
         config.vision_config, config.text_config = vision_model.config, language_model.config
         self.vision_model = vision_model
@@ -501,9 +498,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         else:
             self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
         self.language_model = language_model
-        self.processor: QFormerCaptionerProcessor | None = None  # what `caption` reads images and words with
-        self._noted = {}  # of weights of the backbones as they were fetched
-
         self.post_init()
         self.loss_type = None  # the Trainer must count all labels: ours are not shifted
         # One set of decoding defaults, ours: those of a chat model would sample.
@@ -761,7 +755,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> "QFormerCaptioner":
         """As `nn.Module.train`, but frozen backbones stay in evaluation mode: no dropout where nothing learns."""
         super().train(mode)
-        for part in self._frozen_backbones():
+        for part in self.frozen_backbones():
             getattr(self, part).eval()
         if self.language_model.is_activation_checkpointing:
             # transformers recomputes activations of layers in training mode only. A layer's own flag does nothing else,
@@ -771,31 +765,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                     own = [rate for name, rate in vars(layer).items() if "dropout" in name]
                     layer.training = mode and not any(own)
         return self
-
-    def quantize_language_model(
-        self, quantization_config: BitsAndBytesConfig, device: str | int | torch.device | None = None
-    ) -> None:
-        """Put the linear layers of the frozen language model into 4 or 8 bits, to save memory.
-
-        Everything else stays as it is: vision encoder, Q-Former and projection are small, and with a Q-Former in 8 bits
-        captions came out empty (transformers issue 30383). Gradients pass through the layers, so that the Q-Former can
-        train; or put LoRA adapters on them. All of the captioner moves to where they are: to `device`, by default to
-        the GPU, if there is one.
-
-        Raises:
-            ImportError: if bitsandbytes is not there.
-            ValueError: if the language model trains.
-        """
-        if not is_frozen(self.language_model):
-            raise ValueError("A quantised language model cannot train: freeze it, and put LoRA adapters on it.")
-        self.language_model = quantize(self.language_model, quantization_config, device).requires_grad_(False)
-        self.config.text_config = self.language_model.config
-        # peft asks the captioner, and not its parts, which kind of adapters their layers need.
-        self.is_loaded_in_4bit = quantization_config.load_in_4bit
-        self.is_loaded_in_8bit = quantization_config.load_in_8bit
-        named = {"language_model"} if self.config.language_model_name_or_path is not None else set()
-        self._reference(sorted(named | set(self.config.referenced_backbones or []), key=BACKBONES.index))
-        self.to(self.language_model.device)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As everywhere in transformers, on the language model: words and output layer are all its own."""
@@ -877,7 +846,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             qformer_fields = {**pretrained_fields, **qformer_fields}
         qformer_config = QFormerConfig.from_fields(**qformer_fields)
         vision_model = load_backbone(
-            "vision_model", os.fspath(vision), vision_revision, dtype, absent=not load_vision_model
+            "vision_model", os.fspath(vision), vision_revision, dtype, load_weights=load_vision_model
         )
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         config = QFormerCaptionerConfig(
@@ -915,8 +884,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             model.processor.qformer_tokenizer = load_qformer_tokenizer(
                 qformer_tokenizer, qformer, qformer_revision, qformer_config.vocab_size
             )
-        model._reference(model._frozen_backbones())
-        model._note_weights(BACKBONES)
+        model._keep_by_reference(model.frozen_backbones())
+        model._take_fingerprints(BACKBONES)
         if quantization_config is not None:
             model.quantize_language_model(quantization_config)
         model.eval()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from qformer_captioner.backbones_qformer import cannot_load, dtype_of, load_backbone, vision_config_of
+from qformer_captioner.backbones_qformer import dtype_of, load_backbone, loading_error, vision_config_of
 from qformer_captioner.common.arguments import option
 from qformer_captioner.common.command import run_command
 from qformer_captioner.common.errors import UNUSABLE, InputError
@@ -284,7 +284,7 @@ class ReadyEmbeddings:
                 AutoConfig.from_pretrained(name, revision=args.vision_model_revision, trust_remote_code=False)
             )
         except (*UNUSABLE, OSError) as error:
-            raise cannot_load("vision_model", name, args.vision_model_revision, error) from error
+            raise loading_error("vision_model", name, args.vision_model_revision, error) from error
         if config.hidden_size != self.shape[1]:
             raise InputError(
                 f"The embeddings in the column {args.embeddings_column!r} are {self.shape[1]} wide, and features of "
@@ -480,7 +480,7 @@ def precompute(words: list[str]) -> None:
     try:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (*UNUSABLE, OSError) as error:
-        raise cannot_load("vision_model", name, revision, error) from error
+        raise loading_error("vision_model", name, revision, error) from error
     vision = VisionKey.of(name, revision, image_processor)
     try:
         if args.embeddings_column is not None:

@@ -1,82 +1,210 @@
-"""A captioner in a folder or on the Hub: its frozen backbones are held there, or referred to by name.
+"""Loading and saving of captioners: a folder holds the weights of its backbones or keeps them by reference.
 
-What a captioner computes is in modeling_qformer.py, whose class builds on the one here.
+modeling_qformer.py builds on the class of this file and holds what a captioner computes.
 """
 
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import nn
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from .backbones_qformer import (
     BACKBONES,
     VisionModelPlaceholder,
-    check_layers,
+    check_number_of_layers,
+    count_weights,
     dtype_of,
     is_frozen,
     is_quantized,
     load_backbone,
-    number_of_weights,
-    one_device,
+    quantize,
     read_weights,
+    single_device,
 )
 from .configuration_qformer import QFormerCaptionerConfig, without_local_paths
-from .processing_qformer import PushWithCard, QFormerCaptionerProcessor
+from .processing_qformer import HUB_KWARGS, PushWithCard, QFormerCaptionerProcessor
 
 logger = logging.get_logger(__name__)
 
 
-def numbers_of(weight: torch.Tensor) -> torch.Tensor:
-    """Its first column and its first row: training, merging an adapter, or other rows for some words change some."""
+@dataclass(frozen=True, eq=False)
+class BackboneFingerprint:
+    """Fingerprint of the weights of a backbone: the shape, first row and first column of each weight.
+
+    Training, merging an adapter or resizing the vocabulary changes at least one of these values.
+
+    Args:
+        rows_and_columns (`dict[str, tuple[torch.Size, torch.Tensor]]`): by the name of the weight inside the backbone.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from qformer_captioner.saving_qformer import BackboneFingerprint
+    >>> layer = torch.nn.Linear(3, 2)
+    >>> fingerprint = BackboneFingerprint.of(layer)
+    >>> fingerprint.matches(layer.state_dict())
+    True
+    >>> fingerprint.matches({"weight": layer.weight * 2})
+    False
+    ```
+    """
+
+    rows_and_columns: dict[str, tuple[torch.Size, torch.Tensor]]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "BackboneFingerprint":
+        """Take the fingerprint of a module. Weights that are offloaded to disk are left out."""
+        weights = {name: weight for name, weight in module.state_dict().items() if not weight.is_meta}
+        return cls({name: (weight.shape, first_row_and_column(weight)) for name, weight in weights.items()})
+
+    def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Return True if the given weights have the values of the fingerprint, in whichever dtype they are now.
+
+        Args:
+            weights: by the name inside the backbone. Missing and offloaded weights are not compared.
+        """
+        return all(
+            weights[name].shape == shape
+            and torch.equal(first_row_and_column(weights[name]), values.to(weights[name].dtype))
+            for name, (shape, values) in self.rows_and_columns.items()
+            if name in weights and not weights[name].is_meta
+        )
+
+
+def first_row_and_column(weight: torch.Tensor) -> torch.Tensor:
+    """Return the first column and the first row of a weight `[R, ...]` as one vector on the CPU."""
     rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().flatten()[None]
     return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
 
 
 class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
-    """A `PreTrainedModel` that need not save the frozen models it is made of: whoever loads it fetches them by name.
+    """Base class that loads and saves a captioner and knows which of its backbones are kept by reference.
 
-    Which ones is `config.referenced_backbones`; names and commits are in the configuration, too. A name stands for the
-    weights that were fetched by it: a backbone that has others by now (an adapter was merged into it, say) is saved.
+    A folder may leave out a frozen backbone that can be fetched by its name and commit, which are in the configuration.
+    `config.referenced_backbones` lists these backbones. A backbone that no longer has the weights of that name, for
+    example because an adapter was merged into it, is always saved.
+
+    Subclasses set `vision_model` and `language_model`, and their constructor accepts both as keywords.
     """
 
-    def _frozen_backbones(self) -> list[str]:
+    config_class = QFormerCaptionerConfig
+    config: QFormerCaptionerConfig
+    vision_model: PreTrainedModel | VisionModelPlaceholder
+    language_model: PreTrainedModel
+    processor: QFormerCaptionerProcessor | None
+    _fingerprints: dict[str, BackboneFingerprint]  # of the backbones as they were fetched
+
+    def __init__(self, config: QFormerCaptionerConfig, *inputs: Any, **kwargs: Any):
+        super().__init__(config, *inputs, **kwargs)
+        self.processor = None
+        self._fingerprints = {}
+
+    # --- Backbones ----------------------------------------------------------------------------------------------------
+
+    def frozen_backbones(self) -> list[str]:
+        """Return the names of the backbones without a trainable parameter."""
         return [part for part in BACKBONES if is_frozen(getattr(self, part))]
 
     def local_backbones(self) -> list[str]:
-        """The backbones that came from a folder of this machine, so that nobody else can fetch them by name.
+        """Return the names of the backbones that were loaded from a local folder, which nobody else can fetch.
 
-        A quantised language model is none of them: its weights are not here, so there is no choice but to refer to it.
+        A quantised language model is left out: its original weights are not in memory, so it cannot be saved.
         """
-        parts = [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
-        return [part for part in parts if not is_quantized(getattr(self, part))]
+        local = [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
+        return [part for part in local if not is_quantized(getattr(self, part))]
 
-    def _note_weights(self, parts: Sequence[str]) -> None:
-        """Take down some numbers of the weights of backbones that came by name, to tell later if they are the same."""
-        for part in parts:
-            weights = {f"{part}.{name}": weight for name, weight in getattr(self, part).state_dict().items()}
-            self._noted[part] = {
-                name: (weight.shape, numbers_of(weight)) for name, weight in weights.items() if not weight.is_meta
-            }
+    def load_vision_model(self) -> None:
+        """Fetch the vision encoder of a captioner that was loaded without it; otherwise do nothing.
 
-    def _is_as_fetched(self, part: str, weights: dict[str, torch.Tensor]) -> bool:
-        """Whether a backbone has the weights that its name stands for. Of one in 4 or 8 bits there is no telling."""
-        if is_quantized(getattr(self, part)):
-            return True
-        return part in self._noted and all(
-            weights[name].shape == shape and torch.equal(numbers_of(weights[name]), numbers.to(weights[name].dtype))
-            for name, (shape, numbers) in self._noted[part].items()
-            if name in weights and not weights[name].is_meta
-        )
+        Raises:
+            OSError: if the vision encoder cannot be fetched; the message names it.
+        """
+        if isinstance(self.vision_model, VisionModelPlaceholder):
+            name, revision = self.config.vision_model_name_or_path, self.config.vision_model_revision
+            vision_model = load_backbone("vision_model", str(name), revision, dtype_of(self.vision_model))
+            vision_model.to(self.device)  # type: ignore[arg-type]
+            self.vision_model = vision_model.requires_grad_(False).eval()
+            self._take_fingerprints(["vision_model"])
+            self._keep_by_reference(self.config.referenced_backbones or [])
+
+    def quantize_language_model(
+        self, quantization_config: BitsAndBytesConfig, device: str | int | torch.device | None = None
+    ) -> None:
+        """Quantise the linear layers of the frozen language model to 4 or 8 bits, to save memory.
+
+        The vision encoder, the Q-Former and the projection keep their dtype. They are small, and a Q-Former in 8 bits
+        gave empty captions (huggingface/transformers#30383). Gradients pass through the quantised layers, so the
+        Q-Former or LoRA adapters can train. The whole captioner moves to the device of the quantised layers.
+
+        Args:
+            quantization_config (`BitsAndBytesConfig`): `load_in_4bit=True` or `load_in_8bit=True`, and its options.
+            device (`str`, `int` or `torch.device`, *optional*): defaults to the GPU, or to the CPU without one.
+
+        Raises:
+            ImportError: if bitsandbytes is not installed.
+            ValueError: if the language model is trainable.
+
+        Example:
+
+        ```python
+        >>> from transformers import BitsAndBytesConfig
+        >>> model.quantize_language_model(BitsAndBytesConfig(load_in_4bit=True))  # doctest: +SKIP
+        ```
+        """
+        if not is_frozen(self.language_model):
+            raise ValueError("A quantised language model cannot train: freeze it, and put LoRA adapters on it.")
+        self.language_model = quantize(self.language_model, quantization_config, device).requires_grad_(False)
+        self.config.text_config = self.language_model.config
+        # peft chooses the kind of adapter by these attributes of the whole model.
+        self.is_loaded_in_4bit = quantization_config.load_in_4bit
+        self.is_loaded_in_8bit = quantization_config.load_in_8bit
+        referenced = set(self.config.referenced_backbones or [])
+        if self.config.language_model_name_or_path is not None:
+            referenced.add("language_model")
+        self._keep_by_reference(sorted(referenced, key=BACKBONES.index))
+        self.to(self.language_model.device)
+
+    def keys_left_out(
+        self, include_backbones: bool | Sequence[str] = False, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> set[str]:
+        """Return the names of the weights that `save_pretrained(include_backbones=...)` does not write.
+
+        Args:
+            include_backbones (`bool` or list of backbones): see [`~QFormerCaptioner.save_pretrained`].
+            weights (`dict[str, torch.Tensor]`, *optional*): the weights to save, by default `self.state_dict()`.
+        """
+        weights = self.state_dict() if weights is None else weights
+        referenced = self._backbones_to_reference(self._backbones_to_include(include_backbones), weights)
+        return self._keys_of(referenced, weights)
 
     def _freeze(self) -> None:
-        if self.config.freeze_vision_model:
-            self.vision_model.requires_grad_(False)
-        if self.config.freeze_language_model:
-            self.language_model.requires_grad_(False)
+        for part in BACKBONES:
+            if getattr(self.config, f"freeze_{part}"):
+                getattr(self, part).requires_grad_(False)
+
+    def _take_fingerprints(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            self._fingerprints[part] = BackboneFingerprint.of(getattr(self, part))
+
+    def _keep_by_reference(self, parts: Sequence[str]) -> None:
+        """Let folders leave out the weights of these backbones by default."""
+        self.config.referenced_backbones = list(parts)
+        # The Trainer compares the weights that it misses in a checkpoint with this attribute.
+        self._keys_to_ignore_on_save = self._keys_of(parts, self.state_dict())
+
+    def _keys_of(self, parts: Sequence[str], weights: Iterable[str]) -> set[str]:
+        return {name for name in weights if name.partition(".")[0] in parts} | set(self.all_tied_weights_keys)
+
+    # --- Loading ------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -89,196 +217,240 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         quantization_config=None,
         **kwargs,
     ):
-        """Load a captioner from a folder or the Hub, with the backbones that it keeps by reference.
+        """Load a captioner from a folder or the Hub, and fetch the backbones that it keeps by reference.
 
-        Takes what `PreTrainedModel.from_pretrained` takes. Without `dtype` every part comes back in the dtype that it
-        was saved in. Backbones that were frozen are frozen again. `load_vision_model=False` leaves the vision encoder
-        out of memory, as in `from_backbones`. With `quantization_config` the language model comes in 4 or 8 bits
-        ([`~QFormerCaptioner.quantize_language_model`]), and all of it on one device.
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id.
+            config ([`QFormerCaptionerConfig`], *optional*): defaults to the configuration of the folder.
+            dtype (`str` or `torch.dtype`, *optional*): dtype of every part. Without it, each part has the dtype that it
+                was saved in.
+            load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
+                precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
+            quantization_config (`BitsAndBytesConfig`, *optional*): quantise the language model
+                ([`~QFormerCaptioner.quantize_language_model`]). `device_map` then names a single device.
+            model_args, kwargs: passed to `PreTrainedModel.from_pretrained` (`device_map`, `revision`, `token`, ...).
+
+        Returns:
+            The captioner in evaluation mode. Backbones that were frozen when it was saved are frozen again.
 
         Raises:
             OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
-            ValueError: if the vision encoder is to be left out, but could not be fetched by its name later; or if what
-                is to be quantised is to be spread over devices.
+            ValueError: if `load_vision_model=False` and the vision encoder could not be fetched later, or if a
+                quantised captioner would be spread over devices.
+
+        Example:
+
+        ```python
+        >>> model = QFormerCaptioner.from_pretrained("outputs/scenes")  # doctest: +SKIP
+        >>> model.caption("photo.jpg")  # doctest: +SKIP
+        'a small red circle to the left of a blue square'
+        ```
         """
-        dtype = kwargs.pop("torch_dtype", dtype)  # its old name, which transformers still takes
-        device = None
-        if quantization_config is not None:
-            device = one_device(kwargs.pop("device_map", None))
-        hub_kwargs = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            if name in kwargs
-        }
-        # `AutoModel` was given an adapter: transformers would forget it where a captioner refers to its backbones.
+        source = pretrained_model_name_or_path
+        dtype = kwargs.pop("torch_dtype", dtype)  # its former name, which transformers still accepts
+        device = None if quantization_config is None else single_device(kwargs.pop("device_map", None))
+        hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
+        # `AutoModel` passes the path of an adapter here. transformers loses it where the weights are a `state_dict`.
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter = adapter_kwargs.pop("_adapter_model_path", None)
-        if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-        config = copy.deepcopy(config)
-        check_layers(config)
-        for part in config.referenced_backbones or []:
-            if part not in BACKBONES or getattr(config, f"{part}_name_or_path") is None:
-                raise OSError(f"The captioner {str(pretrained_model_name_or_path)!r} refers to no {part!r} by name.")
-        if dtype not in (None, "auto"):
-            config.dtypes = None
-        kwargs = {**kwargs, "config": config, "dtype": dtype, "use_safetensors": True}
 
-        if not load_vision_model and not (config.freeze_vision_model and config.vision_model_name_or_path):
-            raise ValueError(
-                f"The captioner {str(pretrained_model_name_or_path)!r} has a vision encoder of its own and cannot be "
-                "loaded without it."
-            )
-        fetched = set(config.referenced_backbones or []) | ({"vision_model"} if not load_vision_model else set())
-        if fetched and kwargs.get("state_dict") is None:
-            weights = read_weights(pretrained_model_name_or_path, **hub_kwargs)
-            download = {key: hub_kwargs[key] for key in hub_kwargs if key not in ("revision", "subfolder")}
-            for part in fetched:
-                absent = part == "vision_model" and not load_vision_model
-                backbone = load_backbone(
-                    part,
-                    getattr(config, f"{part}_name_or_path"),
-                    getattr(config, f"{part}_revision"),
-                    getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
-                    absent=absent,
-                    **download,
-                )
-                if absent:
-                    kwargs["vision_model"] = backbone
-                    weights = {name: weights[name] for name in weights if not name.startswith("vision_model.")}
-                weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
-            there = sum(tensor.numel() for tensor in weights.values())
-            cls._check_size(pretrained_model_name_or_path, config, there, kwargs.get("vision_model"))
-            loaded = super().from_pretrained(None, *model_args, state_dict=weights, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            # peft writes down the one, transformers the other.
-            model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
-        else:
-            if kwargs.get("state_dict") is None:
-                there = number_of_weights(pretrained_model_name_or_path, **hub_kwargs)
-                cls._check_size(pretrained_model_name_or_path, config, there)
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
-            if pretrained_model_name_or_path is not None and model.generation_config.max_new_tokens is None:
-                # transformers passes over one that is damaged without a word.
-                model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        config = cls._resolve_config(source, config, dtype, load_vision_model, hub_kwargs)
+        kwargs |= {"config": config, "dtype": dtype, "use_safetensors": True}
+        if kwargs.get("state_dict") is None:
+            kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, hub_kwargs)
+        # With a `state_dict` no file of the folder is read.
+        loaded = super().from_pretrained(source if kwargs.get("state_dict") is None else None, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with `output_loading_info=True`
+
         model._freeze()
-        model._reference(config.referenced_backbones or [])
-        # One that was trained has weights of its own, whatever its name, and frozen again it has them still.
-        model._note_weights([part for part in BACKBONES if getattr(config, f"freeze_{part}")])
+        model._keep_by_reference(config.referenced_backbones or [])
+        # A trainable backbone may have other weights than its name stands for, so it has no fingerprint.
+        model._take_fingerprints(part for part in BACKBONES if getattr(config, f"freeze_{part}"))
         if quantization_config is not None:
             model.quantize_language_model(quantization_config, device)
-        if pretrained_model_name_or_path is not None:
-            model.processor = QFormerCaptionerProcessor.from_folder_if_any(pretrained_model_name_or_path, **hub_kwargs)
+        if source is not None:
+            model._load_companions(source, kwargs.get("generation_config"), hub_kwargs)
         if adapter is not None:
-            adapter_kwargs = {**hub_kwargs, **adapter_kwargs}
-            model.load_adapter(adapter, adapter_kwargs=adapter_kwargs)
-            own = QFormerCaptionerProcessor.from_folder_if_any(adapter, **adapter_kwargs)
-            model.processor = own if own is not None else model.processor  # the adapter may be of another prompt
+            model._load_adapter(adapter, {**hub_kwargs, **adapter_kwargs})
         return loaded
+
+    @classmethod
+    def _resolve_config(
+        cls,
+        source: str | os.PathLike | None,
+        config: QFormerCaptionerConfig | None,
+        dtype: str | torch.dtype | None,
+        load_vision_model: bool,
+        hub_kwargs: dict[str, Any],
+    ) -> QFormerCaptionerConfig:
+        """Return a checked copy of the configuration, in which a given `dtype` replaces the saved ones."""
+        if config is None:
+            config = cls.config_class.from_pretrained(str(source), **hub_kwargs)
+        config = copy.deepcopy(config)
+        check_number_of_layers(config)
+        for part in config.referenced_backbones or []:
+            if part not in BACKBONES or getattr(config, f"{part}_name_or_path") is None:
+                raise OSError(
+                    f"The captioner {str(source)!r} keeps {part!r} by reference but does not name it. Save it again "
+                    "with `include_backbones=True`."
+                )
+        if not load_vision_model and not (config.freeze_vision_model and config.vision_model_name_or_path):
+            raise ValueError(
+                f"The captioner {str(source)!r} has a vision encoder of its own and cannot be loaded without it: "
+                "leave out `load_vision_model=False`."
+            )
+        if dtype not in (None, "auto"):
+            config.dtypes = None
+        return config
+
+    @classmethod
+    def _collect_weights(
+        cls,
+        source: str | os.PathLike,
+        config: QFormerCaptionerConfig,
+        dtype: str | torch.dtype | None,
+        load_vision_model: bool,
+        hub_kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Fetch the backbones that are not in the folder, and join their weights to those of the folder.
+
+        Returns:
+            The arguments `state_dict` and, without the vision encoder, `vision_model` of `from_pretrained`. Nothing for
+            a folder that holds all weights: transformers then reads the files itself.
+        """
+        parts = set(config.referenced_backbones or [])
+        if not load_vision_model:
+            parts.add("vision_model")
+        if not parts:
+            cls._check_size(source, config, count_weights(source, **hub_kwargs))
+            return {}
+        weights = read_weights(source, **hub_kwargs)
+        arguments: dict[str, Any] = {}
+        download = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+        for part in parts:
+            backbone = load_backbone(
+                part,
+                getattr(config, f"{part}_name_or_path"),
+                getattr(config, f"{part}_revision"),
+                getattr(torch, config.dtypes[part]) if config.dtypes else dtype,
+                load_weights=load_vision_model or part != "vision_model",
+                **download,
+            )
+            if isinstance(backbone, VisionModelPlaceholder):
+                arguments["vision_model"] = backbone
+                weights = {name: weights[name] for name in weights if not name.startswith("vision_model.")}
+            weights.update({f"{part}.{name}": tensor for name, tensor in backbone.state_dict().items()})
+        cls._check_size(source, config, sum(tensor.numel() for tensor in weights.values()), **arguments)
+        return {**arguments, "state_dict": weights}
 
     @classmethod
     def _check_size(
         cls,
         source: str | os.PathLike,
         config: QFormerCaptionerConfig,
-        there: int,
+        available: int,
         vision_model: VisionModelPlaceholder | None = None,
     ) -> None:
-        """Refuse a configuration that asks for much more weights than are there: transformers would make the rest up.
+        """Refuse a configuration that needs many more weights than there are: transformers would draw the rest.
 
         Raises:
-            OSError: for such a one.
+            OSError: if it needs more than twice the number of available weights.
         """
         with torch.device("meta"):
             model = cls(copy.deepcopy(config), vision_model=vision_model)
-        asked = sum(parameter.numel() for parameter in model.parameters())
-        if asked > 2 * there:
+        needed = sum(parameter.numel() for parameter in model.parameters())
+        if needed > 2 * available:
             raise OSError(
-                f"The configuration of the captioner {str(source)!r} asks for {asked:,} weights, and its files hold "
-                f"{there:,}."
+                f"The configuration of the captioner {str(source)!r} needs {needed:,} weights, but its files hold "
+                f"{available:,}. Fetch it again."
             )
 
-    def load_vision_model(self) -> None:
-        """Fetch the vision encoder of a captioner that was loaded without it; otherwise do nothing.
+    def _load_companions(
+        self, source: str | os.PathLike, generation_config: GenerationConfig | None, hub_kwargs: dict[str, Any]
+    ) -> None:
+        """Load the generation configuration and the processor that a folder holds beside the weights."""
+        if generation_config is None:  # transformers ignores a damaged file silently, so read it here
+            self.generation_config = GenerationConfig.from_pretrained(source, **hub_kwargs)
+        self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
+        # peft writes one of these into adapter folders, transformers the other into configurations.
+        self.name_or_path = self.config.name_or_path = os.fspath(source)
 
-        Raises:
-            OSError: if it cannot be fetched; the message names it.
-        """
-        if isinstance(self.vision_model, VisionModelPlaceholder):
-            name, revision = self.config.vision_model_name_or_path, self.config.vision_model_revision
-            vision_model = load_backbone("vision_model", name, revision, dtype_of(self.vision_model))
-            self.vision_model = vision_model.requires_grad_(False).eval().to(self.device)
-            self._note_weights(["vision_model"])
-            self._reference(self.config.referenced_backbones or [])
+    def _load_adapter(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
+        """Load an adapter and, if its folder holds one, its processor: it may have been trained with another prompt."""
+        self.load_adapter(adapter, adapter_kwargs=hub_kwargs)
+        processor = QFormerCaptionerProcessor.from_folder_if_any(adapter, **hub_kwargs)
+        if processor is not None:
+            self.processor = processor
+
+    # --- Saving -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, include_backbones: bool | Sequence[str] | None = None, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        include_backbones: bool | Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens anywhere.
 
+        The model and its configuration stay as they are. The saved configuration says which backbones the folder keeps
+        by reference, which are frozen, and which dtypes the parts have.
+
         Args:
-            save_directory (`str`): where to.
-            include_backbones (`bool` or list of part names, *optional*): `False` leaves out every frozen backbone that
-                has a name to fetch it by, `True` none, a list such as `["language_model"]` all but those. By default
-                the captioner stays as it is: one from `from_backbones` refers to its frozen backbones, one loaded from
-                a folder keeps what that folder kept. What was trained is always written.
-            kwargs: as for `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
+            save_directory (`str`): folder to write.
+            is_main_process (`bool`, defaults to `True`): whether this process writes the files.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): weights to save, by default those of the model.
+            include_backbones (`bool` or list of `str`, *optional*): `True` saves the weights of both backbones, a list
+                such as `["language_model"]` those of the named ones. The other frozen backbones are kept by reference
+                if they have a name to fetch them by. By default the folder keeps what the captioner was loaded with: a
+                captioner from `from_backbones` keeps both frozen backbones by reference. Trained backbones are always
+                saved.
+            args, kwargs: passed to `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
 
         Raises:
-            ValueError: for a part that there is not, a quantised language model that would have to be saved, or
-                adapters that PEFT put on the captioner and did not merge.
+            ValueError: for an unknown backbone, for a quantised language model that would have to be saved, or if PEFT
+                put adapters on the captioner that were not merged.
+
+        Example:
+
+        ```python
+        >>> model.save_pretrained("captioner", include_backbones=True)  # doctest: +SKIP
+        ```
         """
         if include_backbones is None:
-            included = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
-        elif isinstance(include_backbones, bool):
-            included = list(BACKBONES) if include_backbones else []
-        else:
-            included = list(include_backbones)
-            if unknown := set(included) - set(BACKBONES):
-                raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
+            include_backbones = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
+        included = self._backbones_to_include(include_backbones)
         if "vision_model" in included:
             self.load_vision_model()
-        weights = kwargs.get("state_dict")
-        weights = self.state_dict() if weights is None else weights  # FSDP and DeepSpeed gather them for the caller
+        weights = self.state_dict() if state_dict is None else state_dict  # FSDP and DeepSpeed gather them beforehand
         if any(".base_layer." in name for name in weights) and not self._hf_peft_config_loaded:
             raise ValueError(
-                "There are adapters on the captioner, which would not be found again: save the `PeftModel`, or call "
-                "its `merge_and_unload()` first."
+                "There are adapters on the captioner that loading would not find: save the `PeftModel`, or call its "
+                "`merge_and_unload()` first."
             )
-        frozen, referenced = self._frozen_backbones(), []
-        for part in frozen:
-            name = getattr(self.config, f"{part}_name_or_path")
-            if part in included or name is None:
-                continue
-            if self._is_as_fetched(part, weights):
-                referenced.append(part)
-            else:
-                logger.warning(f"The {part} has other weights than {name!r} had: they are saved with the captioner.")
-                for field in ("name_or_path", "revision"):  # or whoever loads and saves it next would refer to it
-                    setattr(self.config, f"{part}_{field}", None)
-        self._reference(referenced)
-        if is_quantized(self.language_model) and "language_model" not in self.config.referenced_backbones:
-            raise ValueError(
-                "The weights of a quantised language model are not saved, they are rounded: refer to it by name "
-                "(`include_backbones=False`), or load the captioner without `quantization_config`."
-            )
-        self.config.freeze_vision_model = "vision_model" in frozen
-        self.config.freeze_language_model = "language_model" in frozen
-        self.config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
-        if self.processor is not None and kwargs.get("is_main_process", True):
+        referenced = self._backbones_to_reference(included, weights)
+        config = self._config_to_save(included, referenced)
+        if self.processor is not None and is_main_process:
             self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        with self._temporary(config, self._keys_of(referenced, weights)):
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As everywhere in transformers. Backbones that only this machine has go along, referred to or not."""
-        local = self.local_backbones()
-        self._reference([part for part in self.config.referenced_backbones or [] if part not in local])
-        return super().push_to_hub(repo_id, **kwargs)
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload the captioner, including the weights of backbones that were loaded from a local folder.
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
-        """`push_to_hub` ends here: what is published names no folder of this machine."""
+        Args:
+            repo_id (`str`): repository on the Hub.
+            kwargs: passed to `PreTrainedModel.push_to_hub` (`private`, `token`, `commit_message`, ...).
+        """
+        config, local = copy.deepcopy(self.config), self.local_backbones()
+        config.referenced_backbones = [part for part in config.referenced_backbones or [] if part not in local]
+        with self._temporary(config, self._keys_to_ignore_on_save):
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Remove local paths from the configuration that `push_to_hub` is about to upload."""
         path = os.path.join(working_dir, CONFIG_NAME)
         with open(path, encoding="utf-8") as file:
             config = without_local_paths(json.load(file))
@@ -286,9 +458,59 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _reference(self, parts: list[str]) -> None:
-        """Let saved folders refer to these parts by name instead of holding their weights."""
-        self.config.referenced_backbones = parts
-        # The Trainer reads it too, to tell what a checkpoint leaves out from what it lost.
-        left_out = {key for key in self.state_dict() if key.split(".")[0] in parts}
-        self._keys_to_ignore_on_save = left_out | set(self.all_tied_weights_keys)
+    def _backbones_to_include(self, include_backbones: bool | Sequence[str]) -> list[str]:
+        if isinstance(include_backbones, bool):
+            return list(BACKBONES) if include_backbones else []
+        if unknown := set(include_backbones) - set(BACKBONES):
+            raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
+        return list(include_backbones)
+
+    def _backbones_to_reference(self, included: Sequence[str], weights: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return the frozen backbones that a folder can leave out: their names stand for the weights that they have.
+
+        Raises:
+            ValueError: if a quantised language model would have to be saved.
+        """
+        referenced = []
+        for part in self.frozen_backbones():
+            named = getattr(self.config, f"{part}_name_or_path") is not None
+            if part not in included and named and self._matches_name(part, weights):
+                referenced.append(part)
+        if is_quantized(self.language_model) and "language_model" not in referenced:
+            raise ValueError(
+                "A quantised language model has rounded weights, which are not saved: keep it by reference "
+                "(`include_backbones=False`), or load the captioner without `quantization_config`."
+            )
+        return referenced
+
+    def _matches_name(self, part: str, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Return True if a backbone has the weights that were fetched by its name, as far as that can be known."""
+        if is_quantized(getattr(self, part)):
+            return True
+        prefix = f"{part}."
+        own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+        return part in self._fingerprints and self._fingerprints[part].matches(own)
+
+    def _config_to_save(self, included: Sequence[str], referenced: Sequence[str]) -> QFormerCaptionerConfig:
+        """Return a copy of the configuration that describes the folder to write."""
+        config, frozen = copy.deepcopy(self.config), self.frozen_backbones()
+        config.referenced_backbones = list(referenced)
+        config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
+        for part in BACKBONES:
+            setattr(config, f"freeze_{part}", part in frozen)
+            name = getattr(config, f"{part}_name_or_path")
+            if part in frozen and part not in (*included, *referenced) and name is not None:
+                logger.warning_once(f"The {part} no longer has the weights of {name!r}, so its weights are saved.")
+                for field in ("name_or_path", "revision"):  # otherwise a later save would keep it by reference
+                    setattr(config, f"{part}_{field}", None)
+        return config
+
+    @contextmanager
+    def _temporary(self, config: QFormerCaptionerConfig, keys_to_ignore: Iterable[str] | None) -> Iterator[None]:
+        """Give `PreTrainedModel` another configuration and other keys to save, and restore those of the model."""
+        kept = self.config, self._keys_to_ignore_on_save
+        self.config, self._keys_to_ignore_on_save = config, set(keys_to_ignore or ())
+        try:
+            yield
+        finally:
+            self.config, self._keys_to_ignore_on_save = kept

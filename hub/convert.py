@@ -24,7 +24,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..backbones_qformer import CAPTIONERS, blip2_vision_config, check_layers, commit_of, open_weights, weight_files
+from ..backbones_qformer import (
+    CAPTIONERS,
+    blip2_vision_config,
+    check_number_of_layers,
+    commit_of,
+    open_weights,
+    weight_files,
+)
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import UNUSABLE, InputError
@@ -54,7 +61,7 @@ class Checkpoint:
             ours = {each.model_type: each for each in (QFormerConfig, QFormerCaptionerConfig)}
             kwargs = {} if model_type in ours else {"trust_remote_code": False}
             self.config = ours.get(model_type, AutoConfig).from_pretrained(source, revision=revision, **kwargs)
-            check_layers(self.config)
+            check_number_of_layers(self.config)
             files = weight_files(source, revision=revision)
         except (*UNUSABLE, OSError) as error:
             raise InputError(

@@ -73,6 +73,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.facts = facts
         self.last_logged = (time.time(), self.state.global_step)
         self.has_relu = has_relu(self.model)
+        if not isinstance(self.model, PeftModel):  # the Trainer expects these weights to be missing in a checkpoint
+            self.model._keys_to_ignore_on_save = self.model.keys_left_out(include_backbones=False)
         self.add_callback(SetEpochCallback(self.train_dataset))
         self.average = None
         if self.args.ema_decay is not None:
@@ -337,11 +339,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = Path(self.args.output_dir) / "push"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it pushed
-        referenced = self.model.config.referenced_backbones
         with nullcontext() if self.average is None else self.average.in_place():
             self.save_final_model(folder)
-        if not isinstance(self.model, PeftModel):
-            self.model._reference(referenced)  # as checkpoints leave them out: the Trainer reads it when it loads one
         job = HfApi().run_as_future(self._publish_copy, folder, self.state.global_step)
         self.push_in_progress = PushInProgress([job])
 
