@@ -393,7 +393,7 @@ def change_config(folder, **fields) -> None:
         (lambda f: max(f.glob("*.safetensors")).unlink(), "cannot be read"),
         (
             lambda f: rewrite(f, lambda w: {n: w[n] for n in w if "post_layernorm" not in n}),
-            r"has no 'vision_model.post_layernorm.weight' \(2 tensors",
+            r"lacks 'vision_model.post_layernorm.weight' \(2 tensors",
         ),
         (lambda f: rewrite(f, lambda w: w | {"extra.bias": torch.ones(1)}), "has an unknown 'extra.bias'"),
         (
@@ -415,7 +415,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(sharded, break_it
 
 
 def test_a_sharded_checkpoint_converts_into_shards(sharded, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "SHARD_SIZE", 50_000)
+    monkeypatch.setattr(convert, "MAX_SHARD_BYTES", 50_000)
     convert.convert(sharded, tmp_path / "ours", include_backbones=True)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2
     model, ours = (
@@ -451,7 +451,7 @@ for i in range(8):
 (source / "model.safetensors.index.json").write_text(json.dumps({{"weight_map": index}}))
 def memory(kind):
     return int(re.search(kind + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-convert.SHARD_SIZE = 20_000_000
+convert.MAX_SHARD_BYTES = 20_000_000
 Path("/proc/self/clear_refs").write_text("5")  # begin a new peak
 before = memory("VmRSS")
 convert.convert(source, "ours", include_backbones=True)
