@@ -292,6 +292,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
     from qformer_captioner.common.run_folder import RunFolder
     from qformer_captioner.data.images import folder_of_images
     from qformer_captioner.data.loading import load_rows
+    from qformer_captioner.data.splits import default_eval_split
     from qformer_captioner.evaluation.benchmarks import (
         BENCHMARKS,
         benchmark_of,
@@ -320,7 +321,7 @@ def caption_and_score(args: CaptioningArguments, scoring: ScoringArguments) -> N
         split, whole = protocol.split, load_benchmark(args.benchmark, args.dataset_name, scoring.image_folder)
     else:
         rows = load_rows(args.dataset_name, args.dataset_config_name)
-        split = args.split or next((name for name in ("test", "validation", "val", "dev") if name in rows), None)
+        split = args.split or default_eval_split(rows, prefer_test=True)
         if split not in rows:
             raise InputError(
                 f"{args.dataset_name!r} has no split {split or 'test'!r}; choose with --split: "

@@ -40,11 +40,13 @@ from qformer_captioner.common.errors import UNUSABLE, InputError
 from qformer_captioner.common.onednn import onednn_linears
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.run_folder import RunFolder
-from qformer_captioner.data.augmentation import Augmentation, check_crop, check_horizontal_flip_prob
-from qformer_captioner.data.feature_shards import SPLIT_NAME, SplitLayout, VisionKey, finish_store, row_keys
-from qformer_captioner.data.images import folder_of_images, open_cell
+from qformer_captioner.data.augmentation import Augmentation, check_image_augmentation
+from qformer_captioner.data.feature_shards import SplitLayout, remove_unfinished
+from qformer_captioner.data.feature_store import SPLIT_NAME, finish_store
+from qformer_captioner.data.images import folder_of_images, image_keys, open_cell
 from qformer_captioner.data.loading import load_rows
-from qformer_captioner.data.readers import find_files
+from qformer_captioner.data.row_files import find_files
+from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Options
@@ -99,8 +101,7 @@ def check_arguments(args: FeatureArguments) -> None:
     for name in ("dataloader_num_workers", "seed"):
         if (value := getattr(args, name)) < 0:
             raise InputError(f"--{name} is at least 0, not {value}.")
-    check_crop(args.random_resized_crop_scale)
-    check_horizontal_flip_prob(args.horizontal_flip_prob)
+    check_image_augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob)
     varied = args.random_resized_crop_scale is not None or args.horizontal_flip_prob > 0
     if (args.views > 1) != varied:
         raise InputError(
@@ -214,7 +215,7 @@ def random_view(image: Image.Image, row: int, view: int, args: FeatureArguments)
         random_resized_crop_scale=args.random_resized_crop_scale, horizontal_flip_prob=args.horizontal_flip_prob
     )
     seed = np.random.SeedSequence([args.seed, row, view]).generate_state(1, np.uint64).item()
-    return augmentation.vary_image(image, torch.Generator().manual_seed(seed))
+    return augmentation.augment_image(image, torch.Generator().manual_seed(seed))
 
 
 def collate(rows: list[torch.Tensor | Skipped | InputError]) -> tuple[torch.Tensor | InputError | None, list[Skipped]]:
@@ -481,7 +482,7 @@ def precompute(words: list[str]) -> None:
         image_processor = AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (*UNUSABLE, OSError) as error:
         raise loading_error("vision_model", name, revision, error) from error
-    vision = VisionKey.of(name, revision, image_processor)
+    vision = VisionFingerprint.of(name, revision, image_processor)
     try:
         if args.embeddings_column is not None:
             source = ReadyEmbeddings(rows, args)
@@ -506,7 +507,7 @@ def precompute(words: list[str]) -> None:
     dataset = about_data(args)
     keys = {}
     if args.embeddings_column is None:
-        keys = {split: row_keys(own, args.image_column) for split, own in rows.items()}
+        keys = {split: image_keys(own, args.image_column) for split, own in rows.items()}
     settings = {
         "vision_model": asdict(vision),
         "dataset": dataset,
@@ -528,8 +529,8 @@ def precompute(words: list[str]) -> None:
         run = RunFolder(folder, settings, args.overwrite_output_dir)
         announce(layouts, folder, args.overwrite_output_dir)
         run.start()
-        for layout in layouts.values():
-            layout.remove_unfinished()
+        for place in (folder, *(layout.folder for layout in layouts.values())):
+            remove_unfinished(place)
     state.wait_for_everyone()
 
     # 4. Shards.

@@ -36,7 +36,7 @@ from qformer_captioner.configuration_qformer import is_hub_id
 from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.dataset import CaptionDataset
-from qformer_captioner.data.features import FeatureStore
+from qformer_captioner.data.feature_store import FeatureStore
 from qformer_captioner.data.scenes import Scene, score_facts
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.hub.layout import pictures_of
@@ -261,7 +261,7 @@ def train(words: list[str]) -> None:
         data_args.horizontal_flip_prob,
         data_args.captions_per_image,
         seed=training_args.seed,
-        any_view=True,
+        sample_view=True,
     )
     processes = (training_args.process_index, training_args.world_size)
     train_data, eval_data = load_data(data_args, store, skipped, augmentation, *processes)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from qformer_captioner import QFormerCaptioner
 from qformer_captioner.data.augmentation import Augmentation
-from qformer_captioner.data.dataset import CaptionDataset, ShuffledImages
+from qformer_captioner.data.dataset import CaptionDataset, CaptionSource, ShuffledImages
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
 
@@ -96,11 +96,11 @@ def load_data(
     Features are kept in the file `cache` and computed anew when anything that they depend on is another.
     """
     train_rows, eval_rows = load_splits(dataset_name)
-    columns = (image_column, caption_column, SkippedRows())
-    train = CaptionDataset(
-        train_rows, "train", *columns, Augmentation(random_resized_crop_scale, horizontal_flip_prob)
-    ).readable()
-    dev = CaptionDataset(eval_rows, "evaluation", *columns).readable()
+    augmentation = Augmentation(random_resized_crop_scale, horizontal_flip_prob)
+    train_source = CaptionSource("train", train_rows, image_column, caption_column)
+    train = CaptionDataset(train_source, SkippedRows(), augmentation).drop_unreadable()
+    dev_source = CaptionSource("evaluation", eval_rows, image_column, caption_column)
+    dev = CaptionDataset(dev_source, SkippedRows()).drop_unreadable()
     vision = model.vision_model
     key = [
         dataset_name,

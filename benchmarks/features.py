@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qformer_captioner.data.feature_shards import SplitLayout, VisionKey, finish_store
-from qformer_captioner.data.features import FeatureStore, SplitFeatures
+from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
+from qformer_captioner.data.feature_store import FeatureStore, finish_store
+from qformer_captioner.data.features import SplitFeatures
+from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 
 from .common import RESULTS, alternate, machine, memory, spread, write_result
 
@@ -34,7 +36,7 @@ def layout_of(folder: Path, rows: int) -> SplitLayout:
 
 
 def opened(folder: Path, layout: SplitLayout) -> SplitFeatures:
-    finish_store(folder, VisionKey("made up", None, None, {}), {}, {"train": layout})
+    finish_store(folder, VisionFingerprint("made up", None, None, {}), {}, {"train": layout})
     return FeatureStore(folder).split("train")
 
 
@@ -44,7 +46,7 @@ def opened(folder: Path, layout: SplitLayout) -> SplitFeatures:
 def ours(folder: Path, rows: np.ndarray) -> Read:
     layout = layout_of(folder, len(rows))
     for shard in layout.shards:
-        layout.write(shard, [(rows[layout.rows_of(shard), None], [])])
+        layout.write(shard, [FeatureBatch(rows[layout.rows_of(shard), None], [])])
     return opened(folder, layout).read
 
 

@@ -1,99 +1,120 @@
-"""TODO."""
+"""Augmentation of training rows: random crops and flips of images, random draws of captions, prompts and views."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 
 from ..common.errors import InputError
 
-
-def check_crop(random_resized_crop_scale: float | None) -> None:
-    """See that it is a share.
-
-    Raises:
-        InputError: if not.
-    """
-    if random_resized_crop_scale is not None and not 0 < random_resized_crop_scale <= 1:
-        raise InputError(
-            f"--random_resized_crop_scale is a share of an image's area, from 0 to 1, not "
-            f"{random_resized_crop_scale:g}."
-        )
-
-
-def check_horizontal_flip_prob(horizontal_flip_prob: float) -> None:
-    """See that it is a probability.
-
-    Raises:
-        InputError: if not.
-    """
-    if not 0 <= horizontal_flip_prob <= 1:
-        raise InputError(f"--horizontal_flip_prob is a probability, from 0 to 1, not {horizontal_flip_prob:g}.")
+MAX_ASPECT_RATIO = 4 / 3  # of a random crop; its inverse is the smallest
+CROP_ATTEMPTS = 10
 
 
 @dataclass
 class Augmentation:
-    """What training shows differently each time it comes to a row.
+    """Random changes to a training row, drawn anew each time the row is read.
 
-    All of it follows from the seed, the epoch and the row, and from nothing else: so it does not matter how many
-    processes and workers load the data, nor where a killed run goes on.
+    Every draw depends on the seed, the epoch and the row alone. The number of processes and workers that load the data
+    makes no difference, and an interrupted run resumes with the same draws.
 
     Args:
-        random_resized_crop_scale: show random parts of the images, with at least this share of their area.
-        horizontal_flip_prob: mirror an image, left to right, with this probability.
-        captions_per_image: draw so many of an image's captions each time; by default give all.
-        prompts: draw one of these.
-        any_view: draw one of the views that precomputed features have; by default show the whole image.
-        seed: of all that.
+        random_resized_crop_scale (`float`, *optional*): lower bound of the share of an image's area that a random crop
+            keeps, as in the `scale` of torchvision's `RandomResizedCrop`. By default images are not cropped.
+        horizontal_flip_prob (`float`, defaults to 0.0): probability that an image is mirrored left to right.
+        captions_per_image (`int`, *optional*): number of captions to draw from those of an image. By default all are
+            used.
+        prompts (`Sequence[str]`): prompts of which one is drawn. By default a row has no prompt of its own.
+        sample_view (`bool`, defaults to `False`): whether to draw one of the views that precomputed features have. By
+            default view 0 is used, the whole image.
+        seed (`int`, defaults to 0): random seed of all draws.
+
+    Example:
+
+    ```python
+    >>> augmentation = Augmentation(random_resized_crop_scale=0.5, captions_per_image=1)
+    >>> generator = augmentation.generator(epoch=0, row=3)
+    >>> augmentation.augment_image(Image.new("RGB", (100, 80)), generator).size
+    (74, 77)
+    >>> augmentation.draw_text(["a dog", "a brown dog"], generator)
+    {'captions': ['a brown dog']}
+    ```
     """
 
     random_resized_crop_scale: float | None = None
     horizontal_flip_prob: float = 0.0
     captions_per_image: int | None = None
     prompts: Sequence[str] = ()
-    any_view: bool = False
+    sample_view: bool = False
     seed: int = 0
 
-    def random(self, epoch: int, row: int) -> torch.Generator:
-        """The source of the random numbers of one row in one epoch."""
-        # Of whole numbers `hash` is the same in every process, and the README's figures came from it.
+    def generator(self, epoch: int, row: int) -> torch.Generator:
+        """Return the random generator of one row in one epoch."""
+        # The hash of a tuple of integers is the same in every process. `numpy.random.SeedSequence` would be the usual
+        # choice, but it draws other numbers: all published results would have to be measured again.
         return torch.Generator().manual_seed(hash((self.seed, epoch, row)) % 2**63)
 
-    def vary_image(self, image: Image.Image, random: torch.Generator) -> Image.Image:
-        """A crop of an image, perhaps mirrored."""
+    def augment_image(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        """Crop an image at random, and mirror it with the probability `horizontal_flip_prob`."""
         if self.random_resized_crop_scale is not None:
-            image = random_resized_crop(image, self.random_resized_crop_scale, random)
-        if self.horizontal_flip_prob and torch.rand((), generator=random) < self.horizontal_flip_prob:
+            image = random_crop(image, self.random_resized_crop_scale, generator)
+        if self.horizontal_flip_prob and torch.rand((), generator=generator) < self.horizontal_flip_prob:
             image = ImageOps.mirror(image)
         return image
 
-    def vary_text(self, captions: list[str], random: torch.Generator) -> dict:
-        """Some of the captions, and a prompt where there are any."""
+    def draw_view(self, num_views: int, generator: torch.Generator) -> int:
+        """Return the number of the view to train on, out of `num_views` precomputed ones."""
+        if not self.sample_view or num_views == 1:
+            return 0
+        return int(torch.randint(num_views, (), generator=generator))
+
+    def draw_text(self, captions: list[str], generator: torch.Generator) -> dict[str, Any]:
+        """Return the `"captions"` to train on and, if there are prompts to draw from, a `"prompt"`."""
         if self.captions_per_image is not None:
-            drawn = torch.randperm(len(captions), generator=random)[: self.captions_per_image]
-            captions = [captions[each] for each in drawn]
+            drawn = torch.randperm(len(captions), generator=generator)[: self.captions_per_image]
+            captions = [captions[number] for number in drawn]
         if not self.prompts:
             return {"captions": captions}
-        return {
-            "captions": captions,
-            "prompt": self.prompts[int(torch.randint(len(self.prompts), (), generator=random))],
-        }
+        prompt = self.prompts[int(torch.randint(len(self.prompts), (), generator=generator))]
+        return {"captions": captions, "prompt": prompt}
 
 
-def random_resized_crop(image: Image.Image, smallest: float, random: torch.Generator) -> Image.Image:
-    """A random part of an image: `smallest` to all of its area, width to height 3:4 to 4:3 (Szegedy et al. 2014).
+def random_crop(image: Image.Image, min_scale: float, generator: torch.Generator) -> Image.Image:
+    """Cut a random part out of an image: "random resized crop" without the resizing (Szegedy et al. 2014).
 
-    An image from which no such part can be cut stays whole.
+    The part keeps a share of the area between `min_scale` and 1, and its aspect ratio lies between 3:4 and 4:3. The
+    whole image is returned if no such part fits into it.
+
+    Args:
+        image: the image.
+        min_scale: smallest share of the area to keep, above 0 and at most 1.
+        generator: source of the random numbers.
     """
     width, height = image.size
-    for _ in range(10):
-        share, shape, x, y = torch.rand(4, generator=random).tolist()
-        area = width * height * (smallest + (1 - smallest) * share)
-        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = round(x * (width - w)), round(y * (height - h))
-            return image.crop((left, top, left + w, top + h))
+    for _ in range(CROP_ATTEMPTS):
+        u_area, u_ratio, u_x, u_y = torch.rand(4, generator=generator).tolist()
+        area = width * height * (min_scale + (1 - min_scale) * u_area)
+        ratio = math.exp((2 * u_ratio - 1) * math.log(MAX_ASPECT_RATIO))  # uniform in log space
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = round(u_x * (width - crop_width)), round(u_y * (height - crop_height))
+            return image.crop((left, top, left + crop_width, top + crop_height))
     return image
+
+
+def check_image_augmentation(random_resized_crop_scale: float | None, horizontal_flip_prob: float) -> None:
+    """Check the two options that change images.
+
+    Raises:
+        InputError: if the scale is not a share above 0, or the probability does not lie between 0 and 1.
+    """
+    if random_resized_crop_scale is not None and not 0 < random_resized_crop_scale <= 1:
+        raise InputError(
+            "--random_resized_crop_scale is a share of an image's area, above 0 and at most 1, not "
+            f"{random_resized_crop_scale:g}."
+        )
+    if not 0 <= horizontal_flip_prob <= 1:
+        raise InputError(f"--horizontal_flip_prob is a probability between 0 and 1, not {horizontal_flip_prob:g}.")

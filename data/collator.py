@@ -1,20 +1,28 @@
-"""TODO."""
+"""Collator: rows of images and captions to a batch of tensors."""
+
+from collections.abc import Sequence
 
 import torch
 
 from ..processing_qformer import QFormerCaptionerProcessor
+from .dataset import CaptionRow
+from .features import read_features
 
 
 class CaptionCollator:
-    """Rows of a [`CaptionDataset`] to a batch of a [`QFormerCaptioner`].
-
-    Returns `pixel_values` `[B, 3, H, W]` or `image_embeds` `[B, N, Dv]`, `input_ids` and `attention_mask` `[B, P]` of
-    the prompt, and `labels` `[B, K, T]`: all captions of each image, end-of-sequence included, padded with -100 (a row
-    with fewer captions than the others has rows of nothing but -100).
+    """Turns rows of a [`CaptionDataset`] into a batch for a [`QFormerCaptioner`].
 
     Args:
-        processor: the captioner's.
-        max_caption_length: cut longer captions to so many tokens.
+        processor: the captioner's processor.
+        max_caption_length: maximum number of tokens of a caption. Longer captions are cut.
+
+    Returns:
+        A dict with
+
+        - `pixel_values` (`[B, 3, H, W]`), or `image_embeds` (`[B, N, Dv]`) for rows with precomputed features;
+        - `input_ids` and `attention_mask` (`[B, P]`) of the prompts;
+        - `labels` (`[B, K, T]`): all captions of each image, with the end-of-sequence token, padded with -100. If an
+          image has fewer than `K` captions, its other rows hold nothing but -100.
 
     Example:
 
@@ -28,22 +36,25 @@ class CaptionCollator:
         self.processor = processor
         self.max_caption_length = max_caption_length
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[CaptionRow]) -> dict[str, torch.Tensor]:
         prompts = [row.get("prompt") or self.processor.prompt for row in rows]
         if "image" in rows[0]:
             batch = self.processor(images=[row["image"] for row in rows], text=prompts)
         else:
             batch = self.processor(text=prompts)
-            features, indices, views = zip(*(row["image_embeds"] for row in rows), strict=True)
-            batch["image_embeds"] = features[0].read(indices, views)  # one copy, from file to batch
-        ids = [
+            batch["image_embeds"] = read_features([row["image_embeds"] for row in rows])
+        return {**batch, "labels": self._labels(rows, prompts)}
+
+    def _labels(self, rows: Sequence[CaptionRow], prompts: list[str]) -> torch.Tensor:
+        """Return the token ids of the captions, `[B, K, T]`, padded with -100."""
+        token_ids = [
             [self.processor.encode_caption(caption, prompt, self.max_caption_length) for caption in row["captions"]]
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-        number = max(len(captions) for captions in ids)
-        length = max(len(caption) for captions in ids for caption in captions)
-        labels = torch.full((len(rows), number, length), -100)
-        for b, captions in enumerate(ids):
+        max_captions = max(len(captions) for captions in token_ids)
+        max_tokens = max(len(caption) for captions in token_ids for caption in captions)
+        labels = torch.full((len(rows), max_captions, max_tokens), -100)
+        for b, captions in enumerate(token_ids):
             for k, caption in enumerate(captions):
                 labels[b, k, : len(caption)] = torch.tensor(caption)
-        return {**batch, "labels": labels}
+        return labels

@@ -1,251 +1,268 @@
-"""From captioned rows to batches: which columns, which rows can be read, as which tensors."""
+"""Data set of images with captions, read row by row."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict
 
 import datasets
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
 from ..common.errors import InputError
 from .augmentation import Augmentation
-from .features import SplitFeatures
-from .images import open_cell
-from .loading import with_nested
+from .captions import captions_of
+from .columns import Rows, missing_column, with_nested_columns
+from .features import FeatureRef, SplitFeatures
+from .images import ImageCell, open_cell, undecoded_images
 from .skipped_rows import SkippedRows
 
 
-class CaptionDataset(Dataset):
-    """Rows of `{"image": PIL image, "captions": [str, ...]}`; one that cannot be read is skipped and written down.
+class CaptionRow(TypedDict, total=False):
+    """Row to train or evaluate on: an `image` (upright RGB) or its precomputed `image_embeds`, and `captions`.
 
-    With `features`, `"image_embeds"` in place of an image says which row and view of which features: a batch of them is
-    read at once. With prompts to draw from, each row has a `"prompt"`, too.
+    A row has a `prompt` if prompts are drawn at random.
+    """
 
-    A row without any caption is left out from the start. Whether an image can be read shows when it is opened: in
-    training the next row takes its place, for evaluation [`~CaptionDataset.readable`] opens all of them first.
+    image: Image.Image
+    image_embeds: FeatureRef
+    captions: list[str]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """Rows of a split, and where to find the images and captions in them.
 
     Args:
-        rows: the data set.
-        split: its name in the record of skipped rows.
-        image_column: holds images, or paths of images.
-        caption_column: holds a caption, or a list of captions.
-        skipped: the record.
-        augmentation: what training shows differently each time.
-        features: of the same rows, to be read instead of the images.
-        image_id_column: rows with the same value in it are captions of one image, and become one row.
-        image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
-        option_prefix: what the options that choose its columns begin with, in messages ("eval_").
+        name: name of the split, for messages and the record of skipped rows.
+        rows: the rows. The images of a stream must be undecoded, as [`load_rows`] returns them.
+        image_column: column of images, or of paths of images.
+        caption_column: column of captions: a string or a list in each row. It may be nested (`json.caption`).
+        image_id_column: column that identifies images. Rows with the same value are merged into one row that has all
+            their captions. Streams ignore it.
+        image_folder: folder in which paths of images must lie. By default they may lie anywhere.
+        option_prefix: prefix of the command-line options that choose the columns ("eval_"), for error messages.
+    """
+
+    name: str
+    rows: Rows
+    image_column: str = "image"
+    caption_column: str = "caption"
+    image_id_column: str | None = None
+    image_folder: Path | None = None
+    option_prefix: str = ""
+
+
+class CaptionDataset(Dataset[CaptionRow]):
+    """Map-style data set of images with captions.
+
+    Rows without a caption are left out. An image that cannot be read is only discovered when it is opened. Both are
+    recorded in `skipped`.
+
+    A batch must be full, so **`dataset[i]` returns the next readable row if the image of row `i` cannot be read**. In
+    evaluation each row must be known: call [`~CaptionDataset.drop_unreadable`] first.
+
+    Args:
+        source: the rows and their columns.
+        skipped: record of the rows that cannot be used.
+        augmentation: random changes to the rows. By default there are none.
+        features: precomputed features of the same rows, to use instead of the images.
 
     Raises:
-        InputError: if a column is not there, no row has a caption, or there are features of other rows.
+        InputError: if a column does not exist, no row has a caption, or the features belong to other rows.
 
     Example:
 
     ```python
-    >>> rows = {"image": [Image.new("RGB", (8, 8), "red")] * 2, "text": [["a red square", "all red"], []]}
-    >>> dataset = CaptionDataset(datasets.Dataset.from_dict(rows), "train", "image", "text", SkippedRows())
-    >>> len(dataset), dataset[0]["captions"], dataset.skipped.waiting[0]["reason"]
+    >>> images, captions = [Image.new("RGB", (8, 8), "red")] * 2, [["a red square", "all red"], []]
+    >>> rows = datasets.Dataset.from_dict({"image": images, "caption": captions})
+    >>> dataset = CaptionDataset(CaptionSource("train", rows), SkippedRows())
+    >>> len(dataset), dataset[0]["captions"], dataset.skipped.pending[0]["reason"]
     (1, ['a red square', 'all red'], 'no caption')
     ```
     """
 
     def __init__(
         self,
-        rows: datasets.Dataset,
-        split: str,
-        image_column: str,
-        caption_column: str,
+        source: CaptionSource,
         skipped: SkippedRows,
         augmentation: Augmentation | None = None,
         features: SplitFeatures | None = None,
-        image_id_column: str | None = None,
-        image_folder: Path | None = None,
-        option_prefix: str = "",
     ):
-        rows = with_nested(rows, image_column, caption_column)
-        for option, column in (
-            (f"{option_prefix}image_column", image_column if features is None else None),
-            (f"{option_prefix}caption_column", caption_column),
-            ("image_id_column", image_id_column),
-        ):
-            if column is not None and column not in rows.column_names:
-                raise no_such_column(option, column, rows.column_names)
-        self.split = split
+        self.source = source
+        self.split = source.name
+        self.rows: datasets.Dataset = with_nested_columns(source.rows, source.image_column, source.caption_column)
+        self._check_columns(needs_images=features is None)
         self.skipped = skipped
         self.augmentation = augmentation or Augmentation()
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # so that data-loading processes see it move on
-        self.rows = rows
         self.features = features
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers of a data loader see it change
         self.images = None
-        if image_column in rows.column_names:
-            # Undecoded: a damaged image must fail here, one by one, and not inside the library, batch by batch.
-            try:
-                self.images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-            except (TypeError, ValueError, pa.ArrowException) as error:
-                kind = rows.features[image_column]
-                raise InputError(
-                    f"The column {image_column!r} holds {kind}, and no images or paths: choose with "
-                    f"--{option_prefix}image_column."
-                ) from error
-        self.image_column = image_column
-        self.image_folder = image_folder
-        self.captions = [captions_of(value) for value in rows[caption_column]]
-        others = set()
-        if image_id_column is not None:
-            others = self._gather_captions(self._image_ids(image_id_column))
+        if source.image_column in self.rows.column_names:
+            self.images = undecoded_images(
+                self.rows, source.image_column, option=f"--{source.option_prefix}image_column"
+            )
+        self.captions = [captions_of(value) for value in self.rows[source.caption_column]]
+        merged = self._merge_rows_of_an_image()
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
-        for index in sorted(set(range(len(rows))) - set(self.indices) - others):
-            skipped.add(split, index, self._file(index), "no caption")
+        for index in sorted(set(range(len(self.rows))) - set(self.indices) - merged):
+            self._skip(index, "no caption")
         if not self.indices:
-            raise InputError(f"No row of the {split} split has a caption in its column {caption_column!r}.")
+            raise InputError(f"No row of the {self.split} split has a caption in its column {source.caption_column!r}.")
         if features is not None:
-            self._leave_out_rows_without_features()
+            self._check_features(features)
+            self._drop_rows_without_features(features)
+
+    def _check_columns(self, needs_images: bool) -> None:
+        prefix = self.source.option_prefix
+        columns = {
+            f"{prefix}image_column": self.source.image_column if needs_images else None,
+            f"{prefix}caption_column": self.source.caption_column,
+            "image_id_column": self.source.image_id_column,
+        }
+        for option, column in columns.items():
+            if column is not None and column not in self.rows.column_names:
+                raise missing_column(column, self.rows.column_names, option)
+
+    def _merge_rows_of_an_image(self) -> set[int]:
+        """Give all captions of an image to the first of its rows, and return the other rows."""
+        if self.source.image_id_column is None:
+            return set()
+        first_rows: dict[Any, int] = {}
+        merged = set()
+        for index, image_id in enumerate(self._image_ids(self.source.image_id_column)):
+            if image_id is None or image_id == "":  # unknown: the row stays alone
+                continue
+            first = first_rows.setdefault(image_id, index)
+            if first != index:
+                self.captions[first] += self.captions[index]
+                self.captions[index] = []
+                merged.add(index)
+        return merged
 
     def _image_ids(self, column: str) -> list:
-        """Of each row. An image is its own: told by its path, or where it has none by what is in it."""
+        """Return the id of each row. An image is identified by its path and its bytes."""
         if not isinstance(self.rows.features[column], datasets.Image):
             return self.rows[column]
         cells = self.rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
         return [cell and (cell["path"], hash(cell["bytes"])) for cell in cells[column]]
 
-    def _gather_captions(self, image_ids: list) -> set[int]:
-        """Give all captions of an image to its first row; returns the other rows."""
-        first_row = {}
-        others = set()
-        for index, image_id in enumerate(image_ids):
-            if image_id is None or image_id == "":  # nobody knows whose it is
-                continue
-            first = first_row.setdefault(image_id, index)
-            if first != index:
-                self.captions[first] += self.captions[index]
-                self.captions[index] = []
-                others.add(index)
-        return others
-
-    def _leave_out_rows_without_features(self) -> None:
-        if len(self.features) < len(self.rows):
+    def _check_features(self, features: SplitFeatures) -> None:
+        if len(features) < len(self.rows):
             raise InputError(
-                f"The {self.split} split has {len(self.rows)} rows, but there are features of {len(self.features)} "
-                "only: precompute them again."
+                f"The {self.split} split has {len(self.rows)} rows, but features exist for only {len(features)} of "
+                "them: precompute them again."
             )
         if self.images is not None:
-            self.features.check_rows(self.images, self.image_column)
+            features.check_rows(self.images, self.source.image_column)
+
+    def _drop_rows_without_features(self, features: SplitFeatures) -> None:
         for index in self.indices:
-            if not self.features.present[index]:
-                self.skipped.add(self.split, index, self._file(index), "no features: its image could not be read")
-        self.indices = [index for index in self.indices if self.features.present[index]]
+            if not features.present[index]:
+                self._skip(index, "no features: its image could not be read")
+        self.indices = [index for index in self.indices if features.present[index]]
         if not self.indices:
-            raise InputError(f"Not one row of the {self.split} split has features.")
-
-    def _file(self, index: int) -> str | None:
-        cell = self.images and self.images[index][self.image_column]
-        return cell and cell["path"]
-
-    def _open(self, index: int) -> Image.Image:
-        return open_cell(self.images[index][self.image_column], self.image_folder)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Vary the rows as epoch `epoch` does."""
-        self.epoch.fill_(epoch)
+            raise InputError(f"No row of the {self.split} split has features.")
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> dict:
+    def __getitem__(self, position: int) -> CaptionRow:
         if position >= len(self):
-            raise IndexError(f"The {self.split} split has {len(self)} rows with a caption, and none at {position}.")
-        for step in range(len(self)):
-            index = self.indices[(position + step) % len(self)]
-            random = self.augmentation.random(int(self.epoch), index)
+            raise IndexError(f"The {self.split} split has {len(self)} rows with a caption, not {position + 1}.")
+        for index in self._indices_from(position):
             try:
-                return {**self._look(index, random), **self.augmentation.vary_text(self.captions[index], random)}
+                return self._read(index)
             except OSError as error:
-                self.skipped.add(self.split, index, self._file(index), str(error))
-        raise self._nothing_to_see()
+                self._skip(index, str(error))
+        raise self._no_readable_image()
 
-    def _look(self, index: int, random: torch.Generator) -> dict:
+    def _indices_from(self, position: int) -> Iterator[int]:
+        """Yield the row at a position, and then its substitutes: all rows behind it, and those before it."""
+        for step in range(len(self)):
+            yield self.indices[(position + step) % len(self)]
+
+    def _read(self, index: int) -> CaptionRow:
+        generator = self.augmentation.generator(int(self.epoch), index)
+        row: CaptionRow
         if self.features is None:
-            return {"image": self.augmentation.vary_image(self._open(index), random)}
-        views = self.features.views if self.augmentation.any_view else 1
-        view = int(torch.randint(views, (), generator=random)) if views > 1 else 0
-        return {"image_embeds": (self.features, index, view)}
+            row = {"image": self.augmentation.augment_image(self._open_image(index), generator)}
+        else:
+            view = self.augmentation.draw_view(self.features.views, generator)
+            row = {"image_embeds": FeatureRef(self.features, index, view)}
+        row.update(self.augmentation.draw_text(self.captions[index], generator))
+        return row
 
-    def _nothing_to_see(self) -> InputError:
+    def _cell(self, index: int) -> ImageCell | None:
+        return None if self.images is None else self.images[index][self.source.image_column]
+
+    def _open_image(self, index: int) -> Image.Image:
+        return open_cell(self._cell(index), self.source.image_folder)
+
+    def _skip(self, index: int, reason: str) -> None:
+        cell = self._cell(index)
+        self.skipped.add(self.split, index, cell["path"] if cell else None, reason)
+
+    def _no_readable_image(self) -> InputError:
+        cell = self._cell(self.indices[0])
         return InputError(
-            f"Not one image of the {self.split} split can be read, from {self._file(self.indices[0])!r} on: check the "
-            f"files, or the column {self.image_column!r}."
+            f"No image of the {self.split} split can be read; the first is {cell and cell['path']!r}. Check the files, "
+            f"or the column {self.source.image_column!r}."
         )
 
-    def readable(self) -> "CaptionDataset":
-        """Leave out, from the start, the rows whose image cannot be opened: an evaluation must know its rows."""
+    def set_epoch(self, epoch: int) -> None:
+        """Augment the rows as in epoch `epoch`."""
+        self.epoch.fill_(epoch)
+
+    def drop_unreadable(self) -> "CaptionDataset":
+        """Open all images once, drop the rows whose image cannot be read, and return this data set.
+
+        Raises:
+            InputError: if no image can be read.
+        """
         if self.features is not None:
             return self
-        kept = []
+        readable = []
         for index in self.indices:
             try:
-                self._open(index)
-                kept.append(index)
+                self._open_image(index)
+                readable.append(index)
             except OSError as error:
-                self.skipped.add(self.split, index, self._file(index), str(error))
-        if not kept:
-            raise self._nothing_to_see()
-        self.indices = kept
+                self._skip(index, str(error))
+        if not readable:
+            raise self._no_readable_image()
+        self.indices = readable
         return self
 
-    def picture(self, position: int) -> Image.Image:
-        """The image of a row for people to look at; a grey one where only its features are there."""
-        try:
-            if self.images is not None:
-                return self._open(self.indices[position])
-        except OSError:  # it was there when its features were computed
-            pass
+    def image_to_show(self, position: int) -> Image.Image:
+        """Return the image of a row for people to look at; a grey one if only its features exist."""
+        if self.images is not None:
+            try:
+                return self._open_image(self.indices[position])
+            except OSError:  # the file has disappeared since its features were computed
+                pass
         return Image.new("RGB", (64, 64), "lightgray")
 
     def references(self) -> list[list[str]]:
-        """The captions of each row, in order."""
+        """Return the captions of each row."""
         return [self.captions[index] for index in self.indices]
 
     def column(self, name: str) -> list:
-        """Another column of the data set, of each row in order."""
+        """Return the values of another column of the data set, one for each row."""
         values = self.rows[name]
         return [values[index] for index in self.indices]
 
 
-def no_such_column(option: str, column: str, there: Sequence[str]) -> InputError:
-    """An error that names the columns there are."""
-    there = ", ".join(map(repr, there))
-    return InputError(f"The data set has no column {column!r}; its columns are {there}. Choose with --{option}.")
+class ShuffledImages(Dataset[CaptionRow]):
+    """The rows of a data set with their images permuted, so that each row shows the image of another.
 
+    If the captioner uses the image, its loss is higher on these rows.
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and ends of lines
-MAX_CHARACTERS = 10_000
-
-
-def captions_of(value: str | list | None) -> list[str]:
-    """The captions in a cell, blank ones left out: a string, a list of strings, or of COCO-style `{"raw": string}`.
-
-    COCO itself says "caption" for "raw". Numbers are text that a reader of files took for numbers. What else there is
-    is no caption. Control characters become spaces, and longer texts are cut to 10,000 characters.
-    """
-    captions = value if isinstance(value, list) else [value]
-    captions = [
-        caption.get("raw", caption.get("caption")) if isinstance(caption, dict) else caption for caption in captions
-    ]
-    texts = [
-        str(caption)[:MAX_CHARACTERS]
-        for caption in captions
-        if isinstance(caption, str | int | float)
-        and not isinstance(caption, bool)  # which Python takes for a number
-        and caption == caption  # and not NaN, which stands for nothing
-    ]
-    return [text for text in (CONTROL.sub(" ", text).strip() for text in texts) if text]
-
-
-class ShuffledImages(Dataset):
-    """The same rows with each other's images: no row of several keeps its own. A captioner that looks must do worse.
+    Args:
+        dataset: the data set.
+        seed: random seed of the permutation.
 
     Example:
 
@@ -258,11 +275,11 @@ class ShuffledImages(Dataset):
     def __init__(self, dataset: CaptionDataset, seed: int = 0):
         self.dataset = dataset
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.image_of = dict(zip(order, order[1:] + order[:1], strict=True))  # one big circle
+        self.image_of = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle through all rows
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position: int) -> dict:
-        own = self.dataset.captions[self.dataset.indices[position]]
-        return {**self.dataset[self.image_of[position]], "captions": own}
+    def __getitem__(self, position: int) -> CaptionRow:
+        captions = self.dataset.captions[self.dataset.indices[position]]
+        return {**self.dataset[self.image_of[position]], "captions": captions}

@@ -1,90 +1,45 @@
-"""TODO."""
+"""Shards: the files that hold the precomputed features of a split."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from transformers import BaseImageProcessor
 
-from ..backbones_qformer import commit_of
-from ..common.errors import InputError
-
-INDEX, SKIPPED = "index.json", "skipped_rows.jsonl"
-FORMAT = 1
-SPLIT_NAME = r"\w[\w.-]*"  # of which the folders of splits are named
-DATASET_FIELDS = (
-    "name", "config_name", "revision", "split_column", "image_column", "image_folder", "embeddings_column"
-)  # fmt: skip
+from ..common.errors import InputError, one_line
+from ..common.files import atomic_path, write_atomically
+from .skipped_rows import SkippedRow
 
 
-# Whose features
+class FeatureBatch(NamedTuple):
+    """Features of consecutive rows, as they are stored.
 
-
-@dataclass(frozen=True)
-class VisionKey:
-    """What features depend on: the vision encoder's weights, and how its image processor prepares an image.
-
-    Weights of the Hub are told by name and commit, those of a folder by their content: a folder may move, and may be
-    trained on.
+    Attributes:
+        features: `[rows, views, N, Dv]`. Rows without features hold zeros.
+        skipped: entries of the rows without features, with the reasons.
     """
 
-    name_or_path: str
-    revision: str | None
-    weights_sha256: str | None
-    image_processor: dict
-
-    @classmethod
-    def of(cls, name_or_path: str, revision: str | None, image_processor: BaseImageProcessor) -> "VisionKey":
-        """Look up commit or content.
-
-        Raises:
-            OSError: if there is no such model.
-        """
-        weights = None
-        if os.path.isdir(name_or_path):
-            name_or_path = os.path.abspath(name_or_path)
-            files = [path for path in Path(name_or_path).iterdir() if path.suffix in (".safetensors", ".bin")]
-            digest = hashlib.sha256()
-            for path in sorted(files):
-                with path.open("rb") as file:
-                    hashlib.file_digest(file, lambda: digest)
-            weights = digest.hexdigest()
-        config = json.loads(image_processor.to_json_string())
-        for not_of_images in ("auto_map", "processor_class"):
-            config.pop(not_of_images, None)
-        return cls(str(name_or_path), commit_of(name_or_path, revision), weights, config)
-
-    def same_weights(self, other: "VisionKey") -> bool:
-        if self.weights_sha256 is not None or other.weights_sha256 is not None:
-            return self.weights_sha256 == other.weights_sha256
-        return (self.name_or_path, self.revision) == (other.name_or_path, other.revision)
-
-    def __str__(self) -> str:
-        version = f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else f"revision {self.revision}"
-        return f"{self.name_or_path!r} ({version})"
-
-
-# Where they are
+    features: np.ndarray
+    skipped: list[SkippedRow]
 
 
 @dataclass(frozen=True)
 class SplitLayout:
-    """Where the features of a split are: row `r` is in shard `r // rows_per_shard`.
+    """Layout of the shards of a split. Row `r` is in shard `r // rows_per_shard`.
 
     Args:
-        folder: of the split's shards.
-        rows: of the split.
-        rows_per_shard: the last shard may have fewer.
-        views: of each image.
-        shape: `(N, Dv)`, of one view.
+        folder: folder of the shards.
+        rows: number of rows of the split.
+        rows_per_shard: number of rows in a shard. The last shard may have fewer.
+        views: number of views of each image.
+        shape: shape `(N, Dv)` of one view.
         dtype: "float16" or "float32".
+
+    Raises:
+        ValueError: if the numbers or the dtype are not valid.
     """
 
     folder: Path
@@ -94,136 +49,112 @@ class SplitLayout:
     shape: tuple[int, int]
     dtype: str
 
-    def __post_init__(self):
-        numbers = (self.rows, self.rows_per_shard, self.views, *self.shape)
-        if not all(type(number) is int for number in numbers) or self.rows < 0 or min(numbers[1:]) < 1:
-            raise ValueError(f"rows, views or shape are no sizes: {list(numbers)}")
+    def __post_init__(self) -> None:
+        sizes = (self.rows, self.rows_per_shard, self.views, *self.shape)
+        if not all(type(size) is int for size in sizes) or self.rows < 0 or min(sizes[1:]) < 1:
+            raise ValueError(f"rows, views and shape must be positive integers, not {list(sizes)}")
         if len(self.shape) != 2 or self.dtype not in ("float16", "float32"):
-            raise ValueError(f"features are no [N, D] of float16 or float32, but {list(self.shape)} of {self.dtype!r}")
+            raise ValueError(f"features must be [N, D] in float16 or float32, not {list(self.shape)} in {self.dtype!r}")
 
     @property
     def view_bytes(self) -> int:
+        """Size of one view in bytes."""
         return self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
 
     @property
     def shards(self) -> range:
+        """Numbers of the shards."""
         return range(-(-self.rows // self.rows_per_shard))
 
     def rows_of(self, shard: int) -> range:
+        """Return the numbers of the rows in a shard."""
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
+    def shape_of(self, shard: int) -> tuple[int, ...]:
+        """Return the shape of the array in a shard, `(rows, views, N, Dv)`."""
+        return (len(self.rows_of(shard)), self.views, *self.shape)
+
     def bytes_of(self, shard: int) -> int:
+        """Return the size of a shard in bytes, without its header."""
         return len(self.rows_of(shard)) * self.views * self.view_bytes
 
     def path(self, shard: int) -> Path:
+        """Return the file of a shard."""
         return self.folder / f"{shard:05d}.npy"
+
+    def skipped_path(self, shard: int) -> Path:
+        """Return the file that lists the rows of a shard without features. It is missing if all rows have features."""
+        return self.folder / f"{shard:05d}.skipped.jsonl"
 
     @property
     def keys_path(self) -> Path:
-        """What tells the rows apart, `[rows]` uint64; features that a data set had already have none."""
+        """File of the keys that identify the rows' images, `[rows]` of uint64. Columns of embeddings have no keys."""
         return self.folder / "rows.npy"
 
-    def skipped_path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.skipped.jsonl"
-
-    def start_of(self, shard: int) -> int:
-        """Where the numbers of a shard begin in its file.
+    def data_offset(self, shard: int) -> int:
+        """Return the position in the file of a shard at which the features begin.
 
         Raises:
-            OSError, ValueError: if it is not there, or is not what it should be.
+            OSError: if the file does not exist or is too short.
+            ValueError: if it is not a numpy file, or holds an array of another shape or dtype.
         """
-        array = np.lib.format.open_memmap(self.path(shard), mode="r")  # reads the header, and checks the size
-        expected = (len(self.rows_of(shard)), self.views, *self.shape)
+        array = np.lib.format.open_memmap(self.path(shard), mode="r")  # reads the header and checks the size
+        expected = self.shape_of(shard)
         if array.shape != expected or array.dtype != self.dtype:
             raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not {self.dtype} {list(expected)}")
+        assert isinstance(array, np.memmap)
         return array.offset
 
     def is_complete(self, shard: int) -> bool:
+        """Return whether the file of a shard exists and is whole."""
         try:
-            self.start_of(shard)
+            self.data_offset(shard)
         except (OSError, ValueError):
             return False
         return True
 
-    def write(self, shard: int, features: Iterable[tuple[np.ndarray, list[dict]]]) -> None:
-        """Write a shard out of batches `[rows, views, N, Dv]` and entries of skipped rows, all of it or nothing.
+    def write(self, shard: int, batches: Iterable[FeatureBatch]) -> None:
+        """Write a shard as a whole or not at all.
 
-        A kill leaves a file of another name behind, see [`~SplitLayout.remove_unfinished`].
+        A kill leaves a file with the suffix `.tmp`, see [`remove_unfinished`].
+
+        Args:
+            shard: number of the shard.
+            batches: its rows, in order.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path(shard).with_suffix(f".{os.getpid()}.tmp")  # nobody else's, should the run go on twice
-        skipped = []
-        with unfinished.open("wb") as file:
-            shape = (len(self.rows_of(shard)), self.views, *self.shape)
-            header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for array, entries in features:
-                file.write(np.ascontiguousarray(array).data)
-                skipped += entries
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a whole file of zeros
-        self.skipped_path(shard).unlink(missing_ok=True)
-        if skipped:
-            write_whole(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
-        unfinished.replace(self.path(shard))
-
-    def remove_unfinished(self) -> None:
-        """Throw away what killed runs have left behind."""
-        for path in self.folder.glob("*.tmp"):
-            path.unlink()
+        header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": self.shape_of(shard)}
+        skipped: list[SkippedRow] = []
+        with atomic_path(self.path(shard)) as unfinished:
+            with unfinished.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for features, entries in batches:
+                    file.write(np.ascontiguousarray(features).data)
+                    skipped += entries
+                file.flush()
+                os.fsync(file.fileno())  # otherwise a power cut could leave a complete file of zeros
+            self.skipped_path(shard).unlink(missing_ok=True)
+            if skipped:
+                write_atomically(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
 
     def skipped_lines(self) -> Iterator[str]:
+        """Yield the JSON lines of all rows without features."""
         for shard in self.shards:
             if self.skipped_path(shard).exists():
-                yield self.skipped_path(shard).read_text()
+                yield from self.skipped_path(shard).read_text().splitlines()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+def remove_unfinished(folder: Path) -> None:
+    """Delete the files that killed runs have left behind in a folder."""
+    for path in folder.glob("*.tmp"):
+        path.unlink()
 
 
-def row_keys(images: datasets.Dataset, column: str) -> np.ndarray:
-    """What tells rows of undecoded images apart, in 8 bytes each: an image's file name and its size in the data set.
-
-    Folders may move; rows must not.
-    """
-    keys = []
-    for batch in images.select_columns(column).with_format("arrow").iter(1000):
-        cells = pa.chunked_array(batch.column(column)).combine_chunks()
-        sizes = pc.binary_length(cells.field("bytes")).to_pylist()
-        for path, size in zip(cells.field("path").to_pylist(), sizes, strict=True):
-            text = f"{os.path.basename(path or '')}|{size}".encode()
-            keys.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
-    return np.array(keys, dtype=np.uint64)
-
-
-def finish_store(folder: Path, vision: VisionKey, dataset: dict, splits: dict[str, SplitLayout]) -> int:
-    """Write what makes a folder of shards a store; returns the number of rows without features.
-
-    Raises:
-        InputError: if a split has no features at all.
-    """
-    text = ""
-    for name, layout in splits.items():
-        own = "".join(layout.skipped_lines())
-        if 0 < layout.rows == own.count("\n"):
-            reason = json.loads(own.split("\n")[0])["reason"]
-            raise InputError(
-                f"Not one row of the split {name!r} can be used ({reason}): check the column, or the files, and give "
-                "the command with --overwrite_output_dir."
-            )
-        text += own
-    write_whole(folder / SKIPPED, text)
-    fields = ("rows", "rows_per_shard", "views", "shape", "dtype")
-    index = {
-        "format": FORMAT,
-        "vision_model": asdict(vision),
-        "dataset": dataset,
-        "splits": {name: {field: getattr(layout, field) for field in fields} for name, layout in splits.items()},
-    }
-    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    return text.count("\n")
+def damaged_file(path: Path, error: object) -> InputError:
+    """Return the error for a file of precomputed features that is missing or not valid."""
+    reason = one_line(error, 200).removesuffix(".")
+    return InputError(
+        f"The file {str(path)!r} of the features is missing or damaged ({reason}): give the same command of "
+        "precompute_features.py again to restore it."
+    )

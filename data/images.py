@@ -1,59 +1,108 @@
-"""TODO."""
+"""Images of a data set: undecoded cells, the folder in which their paths lie, and how to open them safely."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any, TypedDict
 
+import datasets
 import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from ..common.errors import InputError
 from ..processing_qformer import MAX_BYTES, open_image
-from .readers import Rows, find_files
+from .columns import Rows
+from .row_files import find_files
 
 
-def open_cell(cell: dict | None, folder: Path | None = None) -> Image.Image:
-    """Open an image as an undecoded column holds it: `{"bytes": ..., "path": ...}`, of which one is enough.
+class ImageCell(TypedDict):
+    """Undecoded image: the bytes of a file, or the path of one."""
+
+    bytes: bytes | None
+    path: str | None
+
+
+def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datasets.Dataset:
+    """Return a data set with the image column alone, undecoded.
+
+    `datasets` decodes whole batches and fails on the first damaged image. Undecoded images are opened one by one, so
+    that a damaged one can be skipped.
 
     Args:
-        cell: the image.
-        folder: its path must lie inside this folder; by default it may lie anywhere.
+        rows: the data set.
+        column: its column of images or paths.
+        option: the command-line option that chooses the column, for the error message.
 
     Raises:
-        OSError: if there is none or it cannot be read; the message names it where it has a name.
+        InputError: if the column cannot hold images.
+    """
+    try:
+        return rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(
+            f"The column {column!r} holds {rows.features[column]}, not images or paths. Choose another column with "
+            f"{option}."
+        ) from error
+
+
+def image_cell(value: Any) -> ImageCell | None:
+    """Return a value of an untyped stream (a dict, bytes or a path) as an undecoded cell."""
+    if isinstance(value, dict):
+        return {"bytes": value.get("bytes"), "path": value.get("path")}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    return None if value is None else {"bytes": None, "path": str(value)}
+
+
+def open_cell(cell: ImageCell | None, folder: Path | None = None) -> Image.Image:
+    """Open an undecoded image as upright RGB.
+
+    Args:
+        cell: the image. Its bytes are used if it has any, else its path.
+        folder: folder in which the path must lie. By default it may lie anywhere.
+
+    Raises:
+        OSError: if the cell is empty or the image cannot be read. The message names the image.
     """
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise OSError("The row has no image.")
     content, path = cell["bytes"], cell["path"]
-    if not isinstance(content, bytes | None) or not isinstance(path, str | None):  # of a stream without a type
-        raise OSError("The row has no image, but something else.")
+    if not isinstance(content, bytes | None) or not isinstance(path, str | None):  # from a stream without a schema
+        raise OSError("The image column of the row does not hold an image.")
     if content is not None:
         return open_image(content, os.path.basename(path or ""))
-    inner, _, archive = path.partition("::")
+    assert path is not None
+    member, _, archive = path.partition("::")
     if path.startswith("zip://") and archive and "::" not in archive:  # a stream of images in an archive
-        path = f"{inner}::{archive if folder is None else locate(archive, folder)}"
+        path = f"{member}::{archive if folder is None else locate(archive, folder)}"
     elif folder is not None or not path.startswith("hf://"):
-        return open_image(Path(path) if folder is None else locate(path, folder))  # a path, and never an address
+        return open_image(Path(path) if folder is None else locate(path, folder))  # a `Path` is never read as a URL
     try:
         with fsspec.open(path) as file:
             content = file.read(MAX_BYTES)
-    except Exception as error:  # each kind of archive has errors of its own
+    except Exception as error:  # every kind of archive raises its own errors
         raise OSError(f"The image {path[:200]!r} cannot be read ({error}).") from error
-    return open_image(content, os.path.basename(path.partition("::")[0]))
+    return open_image(content, os.path.basename(member))
 
 
 def folder_of_images(name: str, rows: Rows, image_folder: str | os.PathLike | None = None) -> Path | None:
-    """The folder inside which the paths of an image column lie.
+    """Return the folder in which the paths of an image column must lie.
 
     Args:
-        name, rows: a data set, and rows of it as they were loaded.
-        image_folder: the folder, if it is another than that of the files.
+        name: name of the data set, as given to [`load_rows`].
+        rows: rows of it, as [`load_rows`] returned them.
+        image_folder: the folder, if it is not the one that holds the files of rows.
 
     Returns:
-        The folder, or `None` where `datasets` has found the images by itself (on the Hub, or among scenes).
+        The folder, or `None` if `datasets` has resolved the paths itself (data sets on the Hub) or there are no paths
+        (drawn scenes).
 
     Raises:
-        InputError: if the folder is not there.
+        InputError: if the folder does not exist.
     """
     if image_folder is not None:
         if not os.path.isdir(image_folder):
@@ -70,23 +119,43 @@ def folder_of_images(name: str, rows: Rows, image_folder: str | os.PathLike | No
 
 
 def locate(path: str, folder: Path) -> Path:
-    """The file that a path in a row means: one inside the folder of images, whoever wrote the row.
+    """Resolve a path from a row inside the folder of images. Rows may come from strangers.
 
     Raises:
-        OSError: for an address, or a path that leads out of the folder, be it through a symbolic link.
+        OSError: for a URL, and for a path that leads out of the folder, also through a symbolic link.
     """
     if "\0" in path or re.match(r"[a-z][a-z0-9+.-]*://|data:", path, re.IGNORECASE):
-        raise OSError(f"{path[:200]!r} is no path, and images are read from files: download it first.")
+        raise OSError(f"{path[:200]!r} is not the path of a file: download the image first.")
     root = folder.resolve()
     try:
-        found = (folder / path).resolve()
-    except (ValueError, RuntimeError) as error:  # half a character; symbolic links that lead to each other
-        raise OSError(f"{path[:200]!r} is no path ({error}).") from error
-    inside = [root]
-    if root.parent.name == "snapshots":  # in the Hub's cache files are links to blobs
-        inside.append(root.parent.parent / "blobs")
-    if not any(map(found.is_relative_to, inside)):
+        resolved = (folder / path).resolve()
+    except (ValueError, RuntimeError) as error:  # a lone surrogate; symbolic links in a circle
+        raise OSError(f"{path[:200]!r} is not a valid path ({error}).") from error
+    allowed = [root]
+    if root.parent.name == "snapshots":  # files in the cache of the Hub are links to blobs
+        allowed.append(root.parent.parent / "blobs")
+    if not any(map(resolved.is_relative_to, allowed)):
         raise OSError(
             f"{path[:200]!r} leads out of the folder of images {str(folder)!r}; --image_folder names another one."
         )
-    return found
+    return resolved
+
+
+def image_keys(images: datasets.Dataset, column: str) -> np.ndarray:
+    """Return keys that identify the images of a data set: `[rows]` of uint64.
+
+    A key is a hash of the image's file name and of its size in the data set, if it is stored there. Keys stay the same
+    when a folder moves, and change when the rows change or change places.
+
+    Args:
+        images: undecoded images, as [`undecoded_images`] returns them.
+        column: the column that holds them.
+    """
+    keys = []
+    for batch in images.select_columns(column).with_format("arrow").iter(1000):
+        cells = pa.chunked_array(batch.column(column)).combine_chunks()
+        sizes = pc.binary_length(cells.field("bytes")).to_pylist()
+        for path, size in zip(cells.field("path").to_pylist(), sizes, strict=True):
+            text = f"{os.path.basename(path or '')}|{size}".encode()
+            keys.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    return np.array(keys, dtype=np.uint64)

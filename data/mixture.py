@@ -1,4 +1,4 @@
-"""Several data sets in one."""
+"""Mixture of several data sets by weight."""
 
 import bisect
 import itertools
@@ -7,24 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from .dataset import CaptionDataset
+from .dataset import CaptionDataset, CaptionRow
 
 
-class CaptionMixture(Dataset):
-    """Data sets mixed by weight: the rows of every epoch come from them in these shares.
+class CaptionMixture(Dataset[CaptionRow]):
+    """Several data sets in one, mixed by weight.
 
-    An epoch is as long as it takes to show every row of the data set that weighs most for its size once. Of the others
-    it shows a part, and the next epoch goes on with the rows behind it.
+    Every epoch contains rows of the data sets in proportion to the weights. Its length is chosen so that no row occurs
+    twice and one of the data sets is used up. Of the others an epoch shows a part, and the next epoch continues with
+    the rows behind it.
 
     Args:
         parts: the data sets.
-        weights: of each, above 0.
+        weights: weight of each data set, above 0.
 
     Example:
 
     ```python
-    >>> mixture = CaptionMixture([ten_thousand_rows, thousand_rows], [3, 1])
-    >>> len(mixture), mixture.counts
+    >>> mixture = CaptionMixture([ten_thousand_rows, thousand_rows], [3, 1])  # doctest: +SKIP
+    >>> len(mixture), mixture.counts  # doctest: +SKIP
     (4000, [3000, 1000])
     ```
     """
@@ -32,14 +33,14 @@ class CaptionMixture(Dataset):
     def __init__(self, parts: Sequence[CaptionDataset], weights: Sequence[float]):
         self.parts = parts
         length = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-        self.counts = [max(1, round(length * weight)) for weight in weights]
+        self.counts = [max(1, round(length * weight)) for weight in weights]  # rows of each part in an epoch
         self.starts = list(itertools.accumulate(self.counts, initial=0))
         generator = torch.Generator().manual_seed(0)
         self.orders = [torch.randperm(len(part), generator=generator) for part in parts]
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # so that data-loading processes see it move on
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers of a data loader see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Show the rows that epoch `epoch` shows."""
+        """Show the rows of epoch `epoch`."""
         self.epoch.fill_(epoch)
         for part in self.parts:
             part.set_epoch(epoch)
@@ -47,12 +48,12 @@ class CaptionMixture(Dataset):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, position: int) -> dict:
+    def __getitem__(self, position: int) -> CaptionRow:
         number = bisect.bisect_right(self.starts, position) - 1
         order = self.orders[number]
-        row = int(self.epoch) * self.counts[number] + position - self.starts[number]
-        return self.parts[number][int(order[row % len(order)])]
+        place = int(self.epoch) * self.counts[number] + position - self.starts[number]
+        return self.parts[number][int(order[place % len(order)])]
 
     def references(self) -> list[list[str]]:
-        """The captions of all rows of all data sets."""
+        """Return the captions of all rows of all data sets."""
         return [captions for part in self.parts for captions in part.references()]

@@ -1,59 +1,101 @@
-"""TODO."""
+"""Record of the rows that cannot be used, in memory and in a JSON-lines file."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from ..common.files import read_json_lines
+from ..common.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class SkippedRow(TypedDict):
+    """Entry of the record.
+
+    A row of a stream has no number. Its `row` is `None`, and `place` is its position in the order of the first pass.
+    """
+
+    split: str
+    row: int | None
+    file: str | None
+    reason: str
+    place: NotRequired[int]
 
 
 class SkippedRows:
-    """The rows that could not be used: split, row number, file and reason of each.
+    """Record of the rows that cannot be used, with the reasons.
 
-    They wait in memory until the run owns its output folder and says where to write them. Data-loading processes append
-    to the same JSON-lines file, so a row may stand there more than once; it counts once. What a kill left of a line
-    counts as not there.
+    Entries stay in memory until the run owns its output folder and calls [`~SkippedRows.write_to`]. The workers of a
+    data loader then append to the same file. A row may therefore occur several times in the file, but counts once.
 
-    The rows of a stream have no numbers: `row` is null, and `place` is where the row came in the stream's own order.
+    Attributes:
+        pending: the entries that are not yet in a file.
+
+    Example:
+
+    ```python
+    >>> skipped = SkippedRows()
+    >>> skipped.add("train", 7, "photos/7.jpg", "The image 'photos/7.jpg' cannot be read.")
+    >>> len(skipped), skipped.pending[0]["row"]
+    (1, 7)
+    ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.path: Path | None = None
-        self.waiting: list[dict] = []
-        self.known: set[str] = set()  # in this process
+        self.pending: list[SkippedRow] = []
+        self._known: set[str] = set()  # lines that this process has added
 
     def add(self, split: str, row: int | None, file: str | None, reason: str, place: int | None = None) -> None:
-        entry = {"split": split, "row": row, "file": file, "reason": reason}
+        """Record a row, unless this process has recorded it before.
+
+        Args:
+            split: name of the split.
+            row: number of the row; `None` for a row of a stream.
+            file: path of its image, if it has one.
+            reason: why it cannot be used.
+            place: position of a row of a stream in its first pass.
+        """
+        entry: SkippedRow = {"split": split, "row": row, "file": file, "reason": reason}
         if place is not None:
             entry["place"] = place
-        if (line := json.dumps(entry)) in self.known:
+        line = json.dumps(entry)
+        if line in self._known:
             return
-        self.known.add(line)
+        self._known.add(line)
+        logger.debug("Skipped a row of %s: %s", split, reason)
         if self.path is None:
-            self.waiting.append(entry)
+            self.pending.append(entry)
         else:
-            self._write(line)
-
-    def _write(self, line: str) -> None:
-        with self.path.open("a") as lines:
-            lines.write(line + "\n")
+            self._append(line)
 
     def write_to(self, path: str | os.PathLike) -> None:
-        """Write what there is, and from now on everything, to this file, behind what a killed run left there."""
+        """Append the pending entries, and from now on every new one, to a file.
+
+        The file may exist from an interrupted run. If its last line was cut off, the entries start on a new line.
+        """
         self.path = Path(path)
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._write("")
-        for entry in self.waiting:
-            self._write(json.dumps(entry))
-        self.waiting = []
+            self._append("")
+        for entry in self.pending:
+            self._append(json.dumps(entry))
+        self.pending = []
+
+    def _append(self, line: str) -> None:
+        assert self.path is not None
+        with self.path.open("a") as file:
+            file.write(line + "\n")
 
     def __len__(self) -> int:
-        lines = [json.dumps(entry) for entry in self.waiting]
+        """Return the number of different rows in memory and in the file."""
+        entries: list[Any] = list(self.pending)
         if self.path is not None and self.path.exists():
-            lines += self.path.read_text(errors="replace").split("\n")
-        rows = set()
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                rows.add((entry["split"], entry["row"], entry.get("place")))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                continue
+            entries += read_json_lines(self.path)
+        rows = {
+            json.dumps([entry["split"], entry["row"], entry.get("place")])
+            for entry in entries
+            if isinstance(entry, dict) and {"split", "row"} <= entry.keys()
+        }
         return len(rows)

@@ -1,16 +1,40 @@
-"""TODO."""
+"""Splits of a data set: the rows to train on, and the rows to evaluate on."""
+
+from collections.abc import Iterable
 
 import datasets
 
 from ..common.errors import InputError
-from .loading import load_rows, rows_of, undecoded
-from .readers import Rows
+from .columns import Rows
+from .loading import iterate_rows, load_rows, missing_split, undecoded
 from .scenes import load_scenes
 
-EVAL_SPLITS = ("validation", "val", "dev", "test")  # the first there is
-
-
+VALIDATION_SPLITS = ("validation", "val", "dev")  # the usual names
 STREAMED_EVAL_SAMPLES = 500
+TRAIN_SCENES, EVAL_SCENES = 10_000, 200
+
+
+def default_eval_split(splits: Iterable[str], prefer_test: bool = False) -> str | None:
+    """Return the split to evaluate on if none is chosen: the first that exists.
+
+    Args:
+        splits: names of the existing splits.
+        prefer_test: whether "test" comes before "validation", "val" and "dev". It does for a final evaluation. During
+            training it comes last, because the scores choose the best checkpoint.
+
+    Returns:
+        The name of the split, or `None` if the data set has none of them.
+
+    Example:
+
+    ```python
+    >>> default_eval_split(["train", "test", "dev"]), default_eval_split(["train", "test", "dev"], prefer_test=True)
+    ('dev', 'test')
+    ```
+    """
+    existing = set(splits)
+    candidates = ("test", *VALIDATION_SPLITS) if prefer_test else (*VALIDATION_SPLITS, "test")
+    return next((split for split in candidates if split in existing), None)
 
 
 def load_splits(
@@ -29,37 +53,42 @@ def load_splits(
     """Load the rows to train on and the rows to evaluate on.
 
     Args:
-        name: as [`load_rows`] takes it, or "scenes" for pictures drawn on the spot.
-        config_name: which of a data set's configurations.
-        train_split, eval_split: names of splits. By default the evaluation split is the first there is of "validation",
-            "val", "dev" and "test".
-        split_column: where one split holds all rows and has a column of this name, the column tells the splits.
-        max_train_samples, max_eval_samples: keep so many rows, the first ones (of scenes: draw so many).
-        seed: of the scenes.
-        revision: which branch, tag or commit of a data set on the Hub.
-        streaming: give all rows to train on as a stream. Those to evaluate on are read into memory, 500 unless
-            `max_eval_samples` says otherwise.
-        evaluate: load rows to evaluate on, where there are any.
+        name: name of a data set, as [`load_rows`] takes it, or "scenes" for drawn pictures.
+        config_name: name of one of the data set's configurations.
+        train_split: name of the split to train on.
+        eval_split: name of the split to evaluate on; by default that of [`default_eval_split`].
+        split_column: column that holds the name of each row's split, for data sets that keep all rows in one split.
+        max_train_samples: number of rows to train on, the first ones, or of scenes to draw. A stream is not cut.
+        max_eval_samples: number of rows to evaluate on, the first ones, or of scenes to draw.
+        seed: random seed of the scenes.
+        revision: branch, tag or commit of a data set on the Hub.
+        streaming: return the rows to train on as a stream. The rows to evaluate on are read into memory, 500 by
+            default.
+        evaluate: whether to load rows to evaluate on.
+
+    Returns:
+        The rows to train on, and the rows to evaluate on or `None`.
 
     Raises:
-        InputError: for a data set or split that is not there, or a file that cannot be read.
+        InputError: if the data set or a split does not exist, or a file cannot be read.
     """
     if name == "scenes":
-        rows = load_scenes(max_train_samples or 10_000, max_eval_samples or 200, seed=seed)
-        return undecoded(rows["train"].to_iterable_dataset()) if streaming else rows["train"], rows["validation"]
-    rows = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
+        scenes = load_scenes(max_train_samples or TRAIN_SCENES, max_eval_samples or EVAL_SCENES, seed=seed)
+        train_scenes = undecoded(scenes["train"].to_iterable_dataset()) if streaming else scenes["train"]
+        return train_scenes, scenes["validation"]
+    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
     if eval_split is None:
-        eval_split = next((split for split in EVAL_SPLITS if split in rows), None)
+        eval_split = default_eval_split(splits)
     for split in (train_split, eval_split if evaluate else None):
-        if split is not None and split not in rows:
-            raise InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, rows))}.")
-    train = rows[train_split] if streaming else first_rows(rows[train_split], max_train_samples)
+        if split is not None and split not in splits:
+            raise missing_split(name, split, splits)
+    train_rows = splits[train_split] if streaming else first_rows(splits[train_split], max_train_samples)
     if not evaluate or eval_split is None:
-        return train, None
-    return train, held_out(rows[eval_split], f"The split {eval_split!r} of {name!r}", max_eval_samples)
+        return train_rows, None
+    return train_rows, in_memory(splits[eval_split], f"The split {eval_split!r} of {name!r}", max_eval_samples)
 
 
-def load_held_out(
+def load_eval_split(
     name: str,
     config_name: str | None = None,
     eval_split: str | None = None,
@@ -68,36 +97,36 @@ def load_held_out(
     revision: str | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset:
-    """Load rows to evaluate on from a data set of their own; where it has one split only, that.
+    """Load the rows to evaluate on from a data set that is not trained on.
 
-    Args are those of [`load_splits`].
+    Args:
+        eval_split: name of the split. By default it is the only one, or that of [`default_eval_split`].
+
+    The other arguments are those of [`load_splits`].
 
     Raises:
-        InputError: for a data set or split that is not there, or a file that cannot be read.
+        InputError: if the data set or the split does not exist, or a file cannot be read.
     """
     if name == "scenes":
-        return load_scenes(1, max_eval_samples or 200)["validation"]
-    rows = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
-    split = eval_split or next((each for each in EVAL_SPLITS if each in rows), None)
-    if eval_split is None and len(rows) == 1:
-        (split,) = rows
-    if split not in rows:
-        raise InputError(
-            f"The data set {name!r} has no split {split or 'validation'!r}; it has {', '.join(map(repr, rows))}. "
-            "Choose with --eval_split."
-        )
-    return held_out(rows[split], f"The split {split!r} of {name!r}", max_eval_samples)
+        return load_scenes(1, max_eval_samples or EVAL_SCENES)["validation"]
+    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
+    split = eval_split or default_eval_split(splits)
+    if eval_split is None and len(splits) == 1:
+        (split,) = splits
+    if split is None or split not in splits:
+        raise InputError(f"{missing_split(name, split or 'validation', splits)} Choose one with --eval_split.")
+    return in_memory(splits[split], f"The split {split!r} of {name!r}", max_eval_samples)
 
 
-def held_out(rows: Rows, name: str, number: int | None) -> datasets.Dataset:
-    """The first so many rows; those of a stream are read into memory."""
+def in_memory(rows: Rows, name: str, max_samples: int | None) -> datasets.Dataset:
+    """Return the first `max_samples` rows as a map-style data set. A stream is read, at most 500 rows by default."""
     if isinstance(rows, datasets.Dataset):
-        return first_rows(rows, number)
-    content = list(rows_of(rows.take(number or STREAMED_EVAL_SAMPLES), name))
+        return first_rows(rows, max_samples)
+    content = list(iterate_rows(rows.take(max_samples or STREAMED_EVAL_SAMPLES), name))
     info = datasets.DatasetInfo(features=rows.features, builder_name=rows.info.builder_name)
     return datasets.Dataset.from_list(content, info=info)
 
 
-def first_rows(rows: datasets.Dataset, number: int | None) -> datasets.Dataset:
-    """The first so many rows, or all."""
-    return rows.select(range(min(number or len(rows), len(rows))))
+def first_rows(rows: datasets.Dataset, max_samples: int | None) -> datasets.Dataset:
+    """Return the first `max_samples` rows, or all."""
+    return rows.select(range(min(max_samples or len(rows), len(rows))))

@@ -1,166 +1,160 @@
-"""Captioned rows that are read while training goes on, and never all at once."""
+"""Stream of images with captions: rows are read while training goes on, and never all at once."""
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-import datasets
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..common.errors import InputError
 from .augmentation import Augmentation
-from .dataset import captions_of, no_such_column
-from .images import open_cell
-from .loading import PEEK, columns_of, rows_of
+from .captions import captions_of
+from .columns import column_names, missing_column, nested_value
+from .dataset import CaptionRow, CaptionSource
+from .images import image_cell, open_cell
+from .loading import PEEK_ROWS, iterate_rows
 from .skipped_rows import SkippedRows
 
 
-@dataclass
-class StreamSource:
-    """A data set to stream from.
+class CaptionStream(IterableDataset[CaptionRow]):
+    """Endless stream of the rows that a [`CaptionDataset`] would hold, mixed from one or several sources.
+
+    After its last row a source starts again, in another order. The stream has no end because the processes of a run
+    would reach it at different times. The length of a run is therefore a number of steps.
+
+    In each pass over a source every row is shown by one reader. A reader is one data-loading worker of one process. If
+    a source has at least as many files as there are readers, each reads its own files. Otherwise all readers read all
+    files, and each opens its share of the images.
+
+    The order depends on the seed alone, so an interrupted run resumes with the same rows.
 
     Args:
-        name: of the data set and split, in messages and in the record of skipped rows.
-        rows: its rows, images undecoded, as [`load_rows`] gives them.
-        image_column, caption_column: hold what the columns of a [`CaptionDataset`] hold.
-        image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
-        max_rows: stream so many of its rows, the first ones; by default all.
-    """
-
-    name: str
-    rows: datasets.IterableDataset
-    image_column: str
-    caption_column: str
-    image_folder: Path | None = None
-    max_rows: int | None = None
-
-
-class CaptionStream(IterableDataset):
-    """The same rows as a [`CaptionDataset`]'s, without an end: behind its last row a data set begins again, reshuffled.
-
-    An end would come at different times in the processes of a run, and the Trainer can go on only with a killed run's
-    first pass. So the length of a run is a number of steps. In each pass every row is shown by one process and one of
-    its data-loading processes: where there are as many files as those, each reads files of its own, else each opens
-    every so many-th image. The order follows from the seed, so a killed run goes on with the same rows.
-
-    Args:
-        sources: the data sets.
-        skipped: the record of the rows that cannot be used. A row is written down in the first pass only, by its place
-            in that pass: which row of the data set it is nobody knows once files and rows are shuffled.
-        augmentation: what training shows differently each time.
-        weights: which share of the rows comes from which data set, at any time as near as it can be; by default all
-            give the same.
-        shuffle_buffer: shuffle among so many rows, and the files; 0 keeps the order.
-        process, processes: which process of how many this is.
+        sources: the data sets. Their rows are `datasets.IterableDataset` with undecoded images.
+        skipped: record of the rows that cannot be used, filled in the first pass. The rows of a stream have no numbers.
+        augmentation: random changes to the rows, and the random seed of their order.
+        weights: weight of each source. At any time, the share of the rows that a source has given is as close to its
+            weight as possible. By default all weights are equal.
+        shuffle_buffer: number of rows among which rows are shuffled. Files are shuffled, too. 0 keeps the order.
+        max_rows: number of rows of each source to use, the first ones; by default all.
+        process_index: number of this process.
+        num_processes: number of processes of the run.
 
     Raises:
-        InputError: if a column is not there; later, if a file cannot be read or no row can be used.
+        InputError: if a column does not exist. While iterating: if a file cannot be read, or no row can be used.
     """
 
     def __init__(
         self,
-        sources: Sequence[StreamSource],
+        sources: Sequence[CaptionSource],
         skipped: SkippedRows,
         augmentation: Augmentation | None = None,
         weights: Sequence[float] | None = None,
         shuffle_buffer: int = 1000,
-        process: int = 0,
-        processes: int = 1,
+        max_rows: int | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
     ):
         for source in sources:
-            columns = columns_of(source.rows)
+            columns = column_names(source.rows)
             for option, column in (("image_column", source.image_column), ("caption_column", source.caption_column)):
                 if column.split(".")[0] not in columns:
-                    raise no_such_column(option, column, columns)
+                    raise missing_column(column, columns, f"{source.option_prefix}{option}")
         self.sources = sources
         self.skipped = skipped
         self.augmentation = augmentation or Augmentation()
         weights = weights or [1.0] * len(sources)
         self.shares = [weight / sum(weights) for weight in weights]
         self.shuffle_buffer = shuffle_buffer
-        self.process = process
-        self.processes = processes
+        self.max_rows = max_rows
+        self.process_index = process_index
+        self.num_processes = num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: a stream counts its passes by itself."""
+        """Do nothing: a stream counts its passes itself."""
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[CaptionRow]:
         worker = get_worker_info()
-        workers = worker.num_workers if worker else 1
-        reader, readers = self.process * workers + (worker.id if worker else 0), self.processes * workers
-        rows = [self._read(number, reader, readers) for number in range(len(self.sources))]
+        num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        reader, num_readers = self.process_index * num_workers + worker_id, self.num_processes * num_workers
+        rows = [self._read(number, reader, num_readers) for number in range(len(self.sources))]
         shown = [0] * len(rows)
         for total in itertools.count(1):
-            behind = [share * total - number for share, number in zip(self.shares, shown, strict=True)]
+            behind = [share * total - count for share, count in zip(self.shares, shown, strict=True)]
             number = behind.index(max(behind))
             shown[number] += 1
             yield next(rows[number])
 
-    def _read(self, number: int, reader: int, readers: int) -> Iterator[dict]:
-        """One reader's rows of one data set, pass by pass."""
+    def _read(self, number: int, reader: int, num_readers: int) -> Iterator[CaptionRow]:
+        """Yield one reader's rows of a source, pass after pass."""
         source = self.sources[number]
         for epoch in itertools.count():
-            last, readable = None, False
-            for count, row in enumerate(self._one_pass(source, epoch, reader, readers)):
-                index = (count * readers + reader) * len(self.sources) + number  # no two rows of a pass have the same
-                cell = as_cell(value_of(row, source.image_column))
-                captions = captions_of(value_of(row, source.caption_column))
+            last_error, readable = None, False
+            for count, row in enumerate(self._one_pass(source, epoch, reader, num_readers)):
+                # Different for all rows of a pass: it seeds the augmentation.
+                place = (count * num_readers + reader) * len(self.sources) + number
                 try:
-                    if not captions:
-                        raise OSError("no caption")
-                    image = open_cell(cell, source.image_folder)
+                    prepared = self._prepare(source, row, epoch, place)
                 except OSError as error:
-                    last = error
+                    last_error = error
                     if epoch == 0:
-                        self.skipped.add(source.name, None, cell and cell["path"], str(error), place=index)
-                    continue
-                readable = True
-                random = self.augmentation.random(epoch, index)
-                image = self.augmentation.vary_image(image, random)
-                yield {"image": image, **self.augmentation.vary_text(captions, random)}
-            if not readable and last is None:
-                raise InputError(
-                    f"{source.name} has too few rows for {readers} processes that read: use fewer "
-                    "--dataloader_num_workers, or no --streaming."
-                    if readers > 1
-                    else f"{source.name} has no rows."
-                )
+                        cell = image_cell(nested_value(row, source.image_column))
+                        file = cell["path"] if cell else None
+                        self.skipped.add(source.name, None, file, str(error), place=place)
+                else:
+                    readable = True
+                    yield prepared
             if not readable:
-                raise InputError(f"Not one row of {source.name} can be used; of the last one: {last}")
+                raise no_usable_row(source.name, last_error, num_readers)
 
-    def _one_pass(self, source: StreamSource, epoch: int, reader: int, readers: int) -> Iterator[dict]:
+    def _one_pass(self, source: CaptionSource, epoch: int, reader: int, num_readers: int) -> Iterator[dict[str, Any]]:
+        """Yield one reader's rows of one pass over a source, as they are stored."""
         rows = source.rows
-        if source.max_rows is not None:
-            rows = rows.take(source.max_rows)
+        if self.max_rows is not None:
+            rows = rows.take(self.max_rows)
         if self.shuffle_buffer > 1:
             rows = rows.shuffle(seed=self.augmentation.seed + epoch, buffer_size=self.shuffle_buffer)
-        # Where files cannot be shared out, rows are: then all read everything, but each opens images of its own.
-        files = rows.num_shards >= readers and source.max_rows is None
-        return rows_of(split_dataset_by_node(rows, reader, readers, "shards" if files else "examples"), source.name)
+        by_files = rows.num_shards >= num_readers and self.max_rows is None
+        rows = split_dataset_by_node(rows, reader, num_readers, "shards" if by_files else "examples")
+        return iterate_rows(rows, source.name)
+
+    def _prepare(self, source: CaptionSource, row: dict[str, Any], epoch: int, place: int) -> CaptionRow:
+        """Open the image of a row, and augment the row.
+
+        Raises:
+            OSError: if the row has no caption, or its image cannot be read.
+        """
+        captions = captions_of(nested_value(row, source.caption_column))
+        if not captions:
+            raise OSError("no caption")
+        image = open_cell(image_cell(nested_value(row, source.image_column)), source.image_folder)
+        generator = self.augmentation.generator(epoch, place)
+        prepared: CaptionRow = {"image": self.augmentation.augment_image(image, generator)}
+        prepared.update(self.augmentation.draw_text(captions, generator))
+        return prepared
 
     def references(self) -> Iterator[list[str]]:
-        """The captions of the first rows, 10,000 in all."""
+        """Yield the captions of the first rows of each source, 10,000 rows in all."""
         for source in self.sources:
-            rows = source.rows.select_columns(source.caption_column.split(".")[0]).take(PEEK // len(self.sources))
-            for row in rows_of(rows, source.name):
-                yield captions_of(value_of(row, source.caption_column))
+            column = source.caption_column.split(".")[0]
+            rows = source.rows.select_columns(column).take(PEEK_ROWS // len(self.sources))
+            for row in iterate_rows(rows, source.name):
+                yield captions_of(nested_value(row, source.caption_column))
 
 
-def value_of(row: dict, column: str) -> object:
-    """The value of a column, which may be one inside another (`json.caption`)."""
-    if column in row:
-        return row[column]
-    for name in column.split("."):
-        row = row.get(name) if isinstance(row, dict) else None
-    return row
+def no_usable_row(name: str, last_error: Exception | None, num_readers: int) -> InputError:
+    """Return the error for a pass without a usable row.
 
-
-def as_cell(value: dict | bytes | str | None) -> dict | None:
-    """An image, as a file of rows may hold it, as an undecoded column holds it."""
-    if isinstance(value, dict):
-        return {"bytes": value.get("bytes"), "path": value.get("path")}
-    if isinstance(value, bytes):
-        return {"bytes": value, "path": None}
-    return None if value is None else {"bytes": None, "path": str(value)}
+    Args:
+        name: name of the source.
+        last_error: why the last row could not be used; `None` if the reader got no row at all.
+        num_readers: number of readers that share the rows.
+    """
+    if last_error is not None:
+        return InputError(f"No row of {name} can be used; the reason for the last one: {last_error}")
+    if num_readers > 1:
+        return InputError(
+            f"{name} has too few rows for {num_readers} processes that read: use fewer --dataloader_num_workers, or do "
+            "without --streaming."
+        )
+    return InputError(f"{name} has no rows.")

@@ -12,10 +12,10 @@ import datasets
 from PIL import Image
 
 from ..common.errors import InputError
-from ..data.dataset import captions_of
-from ..data.feature_shards import row_keys
-from ..data.images import folder_of_images, locate, open_cell
-from ..data.loading import load_rows, with_nested
+from ..data.captions import captions_of
+from ..data.columns import with_nested_columns
+from ..data.images import folder_of_images, image_keys, locate, open_cell
+from ..data.loading import load_rows
 from .caption_files import ImageId, ReferenceSet
 
 
@@ -122,7 +122,7 @@ class EvaluationSet:
         """What tells each image from another in its place: name and size in the data set, size and time of its file."""
         own = self.rows.select(self.row_of.values())
         (column,) = own.column_names
-        keys = row_keys(own, column)
+        keys = image_keys(own, column)
         return {
             image: f"{key:016x}{self._file_of(cell)}"
             for image, key, cell in zip(self.row_of, keys.tolist(), own[column], strict=True)
@@ -209,7 +209,7 @@ def load_evaluation_set(
     Raises:
         InputError: for a column that is not there, an image without a caption, or ids that are there more than once.
     """
-    rows = with_nested(rows, image_column, caption_column)
+    rows = with_nested_columns(rows, image_column, caption_column)
     for column in (image_column, caption_column, id_column):
         if column is not None and column not in rows.column_names:
             raise InputError(

@@ -4,14 +4,14 @@ import copy
 import os
 
 from ..common.errors import InputError
-from ..data.augmentation import Augmentation, check_crop, check_horizontal_flip_prob
-from ..data.dataset import CaptionDataset
-from ..data.features import FeatureStore
+from ..data.augmentation import Augmentation, check_image_augmentation
+from ..data.dataset import CaptionDataset, CaptionSource
+from ..data.feature_store import FeatureStore
 from ..data.images import folder_of_images
 from ..data.mixture import CaptionMixture
 from ..data.skipped_rows import SkippedRows
-from ..data.splits import EVAL_SPLITS, load_held_out, load_splits
-from ..data.streaming import CaptionStream, StreamSource
+from ..data.splits import default_eval_split, load_eval_split, load_splits
+from ..data.streaming import CaptionStream
 from .arguments import DataArguments, of_each
 
 
@@ -38,8 +38,7 @@ def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) 
                 raise InputError(f"--eval_{name} says something of --eval_dataset_name: give that, too.")
     if args.eval_image_folder is not None and not os.path.isdir(args.eval_image_folder):
         raise InputError(f"There is no folder of images {args.eval_image_folder!r} (--eval_image_folder).")
-    check_crop(args.random_resized_crop_scale)
-    check_horizontal_flip_prob(args.horizontal_flip_prob)
+    check_image_augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob)
     for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise InputError(f"--{name} is at least 1, not {value}.")
@@ -79,7 +78,7 @@ def load_data(
     ):
         eval_split = args.eval_split
         if store is not None and eval_split is None:  # of the splits that there are features of
-            eval_split = next((split for split in EVAL_SPLITS if split in store.layouts), None)
+            eval_split = default_eval_split(store.layouts)
         train_rows, eval_rows = load_splits(
             name,
             config,
@@ -94,17 +93,15 @@ def load_data(
         )
         folder = folder_of_images(name, train_rows, image_folder)
         label = args.train_split if len(names) == 1 else f"{args.train_split} of {name}"
+        source = CaptionSource(label, train_rows, image_column, caption_column, args.image_id_column, folder)
         if args.streaming:
-            sources.append(
-                StreamSource(label, train_rows, image_column, caption_column, folder, args.max_train_samples)
-            )
+            sources.append(source)
         else:
             features = store and store.split(args.train_split)
-            columns = (image_column, caption_column, skipped, augmentation, features, args.image_id_column, folder)
-            parts.append(CaptionDataset(train_rows, label, *columns))
+            parts.append(CaptionDataset(source, skipped, augmentation, features))
         if number == 0:
             if args.eval_dataset_name is not None:
-                eval_rows = load_held_out(
+                eval_rows = load_eval_split(
                     args.eval_dataset_name,
                     args.eval_dataset_config_name,
                     args.eval_split,
@@ -119,12 +116,20 @@ def load_data(
             if eval_rows is not None:
                 split = eval_split or "evaluation"
                 features = store and store.split(split)
-                columns = (image_column, caption_column, skipped, None, features, args.image_id_column, folder)
                 prefix = "" if args.eval_dataset_name is None else "eval_"
-                evaluation = CaptionDataset(eval_rows, split, *columns, option_prefix=prefix).readable()
+                columns = (image_column, caption_column, args.image_id_column)
+                source = CaptionSource(split, eval_rows, *columns, folder, option_prefix=prefix)
+                evaluation = CaptionDataset(source, skipped, features=features).drop_unreadable()
     if args.streaming:
         stream = CaptionStream(
-            sources, skipped, augmentation, args.dataset_weights, args.shuffle_buffer, process, processes
+            sources,
+            skipped,
+            augmentation,
+            args.dataset_weights,
+            args.shuffle_buffer,
+            args.max_train_samples,
+            process,
+            processes,
         )
         return stream, evaluation
     if evaluation is None and args.train_val_split is not None:
@@ -151,4 +156,4 @@ def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | N
     eval_data = copy.copy(train_data)
     eval_data.augmentation = Augmentation()
     train_data.indices, eval_data.indices = train_data.indices[:first], train_data.indices[first:][:max_eval_samples]
-    return eval_data.readable()
+    return eval_data.drop_unreadable()

@@ -250,7 +250,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         title = f"Held-out images after step {self.state.global_step}: generated caption, one reference"
         sheet = folder / f"{name}.png"
         draw_caption_sheet(
-            [rows.picture(row) for row in shown],
+            [rows.image_to_show(row) for row in shown],
             [captions[row] for row in shown],
             [references[row][0] for row in shown],
             sheet,

@@ -9,9 +9,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qformer_captioner.common.errors import InputError
-from qformer_captioner.data.augmentation import Augmentation, random_resized_crop
+from qformer_captioner.data.augmentation import Augmentation, random_crop
 from qformer_captioner.data.collator import CaptionCollator
-from qformer_captioner.data.dataset import CaptionDataset, ShuffledImages
+from qformer_captioner.data.dataset import CaptionDataset, CaptionSource, ShuffledImages
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
 from qformer_captioner.training.from_scratch import build_from_scratch
@@ -34,8 +34,9 @@ def image_folder(tmp_path):
     return folder
 
 
-def captioned(rows, caption_column="captions", **options):
-    return CaptionDataset(rows, "train", "image", caption_column, SkippedRows(), **options)
+def captioned(rows, caption_column="captions", augmentation=None, **columns):
+    source = CaptionSource("train", rows, caption_column=caption_column, **columns)
+    return CaptionDataset(source, SkippedRows(), augmentation)
 
 
 @pytest.mark.parametrize("column", ["image", "captions"])
@@ -122,7 +123,7 @@ def test_rows_without_an_image_id_stay_alone(image_folder):
 
 def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_path):
     (image_folder / "0.png").write_bytes(b"no image")
-    data = captioned(load_splits(str(image_folder))[0]).readable()
+    data = captioned(load_splits(str(image_folder))[0]).drop_unreadable()
     assert len(data) == 3
     assert data.references()[0] == data[0]["captions"] == ["all green", "a green wall"]
 
@@ -130,7 +131,7 @@ def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_pat
 @pytest.mark.parametrize("smallest", [0.2, 0.9])
 def test_a_random_crop_keeps_at_least_its_share_of_the_image(smallest):
     random = torch.Generator().manual_seed(0)
-    crops = [random_resized_crop(Image.new("RGB", (100, 80)), smallest, random) for _ in range(50)]
+    crops = [random_crop(Image.new("RGB", (100, 80)), smallest, random) for _ in range(50)]
     areas = [crop.width * crop.height / 8000 for crop in crops]
     assert smallest - 0.02 < min(areas) <= max(areas) <= 1
     assert len(set(areas)) > 10
@@ -198,7 +199,7 @@ def test_a_row_without_an_image_is_skipped_and_written_down(image_folder):
     rows = datasets.Dataset.from_list([whole[0] | {"image": None}, *whole[1:]], features=features)
     data = captioned(rows)
     assert data[0]["image"].size == (20, 10)  # the next one's
-    assert data.skipped.waiting == [{"split": "train", "row": 0, "file": None, "reason": "The row has no image."}]
+    assert data.skipped.pending == [{"split": "train", "row": 0, "file": None, "reason": "The row has no image."}]
 
 
 def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):

@@ -19,9 +19,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from qformer_captioner import precompute_features
 from qformer_captioner.common.errors import InputError
-from qformer_captioner.data.feature_shards import SplitLayout, VisionKey, finish_store
-from qformer_captioner.data.features import FeatureStore
+from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
+from qformer_captioner.data.feature_store import FeatureStore, finish_store
 from qformer_captioner.data.loading import load_rows
+from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 from qformer_captioner.processing_qformer import open_image
 
 from ..conftest import ROOT
@@ -195,7 +196,7 @@ def test_killed_and_gone_on_with_by_two_processes_the_bytes_are_those_of_an_unbr
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with pytest.raises(InputError, match="are not finished: give the same command"):
+    with pytest.raises(InputError, match="are not complete: give the same command"):
         FeatureStore(tmp_path / "run")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -211,7 +212,7 @@ def test_two_processes_share_the_shards(views, vision, pictures, tmp_path):
         "import os, sys\n"
         "import tests.conftest\n"
         "from qformer_captioner import precompute_features\n"
-        "from qformer_captioner.data.features import SplitLayout\n"
+        "from qformer_captioner.data.feature_shards import SplitLayout\n"
         "write = SplitLayout.write\n"
         "def told(layout, shard, features):\n"
         "    write(layout, shard, features)\n"
@@ -279,7 +280,7 @@ def test_of_the_hub_commits_are_kept_and_another_one_is_refused(vision, tmp_path
         "import tests.conftest\n"
         "from transformers import AutoImageProcessor\n"
         "from qformer_captioner import precompute_features\n"
-        "from qformer_captioner.data.features import FeatureStore\n"
+        "from qformer_captioner.data.feature_store import FeatureStore\n"
         "if sys.argv[2:]:\n"
         "    precompute_features.precompute(sys.argv[2:])\n"
         "FeatureStore(sys.argv[1]).check('org/vision', None, AutoImageProcessor.from_pretrained('org/vision'))"
@@ -307,7 +308,9 @@ def test_of_the_hub_commits_are_kept_and_another_one_is_refused(vision, tmp_path
 
 
 def test_another_image_processor_is_refused(store, vision):
-    with pytest.raises(InputError, match=r"another image processor prepared: it differs in size \(size was .*32.*48"):
+    with pytest.raises(
+        InputError, match=r"were prepared by another image processor. It differs in size \(size was .*32.*48"
+    ):
         FeatureStore(store).check(vision, None, tiny.image_processor(side=48))
 
 
@@ -372,7 +375,7 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(vision, p
         ),
         (["--splits", "test"], "has no split 'test'; it has"),
         (["--image_column", "picture"], "no column 'picture'; its columns are .*'image'"),
-        (["--image_column", "caption"], "Not one row of the split 'dev' can be used .There is no image file"),
+        (["--image_column", "caption"], "No row of the split 'dev' can be used .There is no image file"),
         (["--image_column", "number"], "The column 'number' holds Value.*int64.*, and no images or paths. Choose with"),
         (["--batch_size", "0"], "--batch_size is at least 1, not 0"),
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0, not -1"),
@@ -462,13 +465,13 @@ def made_up(folder: Path, rows: int, rows_per_shard: int) -> Path:
     layout = layout_of(folder, rows, rows_per_shard)
     for shard in layout.shards:
         own = np.array(layout.rows_of(shard), np.float16)[:, None, None, None]
-        layout.write(shard, [(np.broadcast_to(own, (len(own), 1, 5, 24)), [])])
-    finish_store(folder, VisionKey("org/vision", "1" * 40, None, {}), {}, {"train": layout})
+        layout.write(shard, [FeatureBatch(np.broadcast_to(own, (len(own), 1, 5, 24)), [])])
+    finish_store(folder, VisionFingerprint("org/vision", "1" * 40, None, {}), {}, {"train": layout})
     return folder
 
 
 def test_a_store_with_more_shards_than_may_be_open_is_read_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("qformer_captioner.data.features.OPEN_FILES", 3)
+    monkeypatch.setattr("qformer_captioner.data.features.MAX_OPEN_FILES", 3)
     train = FeatureStore(made_up(tmp_path, 50, 4)).split("train")
     order = np.random.default_rng(0).permutation(50)
     for rows in (order, order[::-1]):
@@ -496,7 +499,7 @@ def test_memory_of_a_batch_is_used_again_when_its_last_tensor_is_gone(tmp_path):
 @pytest.mark.parametrize("row", [-1, 50])
 def test_a_row_that_there_is_not_is_an_error(tmp_path, row):
     train = FeatureStore(made_up(tmp_path, 50, 20)).split("train")
-    with pytest.raises(IndexError, match="There are 50 rows of 1 views each, numbered from 0"):
+    with pytest.raises(IndexError, match="There are 50 rows with 1 views each, numbered from 0"):
         train.read([0, row])
 
 
@@ -516,7 +519,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_read(tmp_path):
         "import re, sys\n"
         "import tests.conftest\n"
         "import numpy as np\n"
-        "from qformer_captioner.data.features import FeatureStore\n"
+        "from qformer_captioner.data.feature_store import FeatureStore\n"
         "for folder in sys.argv[1:]:\n"
         "    train = FeatureStore(folder).split('train')\n"
         "    for start in range(0, len(train), 2000):\n"
@@ -529,7 +532,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_read(tmp_path):
         for shard in layout.shards:
             layout.write(shard, [])  # a header and nothing behind it
             os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard))
-        finish_store(folder, VisionKey("org/vision", "1" * 40, None, {}), {}, {"train": layout})
+        finish_store(folder, VisionFingerprint("org/vision", "1" * 40, None, {}), {}, {"train": layout})
     read = [sys.executable, "-c", program, *map(str, folders)]
     done = subprocess.run(read, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -19,12 +19,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from qformer_captioner.common.errors import InputError
+from qformer_captioner.data.captions import captions_of
 from qformer_captioner.data.collator import CaptionCollator
-from qformer_captioner.data.dataset import CaptionDataset, captions_of
+from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
 from qformer_captioner.data.images import folder_of_images
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
-from qformer_captioner.data.streaming import CaptionStream, StreamSource
+from qformer_captioner.data.streaming import CaptionStream
 from qformer_captioner.processing_qformer import open_image
 from tests.fixtures import tiny
 
@@ -145,11 +146,11 @@ def readable_rows(name: Path, streaming: bool = False) -> tuple[list[dict], list
     train, _ = load_splits(str(name), streaming=streaming)
     image, caption = ("png", "txt") if name.suffix == ".tar" else ("image", "caption")
     skipped, images = SkippedRows(), folder_of_images(str(name), train)
+    source = CaptionSource("train", train, image, caption, image_folder=images)
     if streaming:
-        stream = iter(CaptionStream([StreamSource("train", train, image, caption, images)], skipped, shuffle_buffer=0))
-        return [next(stream)], skipped.waiting
-    data = CaptionDataset(train, "train", image, caption, skipped, image_folder=images).readable()
-    return [data[row] for row in range(len(data))], skipped.waiting
+        return [next(iter(CaptionStream([source], skipped, shuffle_buffer=0)))], skipped.pending
+    data = CaptionDataset(source, skipped).drop_unreadable()
+    return [data[row] for row in range(len(data))], skipped.pending
 
 
 NAMES = {

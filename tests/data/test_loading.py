@@ -23,13 +23,13 @@ from qformer_captioner import train_hf
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.collator import CaptionCollator
-from qformer_captioner.data.dataset import CaptionDataset
+from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
 from qformer_captioner.data.images import folder_of_images, locate
 from qformer_captioner.data.loading import load_rows
 from qformer_captioner.data.mixture import CaptionMixture
 from qformer_captioner.data.skipped_rows import SkippedRows
-from qformer_captioner.data.splits import load_held_out, load_splits
-from qformer_captioner.data.streaming import CaptionStream, StreamSource
+from qformer_captioner.data.splits import load_eval_split, load_splits
+from qformer_captioner.data.streaming import CaptionStream
 from qformer_captioner.evaluation.benchmarks import load_evaluation_set
 from qformer_captioner.training.data_setup import load_data
 
@@ -121,7 +121,7 @@ def captioned(name, image="image", caption="caption", image_folder=None, skipped
     skipped = SkippedRows() if skipped is None else skipped
     rows = load_splits(str(name))[0]
     found = folder_of_images(str(name), rows, image_folder)
-    return CaptionDataset(rows, "train", image, caption, skipped, image_folder=found)
+    return CaptionDataset(CaptionSource("train", rows, image, caption, image_folder=found), skipped)
 
 
 def stream(*names, image="image", caption="caption", skipped=None, **options):
@@ -129,7 +129,8 @@ def stream(*names, image="image", caption="caption", skipped=None, **options):
     sources = []
     for name in names:
         rows = load_splits(str(name), streaming=True)[0]
-        sources.append(StreamSource(f"train of {name}", rows, image, caption, folder_of_images(str(name), rows)))
+        found = folder_of_images(str(name), rows)
+        sources.append(CaptionSource(f"train of {name}", rows, image, caption, image_folder=found))
     return CaptionStream(sources, skipped, **{"shuffle_buffer": 0, **options})
 
 
@@ -225,13 +226,13 @@ def test_karpathys_file_tells_splits_and_restval_is_trained_on(folder):
     rows = load_rows(write_karpathy(folder / "dataset.json"))
     assert {split: len(part) for split, part in rows.items()} == {"train": 4, "val": 1, "test": 1}
     assert rows["val"][0]["caption"] == CAPTIONS[2]
-    assert len(captioned(folder / "dataset.json").readable()) == 4
+    assert len(captioned(folder / "dataset.json").drop_unreadable()) == 4
     assert len(take(stream(folder / "dataset.json"), 4)) == 4
 
 
 def test_drawn_pictures_stream_too():
     rows = load_splits("scenes", max_train_samples=3, max_eval_samples=1, streaming=True)[0]
-    data = CaptionStream([StreamSource("scenes", rows, "image", "caption")], SkippedRows())
+    data = CaptionStream([CaptionSource("scenes", rows)], SkippedRows())
     assert next(iter(data))["image"].size == (48, 48)
 
 
@@ -252,7 +253,7 @@ def test_words_that_pandas_takes_for_nothing_are_captions(folder):
     (folder / "rows.csv").write_text("image,caption\npictures/red.png,NA\npictures/blue.png,\npictures/lime.png,None\n")
     skipped = SkippedRows()
     assert captioned(folder / "rows.csv", skipped=skipped).references() == [["NA"], ["None"]]
-    assert [entry["row"] for entry in skipped.waiting] == [1]
+    assert [entry["row"] for entry in skipped.pending] == [1]
 
 
 def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(folder, tmp_path):
@@ -263,11 +264,11 @@ def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(folder, tmp_pa
         hub.branches["dataset", "org/pictures", "v1"] = hub.files["dataset", "org/pictures"]
         program = (
             f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
-            "from qformer_captioner.data.dataset import SkippedRows\n"
+            "from qformer_captioner.data.dataset import CaptionSource, SkippedRows\n"
             "from qformer_captioner.data.loading import load_rows\n"
-            "from qformer_captioner.data.streaming import CaptionStream, StreamSource\n"
+            "from qformer_captioner.data.streaming import CaptionStream\n"
             "print(load_rows('org/pictures', revision='v1')['train'][0]['caption'])\n"
-            "source = StreamSource('', load_rows('org/pictures', streaming=True)['train'], 'image', 'caption')\n"
+            "source = CaptionSource('', load_rows('org/pictures', streaming=True)['train'], 'image', 'caption')\n"
             "print(next(iter(CaptionStream([source], SkippedRows()))))\n"
         )
         environment = hub.environment(tmp_path / "home")
@@ -333,10 +334,10 @@ def test_rows_of_a_file_are_an_evaluation_set(folder):
         ("/etc/passwd", "leads out of the folder of images"),
         ("link.png", "leads out of the folder of images"),
         ("linked/secret.png", "leads out of the folder of images"),
-        ("https://example.com/a.png", "is no path"),
-        ("file:///etc/passwd", "is no path"),
-        ("data:image/png;base64,AAAA", "is no path"),
-        ("a\0.png", "is no path"),
+        ("https://example.com/a.png", "is not the path of a file"),
+        ("file:///etc/passwd", "is not the path of a file"),
+        ("data:image/png;base64,AAAA", "is not the path of a file"),
+        ("a\0.png", "is not the path of a file"),
         ("pictures/gone.png", "There is no image file"),
     ],
 )
@@ -359,29 +360,29 @@ def test_a_path_that_leads_out_of_the_folder_is_a_broken_row(tmp_path, folder, p
         name = write_jsonl(inside / "rows.jsonl", rows)
         data = stream(name, skipped=skipped) if kind == "stream" else captioned(name, skipped=skipped)
     assert seen(next(iter(data))) == ((0, 0, 255), ("two",))
-    assert [(entry["row"], entry["file"]) for entry in skipped.waiting] == [(None if kind == "stream" else 0, path)]
-    assert reason in skipped.waiting[0]["reason"]
+    assert [(entry["row"], entry["file"]) for entry in skipped.pending] == [(None if kind == "stream" else 0, path)]
+    assert reason in skipped.pending[0]["reason"]
 
 
 def test_an_absolute_path_inside_the_folder_is_read(folder):
     rows = [{"image": str(folder / row["image"]), "caption": row["caption"]} for row in rows_with_paths()]
-    assert len(captioned(write_jsonl(folder / "rows.jsonl", rows)).readable()) == len(COLOURS)
+    assert len(captioned(write_jsonl(folder / "rows.jsonl", rows)).drop_unreadable()) == len(COLOURS)
 
 
 def test_another_folder_of_images_can_be_named(folder):
     (folder / "elsewhere").mkdir()
     rows = [{"image": f"{colour}.png", "caption": f"all {colour}"} for colour in COLOURS]
     name = write_jsonl(folder / "elsewhere" / "rows.jsonl", rows)
-    with pytest.raises(InputError, match="Not one image of the train split can be read"):
+    with pytest.raises(InputError, match="No image of the train split can be read"):
         captioned(name)[0]
-    assert len(captioned(name, image_folder=folder / "pictures").readable()) == len(COLOURS)
+    assert len(captioned(name, image_folder=folder / "pictures").drop_unreadable()) == len(COLOURS)
     with pytest.raises(InputError, match="There is no folder of images 'nowhere'"):
         captioned(name, image_folder="nowhere")
 
 
 def test_a_file_whose_name_has_brackets_is_no_pattern(folder):
     name = write_jsonl(folder / "rows[a].jsonl", rows_with_paths())
-    assert len(captioned(name).readable()) == len(COLOURS)
+    assert len(captioned(name).drop_unreadable()) == len(COLOURS)
 
 
 def test_a_file_whose_name_has_a_colon_is_no_address(tmp_path):
@@ -398,13 +399,13 @@ def test_a_file_whose_name_has_a_colon_is_no_address(tmp_path):
     [
         ("gone.csv", None, "There is no file '.*gone.csv'"),
         ("gone-*.tar", None, "There is no file '.*gone-.*tar'"),
-        ("rows.txt", "image,caption", "Files of rows are .parquet, .*, and not .txt"),
+        ("rows.txt", "image,caption", "must all have the same suffix, one of .parquet, .*; these have .txt"),
         ("rows.csv", "image,caption\na,b\na,b,c\n", "rows.csv' cannot be read: Expected 2 fields in line 3, saw 3"),
         ("rows.csv", "", "rows.csv' cannot be read: No columns"),
         ("rows.csv", "image,caption\n", "rows.csv' cannot be read: it has no rows"),
         ("rows.jsonl", "", "rows.jsonl' cannot be read: it has no rows"),
-        ("rows.jsonl", '{"image": "a"}\n{"image": \n', "rows.jsonl' cannot be read: line 2 .*is no JSON"),
-        ("rows.json", '[{"image": "a"},\n{"image"}]', "rows.json' cannot be read: line 2 is no JSON"),
+        ("rows.jsonl", '{"image": "a"}\n{"image": \n', "rows.jsonl' cannot be read: line 2 .*is not valid JSON"),
+        ("rows.json", '[{"image": "a"},\n{"image"}]', "rows.json' cannot be read: line 2 is not valid JSON"),
         (
             "rows.json",
             '{"images": [{"id": 1}], "annotations": []}',
@@ -419,14 +420,14 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name, content, mes
     for streaming in (False, True):
         with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
             rows = load_rows(str(tmp_path / name), streaming=streaming)["train"]
-            source = StreamSource(name, rows, "image", "caption", tmp_path)
+            source = CaptionSource(name, rows, image_folder=tmp_path)
             next(iter(CaptionStream([source], SkippedRows(), shuffle_buffer=0)))
 
 
 def test_files_of_two_kinds_do_not_go_together(folder):
     write_csv(folder / "rows.csv")
     write_jsonl(folder / "rows.jsonl", rows_with_paths())
-    with pytest.raises(InputError, match="all of one kind, and not .csv, .jsonl"):
+    with pytest.raises(InputError, match="must all have the same suffix, .*; these have .csv, .jsonl"):
         load_rows(str(folder / "rows.*"))
 
 
@@ -445,7 +446,7 @@ def test_strings_lists_and_numbers_may_stand_in_one_column(folder):
 
 def test_a_stream_without_one_usable_row_says_so(folder):
     rows = [{"image": "gone.png", "caption": "one"}] * 3
-    with pytest.raises(InputError, match="Not one row of train of .* can be used; .*no image file"):
+    with pytest.raises(InputError, match="No row of train of .* can be used; .*no image file"):
         next(iter(stream(write_jsonl(folder / "rows.jsonl", rows))))
 
 
@@ -483,7 +484,7 @@ def test_processes_and_workers_share_the_rows_of_a_pass(many, processes, workers
     """(2, 1) and (1, 3) have a file at least for each reader, (2, 2) has not."""
     shown = Counter()
     for process in range(processes):
-        data = stream(many, shuffle_buffer=shuffle_buffer, process=process, processes=processes)
+        data = stream(many, shuffle_buffer=shuffle_buffer, process_index=process, num_processes=processes)
         for worker in range(workers):
             rows = data._one_pass(data.sources[0], 0, process * workers + worker, processes * workers)
             shown.update(row["caption"] for row in rows)
@@ -500,7 +501,7 @@ def test_data_loading_processes_share_the_rows(many):
 def test_the_first_rows_of_a_stream_are_shared_too(many):
     rows = load_splits(str(many), streaming=True)[0]
     for readers in (1, 2, 3):
-        data = CaptionStream([StreamSource("rows", rows, "image", "caption", many.parent, 7)], SkippedRows())
+        data = CaptionStream([CaptionSource("rows", rows, image_folder=many.parent)], SkippedRows(), max_rows=7)
         shown = [
             row["caption"] for reader in range(readers) for row in data._one_pass(data.sources[0], 0, reader, readers)
         ]
@@ -509,7 +510,7 @@ def test_the_first_rows_of_a_stream_are_shared_too(many):
 
 def test_too_few_rows_for_the_processes_that_read_is_said(many):
     with pytest.raises(InputError, match="too few rows for 40 processes"):
-        next(iter(stream(many, process=39, processes=40)))
+        next(iter(stream(many, process_index=39, num_processes=40)))
 
 
 def test_a_damaged_image_of_a_stream_is_a_broken_row_too(folder):
@@ -517,7 +518,7 @@ def test_a_damaged_image_of_a_stream_is_a_broken_row_too(folder):
     for kind in ("folder of images", "parquet, images"):
         skipped = SkippedRows()
         assert take(stream(KINDS[kind](folder), skipped=skipped), 1)[0][1] == tuple(CAPTIONS[1])
-        assert "cannot be read, it may be damaged" in skipped.waiting[0]["reason"], kind
+        assert "cannot be read, it may be damaged" in skipped.pending[0]["reason"], kind
 
 
 def test_a_broken_row_of_a_stream_is_written_down_once(folder):
@@ -527,8 +528,8 @@ def test_a_broken_row_of_a_stream_is_written_down_once(folder):
     skipped = SkippedRows()
     data = stream(write_jsonl(folder / "rows.jsonl", rows), skipped=skipped)
     assert len({captions for _, captions in take(data, 20)}) == 4
-    assert [entry["file"] for entry in skipped.waiting] == ["gone.png", "pictures/blue.png"]
-    assert {entry["row"] for entry in skipped.waiting} == {None}, "of a stream nobody knows it"
+    assert [entry["file"] for entry in skipped.pending] == ["gone.png", "pictures/blue.png"]
+    assert {entry["row"] for entry in skipped.pending} == {None}, "of a stream nobody knows it"
     assert len(skipped) == 2
 
 
@@ -745,7 +746,7 @@ def test_a_configuration_of_an_evaluation_set_can_be_chosen(tmp_path):
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     for name in ("short", "long"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"image": "a.png", "caption": name}])
-    assert load_held_out(str(tmp_path), "long")["caption"] == ["long"]
+    assert load_eval_split(str(tmp_path), "long")["caption"] == ["long"]
 
 
 def test_what_is_said_of_an_evaluation_set_needs_one(words):
@@ -767,9 +768,12 @@ def test_what_is_said_of_an_evaluation_set_needs_one(words):
         ),
         ({"dataset_name": "gone.csv"}, "There is no file 'gone.csv'"),
         ({"eval_dataset_name": "gone.csv"}, "There is no file 'gone.csv'"),
-        ({"eval_caption_column": "text"}, "no column 'text'; its columns .* Choose with --eval_caption_column"),
-        ({"eval_image_column": "text"}, "no column 'text'; its columns .* Choose with --eval_image_column"),
-        ({"eval_image_column": "number"}, "holds .*, and no images or paths: choose with --eval_image_column"),
+        ({"eval_caption_column": "text"}, "no column 'text'; its columns .* Choose one with --eval_caption_column"),
+        ({"eval_image_column": "text"}, "no column 'text'; its columns .* Choose one with --eval_image_column"),
+        (
+            {"eval_image_column": "number"},
+            "holds .*, not images or paths. Choose another column with --eval_image_column",
+        ),
         ({"eval_image_folder": "gone"}, "There is no folder of images 'gone' .--eval_image_folder"),
         ({"image_folder": "gone"}, "There is no folder of images 'gone'"),
         ({"caption_column": "text"}, "no column 'text'; its columns are 'image', 'caption'"),

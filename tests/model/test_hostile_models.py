@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from qformer_captioner import QFormerCaptioner, eval_captions, train_hf
 from qformer_captioner.common.errors import InputError, printable
 from qformer_captioner.common.run_folder import RunFolder
-from qformer_captioner.data.feature_shards import SplitLayout, VisionKey, finish_store
-from qformer_captioner.data.features import FeatureStore
+from qformer_captioner.data.feature_shards import SplitLayout
+from qformer_captioner.data.feature_store import FeatureStore, finish_store
+from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 from qformer_captioner.hub.convert import convert, load_qformer
 from qformer_captioner.hub.export import export
 from qformer_captioner.hub.legacy import LegacyCaptioner
@@ -265,7 +266,7 @@ def store(folder, **changes):
     for shard in layout.shards:
         layout.write(shard, [(np.zeros((2, 1, 3, 5), np.float16), [])])
     names = ("name", "config_name", "revision", "split_column", "image_column", "image_folder", "embeddings_column")
-    finish_store(folder, VisionKey("model", None, None, {}), dict.fromkeys(names), {"train": layout})
+    finish_store(folder, VisionFingerprint("model", None, None, {}), dict.fromkeys(names), {"train": layout})
     index = json.loads((folder / "index.json").read_text())
     index["splits"]["train"] |= changes
     (folder / "index.json").write_text(json.dumps(index))

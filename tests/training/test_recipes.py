@@ -27,7 +27,7 @@ from qformer_captioner import train_hf
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.recipes import RECIPE_FOLDERS, RECIPES, load_recipe, merge
 from qformer_captioner.data.collator import CaptionCollator
-from qformer_captioner.data.dataset import CaptionDataset
+from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.training.data_setup import hold_out
 
@@ -393,7 +393,7 @@ def test_the_last_images_are_held_out_with_all_of_their_captions():
     cell = {"bytes": picture_bytes(0), "path": None}
     columns = {"image": [cell] * 7, "caption": [f"caption {row}" for row in range(7)], "id": [0, 0, 1, 2, 2, 3, 3]}
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    train_data = CaptionDataset(rows, "train", "image", "caption", SkippedRows(), image_id_column="id")
+    train_data = CaptionDataset(CaptionSource("train", rows, image_id_column="id"), SkippedRows())
     eval_data = hold_out(train_data, 0.5, max_eval_samples=1)
     assert train_data.references() == [["caption 0", "caption 1"], ["caption 2"]]
     assert eval_data.references() == [["caption 3", "caption 4"]]

@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_weights_of_an_unbroken_one(finis
         ({}, ["--horizontal_flip_prob", "7"], "--horizontal_flip_prob is a probability"),
         ({}, ["--captions_per_image", "0"], "--captions_per_image is at least 1, not 0"),
         ({}, ["--max_caption_length", "0"], "--max_caption_length is at least 2"),
-        ({}, ["--image_column", "scene"], "Not one image of the evaluation split can be"),
+        ({}, ["--image_column", "scene"], "No image of the evaluation split can be"),
         ({}, ["--prompt", "a photo of", ""], "One of several prompts is empty"),
         ({}, ["--lora_r", "4", "--freeze_language_model", "false"], "--lora_r leaves the backbones frozen"),
     ],

@@ -1,0 +1,53 @@
+"""Columns of a data set, including nested ones such as `json.caption`."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import datasets
+
+from ..common.errors import InputError
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+def column_names(rows: Rows) -> list[str]:
+    """Return the names of the columns. For a stream without a schema these are the keys of its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def with_nested_columns(rows: datasets.Dataset, *columns: str) -> datasets.Dataset:
+    """Return the rows with each nested column (`json.caption`) as a column of its own.
+
+    Args:
+        rows: the data set.
+        columns: names of columns. Those that are not nested, or do not exist, are ignored.
+    """
+    for column in columns:
+        outer = column.split(".")[0]
+        if column not in rows.column_names and outer in rows.column_names:
+            nested = rows.select_columns(outer).flatten()
+            if column in nested.column_names:
+                rows = datasets.concatenate_datasets([rows, nested.select_columns(column)], axis=1)
+    return rows
+
+
+def nested_value(row: dict[str, Any], column: str) -> Any:
+    """Return the value of a column in a row, or `None`; the column may be nested (`json.caption`)."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def missing_column(column: str, existing: Sequence[str], option: str) -> InputError:
+    """Return the error for a column that a data set does not have.
+
+    Args:
+        column: the column that was asked for.
+        existing: the columns of the data set.
+        option: the command-line option that chooses the column, without dashes.
+    """
+    names = ", ".join(map(repr, existing))
+    return InputError(f"The data set has no column {column!r}; its columns are {names}. Choose one with --{option}.")
