@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from PIL import Image, ImageOps
@@ -12,6 +12,13 @@ from ..common.errors import InputError
 
 MAX_ASPECT_RATIO = 4 / 3  # of a random crop; its inverse is the smallest
 CROP_ATTEMPTS = 10
+
+
+class RowText(TypedDict):
+    """Text of a training row: its captions, and a prompt if prompts are drawn at random."""
+
+    captions: list[str]
+    prompt: NotRequired[str]
 
 
 @dataclass
@@ -71,7 +78,7 @@ class Augmentation:
             return 0
         return int(torch.randint(num_views, (), generator=generator))
 
-    def draw_text(self, captions: list[str], generator: torch.Generator) -> dict[str, Any]:
+    def draw_text(self, captions: list[str], generator: torch.Generator) -> RowText:
         """Return the `"captions"` to train on and, if there are prompts to draw from, a `"prompt"`."""
         if self.captions_per_image is not None:
             drawn = torch.randperm(len(captions), generator=generator)[: self.captions_per_image]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import datasets
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..common.errors import InputError
-from .augmentation import Augmentation
+from .augmentation import Augmentation, RowText
 from .captions import captions_of
 from .columns import Rows, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
@@ -19,16 +19,11 @@ from .images import ImageCell, open_cell, undecoded_images
 from .skipped_rows import SkippedRows
 
 
-class CaptionRow(TypedDict, total=False):
-    """Row to train or evaluate on: an `image` (upright RGB) or its precomputed `image_embeds`, and `captions`.
-
-    A row has a `prompt` if prompts are drawn at random.
-    """
+class CaptionRow(RowText, total=False):
+    """Row to train or evaluate on: its text, and an `image` (upright RGB) or its precomputed `image_embeds`."""
 
     image: Image.Image
     image_embeds: FeatureRef
-    captions: list[str]
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class CaptionDataset(Dataset[CaptionRow]):
     Args:
         source: the rows and their columns.
         skipped: record of the rows that cannot be used.
-        augmentation: random changes to the rows. By default there are none.
+        augmentation: random changes to the rows. By default rows stay as they are.
         features: precomputed features of the same rows, to use instead of the images.
 
     Raises:
@@ -186,14 +181,12 @@ class CaptionDataset(Dataset[CaptionRow]):
 
     def _read(self, index: int) -> CaptionRow:
         generator = self.augmentation.generator(int(self.epoch), index)
-        row: CaptionRow
-        if self.features is None:
-            row = {"image": self.augmentation.augment_image(self._open_image(index), generator)}
-        else:
+        if self.features is not None:
             view = self.augmentation.draw_view(self.features.views, generator)
-            row = {"image_embeds": FeatureRef(self.features, index, view)}
-        row.update(self.augmentation.draw_text(self.captions[index], generator))
-        return row
+            text = self.augmentation.draw_text(self.captions[index], generator)
+            return {"image_embeds": FeatureRef(self.features, index, view), **text}
+        image = self.augmentation.augment_image(self._open_image(index), generator)
+        return {"image": image, **self.augmentation.draw_text(self.captions[index], generator)}
 
     def _cell(self, index: int) -> ImageCell | None:
         return None if self.images is None else self.images[index][self.source.image_column]

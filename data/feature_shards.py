@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ..common.errors import InputError, one_line
 from ..common.files import atomic_path, write_atomically
@@ -24,6 +25,47 @@ class FeatureBatch(NamedTuple):
 
     features: np.ndarray
     skipped: list[SkippedRow]
+
+    @classmethod
+    def from_tensor(
+        cls,
+        features: torch.Tensor | None,
+        split: str,
+        rows: range,
+        skipped: list[SkippedRow],
+        shape: tuple[int, ...],
+        dtype: str,
+    ) -> "FeatureBatch":
+        """Put features in their rows, with zeros in between, and skip those that are not finite.
+
+        Args:
+            features: `[R, views, N, Dv]` of the rows that are not skipped; `None` if all are.
+            split: name of the split.
+            rows: numbers of all rows of the batch.
+            skipped: entries of the rows without features.
+            shape: `(views, N, Dv)`.
+            dtype: dtype of the stored features, "float16" or "float32".
+
+        Raises:
+            InputError: if a feature is too large for the dtype.
+        """
+        array = np.zeros((len(rows), *shape), dtype)
+        if features is None:
+            return cls(array, skipped)
+        without = {entry["row"] for entry in skipped}
+        present = [row for row in rows if row not in without]
+        finite = features.isfinite().flatten(1).all(1).tolist()
+        stored = features.to(getattr(torch, dtype)).cpu().numpy()
+        not_finite: list[SkippedRow] = []
+        for row, is_finite, values in zip(present, finite, stored, strict=True):
+            if not is_finite:
+                reason = "Its features are not finite."
+                not_finite.append({"split": split, "row": row, "file": None, "reason": reason})
+            elif not np.isfinite(values).all():
+                raise InputError(f"Features of row {row} of {split!r} do not fit {dtype}: use --dtype float32.")
+            else:
+                array[row - rows.start] = values
+        return cls(array, sorted(skipped + not_finite, key=lambda entry: entry["row"] or 0))
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class SplitFeatures:
     It can be sent to other processes, and several threads can read from it. Its memory does not grow with the number of
     rows that have been read. Only `present` has an entry for every row.
 
-    Rows are read with `pread` instead of a memory map. The pages of a map count as memory of the process until it ends,
-    and a failing disk would kill the process instead of raising an error.
+    Rows are read with `pread` instead of a memory map. The pages of a map count as memory of the process until it ends.
+    Moreover, a failing disk would kill the process instead of raising an error.
 
     Args:
         layout: where the rows are.

@@ -129,9 +129,8 @@ class CaptionStream(IterableDataset[CaptionRow]):
             raise OSError("no caption")
         image = open_cell(image_cell(nested_value(row, source.image_column)), source.image_folder)
         generator = self.augmentation.generator(epoch, place)
-        prepared: CaptionRow = {"image": self.augmentation.augment_image(image, generator)}
-        prepared.update(self.augmentation.draw_text(captions, generator))
-        return prepared
+        image = self.augmentation.augment_image(image, generator)
+        return {"image": image, **self.augmentation.draw_text(captions, generator)}
 
     def references(self) -> Iterator[list[str]]:
         """Yield the captions of the first rows of each source, 10,000 rows in all."""

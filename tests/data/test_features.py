@@ -359,7 +359,7 @@ def test_a_damaged_index_is_named(store, tmp_path, text):
 
 def test_a_disk_without_the_room_is_refused_before_anything_is_written(vision, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(InputError, match=r"need 0\.0 MB more, and the disk of .* free: make room"):
+    with pytest.raises(InputError, match=r"need another 0\.0 MB, and the disk of .* free: free some space"):
         precompute_features.precompute(command(vision, pictures, tmp_path / "store"))
     assert not (tmp_path / "store").exists()
 
@@ -367,23 +367,29 @@ def test_a_disk_without_the_room_is_refused_before_anything_is_written(vision, p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--dtype", "float64"], "--dtype is float16 or float32, not 'float64'"),
-        (["--views", "2"], "--views 2 or more goes with --random_resized_crop_scale or --horizontal_flip_prob"),
+        (["--dtype", "float64"], "--dtype must be float16 or float32, not 'float64'"),
+        (
+            ["--views", "2"],
+            "--views 2 or more goes together with --random_resized_crop_scale or --horizontal_flip_prob",
+        ),
         (
             ["--horizontal_flip_prob", "0.5"],
-            "--views 2 or more goes with --random_resized_crop_scale or --horizontal_flip_prob",
+            "--views 2 or more goes together with --random_resized_crop_scale or --horizontal_flip_prob",
         ),
         (["--splits", "test"], "has no split 'test'; it has"),
         (["--image_column", "picture"], "no column 'picture'; its columns are .*'image'"),
         (["--image_column", "caption"], "No row of the split 'dev' can be used .There is no image file"),
-        (["--image_column", "number"], "The column 'number' holds Value.*int64.*, and no images or paths. Choose with"),
-        (["--batch_size", "0"], "--batch_size is at least 1, not 0"),
-        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is at least 0, not -1"),
+        (
+            ["--image_column", "number"],
+            "The column 'number' holds Value.*int64.*, not images or paths. Choose .* with --image_column or --emb",
+        ),
+        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be at least 0, not -1"),
         (
             ["--views", "2", "--horizontal_flip_prob", "7"],
-            "--horizontal_flip_prob is a probability, from 0 to 1, not 7",
+            "--horizontal_flip_prob is a probability between 0 and 1, not 7",
         ),
-        (["--views", "2", "--horizontal_flip_prob", "0.5", "--seed", "-1"], "--seed is at least 0, not -1"),
+        (["--views", "2", "--horizontal_flip_prob", "0.5", "--seed", "-1"], "--seed must be at least 0, not -1"),
         (["--view", "2"], "Unknown option '--view'. Did you mean '--views'"),
     ],
 )
@@ -439,12 +445,12 @@ def test_a_row_without_embeddings_is_skipped_and_written_down(vision, tmp_path):
     [
         (lambda cells: [*cells[:3], cells[3][:4], *cells[4:]], r"differ in shape: those of row 3 .* \[4, 24\], others"),
         (lambda cells: [[[1.0, 2.0], [3.0]]], r"must hold numbers in lists .*, but row 0 of 'train' is list"),
-        (lambda cells: ["[1.0, 2.0]"], "must hold numbers in lists .* is string, no list"),
+        (lambda cells: ["[1.0, 2.0]"], "must hold numbers in lists .* is string, not a list"),
         (lambda cells: [[["a", "b"]]], "must hold numbers in lists"),
         (lambda cells: [[cell, cell] for cell in cells], r"must hold numbers in lists .* of lengths \[2, 5, 24\]"),
-        (lambda cells: [[row[:10] for row in cell] for cell in cells], "are 10 wide, and features of .* are 24"),
+        (lambda cells: [[row[:10] for row in cell] for cell in cells], "have 10 numbers, and features of .* have 24"),
         (lambda cells: [None, None], "The column 'own' of the split 'train' is empty"),
-        (lambda cells: [[[1e6] * 24]], "do not fit float16: give --dtype float32"),
+        (lambda cells: [[[1e6] * 24]], "do not fit float16: use --dtype float32"),
     ],
 )
 def test_what_is_no_embeddings_is_one_sentence(vision, tmp_path, change, message):
