@@ -178,7 +178,7 @@ def check_arguments(args: FeatureArguments) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the options name
+# Rows, features and shards
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +269,9 @@ def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
     )
     splits = args.splits or sorted(existing, key=str)
     if args.views > 1 and args.train_split not in splits:
-        raise InputError(f"There is no split {args.train_split!r} to have {args.views} views: choose by --train_split.")
+        raise InputError(
+            f"There is no split {args.train_split!r} for which to store {args.views} views: choose one with --train_split."
+        )
     column = args.embeddings_column or args.image_column
     columns = {}
     for split in splits:
