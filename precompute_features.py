@@ -270,7 +270,8 @@ def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
     splits = args.splits or sorted(existing, key=str)
     if args.views > 1 and args.train_split not in splits:
         raise InputError(
-            f"There is no split {args.train_split!r} for which to store {args.views} views: choose one with --train_split."
+            f"There is no split {args.train_split!r} whose images could get {args.views} views: choose one with "
+            "--train_split."
         )
     column = args.embeddings_column or args.image_column
     columns = {}

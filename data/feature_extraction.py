@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, BaseImageProcessor
 
-from ..backbones_qformer import loading_error, dtype_of, load_backbone
+from ..backbones_qformer import dtype_of, load_backbone, loading_error
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.onednn import onednn_linears
 from .augmentation import Augmentation

@@ -11,7 +11,7 @@ import datasets
 
 from ..common.errors import InputError
 from .columns import Rows, column_names
-from .row_files import check_table, find_files, loading_error, read_files, reason_of
+from .row_files import check_table, dataset_loading_error, find_files, read_files, reason_of
 
 PEEK_ROWS = 10_000  # rows of a stream that are read to learn about all of them
 
@@ -64,7 +64,7 @@ def load_rows(
         if streaming:
             next(iter(undecoded(next(iter(splits.values())))))  # fail now if the first row cannot be read
     except Exception as error:  # `datasets` raises a different class for each way of failing
-        raise loading_error(name, files, error) from error
+        raise dataset_loading_error(name, files, error) from error
     if len(splits) == 1 and split_column in column_names(rows := next(iter(splits.values()))):
         by_label = split_by_column(rows, split_column)
         splits = by_label if split is None or split in by_label else splits

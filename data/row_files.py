@@ -123,7 +123,7 @@ def has_shallow_nesting(file: IO[bytes]) -> bool:
     return True
 
 
-def loading_error(name: str, files: list[str], error: Exception) -> InputError:
+def dataset_loading_error(name: str, files: list[str], error: Exception) -> InputError:
     """Return the error that says why a data set could not be loaded, with the line of a JSON file that is to blame.
 
     Args:

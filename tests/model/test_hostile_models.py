@@ -301,7 +301,7 @@ def test_a_split_of_features_lies_in_its_folder(split, tmp_path):
     shutil.copytree(tmp_path / "store" / "train", tmp_path / "outside")
     index["splits"] = {split: index["splits"]["train"]}
     (tmp_path / "store" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="no folder is called"):
+    with pytest.raises(InputError, match="is not a valid name of a folder"):
         FeatureStore(tmp_path / "store")
 
 
