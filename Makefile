@@ -10,17 +10,23 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python train_hf.py
 
-# A process for each core, each with one thread; the tests of a file stay together, because they share what they train.
+# A process for each core, each with one thread. The tests of a file stay together, because they share trained models.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/installed-$(EXTRAS)
+lint: $(VENV)/installed-$(EXTRAS) build/types/qformer_captioner
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The repository root is the package, and a clone may have any name: the type checker finds it by this link.
+build/types/qformer_captioner:
+	mkdir -p $(@D)
+	ln -s ../.. $@
 
 $(VENV)/installed-$(EXTRAS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
