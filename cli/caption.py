@@ -4,8 +4,8 @@ r"""Caption images.
     qformer-captioner caption photos "more/**/*.png" --model USER/CAPTIONER --prompt "a photo of" --num_beams 5 \
         --output captions.jsonl
 
-IMAGE is a file, a folder (all images in and below it) or a pattern. Each image gets a line `file: caption` as soon as
-it is captioned. Images that cannot be read get a message, the others their captions all the same.
+IMAGE is a file, a folder (all images in it and below it) or a pattern. Each caption is printed as a line
+`file: caption` as soon as it exists. An image that cannot be read gets an error message, and the others are captioned.
 """
 
 import argparse
@@ -13,130 +13,181 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 from tqdm import tqdm
 
+from ..common.arguments import CommandParser, check_at_least
+from ..common.command import run_command
 from ..common.errors import InputError, check_output, printable
-from ..evaluation.caption_files import write_predictions
+from ..common.files import write_atomically
+from ..evaluation.caption_files import ImageId, write_predictions
 from ..hub.load import load_captioner
 
 if TYPE_CHECKING:
     from ..modeling_qformer import QFormerCaptioner
 
-# torch and the model take seconds to import: whoever asks for --help does not wait for them.
+# torch and the model take seconds to import, so functions that need them import them: `--help` does not.
 
 
-def find_images(words: Sequence[str]) -> list[str]:
-    """The files that words of a command line mean, each once.
+def parse_options(words: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line.
 
-    A word that means none stays as it is: there is no such file, and whoever opens it will say so.
+    Raises:
+        InputError: if an option does not exist or has a value that is not valid.
     """
-    kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
+    parser.add_argument("--model", required=True, help="captioner or adapter, as a Hub id or folder")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--prompt", help="text that the captions continue; by default the captioner's own prompt")
+    parser.add_argument("--num_beams", type=int, help="number of beams; by default the captioner's own")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="largest number of tokens of a caption; by default the captioner's own"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="number of images per batch")
+    parser.add_argument("--output", help="also write the captions to this file: .json for COCO's format, or .jsonl")
+    options = parser.parse_args(words)
+    check_at_least(options, 1, "num_beams", "max_new_tokens", "batch_size")
+    if options.output is not None:
+        check_output(options.output)
+    return options
 
-    def files(word: str) -> list[str]:
-        if Path(word).is_dir():
-            return sorted(str(path) for path in Path(word).rglob("*") if path.suffix.lower() in kinds)
-        if Path(word).exists():  # brackets are a pattern's, too
-            return [word]
-        return sorted(glob.glob(word, recursive=True)) or [word]
 
-    return list(dict.fromkeys(file for word in words for file in files(word)))
+def find_images(patterns: Sequence[str]) -> list[str]:
+    """Return the files that paths, folders and patterns name, each file once.
+
+    A pattern without a match is returned as it is. Opening it later raises the error that names it.
+
+    Args:
+        patterns: paths of files, paths of folders, and patterns as in a shell. `**` matches any folders.
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def files_of(pattern: str) -> list[str]:
+        if Path(pattern).is_dir():
+            return sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in suffixes)
+        if Path(pattern).exists():  # the name of a file may itself have brackets
+            return [pattern]
+        return sorted(glob.glob(pattern, recursive=True)) or [pattern]
+
+    return list(dict.fromkeys(file for pattern in patterns for file in files_of(pattern)))
+
+
+def load_on_device(model: str, revision: str | None) -> "QFormerCaptioner":
+    """Load a captioner to the accelerator, or to the CPU if there is none.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: if the captioner cannot be loaded.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return load_captioner(model, revision).to(device)  # type: ignore[arg-type]
 
 
 def caption_files(
-    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation
+    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation: int
 ) -> Iterator[tuple[str, str | OSError]]:
     """Caption files, batch by batch.
 
     Args:
         model: the captioner.
         files: paths of images.
-        prompt: text that captions follow; by default the captioner's own.
-        batch_size: images at a time.
+        prompt: text that the captions continue; by default the captioner's own prompt.
+        batch_size: number of images per batch.
         generation: options of the captioner's `generate`.
 
     Yields:
-        Each file and its caption, or the error that it has none for.
+        Each file with its caption, or with the error for an image that cannot be read.
     """
     from ..common.onednn import onednn_linears
     from ..processing_qformer import open_image
 
     for start in range(0, len(files), batch_size):
-        pictures: dict[str, Image.Image] = {}
+        images: dict[str, Image.Image] = {}
         for file in files[start : start + batch_size]:
             try:
-                pictures[file] = open_image(Path(file))
+                images[file] = open_image(Path(file))
             except OSError as error:
                 yield file, error
-        if pictures:
+        if images:
             with onednn_linears(model.device):
-                captions = model.caption(list(pictures.values()), prompt, **generation)
-            yield from zip(pictures, captions, strict=True)
+                captions = model.caption(list(images.values()), prompt, **generation)
+            yield from zip(images, captions, strict=True)
+
+
+def print_captions(results: Iterable[tuple[str, str | OSError]], bar: tqdm) -> Iterator[tuple[str, str]]:
+    """Print captions to stdout and errors to stderr, and yield the captions.
+
+    Args:
+        results: the files, each with a caption or an error.
+        bar: progress bar to write above and to advance.
+    """
+    for file, result in results:
+        if isinstance(result, str):
+            bar.write(printable_line(f"{file}: {result}"))
+            yield file, result
+        else:
+            bar.write(printable_line(f"error: {result}"), file=sys.stderr)
+        bar.update()
 
 
 def printable_line(text: str) -> str:
-    """A text in one line, with everything that a terminal would obey written out."""
+    """Return a text as one line in which every control character is escaped."""
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
-def save_captions(captions: dict[str, str], path: str | os.PathLike) -> None:
-    """COCO results JSON, or the same rows as JSON lines for a name that ends in `.jsonl`."""
+def save_captions(captions: dict[ImageId, str], path: str | os.PathLike) -> None:
+    """Write captions as JSON lines if the file ends in `.jsonl`, otherwise as COCO results JSON.
+
+    Args:
+        captions: the caption of each file.
+        path: the file to write.
+    """
     if Path(path).suffix != ".jsonl":
-        return write_predictions(captions, path)
-    lines = [json.dumps({"image_id": file, "caption": caption}) + "\n" for file, caption in captions.items()]
-    Path(path).write_text("".join(lines))
+        write_predictions(captions, path)
+        return
+    rows = ({"image_id": file, "caption": caption} for file, caption in captions.items())
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def caption(words: Sequence[str]) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
-    parser.add_argument("--model", required=True, help="captioner, or adapter on one: folder or Hub id")
-    parser.add_argument("--revision", help="its branch, tag or commit on the Hub")
-    parser.add_argument("--prompt", help="text that captions follow; by default the captioner's own")
-    parser.add_argument("--num_beams", type=int, help="beams; by default the captioner's own number")
-    parser.add_argument(
-        "--max_new_tokens", type=int, help="tokens of a caption at most; by default the captioner's own"
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="images at a time (default: 8)")
-    parser.add_argument("--output", help="write the captions to this file, too: COCO's .json, or .jsonl")
-    options = parser.parse_args(words)
-    for name in ("num_beams", "max_new_tokens", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise InputError(f"--{name} is at least 1, not {value}.")
-    if options.output is not None:
-        check_output(options.output)
+    """Caption the images that a command line names.
 
+    Args:
+        words: the command line.
+
+    Raises:
+        InputError: if an option, the captioner or an image cannot be used. Captions of the other images are printed
+            and saved first.
+        ValueError: if options of generation do not go together.
+    """
+    options = parse_options(words)
     files = find_images(options.images)
     if not files:
         raise InputError(f"There are no images in {' or '.join(map(repr, options.images))}.")
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = load_captioner(options.model, options.revision).to(device)
-    generation = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+    model = load_on_device(options.model, options.revision)
+    generation = {name: getattr(options, name) for name in ("num_beams", "max_new_tokens")}
     generation = {name: value for name, value in generation.items() if value is not None}
-    captions: dict[str, str] = {}
-    # On a terminal, and only if there is something to wait for.
-    bar = tqdm(total=len(files), unit="images", disable=None if len(files) > options.batch_size else True)
+
+    captions: dict[ImageId, str] = {}
+    hide_bar = len(files) <= options.batch_size or None  # None shows the bar on a terminal only
     try:
-        for file, said in caption_files(model, files, options.prompt, options.batch_size, **generation):
-            if isinstance(said, str):
-                captions[file] = said
-                bar.write(printable_line(f"{file}: {said}"))
-            else:
-                bar.write(printable_line(f"error: {said}"), file=sys.stderr)
-            bar.update()
-    finally:  # what was captioned before it was stopped counts
-        bar.close()
+        with tqdm(total=len(files), unit="images", disable=hide_bar) as bar:
+            results = caption_files(model, files, options.prompt, options.batch_size, **generation)
+            for file, text in print_captions(results, bar):
+                captions[file] = text
+    finally:  # Ctrl-C must not lose the captions so far
         if options.output is not None:
             save_captions(captions, options.output)
     if len(captions) < len(files):
@@ -144,12 +195,8 @@ def caption(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    try:
-        caption(sys.argv[1:])
-    except (OSError, ValueError) as error:  # of ours, and what generate says of options that do not go together
-        raise SystemExit(f"error: {printable(error)}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    # `generate` raises ValueError for options that do not go together.
+    run_command(caption, expected=(ValueError, OSError))
 
 
 if __name__ == "__main__":

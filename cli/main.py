@@ -1,31 +1,62 @@
-"""The command `qformer-captioner`: the scripts of this package under one name."""
+"""The command `qformer-captioner`, which runs the scripts and tools of this package under one name."""
 
 import importlib
 import sys
+from dataclasses import dataclass
 
-COMMANDS = {  # its module, and what it does
-    "train": ("qformer_captioner.train_hf", "train a captioner on your images"),
-    "features": ("qformer_captioner.precompute_features", "run the vision encoder once over a data set"),
-    "eval": ("qformer_captioner.eval_captions", "score captions, or caption a benchmark and score that"),
-    "caption": ("qformer_captioner.cli.caption", "caption images"),
-    "push": ("qformer_captioner.hub.push", "publish what a run has made, with a model card"),
-    "convert": ("qformer_captioner.hub.convert", "make a captioner of a BLIP-2 or InstructBLIP"),
-    "export": ("qformer_captioner.hub.export", "make a captioner that needs no other folder, or an ONNX file"),
+from ..common.arguments import did_you_mean, in_words
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        module: name of the module whose `main` runs it. It is imported only for this command.
+        summary: one line for the list of commands.
+    """
+
+    module: str
+    summary: str
+
+    def run(self) -> None:
+        """Import the module and run its `main`, which reads `sys.argv`."""
+        importlib.import_module(f"qformer_captioner.{self.module}").main()
+
+
+COMMANDS = {
+    "train": Command("train_hf", "train a captioner on your images"),
+    "features": Command("precompute_features", "run the vision encoder once over a data set"),
+    "eval": Command("eval_captions", "score captions, or caption a benchmark and score that"),
+    "caption": Command("cli.caption", "caption images"),
+    "push": Command("hub.push", "publish a captioner with a model card on the Hub"),
+    "convert": Command("hub.convert", "make a captioner from a BLIP-2 or InstructBLIP checkpoint"),
+    "export": Command("hub.export", "make a self-contained captioner, or an ONNX file of its Q-Former"),
 }
 
 
+def usage() -> str:
+    """Return the list of commands."""
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    end = "qformer-captioner COMMAND --help shows its options and examples."
+    return "\n".join(["usage: qformer-captioner COMMAND ...", "", *lines, "", end])
+
+
 def main() -> None:
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("-h", "--help"):
-        print("usage: qformer-captioner COMMAND ...\n")
-        for name, (_, what) in COMMANDS.items():
-            print(f"  {name:<10} {what}")
-        print("\nqformer-captioner COMMAND --help shows its options and an example.")
+    """Run the command that the command line names.
+
+    Raises:
+        SystemExit: if there is no such command; the message names the nearest one.
+    """
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
         return
-    if command not in COMMANDS:
-        raise SystemExit(f"error: There is no command {command!r}; there are {', '.join(COMMANDS)}.")
-    sys.argv = [f"qformer-captioner {command}", *sys.argv[2:]]
-    importlib.import_module(COMMANDS[command][0]).main()
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f" Use {in_words([*COMMANDS])}."
+        raise SystemExit(f"error: {name!r} is not a command.{hint}")
+    sys.argv = [f"qformer-captioner {name}", *words]  # help texts name the program by its first word
+    COMMANDS[name].run()
 
 
 if __name__ == "__main__":
