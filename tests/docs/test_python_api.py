@@ -36,7 +36,7 @@ def test_every_command_is_listed():
     assert set(SUBCOMMANDS) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("module", ["qformer_captioner.cli.main"] + MODULES)
+@pytest.mark.parametrize("module", ["qformer_captioner.cli.main", *MODULES])
 def test_help_of_a_module_works(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, module, raising=False)
