@@ -562,11 +562,14 @@ def test_the_old_scripts_weights_can_be_trained_on_and_kept(backbones, tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {n: w[n] for n in w if n != "layers.0.ffn.4.bias"}, "'layers.0.ffn.4.bias' is missing, left over"),
-        (lambda w: w | {"extra": torch.ones(1)}, "'extra' is missing, left over"),
+        (lambda w: {n: w[n] for n in w if n != "layers.0.ffn.4.bias"}, "'layers.0.ffn.4.bias' is missing, unknown"),
+        (lambda w: w | {"extra": torch.ones(1)}, "'extra' is missing, unknown"),
         (lambda w: {"weight": torch.ones(1)}, "has no 'query_tokens'"),
         (lambda w: old_weights(24, 40), "width 40 cannot have 16 attention heads"),
-        (lambda w: old_weights(30, tiny.TEXT_WIDTH), "reads features of width 30 .* the backbones have 24"),
+        (
+            lambda w: old_weights(30, tiny.TEXT_WIDTH),
+            "takes image features of width 30 .* the backbones have widths 24",
+        ),
     ],
 )
 def test_old_weights_that_do_not_fit_are_named(change, message, backbones):

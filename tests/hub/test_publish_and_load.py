@@ -334,10 +334,7 @@ def test_the_three_lines_of_usage_run_as_they_stand(hub, stranger, repo):
 
 # --- What is in a repository ------------------------------------------------------------------------------------------
 
-CODE = {
-    f"{name}_qformer.py"
-    for name in ("backbones", "configuration", "language", "linear", "modeling", "processing", "saving")
-}
+CODE = {f"{name}_qformer.py" for name in ("backbones", "configuration", "language", "modeling", "processing", "saving")}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CAPTIONER = CODE | PROCESSOR | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 PICTURES = {"captions.png", "loss_curve.png"}

@@ -250,7 +250,7 @@ def test_a_hostile_checkpoint_is_not_converted(name, command, captioners, tmp_pa
 
 def test_weights_of_the_old_scripts_run_nothing(tmp_path):
     torch.save({"query_tokens": torch.zeros(1, 2, 4), "fc.weight": Runs(tmp_path / "ran")}, tmp_path / "qformer.pt")
-    with pytest.raises(InputError, match="holds no state dict"):
+    with pytest.raises(InputError, match="is not a state dict"):
         LegacyCaptioner.from_state_dict(tmp_path / "qformer.pt", "vision", "language")
     assert not (tmp_path / "ran").exists()
 
