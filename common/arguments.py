@@ -185,7 +185,7 @@ class CommandParser(argparse.ArgumentParser):
             if not self.groups:  # all at once, because the help shows groups in the order of their creation
                 self.groups = {title: self.add_argument_group(title) for title in GROUPS}
             action = self.groups[group].add_argument(*names, **kwargs)
-        if action.option_strings:
+        if action.option_strings and kwargs.get("action") != "help":
             self.option_names.add(action.dest)
         return action
 

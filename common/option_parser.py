@@ -1,4 +1,17 @@
-"""Parser of the scripts: it takes dataclasses of options, and returns them with the values of a command line."""
+"""Parser of the scripts: it takes dataclasses of options, and returns them with the values of a command line.
+
+`--help` needs none of the modules that a script works with, so a script imports them after it has parsed its options.
+Where options themselves need a slow import, as transformers' training arguments do, `--help` shows a part of them:
+
+```python
+def parse_options(words: list[str]) -> tuple:
+    if asks_for_help(words):
+        training_options = CaptionTrainingOptions  # ours alone, without importing torch
+    else:
+        from qformer_captioner.training.training_arguments import CaptionTrainingArguments as training_options
+    return OptionParser((ModelArguments, training_options), __doc__, help_all=True).parse(words)
+```
+"""
 
 import argparse
 import re
@@ -17,6 +30,11 @@ UNSET = ("null", "none")  # in any case
 UNSET_HELP = "An option without a default can be unset where a recipe sets it: --option null."
 
 
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Return True if a command line asks for `--help`, whatever else it holds."""
+    return not {"-h", "--help"}.isdisjoint(words)
+
+
 class OptionParser(CommandParser, HfArgumentParser):
     """Parser of dataclasses of options, which `--help` shows in the groups that the options name.
 
@@ -24,12 +42,15 @@ class OptionParser(CommandParser, HfArgumentParser):
         classes: dataclasses whose fields are made with [`option`], or of transformers.
         description: the docstring of the script. Its examples `python script.py ...` are shown as they are, or as
             `qformer-captioner command ...` to somebody who runs that.
+        help_all: add `--help_all`, which shows all options where `--help` shows a part, see [`asks_for_help`].
     """
 
-    def __init__(self, classes: tuple[type, ...], description: str):
+    def __init__(self, classes: tuple[type, ...], description: str, help_all: bool = False):
         if sys.argv[0].startswith("qformer-captioner "):
             description = re.sub(r"python \w+\.py", sys.argv[0], description)
         super().__init__(classes, description=description, epilog=UNSET_HELP, usage="%(prog)s [--option value ...]")
+        if help_all:
+            self.add_argument("--help_all", action="help", help=f"show the options of {TRAINER}, too, and exit")
 
     def add_argument(self, *names: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """Add an argument to the group that it names. Options of transformers name none."""
