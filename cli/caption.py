@@ -78,7 +78,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
 
 
 def load_on_device(model: str, revision: str | None) -> "QFormerCaptioner":
-    """Load a captioner to the accelerator, or to the CPU if there is none.
+    """Load a captioner to the accelerator, or to the CPU of a machine without an accelerator.
 
     Args:
         model: folder or Hub id.

@@ -1,110 +1,173 @@
-"""TODO."""
+"""Recipes: YAML files of options, which may begin with other recipes.
+
+```yaml
+recipe: clip_t5            # begins with the fields of recipes/clip_t5.yaml
+dataset_name: photographs
+num_train_epochs: 5
+qformer_config:
+  num_query_tokens: 16     # the other fields of clip_t5's qformer_config stay
+```
+"""
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .arguments import CommandParser, unknown_name
-from .errors import InputError
+from .errors import InputError, one_line
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-LARGEST_RECIPE = 100_000  # bytes
-RECIPE_FOLDERS = (".", "ablations", "data")  # of recipes; `recipes/` holds files of other kinds, too
+RECIPE_FOLDERS = (".", "ablations", "data")  # folders of recipes below RECIPES, which holds other files, too
+MAX_RECIPE_BYTES = 100_000
 
 
-# Recipes
+# ----------------------------------------------------------------------------------------------------------------------
+# From a command line to its recipes
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def recipes_of(words: list[str]) -> list[str]:
-    """The recipes that a command line names."""
+def recipes_of(words: Sequence[str]) -> list[str]:
+    """Return the recipes that a command line names with `--recipe`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", nargs="*", default=[])
     return parser.parse_known_args(words)[0].recipe
 
 
-def read_recipes(names: list[str], parser: CommandParser) -> list[str]:
-    """Recipes as command-line words, which the parser then checks like any others.
+def read_recipes(names: Sequence[str], parser: CommandParser) -> list[str]:
+    """Return recipes as the words of a command line, which the parser then checks like any others.
+
+    Args:
+        names: YAML files, or names of recipes of this package. Later ones win.
+        parser: the parser of the options that recipes may set.
 
     Raises:
-        InputError: if a recipe is not there, is no YAML mapping, begins with itself, or has an unknown field.
+        InputError: if a recipe does not exist, is not a YAML mapping, begins with itself, or has an unknown field.
     """
-    words = []
-    for key, value in merge(*(load_recipe(find_recipe(name, Path()), parser) for name in names)).items():
-        if isinstance(value, dict):
-            try:
-                words += [f"--{key}", json.dumps(value)]
-            except TypeError as error:  # YAML has dates, too
-                raise InputError(f"In a recipe, the field {key!r} holds what is no JSON: {error}.") from error
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{key}", str(value)]
-    return words
+    recipe = merge(*(load_recipe(find_recipe(name, Path()), parser) for name in names))
+    return [word for name, value in recipe.items() for word in as_words(name, value)]
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Plain YAML: no aliases, of which a few lines can stand for gigabytes, and no key twice."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        """As the loader does."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias (*)", problem_mark=self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """As the loader does."""
-        keys = [key.value for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"the field {key!r} for the second time", problem_mark=mark)
-        return super().construct_mapping(node, deep)
+def as_words(name: str, value: Any) -> list[str]:
+    """Return a field of a recipe as the words of a command line. A field that is `null` needs none."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        try:
+            return [f"--{name}", json.dumps(value)]
+        except TypeError as error:  # YAML also has dates
+            raise InputError(f"The field {name!r} of a recipe cannot be written as JSON: {one_line(error)}.") from error
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
-def load_recipe(path: Path, parser: CommandParser, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The fields of a recipe, on top of those of the recipes that it begins with (its field `recipe`)."""
-    if path in above:
-        circle = " begins with ".join(repr(str(each)) for each in [*above[above.index(path) :], path])
-        raise InputError(f"Recipes must not begin with themselves: {circle}.")
-    if path.stat().st_size > LARGEST_RECIPE:
-        raise InputError(f"The recipe {str(path)!r} has more than {LARGEST_RECIPE:,} bytes, and is none.")
-    try:
-        own = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
-    except yaml.MarkedYAMLError as error:  # without the lines themselves: whatever a recipe names would be shown
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {error.problem}{line}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text; endless numbers; thousands of brackets
-        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(own, dict):
-        raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
-    for key in own:
-        if key not in parser.option_names:
-            raise unknown_name(f"The recipe {str(path)!r} has an unknown field", key, parser.option_names)
-    names = own.pop("recipe", None) or []
-    names = names if isinstance(names, list) else [names]
-    return merge(*(load_recipe(find_recipe(str(name), path.parent), parser, (*above, path)) for name in names), own)
-
-
-def merge(*recipes: dict[str, Any]) -> dict[str, Any]:
-    """One recipe out of several. Later ones win, in mappings such as `qformer_config` field by field."""
-    merged: dict[str, Any] = {}
-    for recipe in recipes:
-        for key, value in recipe.items():
-            below = merged.get(key)
-            merged[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+# ----------------------------------------------------------------------------------------------------------------------
+# From files to fields
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(name: str, folder: Path) -> Path:
-    """The file of a recipe: beside the one that names it, or one of ours, with or without folder and `.yaml`."""
+    """Return the file of a recipe.
+
+    Args:
+        name: path of a YAML file, or name of a recipe of this package. `.yaml` may be left out.
+        folder: folder in which relative paths start.
+
+    Raises:
+        InputError: if there is no such recipe; the message lists those of this package.
+    """
     for path in (folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return path.resolve()
-    ours = {path.stem: path for each in RECIPE_FOLDERS for path in sorted((RECIPES / each).glob("*.yaml"))}
+    included = {path.stem: path for below in RECIPE_FOLDERS for path in sorted((RECIPES / below).glob("*.yaml"))}
     stem = Path(name).name.removesuffix(".yaml")
-    if stem not in ours:
-        raise InputError(f"There is no recipe {name!r}. Give a YAML file, or one of {', '.join(sorted(ours))}.")
-    return ours[stem].resolve()
+    if stem not in included:
+        raise InputError(f"There is no recipe {name!r}. Give a YAML file, or one of {', '.join(sorted(included))}.")
+    return included[stem].resolve()
+
+
+def load_recipe(path: Path, parser: CommandParser, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the fields of a recipe, merged into those of the recipes that it begins with (its field `recipe`).
+
+    Args:
+        path: the YAML file.
+        parser: the parser of the options that a recipe may set.
+        parents: the recipes that led to this one.
+
+    Raises:
+        InputError: if the file is not a YAML mapping, has an unknown field, or begins with itself.
+    """
+    if path in parents:
+        circle = " begins with ".join(repr(str(file)) for file in [*parents[parents.index(path) :], path])
+        raise InputError(f"Recipes must not begin with themselves: {circle}.")
+    fields = read_yaml(path)
+    for name in fields:
+        if name not in parser.option_names:
+            raise unknown_name(f"The recipe {str(path)!r} has an unknown field", name, parser.option_names)
+    bases = fields.pop("recipe", None) or []
+    bases = bases if isinstance(bases, list) else [bases]
+    loaded = (load_recipe(find_recipe(str(base), path.parent), parser, (*parents, path)) for base in bases)
+    return merge(*loaded, fields)
+
+
+def merge(*recipes: dict[str, Any]) -> dict[str, Any]:
+    """Merge recipes into one. Later ones win, and mappings such as `qformer_config` are merged field by field."""
+    merged: dict[str, Any] = {}
+    for recipe in recipes:
+        for name, value in recipe.items():
+            base = merged.get(name)
+            merged[name] = {**base, **value} if isinstance(base, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        InputError: if the file is too large or not a YAML mapping. The message does not quote the file, which may be
+            any file that a recipe names.
+    """
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise InputError(f"The recipe {str(path)!r} has more than {MAX_RECIPE_BYTES:,} bytes: it is not a recipe.")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {error.problem}{line}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes, endless numbers, thousands of brackets
+        raise InputError(f"The recipe {str(path)!r} is not valid YAML: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
+    return content
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML loader that refuses aliases, of which a few lines can stand for gigabytes, and fields given twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node as `yaml.SafeLoader` does.
+
+        Raises:
+            yaml.MarkedYAMLError: for an alias.
+        """
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="an alias (*) is not supported", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Construct a mapping as `yaml.SafeLoader` does.
+
+        Raises:
+            yaml.MarkedYAMLError: for a field that is given twice.
+        """
+        seen: list[Any] = []  # a key that is a list or a mapping cannot be hashed
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the field {key.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)

@@ -1,104 +1,143 @@
-"""One output folder, one run: what was started here, how far it got, and whether it may go on."""
+"""The output folder of one run: a record of what was started, how far it got, and whether it may continue."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+from .errors import InputError, one_line
+from .files import write_atomically
 
-from .errors import InputError
+TRAINER_STATE_NAME = "trainer_state.json"  # as in `transformers.trainer`, whose import takes seconds
+REMEDY = "Choose another --output_dir, or replace that run with --overwrite_output_dir."
 
 
 class RunFolder:
-    """The output folder of a training run, with a record (`run.json`) of what the run is and how it ended.
+    """Output folder that belongs to one run, with a record (`run.json`) of its settings and results.
 
-    A run is told by its settings (which model, which data). Its length may grow: a run goes on where it stopped, killed
-    or finished, as long as it is the same.
+    Two runs are the same if their settings are equal. The same run continues where it was killed or where it finished,
+    so its length is not one of its settings. Nothing is written or deleted before [`~RunFolder.start`].
 
     Args:
         path: the folder.
-        settings: what makes this run another run if it differs; must be plain JSON.
-        overwrite: take the place of the run that is there, once [`~RunFolder.start`] is called.
+        settings: model, data and everything else that makes two runs different, as plain JSON.
+        overwrite: replace the run that the folder holds when [`~RunFolder.start`] is called.
 
     Raises:
-        InputError: if the folder holds another run, or files that no run of ours left there.
+        InputError: if the folder holds another run, or files that are not from a run.
+
+    Example:
+
+    ```python
+    run = RunFolder("outputs/mine", {"model": "clip_t5"})
+    run.start()
+    ...
+    run.finish(seconds=61.5)
+    ```
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict, overwrite: bool = False):
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], overwrite: bool = False):
         self.path = Path(path)
         self.record_file = self.path / "run.json"
-        self.record = {"settings": json.loads(json.dumps(settings)), "finished": None}
         self.overwrite = overwrite
+        self.record: dict[str, Any] = {"settings": json.loads(json.dumps(settings)), "finished": None}
+        self._check_folder()
+        if self.record_file.exists() and not overwrite:
+            existing = self._read_record()
+            self._check_same_run(existing["settings"])
+            self.record = existing
+
+    def _check_folder(self) -> None:
+        """Check that the path is a new or empty folder, or the folder of a run.
+
+        Raises:
+            InputError: if it is not.
+        """
         if self.path.is_file():
-            raise InputError(f"The output folder {str(path)!r} is a file. Choose another --output_dir.")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not self.record_file.exists():
+            raise InputError(f"The output folder {str(self.path)!r} is a file. Choose another --output_dir.")
+        if self.path.exists() and any(self.path.iterdir()) and not self.record_file.exists():
             raise InputError(
-                f"The output folder {str(path)!r} is not empty and holds no run of ours. Choose another --output_dir."
+                f"The output folder {str(self.path)!r} is not empty and holds no run of this package. Choose another "
+                "--output_dir."
             )
-        if overwrite:
-            return
+
+    def _read_record(self) -> dict[str, Any]:
+        """Return the record of the run that the folder holds.
+
+        Raises:
+            InputError: if it cannot be read.
+        """
         try:
-            found = json.loads(self.record_file.read_text())
-            theirs, ours = dict(found["settings"]), self.record["settings"]
-            finished = found["finished"]
-            if finished is not None and not isinstance(finished, dict):
-                raise TypeError("'finished' is no results")
+            record = json.loads(self.record_file.read_text())
+            if not isinstance(record["settings"], dict) or not isinstance(record["finished"], dict | None):
+                raise TypeError("its fields have other types")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
-                f"The record {str(self.record_file)!r} of the run in that folder cannot be read ({error}). Choose "
-                "another --output_dir, or replace that run with --overwrite_output_dir."
+                f"The record {str(self.record_file)!r} of a run cannot be read ({one_line(error, 200)}). {REMEDY}"
             ) from error
-        different = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        if different:
-            key = different[0]
-            raise InputError(
-                f"The output folder {str(path)!r} holds another run: it differs in {', '.join(different)} ({key} was "
-                f"{theirs.get(key)!r}, now {ours.get(key)!r}). Choose another --output_dir, or replace that run with "
-                "--overwrite_output_dir."
-            )
-        self.record = found
+        return record
+
+    def _check_same_run(self, existing: dict[str, Any]) -> None:
+        """Check that the folder holds a run with the same settings.
+
+        Args:
+            existing: settings of the run that the folder holds.
+
+        Raises:
+            InputError: if it is another run; the message names the settings that differ.
+        """
+        settings = self.record["settings"]
+        different = [name for name in {**existing, **settings} if existing.get(name) != settings.get(name)]
+        if not different:
+            return
+        name, names = different[0], one_line(", ".join(different), 120)
+        before, now = (one_line(repr(values.get(name)), 60) for values in (existing, settings))
+        raise InputError(
+            f"The output folder {str(self.path)!r} holds another run: it differs in {names} ({name} was "
+            f"{before}, now {now}). {REMEDY}"
+        )
 
     @property
-    def finished(self) -> dict | None:
-        """What [`~RunFolder.finish`] wrote down, `None` for a run that has not come to its end."""
+    def finished(self) -> dict[str, Any] | None:
+        """The results that [`~RunFolder.finish`] recorded, or `None` for a run that has not finished."""
         return self.record["finished"]
 
     @property
     def last_checkpoint(self) -> str | None:
-        """Where to go on from: the last checkpoint that was written to its end."""
+        """The checkpoint to continue from: the last one that is complete, or `None`."""
         if self.overwrite:
             return None
         checkpoints = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-        checkpoints.sort(key=lambda path: int(path.name.split("-")[1]))
-        return next((str(path) for path in reversed(checkpoints) if is_complete(path)), None)
+        checkpoints.sort(key=lambda path: int(path.name.split("-")[1]), reverse=True)
+        return next((str(path) for path in checkpoints if is_complete(path)), None)
 
     def start(self) -> None:
-        """Make the folder and claim it for this run. Nothing has been written or deleted before."""
+        """Create the folder and record that the run has started. A run to overwrite is deleted here."""
         if self.overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.overwrite = False
         self.path.mkdir(parents=True, exist_ok=True)
         self.record["finished"] = None
-        self._write()
+        self._write_record()
 
-    def finish(self, **results) -> None:
-        """Write down that the run came to its end, and with what."""
+    def finish(self, **results: Any) -> None:
+        """Record that the run has finished.
+
+        Args:
+            results: what [`~RunFolder.finished`] returns from now on, as plain JSON.
+        """
         self.record["finished"] = results
-        self._write()
+        self._write_record()
 
-    def _write(self) -> None:
-        unfinished = self.record_file.with_suffix(".tmp")  # a kill while writing must not cost the record
-        unfinished.write_text(json.dumps(self.record, indent=2) + "\n")
-        unfinished.replace(self.record_file)
+    def _write_record(self) -> None:
+        write_atomically(self.record_file, json.dumps(self.record, indent=2) + "\n")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: its `trainer_state.json` is the last file."""
+    """Return True if a checkpoint was written completely: the Trainer writes its state last."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        return True
     except (OSError, ValueError):
         return False
+    return True

@@ -209,7 +209,7 @@ def test_an_output_folder_with_another_run_is_left_alone(finished_run, recipe):
 def test_an_output_folder_with_other_files_is_left_alone(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("three years")
-    with pytest.raises(train_hf.InputError, match="not empty and holds no run of ours"):
+    with pytest.raises(train_hf.InputError, match="not empty and holds no run of this package"):
         train_hf.train(["--recipe", recipe(), "--overwrite_output_dir"])
     assert (tmp_path / "run" / "thesis.txt").exists()
 
