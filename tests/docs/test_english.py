@@ -13,7 +13,7 @@ import pytest
 from ..conftest import ROOT
 
 MAX_WORDS = 25  # of a sentence
-WORD = r"\d+(?:[.,]\d+)*|[\w'-]+"  # 97.4 and 10,000 are one word each
+WORD = r"\w(?:[\w'.,-]*\w)?"  # 97.4, 10,000 and 2e-3 are one word each
 BANNED = {
     r"\b(is|are) none\b": "say what is missing or not valid",
     r"(?<![Tt]here )\bis no (?!longer\b|more\b|different\b|better\b|faster\b|slower\b|need\b)": "say `is not a ...`",
@@ -34,6 +34,7 @@ def prose_of_markdown(text: str) -> Iterator[str]:
     """Yield paragraphs and list items, without code, tables, headings, pictures and comments."""
     text = re.sub(r"^---\n.*?\n---\n", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->|```.*?```|\{%.*?%\}", "\n\n", text, flags=re.DOTALL)
+    text = re.sub(r"^ *\|.*$", "", text, flags=re.MULTILINE)  # rows of a table, also between the tags of a template
     for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
         if not re.match(r"\s*(#|\||!\[|<)", block):
             block = re.sub(r'"[^"\n]{1,40}"', "QUOTE", block)  # a phrase that the text speaks about
@@ -49,7 +50,7 @@ def prose_of_python(text: str) -> Iterator[str]:
             docstring = re.sub(r"```.*?```", "\n\n", docstring, flags=re.DOTALL)
             docstring = re.sub(r"^(Args|Returns|Raises|Yields|Example|Examples):$", "", docstring, flags=re.MULTILINE)
             for block in re.split(r"\n\s*\n|\n(?=\s*(?:-|[\w`*, .()\[\]]{1,60}:) )", docstring):
-                if not re.match(r" {4,}(python|qformer|torchrun|\w+ =|--|\S+ -> )", block):
+                if not re.match(r" {4,}(python|qformer|torchrun|\w+ =|--|[\w\[\], ]+ -> )|\s*>>>", block):
                     yield re.sub(r"^\s*[\w`*, ]{1,60}(\([^)]*\))?:\s", "", block)
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
