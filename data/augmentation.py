@@ -45,7 +45,7 @@ class Augmentation:
     >>> augmentation = Augmentation(random_resized_crop_scale=0.5, captions_per_image=1)
     >>> generator = augmentation.generator(epoch=0, row=3)
     >>> augmentation.augment_image(Image.new("RGB", (100, 80)), generator).size
-    (74, 77)
+    (64, 72)
     >>> augmentation.draw_text(["a dog", "a brown dog"], generator)
     {'captions': ['a brown dog']}
     ```

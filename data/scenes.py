@@ -1,15 +1,15 @@
-"""Scenes: drawn pictures that come with five captions each and with their own ground truth.
+"""Scenes: a data set of drawn pictures with five captions each, whose captions can be checked fact by fact.
 
-A picture shows one to three coloured shapes; a caption names each of them and says where they stand. Both are drawn
-from the same small description, a `Scene`, so that a caption can be checked *fact by fact*: `judge` reads a caption
-back with the very grammar that wrote it and says which of its statements hold. No string is ever compared with a
-reference: whichever sentence of the grammar a model chooses, it is right if what it states is true.
+A picture shows one to three coloured shapes. A caption names the shapes and says where they are. Both are generated
+from a small description, a `Scene`. [`judge`] parses a caption with the grammar that generated it, and checks every
+statement against the scene. Captions are never compared with reference strings: any sentence of the grammar is right if
+its statements are true.
 
-The validation split asks for more than memory. Six colour-shape pairs (`HELD_OUT`, a diagonal: one colour per shape)
-never occur in training, and *every* object of *every* validation picture is one of them. A model that gets these
-captions right has learned colour, shape, size and place as separate things.
+The validation split tests generalisation. Six pairs of a colour and a shape (`HELD_OUT`) never occur in training, and
+every object of every validation picture is one of them. A model that describes these pictures has learned colour,
+shape, size and position as separate concepts.
 
-Reading order: what there is -> how it is drawn -> how it is said -> how it is judged -> the data set.
+The sections of this file: objects and scenes, drawing, captions, judging, the data set.
 """
 
 import io
@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
-# ------------------------------------------------------------------------------------------------- what there is
+# --- Objects and scenes -----------------------------------------------------------------------------------------------
 
 COLOURS = {
     "red": (222, 45, 42),
@@ -40,20 +40,28 @@ COLOURS = {
     "turquoise": (50, 196, 200),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": 0.09, "large": 0.135}  # half the width of an object, as a share of the picture's side
+SIZES = {"small": 0.09, "large": 0.135}  # half the width of an object; all lengths are shares of the picture's side
 
-# Red circle, orange square, yellow triangle, green star, blue heart and purple cross.
+# Pairs for validation: red circle, orange square, yellow triangle, green star, blue heart and purple cross.
 HELD_OUT = tuple(zip(COLOURS, SHAPES, strict=False))
 SEEN = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
 
 OBJECTS_PER_PICTURE = {1: 0.35, 2: 0.5, 3: 0.15}
-CELLS = 3  # an object stands inside one cell of an invisible grid with so many rows and columns
-GAP = 0.01  # free space between neighbours, as a share of the side; the margins of the cells leave at least this
+CELLS = 3  # rows and columns of an invisible grid; an object lies inside one cell
+GAP = 0.01  # smallest space between neighbours, which the margins of the cells guarantee
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, and its centre in shares of the picture's side (x to the right, y downwards)."""
+    """Object of a scene.
+
+    Args:
+        shape: one of `SHAPES`.
+        colour: one of `COLOURS`.
+        size: one of `SIZES`.
+        x: horizontal position of its centre, from 0 (left) to 1 (right).
+        y: vertical position of its centre, from 0 (top) to 1 (bottom).
+    """
 
     shape: str
     colour: str
@@ -62,78 +70,97 @@ class Thing:
     y: float
 
     def stands(self, relation: str, other: "Thing") -> bool:
-        """Whether this object stands "left" or "right" of another, "above" or "below" it, with a clear gap between.
+        """Return whether this object is clearly left of, right of, above or below another one.
 
-        An object may well stand left of another and above it: then both are true.
+        Two relations can hold at once: an object can be left of another and above it.
+
+        Args:
+            relation: "left", "right", "above" or "below".
+            other: the other object.
         """
-        along = {
+        distances = {
             "left": other.x - self.x,
             "right": self.x - other.x,
             "above": other.y - self.y,
             "below": self.y - other.y,
         }
-        return along[relation] >= SIZES[self.size] + SIZES[other.size] + GAP
+        return distances[relation] >= SIZES[self.size] + SIZES[other.size] + GAP
 
 
-MIDDLE = Thing("", "", "small", 0.5, 0.5)  # of the picture, for saying on which side of it an object stands
+MIDDLE = Thing("", "", "small", 0.5, 0.5)  # middle of the picture, from which "on the left" is measured
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The ground truth of a picture. No two objects share both colour and shape, so a name points at one object.
+    """Ground truth of a picture. No two objects have the same colour and shape, so that a name identifies an object.
 
+    Example:
+
+    ```python
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
     >>> Scene.from_json(scene.to_json()) == scene
     True
+    ```
     """
 
     things: tuple[Thing, ...]
 
     def to_json(self) -> str:
+        """Return the scene as a JSON string."""
         return json.dumps([asdict(thing) for thing in self.things])
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
+        """Read a scene from a JSON string."""
         return cls(tuple(Thing(**thing) for thing in json.loads(text)))
 
 
 def make_scene(rng: random.Random, pairs: Iterable[tuple[str, str]]) -> Scene:
-    """Draw one to three different (colour, shape) pairs, no two of them in the same row or column of the grid.
+    """Return a random scene of one to three objects, no two of them in the same row or column of the grid.
 
+    Args:
+        rng: source of the random numbers.
+        pairs: the pairs of colour and shape to choose from.
+
+    Example:
+
+    ```python
     >>> scene = make_scene(random.Random(0), HELD_OUT)
     >>> all((thing.colour, thing.shape) in HELD_OUT for thing in scene.things)
     True
+    ```
     """
     count = rng.choices(list(OBJECTS_PER_PICTURE), list(OBJECTS_PER_PICTURE.values()))[0]
-    named = rng.sample(list(pairs), count)
+    drawn_pairs = rng.sample(list(pairs), count)
     columns, rows = (rng.sample(range(CELLS), count) for _ in "xy")
     things = []
-    for (colour, shape), column, row in zip(named, columns, rows, strict=True):
+    for (colour, shape), column, row in zip(drawn_pairs, columns, rows, strict=True):
         size = rng.choice(list(SIZES))
-        room = 0.48 / CELLS - SIZES[size]  # to either side of the middle of the cell, less a margin
+        room = 0.48 / CELLS - SIZES[size]  # from the middle of the cell to either side, less a margin
         x, y = (round((cell + 0.5) / CELLS + rng.uniform(-room, room), 3) for cell in (column, row))
         things.append(Thing(shape, colour, size, x, y))
     return Scene(tuple(things))
 
 
-# ------------------------------------------------------------------------------------------------- how it is drawn
+# --- Drawing ----------------------------------------------------------------------------------------------------------
 
 
 def _ring(count: int, *radii: float) -> list[tuple[float, float]]:
-    """`count` corners around the origin, the first one on top, taking turns with the radii."""
+    """Return `count` corners around the origin, the first one on top, with the radii in turn."""
     angles = [2 * math.pi * i / count for i in range(count)]
     return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
 
 
 def _heart(count: int = 40) -> list[tuple[float, float]]:
+    """Return the outline of a heart."""
     turns = [2 * math.pi * i / count for i in range(count)]
     height = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in turns]
     return [(math.sin(t) ** 3, -(h + 2.5) / 15.5) for t, h in zip(turns, height, strict=True)]
 
 
 _QUARTER_TURNS = ((1, 0), (0, 1), (-1, 0), (0, -1))
-_ARM = ((-0.34, -0.95), (0.34, -0.95), (0.34, -0.34))  # the end of one arm of the cross, and the notch after it
-# Outlines in a box from -1 to 1. The measures differ a little so that all shapes *look* equally large.
+_ARM = ((-0.34, -0.95), (0.34, -0.95), (0.34, -0.34))  # the end of one arm of the cross, and the notch behind it
+# Outlines in a box from -1 to 1. Their sizes differ a little, so that all shapes appear equally large.
 _OUTLINES = {
     "circle": _ring(48, 0.92),
     "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
@@ -142,14 +169,23 @@ _OUTLINES = {
     "heart": _heart(),
     "cross": [(u * cos - v * sin, u * sin + v * cos) for cos, sin in _QUARTER_TURNS for u, v in _ARM],
 }
-_OVERSAMPLING = 4  # PIL draws hard edges: draw larger, then average
+_OVERSAMPLING = 4  # PIL draws hard edges: draw a larger picture, then average
 
 
 def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
-    """Draw a scene on a light background. `rng` varies what no caption mentions: shades and a slight tilt.
+    """Draw a scene on a light background.
 
+    Args:
+        scene: the scene.
+        rng: source of the random shades and slight tilts, which captions do not mention.
+        image_size: side of the picture in pixels.
+
+    Example:
+
+    ```python
     >>> draw(make_scene(random.Random(0), SEEN), random.Random(0), image_size=48).size
     (48, 48)
+    ```
     """
     side = image_size * _OVERSAMPLING
     light = rng.randint(236, 250)
@@ -165,14 +201,17 @@ def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
     return picture.reduce(_OVERSAMPLING)
 
 
-# ------------------------------------------------------------------------------------------------- how it is said
+# --- Captions ---------------------------------------------------------------------------------------------------------
 
-# One table of phrases and one of sentence frames serve both writing and reading. A frame's slots are
-#   {a} {b} {c}   the objects; {the_a} names one again
-#   {of_ab}       where a stands, seen from b; {of_abc}: seen from b and from c, which must agree
-#   {its_ba}      the same with a pronoun: "with b to its right" says where b stands, seen from a
-#   {side_ab}     the same as a side of the picture; {side_a}: seen from the middle of the picture, written m
-#   {order_abc}   a before b before c in one direction
+# The same phrases and sentence frames serve to write captions and to read them. The slots of a frame are:
+#
+#   {a} {b} {c}   Objects, such as "a small red star".
+#   {the_a}       An object that has been named, such as "the red star".
+#   {of_ab}       Position of a relative to b. In {of_abc} it is the same relative to b and to c.
+#   {its_ba}      Position of b relative to a, with a pronoun: "with b to its right".
+#   {side_ab}     Position of a relative to b, as a side: "on the left".
+#   {side_a}      Position of a relative to the middle of the picture, which is written m.
+#   {order_abc}   Direction in which a comes before b, and b before c.
 _OPENERS = ("", "there is ", "the picture shows ", "we see ")
 _PHRASES = {
     "of": {"left": "left of", "right": "right of", "above": "above", "below": "below"},
@@ -209,57 +248,81 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def _stated(slot: str) -> list[tuple[str, str]]:
-    """The pairs whose common relation a slot states: of_abc -> ab, ac; order_abc -> ab, bc; side_a -> am."""
+    """Return the pairs of objects whose relation a slot states: `of_abc` -> ab, ac; `order_abc` -> ab, bc."""
     kind, names = slot.split("_")
     names = names if len(names) > 1 else names + "m"
     return list(pairwise(names)) if kind == "order" else [(names[0], name) for name in names[1:]]
 
 
 def write_scene_caption(scene: Scene, rng: random.Random) -> str:
-    """Say what a scene shows: every object with colour and shape, some with size, and at least one relation.
+    """Return a random caption that names every object of a scene and, if there are several, at least one relation.
 
+    Args:
+        scene: the scene.
+        rng: source of the random numbers.
+
+    Example:
+
+    ```python
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
     >>> judge(write_scene_caption(scene, random.Random(0)), scene).right
     True
+    ```
     """
-    # People go through a picture from left to right; what they say about it may be about left and right or up and down.
-    named = dict(zip("abc", sorted(scene.things, key=lambda thing: thing.x), strict=False))
-    places = named | {"m": MIDDLE}
-    while True:  # not every frame fits every scene: then draw again
+    # People describe pictures from left to right, whether they talk about left and right or about top and bottom.
+    things = dict(zip("abc", sorted(scene.things, key=lambda thing: thing.x), strict=False))
+    while True:  # a frame does not fit every scene: then draw another one
         relations = rng.choice([("left", "right"), ("above", "below")])
-        frame = rng.choice(_FRAMES[len(named)])
-        words = {"open": rng.choice(_OPENERS)}
-        for name, thing in named.items():
-            size = f"{thing.size} " if rng.random() < 0.6 else ""
-            article = "an" if (size + thing.colour)[0] in "aeiou" else "a"
-            words[name] = f"{article} {size}{thing.colour} {thing.shape}"
-            words[f"the_{name}"] = f"the {thing.colour} {thing.shape}"
-        slots = _SLOT.findall(frame)
-        for slot in (slot for slot in slots if slot not in words):
-            phrases = _PHRASES[slot.split("_")[0]]
-            for relation in relations:
-                if relation in phrases and all(
-                    places[one].stands(relation, places[other]) for one, other in _stated(slot)
-                ):
-                    words[slot] = phrases[relation]
-        if all(slot in words for slot in slots):
-            return frame.format(**words)
+        frame = rng.choice(_FRAMES[len(things)])
+        texts = {"open": rng.choice(_OPENERS), **_name_things(things, rng)}
+        texts |= _phrase_relations(frame, things, relations)
+        if all(slot in texts for slot in _SLOT.findall(frame)):
+            return frame.format(**texts)
+
+
+def _name_things(things: dict[str, Thing], rng: random.Random) -> dict[str, str]:
+    """Return the texts of the slots that name objects. Some names mention the size."""
+    texts = {}
+    for name, thing in things.items():
+        size = f"{thing.size} " if rng.random() < 0.6 else ""
+        article = "an" if (size + thing.colour)[0] in "aeiou" else "a"
+        texts[name] = f"{article} {size}{thing.colour} {thing.shape}"
+        texts[f"the_{name}"] = f"the {thing.colour} {thing.shape}"
+    return texts
+
+
+def _phrase_relations(frame: str, things: dict[str, Thing], relations: tuple[str, str]) -> dict[str, str]:
+    """Return the texts of the slots that state relations, as far as one of the two relations holds."""
+    places = things | {"m": MIDDLE}
+    texts = {}
+    for slot in _SLOT.findall(frame):
+        phrases = _PHRASES.get(slot.split("_")[0], {})
+        for relation in relations:
+            if relation in phrases and all(places[one].stands(relation, places[two]) for one, two in _stated(slot)):
+                texts[slot] = phrases[relation]
+    return texts
 
 
 def write_scene_captions(scene: Scene, rng: random.Random, count: int = 5) -> list[str]:
-    """`count` different captions of one scene."""
-    captions: dict[str, None] = {}  # a set that keeps its order
+    """Return `count` different captions of a scene."""
+    captions: dict[str, None] = {}  # an ordered set
     while len(captions) < count:
         captions[write_scene_caption(scene, rng)] = None
     return list(captions)
 
 
-# ------------------------------------------------------------------------------------------------- how it is judged
+# --- Judging ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement of a caption. `kind` is "object", "size" or "relation", or "form" where nothing could be read."""
+    """Statement of a caption.
+
+    Args:
+        kind: "object", "size" or "relation"; "form" for a caption outside the grammar.
+        text: the statement.
+        right: whether it is true.
+    """
 
     kind: str
     text: str
@@ -268,28 +331,35 @@ class Fact:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All statements of a caption; `complete` where they name every object of the scene."""
+    """All statements of a caption.
+
+    Args:
+        facts: the statements.
+        complete: whether they name every object of the scene.
+    """
 
     facts: tuple[Fact, ...]
     complete: bool
 
     @property
     def right(self) -> bool:
+        """`True` if all statements are true."""
         return all(fact.right for fact in self.facts)
 
     @property
     def wrong_facts(self) -> tuple[Fact, ...]:
+        """Statements that are not true."""
         return tuple(fact for fact in self.facts if not fact.right)
 
 
 def _reader(frame: str) -> re.Pattern[str]:
-    """The frame as a regular expression with one named group per stated fact."""
+    """Return a frame as a regular expression, with a named group for every statement."""
 
     def pattern(match: re.Match[str]) -> str:
         slot = match[1]
         if slot == "open":
             return f"(?:{'|'.join(_OPENERS)})"
-        if slot.startswith("the_"):  # has to repeat the name given before
+        if slot.startswith("the_"):  # must repeat the name of the object
             return f"the (?P={slot[-1]}_colour) (?P={slot[-1]}_shape)"
         if len(slot) == 1:
             kinds = (("size", SIZES), ("colour", COLOURS), ("shape", SHAPES))
@@ -304,54 +374,76 @@ _READERS = tuple((frame, _reader(frame)) for frames in _FRAMES.values() for fram
 
 
 def judge(caption: str, scene: Scene) -> Verdict:
-    """Read a caption and check each of its statements against the scene. Case and punctuation do not matter.
+    """Parse a caption and check each of its statements against a scene. Case and punctuation are ignored.
 
-    Objects are matched one to one: naming the same object twice is wrong, and so is any relation of an object that is
-    not there. A caption outside the grammar is wrong as a whole, with the single fact `Fact("form", caption, False)`.
+    Objects are matched one to one. Naming an object twice is wrong, and so is every relation of an object that does not
+    exist. A caption outside the grammar is wrong as a whole: its only fact is `Fact("form", caption, False)`.
 
+    Args:
+        caption: the caption.
+        scene: the ground truth.
+
+    Example:
+
+    ```python
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
     >>> judge("A red star left of a large blue heart.", scene).right
     True
     >>> judge("a red star above a large blue heart", scene).wrong_facts
     (Fact(kind='relation', text='red star above blue heart', right=False),)
+    ```
     """
     text = " ".join(re.sub("[^a-z]", " ", caption.lower()).split())
-    frame, match = next(((frame, found) for frame, reader in _READERS if (found := reader.fullmatch(text))), ("", None))
+    matches = ((frame, reader.fullmatch(text)) for frame, reader in _READERS)
+    frame, match = next(((frame, match) for frame, match in matches if match is not None), ("", None))
     if match is None:
         return Verdict((Fact("form", caption, False),), complete=False)
 
-    said, slots = match.groupdict(), _SLOT.findall(frame)
+    slots = _SLOT.findall(frame)
     unnamed = {(thing.colour, thing.shape): thing for thing in scene.things}
     facts: list[Fact] = []
-    found: dict[str, Thing | None] = {"m": MIDDLE}
+    named: dict[str, Thing | None] = {"m": MIDDLE}
     names = {"m": "the middle"}
     for slot in (slot for slot in slots if len(slot) == 1):
-        colour, shape, size = said[f"{slot}_colour"], said[f"{slot}_shape"], said[f"{slot}_size"]
+        colour, shape, size = match[f"{slot}_colour"], match[f"{slot}_shape"], match[f"{slot}_size"]
         names[slot] = f"{colour} {shape}"
-        found[slot] = thing = unnamed.pop((colour, shape), None)
+        thing = named[slot] = unnamed.pop((colour, shape), None)
         facts.append(Fact("object", names[slot], thing is not None))
         if size is not None:
             facts.append(Fact("size", f"{size} {names[slot]}", thing is not None and thing.size == size))
     for slot in (slot for slot in slots if slot.split("_")[0] in _PHRASES):
-        relation = next(r for r, phrase in _PHRASES[slot.split("_")[0]].items() if phrase == said[slot])
+        phrases = _PHRASES[slot.split("_")[0]]
+        relation = next(relation for relation, phrase in phrases.items() if phrase == match[slot])
         for one, other in _stated(slot):
-            a, b = found[one], found[other]
-            right = a is not None and b is not None and a.stands(relation, b)
+            first, second = named[one], named[other]
+            right = first is not None and second is not None and first.stands(relation, second)
             facts.append(Fact("relation", f"{names[one]} {relation} {names[other]}", right))
     return Verdict(tuple(facts), complete=not unnamed)
 
 
 def score_facts(captions: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float]:
-    """Score one caption per scene; all values are shares of captions between 0 and 1.
+    """Score one caption for each scene.
 
-    - `facts`: every stated fact is right. The number to quote;
-    - `complete`: every stated fact is right *and* no object is left out;
-    - `objects`: every named object is there in that colour and shape (and size, where stated);
-    - `relations`: at least one relation is stated and all hold, counted over the scenes with two or more objects.
+    Args:
+        captions: the captions.
+        scenes: the ground truth of each caption.
 
+    Returns:
+        Shares of the captions, between 0 and 1:
+
+        - `facts`: all statements are right. This is the main score.
+        - `complete`: all statements are right, and no object is left out.
+        - `objects`: all named objects exist in that colour and shape, and in that size if it is stated.
+        - `relations`: at least one relation is stated, and all stated relations hold. Only scenes with two or more
+          objects count.
+
+    Example:
+
+    ```python
     >>> scene = Scene((Thing("star", "red", "small", 0.2, 0.5), Thing("heart", "blue", "large", 0.7, 0.5)))
     >>> score_facts(["a red star above a blue heart"], [scene])
     {'facts': 0.0, 'complete': 0.0, 'objects': 1.0, 'relations': 0.0}
+    ```
     """
     scenes = list(scenes)
     verdicts = [judge(caption, scene) for caption, scene in zip(captions, scenes, strict=True)]
@@ -372,33 +464,50 @@ def score_facts(captions: Iterable[str], scenes: Iterable[Scene]) -> dict[str, f
     }
 
 
-# ------------------------------------------------------------------------------------------------- the data set
+# --- The data set -----------------------------------------------------------------------------------------------------
 
 
 def load_scenes(num_train: int, num_validation: int, image_size: int = 48, seed: int = 0) -> DatasetDict:
-    """Draw the data set: `train` has seen pairs only, `validation` held-out pairs only.
+    """Draw the data set. Its split "train" has seen pairs only, and its split "validation" held-out pairs only.
 
-    Columns: `image` (PIL, RGB), `caption` (five strings), `scene` (the ground truth; read with `Scene.from_json`).
-    Each picture has its own random generator, so a larger data set starts with the smaller one, on every machine.
+    Each picture has its own random generator. A larger data set therefore begins with the smaller one, on every
+    machine.
 
+    Args:
+        num_train: number of pictures in "train".
+        num_validation: number of pictures in "validation".
+        image_size: side of the pictures in pixels.
+        seed: random seed.
+
+    Returns:
+        Rows with the columns `image` (PIL, RGB), `caption` (five strings) and `scene` (the ground truth, for
+        [`Scene.from_json`]).
+
+    Example:
+
+    ```python
     >>> data = load_scenes(num_train=2, num_validation=1)
     >>> data["train"][0]["image"].size, len(data["train"][0]["caption"])
     ((48, 48), 5)
+    ```
     """
     features = Features({"image": Image(), "caption": List(Value("string")), "scene": Value("string")})
-
-    def split(name: str, count: int, pairs: tuple[tuple[str, str], ...]) -> Dataset:
-        columns: dict[str, list] = {column: [] for column in features}
-        for index in range(count):
-            rng = random.Random(f"{seed} {name} {index}")
-            scene, file = make_scene(rng, pairs), io.BytesIO()
-            draw(scene, rng, image_size).save(file, format="PNG", compress_level=1)
-            columns["image"].append({"bytes": file.getvalue(), "path": None})
-            columns["caption"].append(write_scene_captions(scene, rng))
-            columns["scene"].append(scene.to_json())
-        return Dataset.from_dict(columns, features=features)
-
     return DatasetDict(
-        train=split("train", num_train, SEEN),
-        validation=split("validation", num_validation, HELD_OUT),
+        train=_draw_split("train", num_train, SEEN, image_size, seed, features),
+        validation=_draw_split("validation", num_validation, HELD_OUT, image_size, seed, features),
     )
+
+
+def _draw_split(
+    name: str, count: int, pairs: tuple[tuple[str, str], ...], image_size: int, seed: int, features: Features
+) -> Dataset:
+    """Draw the pictures of a split, and write their captions."""
+    columns: dict[str, list] = {column: [] for column in features}
+    for index in range(count):
+        rng = random.Random(f"{seed} {name} {index}")
+        scene, file = make_scene(rng, pairs), io.BytesIO()
+        draw(scene, rng, image_size).save(file, format="PNG", compress_level=1)
+        columns["image"].append({"bytes": file.getvalue(), "path": None})
+        columns["caption"].append(write_scene_captions(scene, rng))
+        columns["scene"].append(scene.to_json())
+    return Dataset.from_dict(columns, features=features)
