@@ -34,7 +34,7 @@ CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers that hold
 MAX_LAYERS = 1000
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a module is
+# Properties of a module
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +341,7 @@ def weight_files(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     """Return the paths of the safetensors files of a folder or Hub repository, sharded or not.
 
     Raises:
-        OSError: if there are none, or if the index is damaged or names files outside its folder.
+        OSError: if no file exists, or if the index is damaged or names files outside its folder.
     """
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if index is None:

@@ -1,12 +1,13 @@
-"""What a captioner is made of: the Q-Former's sizes, and the two backbones on either side of it.
+"""Configurations of a Q-Former and of a captioner.
 
-Field names follow transformers' `Blip2QFormerConfig` and `Blip2Config`, so that what is known about one carries over
-to the other. Both classes are plain transformers configurations: keyword-only, checked for their types, JSON on disk.
+Fields are named as in transformers' `Blip2QFormerConfig` and `Blip2Config` wherever they mean the same. Both classes
+are ordinary transformers configurations: keyword arguments with checked types, saved as JSON.
 """
 
 import difflib
 import os
 from dataclasses import fields
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
@@ -17,44 +18,44 @@ from transformers.configuration_utils import SubConfigSpec
 
 @strict
 class QFormerConfig(PreTrainedConfig):
-    r"""Sizes of a Q-Former (BLIP-2, arXiv 2301.12597). The defaults are BLIP-2's: BERT-base with 32 queries.
+    r"""Configuration of a [`QFormerModel`] (BLIP-2, arXiv 2301.12597). By default it is BLIP-2's: BERT-base, 32 queries.
 
     Args:
         num_query_tokens (`int`, *optional*, defaults to 32):
-            Learned queries, and so the length of the soft prompt that the language model reads.
+            Number of learned query tokens, which is the length of the soft prompt.
         hidden_size (`int`, *optional*, defaults to 768):
-            Width of the queries. Must be a multiple of `num_attention_heads`.
+            Width of the hidden states. Must be a multiple of `num_attention_heads`.
         num_hidden_layers (`int`, *optional*, defaults to 12):
-            Transformer layers.
+            Number of transformer layers.
         num_attention_heads (`int`, *optional*, defaults to 12):
-            Attention heads of a layer.
+            Number of attention heads in each layer.
         intermediate_size (`int`, *optional*, defaults to 3072):
-            Width of the feed-forward part.
+            Width of the feed-forward layers.
         cross_attention_frequency (`int`, *optional*, defaults to 2):
-            Every how many layers the queries look at the image, beginning with the first.
+            Add cross-attention to the image features in every n-th layer, beginning with the first.
         encoder_hidden_size (`int`, *optional*, defaults to 1408):
-            Width of the image features. A captioner fills it in from its vision encoder.
+            Width of the image features. A captioner sets it to the width of its vision encoder.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the feed-forward part.
+            Activation of the feed-forward layers.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout behind the queries and behind every sub-layer.
+            Dropout after the embeddings and after each sub-layer.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout on the attention weights.
+            Dropout of the attention weights.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of fresh weights, the queries' included.
+            Standard deviation of random weights, including the query tokens.
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
             Epsilon of the layer norms.
         use_qformer_text_input (`bool`, *optional*, defaults to `False`):
-            Let the Q-Former read the prompt beside the image, as InstructBLIP's does (arXiv 2305.06500): words join the
-            queries' self-attention and have a feed-forward part of their own; only queries look at the image.
+            Let the Q-Former read the prompt, as InstructBLIP's does (arXiv 2305.06500). Prompt tokens join the
+            self-attention of the queries and have their own feed-forward layers. Only queries attend to the image.
         vocab_size (`int`, *optional*, defaults to 30522):
-            Words of the Q-Former's own tokenizer (BERT's), where it reads text.
+            Vocabulary size of the Q-Former's tokenizer (BERT's), for `use_qformer_text_input`.
         max_position_embeddings (`int`, *optional*, defaults to 512):
-            The longest text that it reads, in tokens.
+            Maximum length of a prompt in tokens, for `use_qformer_text_input`.
 
     Raises:
-        StrictDataclassClassValidationError: if a size is not positive or `hidden_size` is no multiple of
-            `num_attention_heads`. transformers wraps our `ValueError` so.
+        StrictDataclassClassValidationError: if a size is not positive, or if `hidden_size` is not a multiple of
+            `num_attention_heads`. It is how transformers wraps a `ValueError`.
 
     Example:
 
@@ -86,27 +87,35 @@ class QFormerConfig(PreTrainedConfig):
 
     @classmethod
     def field_names(cls) -> set[str]:
-        """The fields above, without those that every configuration has."""
+        """Return the names of the fields above, without those that every configuration has."""
         return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
 
     @classmethod
-    def from_fields(cls, **sizes) -> "QFormerConfig":
-        """As the constructor, but a keyword that is no field above is an error and not kept as an extra.
+    def from_fields(cls, **values: Any) -> "QFormerConfig":
+        """Create a configuration and refuse unknown keywords, which the constructor would keep as extra attributes.
 
         Raises:
-            TypeError: for an unknown field; the message has the nearest one there is.
+            TypeError: if a keyword is not a field; the message names the nearest field.
+
+        Example:
+
+        ```python
+        >>> QFormerConfig.from_fields(num_query_token=16)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: 'num_query_token' is not a field of QFormerConfig: did you mean 'num_query_tokens'?
+        ```
         """
         known = cls.field_names()
-        for name in set(sizes) - known:
+        for name in set(values) - known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(sorted(known))}."
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the fields are {', '.join(sorted(known))}."
             raise TypeError(f"{name!r} is not a field of QFormerConfig: {hint}")
-        # JSON and YAML write a share of 0 without a point.
-        shares = {name: float(size) for name, size in sizes.items() if type(getattr(cls, name)) is float}
-        return cls(**{**sizes, **shares})
+        # JSON and YAML write a probability of 0 without a decimal point.
+        floats = {name: float(value) for name, value in values.items() if type(getattr(cls, name)) is float}
+        return cls(**{**values, **floats})
 
     def validate_architecture(self) -> None:
-        """Called by transformers on construction and on save."""
+        """Check the sizes. transformers calls this method on construction and on saving."""
         for field in (
             "num_query_tokens",
             "hidden_size",
@@ -127,30 +136,32 @@ class QFormerConfig(PreTrainedConfig):
 
 @strict
 class QFormerCaptionerConfig(PreTrainedConfig):
-    r"""A vision encoder, a Q-Former and a language model, and where the two backbones came from.
+    r"""Configuration of a [`QFormerCaptioner`]: its three models, and where its two backbones came from.
 
     Args:
-        vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any vision encoder that `AutoModel` builds and whose output is `[batch, tokens, hidden_size]`. Of a
-            two-tower configuration (CLIP, SigLIP) the vision tower is taken. Defaults to CLIP ViT-B/32.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
+            Configuration of a vision encoder that `AutoModel` can build, with an output of shape `[B, N, hidden_size]`.
+            For a two-tower model (CLIP, SigLIP) it is the configuration of the vision tower.
         qformer_config (`dict` or [`QFormerConfig`], *optional*):
-            The Q-Former. Its `encoder_hidden_size` is set to the vision encoder's width.
-        text_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any language model of `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`. Defaults to T5-small.
+            Configuration of the Q-Former. Its `encoder_hidden_size` is set to the width of the vision encoder.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to T5-small):
+            Configuration of a language model that `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` can build.
         vision_model_name_or_path, language_model_name_or_path (`str`, *optional*):
-            Hub id or folder that a backbone was loaded from; `None` for one that was trained from scratch.
+            Hub id or folder that the backbone was loaded from. `None` if it was trained from scratch.
         vision_model_revision, language_model_revision (`str`, *optional*):
-            Commit of the Hub repository it was loaded from.
+            Commit of the Hub repository that the backbone was loaded from.
         freeze_vision_model, freeze_language_model (`bool`, *optional*, defaults to `False`):
-            A frozen backbone has no gradients and stays in evaluation mode whenever the captioner trains.
+            Whether the backbone is frozen. A frozen backbone receives no gradients and stays in evaluation mode.
         projection_per_query (`bool`, *optional*, defaults to `False`):
-            Whether each query has a projection of its own into the language model, instead of one for all as in BLIP-2.
+            Whether each query has its own projection into the language model. BLIP-2 has one projection for all.
         referenced_backbones (`list[str]`, *optional*):
-            The parts, of `"vision_model"` and `"language_model"`, whose weights are not in the folder beside this
-            configuration but are fetched from `..._name_or_path`. Written by `save_pretrained`.
+            Backbones kept by reference, of `"vision_model"` and `"language_model"`: the folder of this configuration
+            does not hold their weights. Written by `save_pretrained`.
         dtypes (`dict[str, str]`, *optional*):
-            The dtype that each part was saved in, such as `{"qformer": "float32", "language_model": "bfloat16"}`.
-            Written by `save_pretrained`, since transformers itself keeps one dtype per model.
+            Dtype of each part, such as `{"qformer": "float32", "language_model": "bfloat16"}`. Written by
+            `save_pretrained`, because transformers itself saves one dtype for the whole model.
+        pad_token_id (`int`, *optional*):
+            Padding token of generated captions. Defaults to the language model's.
 
     Example:
 
@@ -164,7 +175,7 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     """
 
     model_type = "qformer_captioner"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "qformer_config": QFormerConfig,
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="t5"),
@@ -185,16 +196,16 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)  # turns the dicts into configurations
-        if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: two towers, of which we need one
+        super().__post_init__(**kwargs)  # turns dictionaries into configurations
+        if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: keep the vision tower alone
             self.vision_config = self.vision_config.vision_config
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
         if self.pad_token_id is None:  # the Trainer pads gathered captions with it
             self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
         if getattr(self, "auto_map", None) is None:
-            # One class may register itself for one Auto class only. The rest must stand here, so that a folder of ours
-            # opens with each of them in a process that does not have this package.
+            # A class can register itself for a single Auto class. This map lets folders open with all four in a process
+            # that does not have this package.
             self.auto_map = {
                 "AutoConfig": "configuration_qformer.QFormerCaptionerConfig",
                 "AutoModel": "modeling_qformer.QFormerCaptioner",
@@ -207,7 +218,16 @@ QFormerCaptionerConfig.register_for_auto_class()
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether others can fetch it by this name: a Hub id, and no file or folder of this machine."""
+    """Return True if a name is a valid Hub id and not a local file or folder.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner.configuration_qformer import is_hub_id
+    >>> is_hub_id("openai-community/gpt2"), is_hub_id("/data/gpt2")
+    (True, False)
+    ```
+    """
     if name is None or os.path.exists(name):
         return False
     try:
@@ -217,20 +237,29 @@ def is_hub_id(name: str | None) -> bool:
     return True
 
 
-def without_local_paths(config: dict) -> dict:
-    """A configuration as JSON has it, but with no file or folder of this machine in it: to publish."""
-    kept = {}
+def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a JSON configuration, ready to publish, without local paths and their revisions.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner.configuration_qformer import without_local_paths
+    >>> without_local_paths({"vision_model_name_or_path": "/home/me/clip", "dtype": "float32"})
+    {'vision_model_name_or_path': None, 'dtype': 'float32'}
+    ```
+    """
+    published: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             value = without_local_paths(value)
         elif isinstance(value, str) and key.endswith("name_or_path") and not is_hub_id(value):
             value = "" if key.startswith("_") else None
-        kept[key] = value
+        published[key] = value
     for key in config:
-        named = f"{key.removesuffix('_revision')}_name_or_path"
-        if key.endswith("_revision") and named in kept and kept[named] is None:
-            kept[key] = None
-    return kept
+        name_key = f"{key.removesuffix('_revision')}_name_or_path"
+        if key.endswith("_revision") and name_key in published and published[name_key] is None:
+            published[key] = None
+    return published
 
 
 __all__ = ["QFormerCaptionerConfig", "QFormerConfig"]

@@ -1,7 +1,7 @@
-"""Images and prompts into tensors, captions into labels, tokens back into text.
+"""Inputs and outputs of a captioner: images to pixel values, prompts and captions to tokens, tokens to text.
 
-A `QFormerCaptionerProcessor` is an image processor (the vision encoder's) and a tokenizer (the language model's) in one
-folder. The language model learns no `<image>` token: the model puts its queries in front of the prompt by itself.
+A `QFormerCaptionerProcessor` joins the image processor of the vision encoder and the tokenizer of the language model.
+The language model needs no `<image>` token: the model puts the soft prompt in front of the embedded prompt.
 """
 
 import base64
@@ -9,19 +9,26 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs
-from transformers.utils import PROCESSOR_NAME
+from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
-QFORMER_TOKENIZER = "qformer_tokenizer"
+QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 ImageInput = str | os.PathLike | Image.Image
+
+# Chat messages become their plain text: the language model is prompted to caption, not to converse.
+PLAIN_TEXT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 CARD = """---
 {{ card_data }}
@@ -29,8 +36,8 @@ CARD = """---
 
 # {{ name }}
 
-A captioner of images: a Q-Former reads what a vision encoder sees and hands a language model a short soft prompt.
-Made with the package qformer-captioner.
+An image captioning model: a Q-Former turns the features of a vision encoder into a short soft prompt, which a language
+model reads. It was made with the package qformer-captioner.
 
 ```python
 from transformers import AutoModel
@@ -43,60 +50,94 @@ print(model.caption("image.png"))
 The code is under Apache-2.0; weights follow the terms of the models and data that they come from.
 """
 
-# Images come from strangers. Pillow opens many more kinds of files, some by running what is in them (PostScript).
+# Images may come from anybody. Pillow opens many more formats, and runs the code inside some of them (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-MAX_PIXELS = 2**27  # half a gigabyte in memory; cameras of 100 megapixels take fewer
-MAX_ASPECT_RATIO = 200  # of one pixel times thousands, an image processor makes a shorter side of 224 and gigabytes
-MAX_BYTES = 2**28  # of an image that is fetched
+MAX_PIXELS = 2**27  # half a gigabyte in memory; cameras with 100 megapixels need less.
+MAX_ASPECT_RATIO = 200  # a 1 x 10,000 image needs gigabytes once its shorter side has 224 pixels.
+MAX_BYTES = 2**28  # size limit of a downloaded image.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def open_image(image: ImageInput | bytes, name: str | None = None) -> Image.Image:
-    """Open a path or URL, the bytes of a file, or take a PIL image, as upright RGB.
+    """Open an image as upright RGB. A decoded PIL image that is upright RGB already is returned as it is.
 
     Args:
-        image: what to open.
-        name: what to call it in messages; by default its own name, where it has one.
+        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path, URL (`http`, `https` or `data`), content of a
+            file, or PIL image.
+        name (`str`, *optional*): name of the image in error messages. Defaults to its path or URL, if it has one.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: if it is not an image, a damaged one, or one of absurd size; the message names it.
+        FileNotFoundError: if the file does not exist.
+        OSError: if the image is damaged, too large, or not in one of the formats that are read; the message names it.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from qformer_captioner.processing_qformer import open_image
+    >>> open_image(Image.new("L", (4, 3))).mode
+    'RGB'
+    ```
     """
     if name is None and isinstance(image, (str, os.PathLike)):
         name = os.fspath(image)
     name = (name or getattr(image, "filename", "") or "without a name")[:200]
+    if is_local_path(image) and not os.path.isfile(image):  # opening a pipe would block
+        raise FileNotFoundError(f"There is no image file {name!r}. Check the path.")
     try:
-        if isinstance(image, str) and image.startswith(("http:", "https:")):
-            image = fetch(image)
-        elif isinstance(image, str) and image.startswith("data:"):
-            image = base64.b64decode(image.partition(",")[2])
-        elif isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):  # a pipe would keep us waiting
-            raise FileNotFoundError(f"There is no image file {name!r}.")
         if isinstance(image, Image.Image):
             return as_upright_rgb(image)
         Image.init()
-        formats = [each for each in FORMATS if each in Image.OPEN]  # Pillow may be built without some
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=formats) as opened:
+        formats = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow may be built without some of them
+        with Image.open(image_file(image), formats=formats) as opened:
             return as_upright_rgb(opened)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow raises a dozen kinds: truncated, unidentified, decompression bomb, bad EXIF ...
-        reason = "unknown kind of file" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
-        raise OSError(f"The image {name!r} cannot be read, it may be damaged or no image at all ({reason}).") from error
+    except Exception as error:  # Pillow raises many types: truncated, unidentified, decompression bomb, bad EXIF ...
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
+        raise OSError(
+            f"The image {name!r} cannot be read, it may be damaged or not an image at all ({reason})."
+        ) from error
+
+
+def is_local_path(image: ImageInput | bytes) -> TypeGuard[str | os.PathLike]:
+    """Return True for a path, in contrast to a URL, the content of a file, or a PIL image."""
+    return isinstance(image, os.PathLike) or (
+        isinstance(image, str) and not image.startswith(("http:", "https:", "data:"))
+    )
+
+
+def image_file(image: str | os.PathLike | bytes) -> str | os.PathLike | io.BytesIO:
+    """Return what Pillow opens: the path, or a file in memory with the content of a URL or bytes."""
+    if isinstance(image, str) and image.startswith(("http:", "https:")):
+        image = fetch(image)
+    elif isinstance(image, str) and image.startswith("data:"):
+        image = base64.b64decode(image.partition(",")[2])
+    return io.BytesIO(image) if isinstance(image, bytes) else image
 
 
 def as_upright_rgb(image: Image.Image) -> Image.Image:
-    """Refuse what would fill the memory before a pixel of it is read, or when an image processor enlarges it."""
+    """Convert an image to RGB and apply its EXIF orientation, unless it is decoded upright RGB already.
+
+    Raises:
+        ValueError: if its size would exhaust the memory, here or when an image processor resizes the shorter side.
+    """
     longer, shorter = max(image.size), min(image.size)
     if longer * shorter > MAX_PIXELS or longer > MAX_ASPECT_RATIO * shorter:
         raise ValueError(
-            f"{image.width} x {image.height} pixels; the most are {MAX_PIXELS:,}, and a longer side of "
-            f"{MAX_ASPECT_RATIO} times the shorter"
+            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} pixels and an aspect ratio of "
+            f"{MAX_ASPECT_RATIO} are allowed"
         )
+    # A training image comes from the data set upright. Other classes, such as `JpegImageFile`, decode their file late.
+    is_decoded_rgb = type(image) is Image.Image and image.mode == "RGB"
+    if is_decoded_rgb and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def fetch(url: str) -> bytes:
-    """The content of a URL.
+    """Download the content of a URL.
 
     Raises:
         ValueError: if it is too large for an image.
@@ -111,13 +152,32 @@ def fetch(url: str) -> bytes:
     return bytes(content)
 
 
+def flatten_images(images: Any) -> list[ImageInput]:
+    """Return one flat list: pipelines pass the images of chat messages as nested lists."""
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [image for entry in images for image in flatten_images(entry)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The processor
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def load_qformer_tokenizer(
     name: str | os.PathLike | None, qformer: str | os.PathLike | None, revision: str | None, vocab_size: int
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Q-Former that reads text: the one named, else the one that came with it, else BERT's.
+    """Load the tokenizer of a Q-Former that reads the prompt.
+
+    Args:
+        name (`str`, *optional*): Hub id or folder of the tokenizer.
+        qformer (`str`, *optional*): Hub id or folder of the pretrained Q-Former, whose tokenizer is the default.
+            Without it the default is the tokenizer of BERT-base.
+        revision (`str`, *optional*): branch, tag or commit of `qformer`.
+        vocab_size (`int`): vocabulary of the Q-Former, in tokens.
 
     Raises:
-        OSError: if it cannot be fetched, or has another vocabulary than the Q-Former; the message names it.
+        OSError: if the tokenizer cannot be fetched or has another vocabulary than the Q-Former; the message names it.
     """
     subfolder = ""
     if name is None and qformer is not None:
@@ -128,9 +188,12 @@ def load_qformer_tokenizer(
         name, revision = name or "google-bert/bert-base-uncased", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder, trust_remote_code=False)
-        # Where its files are missing, transformers makes up one of a handful of words, and says nothing.
+        # If its files are missing, transformers silently makes a tokenizer of a handful of tokens.
         if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
-            raise ValueError(f"it knows {len(tokenizer)} words, pads with {tokenizer.pad_token}; needed: {vocab_size}")
+            raise ValueError(
+                f"it has {len(tokenizer)} tokens and pads with {tokenizer.pad_token}; the Q-Former has {vocab_size} "
+                "tokens and needs a padding token"
+            )
         return tokenizer
     except (OSError, ValueError) as error:
         raise OSError(
@@ -139,10 +202,14 @@ def load_qformer_tokenizer(
         ) from error
 
 
-class PushWithCard:
-    """A repository that has no card yet gets one from `push_to_hub` that says how to use it, and no form to fill in."""
+class PushWithCard(PushToHubMixin):
+    """Mixin whose `push_to_hub` writes a model card that shows how to use the repository.
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+    transformers creates a card with empty sections, "[More Information Needed]", for every new repository. Its
+    `push_to_hub` has no argument for another card, so the mixin replaces that one before the upload.
+    """
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         card = os.path.join(working_dir, "README.md")
         if os.path.exists(card) and "[More Information Needed]" in ModelCard.load(card).text:
             data = ModelCardData(
@@ -156,23 +223,29 @@ class PushWithCard:
 
 
 class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
-    r"""Prepares what a [`QFormerCaptioner`] reads and reads what it writes.
+    r"""Processor that prepares the inputs of a [`QFormerCaptioner`] and decodes its captions.
+
+    A Q-Former that also reads the prompt (InstructBLIP, arXiv 2305.06500) has its own tokenizer:
+    `processor.qformer_tokenizer`.
 
     Args:
-        image_processor: of the vision encoder.
-        tokenizer: of the language model. One without a padding token pads with its end-of-sequence token; that is safe,
-            since padding is told from text by masks and never by its id.
-        prompt (`str`, defaults to `""`): text between the image and the caption, where a call gives none.
-        language_chat_template (`str`, *optional*): of the language model; by default the tokenizer's.
-        is_encoder_decoder (`bool`, defaults to `False`): whether the language model is one. Its captions get the
-            tokenizer's own special tokens; those of a decoder-only model only an end-of-sequence.
-
-    A Q-Former that reads the prompt, too, has a tokenizer of its own: `processor.qformer_tokenizer`.
+        image_processor: image processor of the vision encoder.
+        tokenizer: tokenizer of the language model. Without a padding token it pads with the end-of-sequence token,
+            because attention masks tell padding from text.
+        chat_template (`str`, *optional*): template of `apply_chat_template`; by default the plain text of the messages.
+        prompt (`str`, defaults to `""`): default text between the image and the caption.
+        is_encoder_decoder (`bool`, defaults to `False`): whether the language model is an encoder-decoder. Its prompts
+            are padded on the right, and its captions get the special tokens of the tokenizer. Prompts of a decoder-only
+            model are padded on the left, and its captions only get the end-of-sequence token.
+        language_chat_template (`str`, *optional*): chat template of the language model for
+            [`~QFormerCaptionerProcessor.as_chat`]; defaults to the tokenizer's.
 
     Example:
 
     ```python
-    >>> processor = QFormerCaptionerProcessor.from_backbones("facebook/dinov2-small", "openai-community/gpt2")
+    >>> processor = QFormerCaptionerProcessor.from_backbones(
+    ...     "facebook/dinov2-small", "openai-community/gpt2"
+    ... )  # doctest: +SKIP
     >>> batch = processor(images=["dog.jpg", "cat.jpg"], text="A photo of")  # doctest: +SKIP
     >>> batch.pixel_values.shape, batch.input_ids.shape  # doctest: +SKIP
     (torch.Size([2, 3, 224, 224]), torch.Size([2, 3]))
@@ -181,39 +254,39 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
     def __init__(
         self,
-        image_processor,
-        tokenizer,
-        chat_template=None,
-        prompt="",
-        is_encoder_decoder=False,
-        language_chat_template=None,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        prompt: str = "",
+        is_encoder_decoder: bool = False,
+        language_chat_template: str | None = None,
     ):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if chat_template is None:
-            # Chat messages become the plain prompt: our language models are asked to caption, not to converse.
-            chat_template = (
-                "{% for message in messages %}{% for part in message['content'] %}"
-                "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-            )
-        # In a saved folder ours takes the place of the tokenizer's own, which is kept here.
-        own = tokenizer.chat_template if tokenizer.chat_template != chat_template else None
-        self.language_chat_template = language_chat_template or own
+            chat_template = PLAIN_TEXT_TEMPLATE
+        # In a saved folder our template replaces the tokenizer's, which is therefore kept here.
+        template_of_tokenizer = tokenizer.chat_template if tokenizer.chat_template != chat_template else None
+        self.language_chat_template = language_chat_template or template_of_tokenizer
         self.prompt = prompt
         self.is_encoder_decoder = is_encoder_decoder
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        # No argument of `__init__`: all tokenizers that are one must be there, and most Q-Formers read no text.
+        # Not an argument of the constructor: ProcessorMixin would require it, and most Q-Formers read no prompt.
         self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
-        """As everywhere in transformers."""
+    # --- Folders and the Hub ------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save the processor as `ProcessorMixin.save_pretrained` does, and the Q-Former's tokenizer in a subfolder."""
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
-        return super().save_pretrained(save_directory, **kwargs)
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "QFormerCaptionerProcessor":
-        """As everywhere in transformers."""
+    def from_pretrained(  # type: ignore[override]  # takes the options of the Hub as keywords only
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> "QFormerCaptionerProcessor":
+        """Load a processor as `ProcessorMixin.from_pretrained` does, and the Q-Former's tokenizer if there is one."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         file = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
@@ -233,7 +306,17 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         prompt: str = "",
         is_encoder_decoder: bool = False,
     ) -> "QFormerCaptionerProcessor":
-        """Join the image processor of one pretrained model and the tokenizer of another (Hub ids or folders)."""
+        """Join the image processor of one pretrained model and the tokenizer of another.
+
+        Args:
+            vision, language (`str`): Hub ids or folders.
+            vision_revision, language_revision (`str`, *optional*): branch, tag or commit.
+            prompt (`str`, defaults to `""`): default text between the image and the caption.
+            is_encoder_decoder (`bool`, defaults to `False`): whether the language model is an encoder-decoder.
+
+        Raises:
+            OSError: if the image processor or the tokenizer cannot be fetched.
+        """
         return cls(
             AutoImageProcessor.from_pretrained(vision, revision=vision_revision, trust_remote_code=False),
             AutoTokenizer.from_pretrained(language, revision=language_revision, trust_remote_code=False),
@@ -242,9 +325,9 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         )
 
     @classmethod
-    def from_folder_if_any(cls, folder: str | os.PathLike, **hub_kwargs) -> "QFormerCaptionerProcessor | None":
-        """The processor saved in a folder or Hub repository, `None` where there is none."""
-        found = cached_file(
+    def from_folder_if_any(cls, folder: str | os.PathLike, **hub_kwargs: Any) -> "QFormerCaptionerProcessor | None":
+        """Load the processor of a folder or Hub repository, or return `None` if it has no processor."""
+        processor_file = cached_file(
             folder,
             PROCESSOR_NAME,
             _raise_exceptions_for_missing_entries=False,
@@ -252,61 +335,61 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             _raise_exceptions_for_connection_errors=False,
             **hub_kwargs,
         )
-        if found is None:
+        if processor_file is None:
             return None
-        # Whoever runs this line from a Hub folder has trusted its code already; the tokenizer would ask again. Of the
-        # package that is installed it is not so: nobody has said that he trusts what the folder brings.
+        # This class may run from the code of a Hub folder. Then the user has trusted that code, and the tokenizer must
+        # not ask again. The class of the installed package executes no code of a folder.
         trusted = cls.__module__.startswith("transformers_modules.")
         return cls.from_pretrained(folder, trust_remote_code=trusted, **hub_kwargs)
+
+    # --- Images and prompts -------------------------------------------------------------------------------------------
 
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput] | None = None,
         text: str | Sequence[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """Turn images and prompts into a batch.
+        """Turn images and prompts into a batch of padded torch tensors.
 
         Args:
-            images: one image or several: PIL images, paths or URLs.
-            text: one prompt for all images, or one for each. Nothing, or an empty string, is the processor's `prompt`.
-            kwargs: options of the image processor, such as `do_resize=False`. The result is always padded torch
-                tensors.
+            images (PIL image, path or URL, or a list of these, *optional*): images to caption.
+            text (`str` or list of `str`, *optional*): one prompt for all images, or one for each. A missing or empty
+                prompt is replaced by the prompt of the processor.
+            kwargs: options of the image processor, such as `do_resize=False`.
 
         Returns:
-            `pixel_values` (`[B, 3, H, W]`), if there are images; `input_ids` and `attention_mask` (`[B, P]`; P may
-            be 0); with a `qformer_tokenizer` the same prompts as `qformer_input_ids` and `qformer_attention_mask`.
+            `pixel_values` (`[B, 3, H, W]`, float), if there are images. `input_ids` and `attention_mask` (`[B, P]`,
+            long; P may be 0). With a `qformer_tokenizer` also `qformer_input_ids` and `qformer_attention_mask`
+            (`[B, P']`, long).
 
         Raises:
-            OSError: for an image that cannot be read, naming it.
-            ValueError: if there are neither as many prompts as images nor a single one.
+            OSError: if an image cannot be read; the message names it.
+            ValueError: if the number of prompts is neither one nor the number of images.
         """
         batch = {}
-        images = [] if images is None else _flatten(images)
-        options = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        images = [] if images is None else flatten_images(images)
+        options = self._merge_kwargs(
+            ProcessingKwargs,  # type: ignore[arg-type]  # the stub asks for an instance of the class
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
         if images:
+            upright = [open_image(image) for image in images]
             image_options = {**options["images_kwargs"], "return_tensors": "pt"}
-            pictures = [open_image(image) for image in images]
-            batch["pixel_values"] = self.image_processor(pictures, **image_options)["pixel_values"]
-        prompts = [text] if text is None or isinstance(text, str) else list(text)
-        if len(prompts) == 1 and len(images) > 1:
-            prompts = prompts * len(images)
-        if images and len(prompts) != len(images):
-            raise ValueError(
-                f"There are {len(images)} images but {len(prompts)} prompts: give one prompt, or one each."
-            )
-        prompts = [prompt or self.prompt for prompt in prompts]
+            batch["pixel_values"] = self.image_processor(upright, **image_options)["pixel_values"]
+        prompts = self._prompts_for(text, len(images))
         batch.update(self._tokenize_prompts(prompts))
         if self.qformer_tokenizer is not None:
-            words = self.qformer_tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
-            batch["qformer_input_ids"], batch["qformer_attention_mask"] = words["input_ids"], words["attention_mask"]
+            tokens = self.qformer_tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
+            batch["qformer_input_ids"], batch["qformer_attention_mask"] = tokens["input_ids"], tokens["attention_mask"]
         return BatchFeature(batch)
 
     def as_chat(self, prompt: str) -> str:
-        """A prompt as a user's turn in the language model's own chat template, up to where it is to answer.
+        """Format a prompt as a user's turn in the chat template of the language model, up to the start of its answer.
 
         Raises:
-            ValueError: if its tokenizer has none.
+            ValueError: if the tokenizer of the language model has no chat template.
         """
         if self.language_chat_template is None:
             raise ValueError("The language model's tokenizer has no chat template: leave out --use_chat_template.")
@@ -318,58 +401,75 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         )
         bos = self.tokenizer.bos_token
         if bos is not None and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
-            text = text.removeprefix(bos)  # the tokenizer adds its own, and one is enough
+            text = text.removeprefix(bos)  # the tokenizer adds one itself
         return text
 
+    def _prompts_for(self, text: str | Sequence[str] | None, number_of_images: int) -> list[str]:
+        """Return one prompt for each image; without images, one for each text."""
+        prompts = [text] if text is None or isinstance(text, str) else list(text)
+        if len(prompts) == 1 and number_of_images > 1:
+            prompts = prompts * number_of_images
+        if number_of_images and len(prompts) != number_of_images:
+            raise ValueError(
+                f"There are {number_of_images} images but {len(prompts)} prompts: give one prompt, or one for each."
+            )
+        return [prompt or self.prompt for prompt in prompts]
+
     def _tokenize_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` (`[B, P]`, long), padded where the language model needs it."""
         if not any(prompts) and not self.tokenizer("").input_ids:
-            # Tokenizers give empty *float* tensors here.
-            empty = torch.zeros(len(prompts), 0, dtype=torch.long)
+            empty = torch.zeros(len(prompts), 0, dtype=torch.long)  # a tokenizer would return empty float tensors
             return {"input_ids": empty, "attention_mask": empty}
-        encoded = self.tokenizer(
+        tokens = self.tokenizer(
             prompts,
             padding=True,
             padding_side="right" if self.is_encoder_decoder else "left",
             return_tensors="pt",
         )
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    # --- Captions -----------------------------------------------------------------------------------------------------
 
     def encode_caption(self, caption: str, prompt: str | None = None, max_length: int | None = None) -> list[int]:
-        """The token ids that the model should write for a caption, end-of-sequence included.
+        """Return the token ids that the model should generate for a caption, end-of-sequence included.
 
-        Special tokens are none in a caption: whoever wrote it can neither end it early nor speak as another.
+        Special tokens inside the text are removed, so that a caption can neither end early nor imitate another speaker.
 
         Args:
-            caption (`str`): the caption.
-            prompt (`str`, *optional*): what it follows; by default the processor's own.
-            max_length (`int`, *optional*): cut to so many tokens, end-of-sequence included.
+            caption (`str`): text of the caption.
+            prompt (`str`, *optional*): prompt in front of the caption; defaults to the prompt of the processor.
+            max_length (`int`, *optional*): maximum number of tokens, end-of-sequence included.
+
+        Returns:
+            A list of at most `max_length` ids.
 
         Raises:
             ValueError: if the caption is empty.
+
+        Example:
+
+        ```python
+        >>> processor.encode_caption("a dog", max_length=20)  # doctest: +SKIP
+        [64, 3290, 50256]
+        ```
         """
         caption = caption.strip()
         if not caption:
             raise ValueError("A caption is empty. Leave out the row, or give it a text.")
-        # T5 has "</s>" among its words, too, so that splitting it is not enough.
+        # `split_special_tokens` below is not enough: the vocabulary of T5 also has "</s>" as an ordinary token.
         caption = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), " ", caption).strip()
         if max_length is not None:
-            caption = caption[: 100 * max_length]  # or a caption of megabytes would be read whole each time
+            caption = caption[: 100 * max_length]  # otherwise megabytes of text would be tokenised each time
         prompt = prompt or self.prompt
         if not self.is_encoder_decoder and prompt and not prompt[-1].isspace():
-            caption = " " + caption  # it goes on where the prompt ends, and tokenizers tell " a" from "a"
+            caption = " " + caption  # the caption continues the prompt, and tokenizers distinguish " a" from "a"
         ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder, split_special_tokens=True)[
             "input_ids"
         ]
-        if self.tokenizer.eos_token_id in ids:  # mBART's writes a language behind it, with which its decoder starts
-            ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-        return [*ids[: max_length - 1 if max_length else None], self.tokenizer.eos_token_id]
-
-
-def _flatten(images) -> list[ImageInput]:
-    """One flat list: chat pipelines nest the images of a message."""
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [image for entry in images for image in _flatten(entry)]
+        end = self.tokenizer.eos_token_id
+        if end in ids:  # mBART puts a language token behind it, with which its decoder starts
+            ids = ids[: ids.index(end)]
+        return [*ids[: max_length - 1 if max_length else None], end]
 
 
 QFormerCaptionerProcessor.register_for_auto_class("AutoProcessor")

@@ -171,7 +171,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         if self.config.language_model_name_or_path is not None:
             referenced.add("language_model")
         self._keep_by_reference(sorted(referenced, key=BACKBONES.index))
-        self.to(self.language_model.device)
+        self.to(self.language_model.device)  # type: ignore[arg-type]
 
     def keys_left_out(
         self, include_backbones: bool | Sequence[str] = False, weights: Mapping[str, torch.Tensor] | None = None
@@ -410,8 +410,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             args, kwargs: passed to `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
 
         Raises:
-            ValueError: for an unknown backbone, for a quantised language model that would have to be saved, or if PEFT
-                put adapters on the captioner that were not merged.
+            ValueError: for an unknown backbone, or for adapters of PEFT that were not merged. Also for a quantised
+                language model that would have to be saved.
 
         Example:
 

@@ -326,7 +326,7 @@ def test_a_fresh_q_former_that_reads_text_takes_the_tokenizer_it_is_given(backbo
     assert ours.processor(images=tiny.picture(), text="a b")["qformer_input_ids"].tolist() == [[2, 5, 6, 3]]
     with pytest.raises(OSError, match="cannot be loaded from '/nowhere': name one with `qformer_tokenizer`"):
         QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer="/nowhere", **fields)
-    with pytest.raises(OSError, match="cannot be loaded from .*it knows 13 words"):
+    with pytest.raises(OSError, match="cannot be loaded from .*it has 13 tokens"):
         QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=bert, **fields | {"vocab_size": 99})
 
 
