@@ -18,7 +18,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 @strict
 class QFormerConfig(PreTrainedConfig):
-    r"""Configuration of a [`QFormerModel`] (BLIP-2, arXiv 2301.12597). By default it is BLIP-2's: BERT-base, 32 queries.
+    r"""Configuration of a [`QFormerModel`] (BLIP-2, arXiv 2301.12597). The defaults are those of BLIP-2.
 
     Args:
         num_query_tokens (`int`, *optional*, defaults to 32):
@@ -168,9 +168,9 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     ```python
     >>> from transformers import CLIPVisionConfig, GPT2Config
     >>> from qformer_captioner import QFormerCaptionerConfig
-    >>> config = QFormerCaptionerConfig(vision_config=CLIPVisionConfig(hidden_size=256), text_config=GPT2Config())
+    >>> config = QFormerCaptionerConfig(vision_config=CLIPVisionConfig(hidden_size=384), text_config=GPT2Config())
     >>> config.qformer_config.encoder_hidden_size, config.is_encoder_decoder
-    (256, False)
+    (384, False)
     ```
     """
 

@@ -1,7 +1,7 @@
-"""Folders: what is in them, and that they open anywhere. Each test states one property.
+"""Saved folders: their contents, and that they open anywhere. Each test states one property.
 
-The folders are opened by one fresh process that does not have this package (`FRESH_PROCESS`); its findings are the
-fixture `findings`, one entry per folder and check.
+A fresh process without this package (`FRESH_PROCESS`) opens the folders. The fixture `findings` holds its result for
+each folder and check.
 """
 
 import json
@@ -16,9 +16,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 import qformer_captioner
 from qformer_captioner import QFormerCaptioner
+from qformer_captioner.saving_qformer import BackboneFingerprint
 
 from ..fixtures import tiny
 
@@ -28,7 +30,7 @@ LANGUAGES = {
     "llama-tied": dict(name="llama", tie_word_embeddings=True),
     "llama-untied": dict(name="llama", tie_word_embeddings=False),
 }
-PRECISIONS = ["float32", "bfloat16", "mixed"]  # mixed: backbones in bfloat16, Q-Former in float32
+PRECISIONS = ["float32", "bfloat16", "mixed"]  # "mixed": backbones in bfloat16, Q-Former in float32
 FORMS = ["referenced", "included"]
 FOLDERS = [f"{language}-{precision}-{form}" for language in LANGUAGES for precision in PRECISIONS for form in FORMS]
 DECODING = dict(num_beams=2, max_new_tokens=6, min_new_tokens=6, no_repeat_ngram_size=1)
@@ -37,7 +39,7 @@ PROMPT = "a blue star"
 FRESH_PROCESS = """
 import importlib.util, json, pathlib, sys, traceback
 
-sys.modules["qformer_captioner"] = None  # not even where it is installed
+sys.modules["qformer_captioner"] = None  # hides an installed package
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -118,6 +120,7 @@ pathlib.Path("findings.json").write_text(json.dumps(findings))
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`:UserWarning")
+slow = pytest.mark.slow  # builds 24 folders; some tests also start a process
 
 
 def make_captioner(vision: Path, language: Path, **options) -> QFormerCaptioner:
@@ -127,7 +130,7 @@ def make_captioner(vision: Path, language: Path, **options) -> QFormerCaptioner:
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> Path:
-    """Pretrained backbones: `clip-float32`, `llama-tied-bfloat16` ..."""
+    """Folder of pretrained backbones: `clip-float32`, `llama-tied-bfloat16` and so on."""
     folder = tmp_path_factory.mktemp("backbones")
     for dtype in ("float32", "bfloat16"):
         tiny.save_vision(folder / f"clip-{dtype}", dtype=getattr(torch, dtype))
@@ -138,7 +141,7 @@ def backbones(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(backbones, tmp_path_factory) -> Path:
-    """All of `FOLDERS`, and beside each what the model in it answered before it was saved."""
+    """Save all of `FOLDERS`, and beside each one the outputs of its model before it was saved."""
     root = tmp_path_factory.mktemp("folders")
     pictures = [tiny.picture(0), tiny.picture(1)]
     torch.save(tiny.batch(), root / "batch.pt")
@@ -148,7 +151,7 @@ def folders(backbones, tmp_path_factory) -> Path:
         for precision in PRECISIONS:
             dtype = "float32" if precision == "float32" else "bfloat16"
             model = make_captioner(backbones / f"clip-{dtype}", backbones / f"{language}-{dtype}")
-            if precision == "bfloat16":  # not the whole model: `to` would cast Llama's rotary frequencies, loading not
+            if precision == "bfloat16":  # `model.to` would also cast Llama's rotary frequencies, which loading does not
                 model.qformer.to(torch.bfloat16)
                 model.language_projection.to(torch.bfloat16)
             expected = {
@@ -165,7 +168,7 @@ def folders(backbones, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def findings(folders, tmp_path_factory) -> dict:
-    """What a fresh process without the package makes of the folders: True, False or an error."""
+    """Return the results of a fresh process without the package: True, False or a traceback."""
     home = tmp_path_factory.mktemp("home")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= dict(HF_HOME=str(home), HF_HUB_OFFLINE="1")
@@ -191,27 +194,31 @@ def tensor_names(folder: Path) -> set[str]:
 # --- Opened by a fresh process ----------------------------------------------------------------------------------------
 
 
+@slow
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("auto_class", ["auto_config", "auto_processor"])
-def test_opens_without_the_package(findings, folder, auto_class):
+def test_configuration_and_processor_open_without_the_package(findings, folder, auto_class):
     assert findings[folder][auto_class] is True, findings[folder][auto_class]
 
 
+@slow
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("auto_class", ["auto_model", "auto_model_for_image_text_to_text"])
-def test_loaded_without_the_package_it_gives_equal_logits_and_captions(findings, folder, auto_class):
-    """Bit for bit, and in the dtypes of before."""
+def test_a_model_loaded_without_the_package_gives_equal_outputs(findings, folder, auto_class):
+    """The outputs are equal bit for bit, and the dtypes are the same."""
     assert findings[folder][auto_class] is True, findings[folder][auto_class]
 
 
+@slow
 @pytest.mark.parametrize("folder", [folder for folder in FOLDERS if "mixed" in folder])
-def test_a_pipeline_gives_the_same_captions(findings, folder):
+def test_a_pipeline_without_the_package_gives_the_same_captions(findings, folder):
     assert findings[folder]["in_a_pipeline"] is True, findings[folder]["in_a_pipeline"]
 
 
+@slow
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_saved_again_it_is_the_same_folder(findings, folders, folder):
-    """Loaded by name and saved in the fresh process: equal files, tensors, configuration and answers."""
+def test_a_folder_that_is_loaded_and_saved_again_stays_the_same(findings, folders, folder):
+    """A fresh process loads and saves it: files, tensors, configurations and outputs are equal."""
     assert findings[folder]["saved_again"] is True, findings[folder]["saved_again"]
     before, after = folders / folder, folders / "again" / folder
     assert contents(after) == contents(before)
@@ -221,13 +228,14 @@ def test_saved_again_it_is_the_same_folder(findings, folders, folder):
     assert all(tensors_again[name].dtype == tensors[name].dtype for name in tensors)
     for name in ("config.json", "generation_config.json", "processor_config.json"):
         configurations = [json.loads((path / name).read_text()) for path in (before, after)]
-        for configuration in configurations:  # transformers notes there what it was before a cast; we read `dtypes`
+        for configuration in configurations:  # transformers writes the dtype before a cast here; we read `dtypes`
             configuration.get("qformer_config", {}).pop("dtype", None)
         assert configurations[0] == configurations[1], name
 
 
-def test_the_captions_are_worth_comparing(folders):
-    """They differ from picture to picture and hold words."""
+@slow
+def test_the_captions_differ_from_image_to_image(folders):
+    """Otherwise the tests above could not fail."""
     captions = [torch.load(folders / f"{folder}.pt")["captions"] for folder in FOLDERS]
     assert all(caption for pair in captions for caption in pair)
     assert all(first != second for first, second in captions)
@@ -236,16 +244,16 @@ def test_the_captions_are_worth_comparing(folders):
 # --- What is in a folder ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["merged adapter", "trained before", "one word", "more words"])
-def test_a_frozen_backbone_that_is_no_longer_what_its_name_stands_for_is_saved(backbones, tmp_path, change):
+@pytest.mark.parametrize("change", ["merged adapter", "trained", "one embedding", "larger vocabulary"])
+def test_a_frozen_backbone_with_changed_weights_is_saved(backbones, tmp_path, change):
     model = make_captioner(backbones / "clip-float32", backbones / "llama-tied-float32")
     if change == "merged adapter":
         adapter = LoraConfig(r=2, target_modules=r"language_model\..*q_proj", init_lora_weights=False)
         model = get_peft_model(model, adapter).merge_and_unload()
-    elif change == "one word":
+    elif change == "one embedding":
         with torch.no_grad():
             model.language_model.get_input_embeddings().weight[7] += 1
-    elif change == "trained before":
+    elif change == "trained":
         with torch.no_grad():
             model.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
     else:
@@ -259,8 +267,8 @@ def test_a_frozen_backbone_that_is_no_longer_what_its_name_stands_for_is_saved(b
     assert torch.equal(again(**tiny.batch()).loss, loaded(**tiny.batch()).loss)
 
 
-def test_a_backbone_that_was_trained_is_never_referred_to(backbones, tmp_path):
-    """Though somebody loads and freezes it later."""
+def test_a_trained_backbone_is_never_kept_by_reference(backbones, tmp_path):
+    """It keeps its own weights although it is loaded and frozen later."""
     model = make_captioner(
         backbones / "clip-float32", backbones / "llama-tied-float32", freeze_language_model=False
     ).eval()
@@ -274,7 +282,7 @@ def test_a_backbone_that_was_trained_is_never_referred_to(backbones, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["captioner", "language_model"])
-def test_adapters_that_would_not_be_found_again_are_refused(tmp_path, part):
+def test_adapters_that_loading_would_not_find_are_refused(tmp_path, part):
     model, adapter = tiny.captioner(), LoraConfig(r=2, target_modules=["q_proj"])
     if part == "captioner":
         get_peft_model(model, adapter)
@@ -284,8 +292,9 @@ def test_adapters_that_would_not_be_found_again_are_refused(tmp_path, part):
         model.save_pretrained(tmp_path)
 
 
+@slow
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_holds_what_opens_it(folders, folder):
+def test_a_folder_holds_all_files_that_open_it(folders, folder):
     assert contents(folders / folder) == {
         "config.json",
         "generation_config.json",
@@ -303,9 +312,10 @@ def test_a_folder_holds_what_opens_it(folders, folder):
     }
 
 
+@slow
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_referring_folder_holds_no_weights_of_its_backbones(folders, language, precision):
+def test_a_folder_without_backbones_holds_the_other_weights_alone(folders, language, precision):
     folder = folders / f"{language}-{precision}-referenced"
     assert {name.split(".")[0] for name in tensor_names(folder)} == {"qformer", "language_projection"}
     weights = load_file(folder / "model.safetensors")
@@ -313,8 +323,9 @@ def test_a_referring_folder_holds_no_weights_of_its_backbones(folders, language,
     assert (folder / "model.safetensors").stat().st_size < own + 10_000
 
 
+@slow
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_an_output_layer_is_written_where_it_is_one_of_its_own(folders, language):
+def test_an_untied_output_layer_is_saved(folders, language):
     names = tensor_names(folders / f"{language}-float32-included")
     assert ("language_model.lm_head.weight" in names) == language.endswith("untied")
     assert {name.split(".")[0] for name in names} == {
@@ -325,8 +336,9 @@ def test_an_output_layer_is_written_where_it_is_one_of_its_own(folders, language
     }
 
 
+@slow
 def test_untied_output_layers_differ_from_the_embedding(folders):
-    """Else the tests of these folders could not fail."""
+    """Otherwise the tests of these folders could not fail."""
     llama = load_file(folders / "llama-untied-float32-included" / "model.safetensors")
     t5 = load_file(folders / "t5-untied-float32-included" / "model.safetensors")
     for head, words in (
@@ -339,9 +351,69 @@ def test_untied_output_layers_differ_from_the_embedding(folders):
 # --- Saving and loading in this process -------------------------------------------------------------------------------
 
 
+def as_dict(config) -> dict:
+    """All fields of a configuration, those of its parts included."""
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+@pytest.mark.parametrize("included", [None, True, False, ["vision_model"], ["language_model"]], ids=str)
+@pytest.mark.parametrize("change", [None, "trained", "merged", "cast"])
+def test_saving_leaves_the_model_as_it_is(pair, tmp_path, included, change):
+    """The configuration stays the same object with the same values, and so do the keys that the Trainer reads."""
+    model = make_captioner(*pair, freeze_language_model=change != "trained")
+    if change == "merged":
+        adapter = LoraConfig(r=2, target_modules=r"language_model\..*q_proj", init_lora_weights=False)
+        model = get_peft_model(model, adapter).merge_and_unload()
+    elif change == "cast":
+        model.to(torch.bfloat16)
+    config, values, keys = model.config, as_dict(model.config), model._keys_to_ignore_on_save
+    model.save_pretrained(tmp_path / "captioner", include_backbones=included)
+    assert model.config is config
+    assert as_dict(config) == values
+    assert model._keys_to_ignore_on_save == keys
+
+
+def test_a_failed_save_leaves_the_model_as_it_is(pair, tmp_path):
+    model = make_captioner(*pair)
+    config, values = model.config, as_dict(model.config)
+    with pytest.raises(ValueError, match="shard"):
+        model.save_pretrained(tmp_path / "captioner", include_backbones=True, max_shard_size="many shards")
+    assert model.config is config
+    assert as_dict(config) == values
+
+
+def test_publishing_includes_local_backbones_and_leaves_the_model_as_it_is(pair, tmp_path, monkeypatch):
+    """transformers saves what it uploads: here into a folder that nobody uploads."""
+    model = make_captioner(*pair)
+    config, values = model.config, as_dict(model.config)
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name: self.save_pretrained(tmp_path / name))
+    model.push_to_hub("upload")
+    assert {name.split(".")[0] for name in tensor_names(tmp_path / "upload")} == {
+        name for name, _ in model.named_children()
+    }
+    assert model.config is config
+    assert as_dict(config) == values
+
+
+@pytest.mark.parametrize("included", [True, False, ["vision_model"]], ids=str)
+def test_keys_left_out_are_the_weights_that_a_folder_lacks(pair, tmp_path, included):
+    model = make_captioner(*pair)
+    model.save_pretrained(tmp_path / "captioner", include_backbones=included)
+    assert model.keys_left_out(included) == set(model.state_dict()) - tensor_names(tmp_path / "captioner")
+
+
+def test_a_fingerprint_ignores_dtypes_and_offloaded_weights():
+    layer = torch.nn.Linear(3, 2)
+    fingerprint = BackboneFingerprint.of(layer)
+    assert fingerprint.matches({name: weight.bfloat16() for name, weight in layer.state_dict().items()})
+    assert fingerprint.matches({name: weight.to("meta") for name, weight in layer.state_dict().items()})
+    assert not fingerprint.matches({"weight": torch.cat([layer.weight, layer.weight])})
+    assert not BackboneFingerprint.of(layer).matches({"weight": layer.weight + 1})
+
+
 @pytest.fixture
 def pair(backbones, tmp_path) -> tuple[Path, Path]:
-    """Backbones that a test may break."""
+    """Copies of two backbones that a test may delete."""
     copies = tmp_path / "vision", tmp_path / "language"
     for name, copy in zip(("clip-float32", "llama-untied-float32"), copies, strict=True):
         shutil.copytree(backbones / name, copy)
@@ -349,14 +421,14 @@ def pair(backbones, tmp_path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("part", ["vision", "language"])
-def test_a_missing_referenced_backbone_is_named(pair, tmp_path, part):
+def test_the_error_for_a_missing_backbone_names_it(pair, tmp_path, part):
     make_captioner(*pair).save_pretrained(tmp_path / "captioner")
     shutil.rmtree(tmp_path / part)
     with pytest.raises(OSError, match=f"{part} model '{tmp_path / part}'"):
         QFormerCaptioner.from_pretrained(tmp_path / "captioner")
 
 
-def test_a_folder_with_its_backbones_needs_nothing_else(pair, tmp_path):
+def test_a_self_contained_folder_needs_nothing_else(pair, tmp_path):
     model = make_captioner(*pair)
     model.save_pretrained(tmp_path / "captioner", include_backbones=True)
     for folder in pair:
@@ -366,8 +438,8 @@ def test_a_folder_with_its_backbones_needs_nothing_else(pair, tmp_path):
 
 
 @pytest.mark.parametrize("included", [False, True, ["vision_model"], ["language_model"]])
-def test_a_folder_stays_as_it_was_saved(pair, tmp_path, included):
-    """Which backbones are in it, how it captions, what is frozen."""
+def test_saving_again_keeps_the_form_of_the_folder(pair, tmp_path, included):
+    """The included backbones, the frozen parameters, the decoding options and the prompt are the same."""
     model = make_captioner(*pair, prompt=PROMPT)
     model.generation_config.num_beams = 3
     model.save_pretrained(tmp_path / "first", include_backbones=included)
@@ -387,13 +459,13 @@ def test_a_folder_stays_as_it_was_saved(pair, tmp_path, included):
     assert parts == set(names[included] if isinstance(included, bool) else included)
 
 
-def test_saving_refers_to_the_frozen_backbones_by_default(pair, tmp_path):
+def test_frozen_backbones_are_kept_by_reference_by_default(pair, tmp_path):
     make_captioner(*pair).save_pretrained(tmp_path / "captioner")
     parts = {name.split(".")[0] for name in tensor_names(tmp_path / "captioner")}
     assert parts == {"qformer", "language_projection"}
 
 
-def test_a_trained_backbone_is_always_written(pair, tmp_path):
+def test_a_trained_backbone_is_always_saved(pair, tmp_path):
     model = make_captioner(*pair, freeze_language_model=False)
     with torch.no_grad():
         model.language_model.lm_head.weight.mul_(2)
@@ -409,7 +481,7 @@ def test_a_trained_backbone_is_always_written(pair, tmp_path):
     assert not any(weight.requires_grad for weight in loaded.vision_model.parameters())
 
 
-def test_backbones_without_a_name_are_always_written(tmp_path):
+def test_backbones_without_a_name_are_always_saved(tmp_path):
     model = tiny.captioner()
     model.requires_grad_(False)
     model.save_pretrained(tmp_path, include_backbones=False)
@@ -432,16 +504,18 @@ def test_sharded_weights_load(pair, tmp_path, included):
     assert torch.equal(loaded(**tiny.batch()).logits, model(**tiny.batch()).logits)
 
 
+@slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dtype_that_is_asked_for_is_every_parts(folders, form, dtype):
+def test_a_given_dtype_applies_to_every_part(folders, form, dtype):
     model = QFormerCaptioner.from_pretrained(folders / f"llama-untied-mixed-{form}", dtype=dtype)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
+@slow
 @pytest.mark.parametrize("form", FORMS)
 def test_float16_leaves_the_qformer_in_float32(folders, form):
-    """It overflows there."""
+    """The Q-Former overflows in float16."""
     model = QFormerCaptioner.from_pretrained(folders / f"llama-untied-mixed-{form}", dtype=torch.float16)
     assert {name: next(part.parameters()).dtype for name, part in model.named_children()} == {
         "vision_model": torch.float16,
@@ -451,8 +525,8 @@ def test_float16_leaves_the_qformer_in_float32(folders, form):
     }
 
 
-def test_a_cast_captioner_refers_to_backbones_of_another_dtype(pair, tmp_path):
-    """The backbones are float32 in their folders and bfloat16 in the captioner, saved and loaded."""
+def test_a_cast_captioner_keeps_backbones_of_another_dtype_by_reference(pair, tmp_path):
+    """The backbones are float32 in their folders and bfloat16 in the captioner, before and after saving."""
     model = make_captioner(*pair).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "captioner", include_backbones=False)
     loaded = QFormerCaptioner.from_pretrained(tmp_path / "captioner")
@@ -461,7 +535,7 @@ def test_a_cast_captioner_refers_to_backbones_of_another_dtype(pair, tmp_path):
         assert torch.equal(loaded.get_parameter(name), weight), name
 
 
-def test_a_captioner_can_move_from_reference_to_inclusion(pair, tmp_path):
+def test_a_captioner_can_become_self_contained_and_go_back(pair, tmp_path):
     model = make_captioner(*pair)
     model.save_pretrained(tmp_path / "small")
     QFormerCaptioner.from_pretrained(tmp_path / "small").save_pretrained(tmp_path / "whole", include_backbones=True)
@@ -475,7 +549,7 @@ def test_a_captioner_can_move_from_reference_to_inclusion(pair, tmp_path):
 
 
 def test_every_class_exists_once():
-    """The checkout is also a package under its folder's name, so an eager `__init__.py` would import all twice."""
+    """pytest also imports the checkout by the name of its folder, so an eager `__init__.py` would import all twice."""
     found = [name for name in sys.modules if name.endswith("modeling_qformer")]
     assert [name for name in found if not name.startswith("transformers_modules.")] == [
         "qformer_captioner.modeling_qformer"
@@ -483,10 +557,10 @@ def test_every_class_exists_once():
 
 
 @pytest.mark.parametrize("name", qformer_captioner.__all__)
-def test_the_package_gives_its_classes(name):
+def test_the_package_exports_its_classes(name):
     assert getattr(qformer_captioner, name).__name__ == name
 
 
-def test_the_package_has_nothing_else():
+def test_the_package_exports_nothing_else():
     with pytest.raises(AttributeError, match="QFormerCaptoner"):
         _ = qformer_captioner.QFormerCaptoner
