@@ -1,31 +1,42 @@
 """qformer-captioner: a Q-Former that lets a frozen language model see.
 
-The root of the repository is this package and is also what a Hub repository holds, so this file imports lazily: the
-files that travel to the Hub (`*_qformer.py`) must work without it.
+The root of the repository is this package and is also what a Hub repository holds. This file imports lazily: torch
+takes seconds to import, and the files that travel to the Hub (`*_qformer.py`) must work without it.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "QFormerConfig": "configuration_qformer",
-    "QFormerCaptionerConfig": "configuration_qformer",
-    "QFormerModel": "modeling_qformer",
+if TYPE_CHECKING:
+    from .common.onednn import onednn_linears as onednn_linears
+    from .configuration_qformer import QFormerCaptionerConfig as QFormerCaptionerConfig
+    from .configuration_qformer import QFormerConfig as QFormerConfig
+    from .modeling_qformer import QFormerCaptioner as QFormerCaptioner
+    from .modeling_qformer import QFormerCaptionerOutput as QFormerCaptionerOutput
+    from .modeling_qformer import QFormerModel as QFormerModel
+    from .processing_qformer import QFormerCaptionerProcessor as QFormerCaptionerProcessor
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
+_MODULES = {  # public name: the module that defines it
     "QFormerCaptioner": "modeling_qformer",
+    "QFormerCaptionerConfig": "configuration_qformer",
     "QFormerCaptionerOutput": "modeling_qformer",
     "QFormerCaptionerProcessor": "processing_qformer",
+    "QFormerConfig": "configuration_qformer",
+    "QFormerModel": "modeling_qformer",
     "onednn_linears": "common.onednn",
 }
-__all__ = sorted(_HOME)
-__version__ = "0.1.0"
+__all__ = list(_MODULES)
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
-if __name__ == "qformer_captioner":  # and not the name of the checkout's folder, under which pytest imports this file
+if __name__ == "qformer_captioner":  # pytest imports this file under the name of the checkout's folder, too
     from .hub.auto_classes import register_with_transformers
 
     register_with_transformers()
