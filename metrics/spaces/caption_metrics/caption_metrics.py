@@ -1,3 +1,5 @@
-"""For `evaluate.load`: the metric itself lives in the package `qformer_captioner` (pip install qformer-captioner)."""
+"""Module for `evaluate.load`: the metric itself is in the package (pip install qformer-captioner)."""
 
-from qformer_captioner.metrics import CaptionMetrics  # noqa: F401
+from qformer_captioner.metrics.evaluate_metric import CaptionMetrics
+
+__all__ = ["CaptionMetrics"]
