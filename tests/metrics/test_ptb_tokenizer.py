@@ -1,4 +1,4 @@
-"""The pure-Python tokenizer against the jar that the COCO caption toolkit runs, and what it does without one."""
+"""The tokenizer in pure Python gives the tokens of the Java program that the COCO caption toolkit runs (the jar)."""
 
 # ruff: noqa: SIM905
 import importlib.util
@@ -12,10 +12,10 @@ import pytest
 
 from qformer_captioner.metrics.ptb_tokenizer import PUNCTUATION, tokenize
 
-# Characters at which the jar starts a new line; they are spaces to us.
+# Characters at which the jar starts a new line. Our tokenizer takes them for spaces.
 SEPARATORS = "\n\v\f\r\u2028\u2029"
 
-# Captions and the jar's tokens for them, as one file: a few depend on the caption that follows.
+# Captions and their tokens by the jar, which read them as one file: a few tokens depend on the next caption.
 GOLDEN = [
     json.loads(line)
     for line in (pathlib.Path(__file__).parents[1] / "fixtures" / "ptb_golden.jsonl").read_text("utf-8").splitlines()
@@ -23,7 +23,7 @@ GOLDEN = [
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fuzz: made-up captions, with things put into them
+# Fuzz: generated captions with inserted signs, numbers, abbreviations ...
 # ---------------------------------------------------------------------------------------------------------------------
 NOUNS = (
     "man woman dog cat child boy girl horse bus train plate pizza table bench street kite wave snowboard umbrella "
@@ -43,7 +43,7 @@ def caption(rng: random.Random) -> str:
 
 
 def put(rng: random.Random, text: str, things: list[str], where: str = "") -> str:
-    """One to three of the things put into the text: as words, before or behind words, or inside them."""
+    """Insert one to three of the things into a text: as words, before or after words, or inside them."""
     words = text.split(" ")
     where = where or rng.choice(["word", "before", "behind", "inside"])
     for _ in range(rng.randint(1, 3)):
@@ -150,7 +150,7 @@ def fuzz(name: str, count: int, seed: int = 0) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def jar(tmp_path_factory):
-    """The toolkit's own tokens for captions, read as one file."""
+    """Function that returns the jar's tokens of captions, read as one file."""
     toolkit = importlib.util.find_spec("pycocoevalcap")
     if not shutil.which("java") or toolkit is None:
         pytest.skip("needs java and pycocoevalcap, whose jar is the reference")
@@ -191,12 +191,14 @@ def real_captions(shared: pathlib.Path) -> dict[str, list[str]]:
     return captions
 
 
+@pytest.mark.slow
 def test_real_captions_have_the_tokens_of_the_jar(shared, jar):
     captions = [text for texts in real_captions(shared).values() for text in texts]
     assert len(captions) > 59_000
     assert not differing(captions, jar(captions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUZZ_CLASSES)
 def test_fuzzed_captions_have_the_tokens_of_the_jar(name, fuzzed):
     captions, expected = fuzzed[name]
@@ -204,40 +206,41 @@ def test_fuzzed_captions_have_the_tokens_of_the_jar(name, fuzzed):
     assert len(wrong) <= 0.01 * len(captions), wrong[:5]
 
 
-def test_the_golden_tokens_are_the_jars(jar):
+@pytest.mark.slow
+def test_the_golden_tokens_are_those_of_the_jar(jar):
     assert jar([entry["caption"] for entry in GOLDEN]) == [entry["tokens"] for entry in GOLDEN]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Without Java
 # ---------------------------------------------------------------------------------------------------------------------
-def test_golden_captions_have_the_tokens_of_the_jar():
+def test_golden_captions_have_the_golden_tokens():
     captions, expected = ([entry[key] for entry in GOLDEN] for key in ("caption", "tokens"))
     assert not differing(captions, expected)
 
 
 QUIRKS = {
-    "brackets stay, since the toolkit's list has them in capitals": (
+    "brackets stay, because the toolkit drops them in capitals only": (
         "a (red) [x] {y}",
         "a -lrb- red -rrb- -lsb- x -rsb- -lcb- y -rcb-",
     ),
-    "runs of ! and ? stay, single ones go": ("no! what? wow!! really?!", "no what wow !! really ?!"),
+    "runs of ! and ? stay, single ones are dropped": ("no! what? wow!! really?!", "no what wow !! really ?!"),
     "signs stay": ("# $ % & * + / < = > @ \\ ^ _ | ~", "# $ % & * + / < = > @ \\ ^ _ | ~"),
-    "emoji go, signs of the basic plane stay": ("a 😀 dog ❤️ ✓", "a dog ❤ ✓"),
+    "emoji are dropped, signs of the basic plane stay": ("a 😀 dog ❤️ ✓", "a dog ❤ ✓"),
     "two typographic quotes in a row stay": ("““hi””", "```` hi ''''"),
-    "five hyphens stay, four go": ("a ---- b ----- c", "a b ----- c"),
+    "five hyphens stay, four are dropped": ("a ---- b ----- c", "a b ----- c"),
     "a full stop between letters joins": ("A man.A dog", "a man.a dog"),
     "a full stop before a comma stays": ("a dog., a cat", "a dog. a cat"),
     "a full stop before an ideographic comma stays": ("a dog.、 a cat", "a dog. 、 a cat"),
     "clitics": ("the dog's couldn’t've been", "the dog 's could n't 've been"),
-    "words cut in two": ("cannot gonna", "can not gon na"),
+    "split words": ("cannot gonna", "can not gon na"),
     "currencies": ("£5 5€ 5¢", "# 5 5 $ 5 cents"),
     "a fraction holds a no-break space": ("1 1/2 cups", "1\xa01/2 cups"),
-    "a telephone number holds one too": ("(800) 555-1212", "-lrb-800-rrb-\xa0555-1212"),
+    "a telephone number holds a no-break space": ("(800) 555-1212", "-lrb-800-rrb-\xa0555-1212"),
     "a tag is one token": ("<b and c> d", "<b\xa0and\xa0c> d"),
     "entities": ("A&amp;M caf&eacute; &#39; &hellip;", "a&m caf&eacute; &#39; & hellip ;"),
     "a soft hyphen vanishes": ("multi\xadcolored", "multicolored"),
-    "zero-width characters cut words": ("a\u200bdog", "a dog"),
+    "zero-width characters split words": ("a\u200bdog", "a dog"),
 }
 
 
@@ -247,7 +250,7 @@ def test_quirk(quirk):
     assert tokenize([text]) == [[token for token in expected.split(" ") if token != ";"]]
 
 
-# What a rule wants to see behind its token is not there behind the last caption, though the end of a line would do.
+# Rules that need a character after their token do not apply at the end of the last caption, which ends no line.
 LAST = {
     "two cats they've": "two cats they ve",
     "who'd've": "who 'd ve",
@@ -264,12 +267,13 @@ def test_the_last_caption(caption):
     assert tokenize(["a dog", caption])[1] == LAST[caption].split(" ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caption", LAST)
-def test_the_tokens_of_the_last_caption_are_the_jars(caption, jar):
+def test_the_tokens_of_the_last_caption_are_those_of_the_jar(caption, jar):
     assert jar(["a dog", caption])[1] == LAST[caption].split(" ")
 
 
-def test_the_next_caption_decides_about_a_full_stop():
+def test_a_full_stop_may_depend_on_the_next_caption():
     assert tokenize(["vitamin C.", "a dog"])[0] == ["vitamin", "c."]
     assert tokenize(["vitamin C.", "A dog"])[0] == ["vitamin", "c"]
     assert tokenize(["pier No.", "5 dogs"])[0] == ["pier", "no."]
@@ -291,12 +295,12 @@ def test_any_string_gives_one_list_of_non_empty_tokens():
     assert all(token and not set(token) & set(" \n\t\v\f\r") for line in tokens for token in line)
 
 
-def test_a_caption_by_itself_needs_no_neighbours():
-    captions = [f"{text} " for text in fuzz("mixed", 300)]  # a few rules want to see something behind the last word
+def test_a_caption_that_ends_in_a_space_does_not_depend_on_the_next_ones():
+    captions = [f"{text} " for text in fuzz("mixed", 300)]  # a few rules need a character after the last word
     assert [tokenize([text])[0] for text in captions] == [tokenize([text, "", ""])[0] for text in captions]
 
 
-def test_the_short_cut_for_plain_captions_changes_nothing():
+def test_plain_captions_have_the_tokens_that_the_rules_give():
     captions = [text for name in ("abbreviations", "contractions") for text in fuzz(name, 2000)]
     captions += [text.replace("-", " ") for text in fuzz("capitals", 2000)]
     scanned = [tokenize([f"{text} \N{GRINNING FACE}"]) for text in captions]
