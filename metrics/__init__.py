@@ -1,28 +1,49 @@
-"""Caption scores that equal the COCO toolkit's, without Java.
+"""Caption scores in pure Python that equal those of the COCO caption toolkit.
 
-    from qformer_captioner.metrics import CaptionMetrics
-    CaptionMetrics().compute(predictions=["a dog runs"], references=[["a dog runs", "a brown dog"]])
+```python
+from qformer_captioner.metrics import CaptionMetrics
 
-Everything is imported when it is asked for: `evaluate`, which the metric classes need, costs seconds.
+CaptionMetrics().compute(predictions=["a dog runs"], references=[["a dog runs", "a brown dog"]])
+```
+
+Names whose modules import `evaluate`, torch or transformers are imported on first use, because that takes seconds.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "tokenize": "ptb_tokenizer",
-    "References": "corpus",
-    "DocumentFrequencies": "cider",
-    "CaptionMetrics": "evaluate_metric",
+from .cider import DocumentFrequencies
+from .corpus import References
+from .ptb_tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from .clip import clip_scores
+    from .evaluate_metric import Bleu, CaptionMetrics, Cider, RougeL
+    from .java import java_scores
+
+__all__ = [
+    "Bleu",
+    "CaptionMetrics",
+    "Cider",
+    "DocumentFrequencies",
+    "References",
+    "RougeL",
+    "clip_scores",
+    "java_scores",
+    "tokenize",
+]
+
+_MODULES = {
     "Bleu": "evaluate_metric",
+    "CaptionMetrics": "evaluate_metric",
     "Cider": "evaluate_metric",
     "RougeL": "evaluate_metric",
-    "java_scores": "java",
     "clip_scores": "clip",
+    "java_scores": "java",
 }
-__all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

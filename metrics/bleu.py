@@ -2,45 +2,54 @@
 
 import numpy as np
 
-from .ngrams import ORDERS, Counts, ImageCounts
+from .ngrams import ORDERS, NgramCounts, ReferenceCounts
 
-# The toolkit adds these instead of smoothing, so that nothing divides by zero. They show in captions of fewer than four
-# words: two perfect ones of three words each have BLEU-4 (1e-15 / 1e-9) ** (1 / 4), about 0.03.
-TINY, SMALL = 1e-15, 1e-9
+# The toolkit does not smooth: it adds these constants so that no division is by zero. They show in captions of fewer
+# than four words. Two perfect captions of three words have BLEU-4 (1e-15 / 1e-9) ** (1 / 4), which is about 0.03.
+TINY = 1e-15
+SMALL = 1e-9
 
 
 def bleu(
-    predictions: list[Counts],
-    references: list[ImageCounts],
+    predictions: list[NgramCounts],
+    references: list[ReferenceCounts],
     prediction_lengths: np.ndarray,
     closest_lengths: np.ndarray,
 ) -> tuple[list[float], np.ndarray]:
-    """Clipped n-gram precision, with a penalty for predictions that are shorter than their references.
+    """Compute clipped n-gram precision with a penalty for predictions that are shorter than their references.
 
-    The corpus score is made of summed counts; it is not the mean of the scores per image.
+    BLEU-N is `BP * exp(mean of log p_n for n = 1 to N)`, with the brevity penalty `BP = min(1, exp(1 - r / c))`. The
+    corpus score uses counts summed over all images, so it is not the mean of the scores per image.
 
     Args:
-        predictions, references: n-gram counts for n = 1 to 4.
-        prediction_lengths (`[I]`): words of the prediction of each image.
-        closest_lengths (`[I]`): words of its reference whose length comes closest, the shorter one of two as close.
+        predictions: n-gram counts of the predictions for n = 1 to 4.
+        references: n-gram counts of the references for n = 1 to 4.
+        prediction_lengths (`[I]`): number of words of each prediction.
+        closest_lengths (`[I]`): number of words of the reference whose length is closest to that of the prediction. Of
+            two references that are equally close, the shorter one counts.
 
     Returns:
         BLEU-1 to BLEU-4 of the corpus, between 0 and 1, and of each image (`[4, I]`).
     """
-    images = len(prediction_lengths)
-    correct, possible = np.zeros((2, len(ORDERS), images))
-    for n, counts, own in zip(ORDERS, predictions, references, strict=True):
-        rows, group = own.find(counts)
-        most = np.maximum.reduceat(own.count, own.start[:-1]) if len(own.pair) else own.count
-        clipped = np.minimum(counts.count[rows], most[group])
-        correct[n - 1] = np.bincount(counts.text[rows], clipped, minlength=images)
+    num_images = len(prediction_lengths)
+    correct, possible = np.zeros((2, len(ORDERS), num_images))
+    for n, predicted, reference in zip(ORDERS, predictions, references, strict=True):
+        rows, groups = reference.find(predicted)
+        # A word counts at most as often as in the reference that has it most often.
+        maxima = (
+            np.maximum.reduceat(reference.counts, reference.starts[:-1]) if len(reference.keys) else reference.counts
+        )
+        clipped = np.minimum(predicted.counts[rows], maxima[groups])
+        correct[n - 1] = np.bincount(predicted.texts[rows], clipped, minlength=num_images)
         possible[n - 1] = np.maximum(prediction_lengths - n + 1, 0)
     corpus = _score(correct.sum(axis=1), possible.sum(axis=1), prediction_lengths.sum(), closest_lengths.sum())
     return corpus.tolist(), _score(correct, possible, prediction_lengths, closest_lengths)
 
 
 def _score(correct: np.ndarray, possible: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
+    """Return BLEU-1 to BLEU-4 from the number of correct and possible n-grams, whose first axis is n."""
     precision = np.cumprod((correct + TINY) / (possible + SMALL), axis=0)
-    mean = precision ** (1 / np.array(ORDERS).reshape(-1, *[1] * (precision.ndim - 1)))  # geometric
+    roots = 1 / np.array(ORDERS).reshape(-1, *[1] * (precision.ndim - 1))  # for the geometric mean
     ratio = (length + TINY) / (reference_length + SMALL)
-    return mean * np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
+    brevity_penalty = np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
+    return precision**roots * brevity_penalty

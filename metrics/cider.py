@@ -9,20 +9,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..common.errors import InputError
-from .ngrams import ORDERS, Counts, ImageCounts, Vocabulary
+from .ngrams import ORDERS, NgramCounts, ReferenceCounts, Vocabulary
 
-SIGMA = 6.0  # words by which a prediction may be off before the length penalty weighs
+SIGMA = 6.0  # standard deviation of the length penalty, in words
 
 
 class DocumentFrequencies:
-    """How many images of a corpus have each n-gram in their references, so that small sets are scored by a large one.
+    """Table of the number of images whose references contain each n-gram.
 
-    CIDEr values rare n-grams. What is rare depends on the references: the same captions get 112.6 beside 50 images and
-    107.1 beside 5,000. Frequencies of one corpus make scores of its parts comparable.
+    CIDEr gives more weight to n-grams that few images of a corpus have, so a score depends on the corpus. The same
+    captions score 112.6 as a set of 50 images and 107.1 as a part of 5,000. Scores that use the table of one corpus are
+    comparable.
 
     Args:
         images: number of images of the corpus.
-        counts: for n = 1 to 4, number of images of each n-gram, its words joined by spaces.
+        counts: for n = 1 to 4, the number of images of each n-gram, whose words are joined by spaces.
 
     Example:
 
@@ -39,103 +40,130 @@ class DocumentFrequencies:
         self.counts = list(counts)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write gzipped JSON."""
+        """Write the table as gzipped JSON.
+
+        Args:
+            path: the file to write, by convention `*.json.gz`.
+        """
         with gzip.open(path, "wt") as file:
             json.dump({"images": self.images, "counts": self.counts}, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DocumentFrequencies":
-        """Read what `save` wrote.
+        """Read a table that `save` wrote.
+
+        Args:
+            path: the file to read.
 
         Raises:
-            InputError: if there is no such file, or it holds something else.
+            InputError: if the file does not exist or holds something else.
         """
         try:
             with gzip.open(path, "rt") as file:
                 table = json.load(file)
             if (images := int(table["images"])) < 1:
-                raise ValueError(f"it is of {images} images")
+                raise ValueError(f"it counts {images} images")
             return cls(images, [dict(table["counts"][n - 1]) for n in ORDERS])
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
-            raise InputError(f"{str(path)!r} is no saved table of document frequencies ({error}).") from error
+            raise InputError(f"{str(path)!r} is not a saved table of document frequencies ({error}).") from error
 
-    def numbered(self, vocabulary: Vocabulary) -> list[np.ndarray]:
-        """Let the vocabulary learn these n-grams; for n = 1 to 4, how many images have the n-gram of each number."""
-        numbered = []
+    def by_ngram_id(self, vocabulary: Vocabulary) -> list[np.ndarray]:
+        """Teach the n-grams of the table to a vocabulary and return their document frequencies.
+
+        Args:
+            vocabulary: the vocabulary, which learns all n-grams of this table.
+
+        Returns:
+            For n = 1 to 4, the document frequency of each n-gram id (`[ids]`).
+        """
         texts = [ngram.split(" ") for counts in self.counts for ngram in counts]
-        sizes = np.cumsum([0, *map(len, self.counts)])
-        learnt = vocabulary.learn(texts)
-        for n, counts, begin, end in zip(ORDERS, learnt, sizes, sizes[1:], strict=False):
-            own = (counts.text >= begin) & (counts.text < end)  # the one n-gram that a text of n words has
+        bounds = np.cumsum([0, *map(len, self.counts)])
+        by_id = []
+        for n, learnt, begin, end in zip(ORDERS, vocabulary.learn(texts), bounds, bounds[1:], strict=False):
+            whole = (learnt.texts >= begin) & (learnt.texts < end)  # a text of n words holds one n-gram of n words
             frequency = np.zeros(vocabulary.size(n))
-            frequency[counts.ngram[own]] = list(self.counts[n - 1].values())
-            numbered.append(frequency)
-        return numbered
+            frequency[learnt.ngrams[whole]] = list(self.counts[n - 1].values())
+            by_id.append(frequency)
+        return by_id
 
 
-class Weights:
-    """tf-idf weights of references, and what is needed to weigh predictions alike.
+class TfIdfWeights:
+    """tf-idf weights of the n-grams of references, and the same weighting for predictions.
 
     Args:
-        frequencies: for n = 1 to 4, how many images have the n-gram of each number; n-grams numbered behind have none.
-        images: of the corpus that the frequencies come from.
-        references: n-gram counts for n = 1 to 4.
-        number: of reference texts.
+        frequencies: for n = 1 to 4, the document frequency of each n-gram id (`[ids]`). Larger ids have none.
+        images: number of images of the corpus that the frequencies come from.
+        references: n-gram counts of the references for n = 1 to 4.
+        num_references: number of reference texts.
     """
 
-    def __init__(self, frequencies: list[np.ndarray], images: int, references: list[ImageCounts], number: int):
+    def __init__(
+        self, frequencies: list[np.ndarray], images: int, references: list[ReferenceCounts], num_references: int
+    ):
         self.log_images = math.log(images)
         self.idf = [self.log_images - np.log(np.maximum(frequency, 1)) for frequency in frequencies]
         self.references = [self.weigh(n, counts) for n, counts in zip(ORDERS, references, strict=True)]
         self.norms = [
-            np.sqrt(np.bincount(counts.text, weight**2, minlength=number))
-            for counts, weight in zip(references, self.references, strict=True)
+            np.sqrt(np.bincount(counts.texts, weights**2, minlength=num_references))
+            for counts, weights in zip(references, self.references, strict=True)
         ]
 
-    def weigh(self, n: int, counts: Counts | ImageCounts) -> np.ndarray:
-        """tf-idf of each row. An n-gram that no image has counts as if one had it."""
+    def weigh(self, n: int, counts: NgramCounts | ReferenceCounts) -> np.ndarray:
+        """Return the tf-idf weight of each row of counts (`[rows]`). An unknown n-gram counts as if one image had it.
+
+        Args:
+            n: number of words of the n-grams.
+            counts: counts of n-grams of `n` words.
+        """
         idf = self.idf[n - 1]
-        known = counts.ngram < len(idf)
-        return counts.count * np.where(known, idf[np.where(known, counts.ngram, 0)] if len(idf) else 0, self.log_images)
+        known = counts.ngrams < len(idf)
+        idf_of_row = np.where(known, idf[np.where(known, counts.ngrams, 0)] if len(idf) else 0, self.log_images)
+        return counts.counts * idf_of_row
 
 
 def cider(
-    predictions: list[Counts],
-    references: list[ImageCounts],
-    weights: Weights,
+    predictions: list[NgramCounts],
+    references: list[ReferenceCounts],
+    weights: TfIdfWeights,
     prediction_lengths: np.ndarray,
     reference_lengths: np.ndarray,
     image_of: np.ndarray,
 ) -> np.ndarray:
-    """Cosine between tf-idf vectors of clipped n-grams, averaged over n and the references, with a length penalty.
+    """Compute CIDEr-D of each image.
+
+    For each n and each reference, the similarity is the cosine of the tf-idf vectors of prediction and reference. The
+    weights of the prediction are clipped to those of the reference, and a Gaussian of the difference in length
+    multiplies the cosine. The score is ten times the mean similarity over n and the references.
 
     Args:
-        predictions, references: n-gram counts for n = 1 to 4.
-        weights: of the references.
-        prediction_lengths (`[I]`), reference_lengths (`[R]`): in words.
-        image_of (`[R]`): the image of each reference.
+        predictions: n-gram counts of the predictions for n = 1 to 4.
+        references: n-gram counts of the references for n = 1 to 4.
+        weights: tf-idf weights of the references.
+        prediction_lengths (`[I]`): number of words of each prediction.
+        reference_lengths (`[R]`): number of words of each reference.
+        image_of (`[R]`): index of the image of each reference.
 
     Returns:
-        CIDEr of each image (`[I]`), between 0 and 10; the corpus score is their mean.
+        Scores between 0 and 10 (`[I]`). The score of the corpus is their mean.
     """
-    images, number = len(prediction_lengths), len(image_of)
-    # The toolkit counts bigrams, of which an empty text and one of a single word have none.
+    num_images, num_references = len(prediction_lengths), len(image_of)
+    # The toolkit compares numbers of bigrams, which are 0 both for an empty text and for a single word.
     difference = np.maximum(prediction_lengths - 1, 0)[image_of] - np.maximum(reference_lengths - 1, 0)
     penalty = np.exp(-(difference**2) / (2 * SIGMA**2))  # [R]
-    similarity = np.zeros(number)
-    for n, counts, own, own_weight, own_norm in zip(
+    similarity = np.zeros(num_references)
+    for n, predicted, reference, reference_weights, reference_norms in zip(
         ORDERS, predictions, references, weights.references, weights.norms, strict=True
     ):
-        weight = weights.weigh(n, counts)
-        norm = np.sqrt(np.bincount(counts.text, weight**2, minlength=images))
-        rows, group = own.find(counts)
-        # Each row of a prediction meets every row of its group: the references that hold the same n-gram.
-        repeats = own.start[group + 1] - own.start[group]
-        weight = np.repeat(weight[rows], repeats)
-        meets = np.arange(len(weight)) - np.repeat(np.cumsum(repeats) - repeats - own.start[group], repeats)
-        product = np.minimum(weight, own_weight[meets]) * own_weight[meets]
-        dot = np.bincount(own.text[meets], product, minlength=number)
-        norms = norm[image_of] * own_norm
-        similarity += np.divide(dot, norms, out=np.zeros(number), where=norms > 0) * penalty
-    texts = np.bincount(image_of, minlength=images)
-    return 10 * np.bincount(image_of, similarity / len(ORDERS), minlength=images) / texts
+        prediction_weights = weights.weigh(n, predicted)
+        prediction_norms = np.sqrt(np.bincount(predicted.texts, prediction_weights**2, minlength=num_images))
+        rows, groups = reference.find(predicted)
+        # Pair each row of a prediction with every row of its group: the references that contain the same n-gram.
+        sizes = reference.starts[groups + 1] - reference.starts[groups]
+        paired_weights = np.repeat(prediction_weights[rows], sizes)
+        pairs = np.arange(len(paired_weights)) - np.repeat(np.cumsum(sizes) - sizes - reference.starts[groups], sizes)
+        products = np.minimum(paired_weights, reference_weights[pairs]) * reference_weights[pairs]
+        dot = np.bincount(reference.texts[pairs], products, minlength=num_references)
+        norms = prediction_norms[image_of] * reference_norms
+        similarity += np.divide(dot, norms, out=np.zeros(num_references), where=norms > 0) * penalty
+    references_per_image = np.bincount(image_of, minlength=num_images)
+    return 10 * np.bincount(image_of, similarity / len(ORDERS), minlength=num_images) / references_per_image

@@ -1,8 +1,9 @@
-"""CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv 2104.08718): captions held against the image itself."""
+"""CLIPScore and RefCLIPScore (Hessel et al. 2021, arXiv 2104.08718), which compare a caption with the image itself."""
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -11,10 +12,10 @@ from transformers import AutoProcessor, CLIPModel
 
 from ..common.errors import InputError
 from ..processing_qformer import ImageInput, open_image
-from .corpus import check_predictions, check_references
+from .checks import check_predictions, check_references
 
-PREFIX = "A photo depicts "  # stands before every text, references too
-WEIGHT = 2.5  # spreads the cosines, which hardly exceed 0.4, over 0 to 1
+PREFIX = "A photo depicts "  # the paper puts it before every caption and every reference
+WEIGHT = 2.5  # w in equation 1: spreads cosines, which rarely exceed 0.4, over 0 to 1
 
 
 @torch.no_grad()
@@ -27,25 +28,27 @@ def clip_scores(
     device: str | torch.device = "cpu",
     per_image: bool = False,
     allow_empty: bool = False,
-) -> dict[str, float | dict[str, list[float]]]:
-    """CLIPScore, `2.5 * max(cos(image, caption), 0)`, and with references RefCLIPScore, its harmonic mean with the
-    highest `max(cos(caption, reference), 0)`.
+) -> dict[str, Any]:
+    """Compute CLIPScore and, with references, RefCLIPScore.
+
+    CLIPScore is `2.5 * max(cos(image, caption), 0)`, equation 1 of the paper. RefCLIPScore is the harmonic mean of
+    CLIPScore and the highest `max(cos(caption, reference), 0)`, equation 2. Every text follows "A photo depicts".
 
     Args:
-        images: PIL images, paths or URLs; a generator will do, they are opened a batch at a time.
-        predictions: one caption of each image.
+        images: PIL images, paths or URLs. A generator works too, because images are opened one batch at a time.
+        predictions: one caption for each image.
         references (*optional*): the reference captions of each image.
-        model_name_or_path: the paper's model, or another CLIP; scores of different models are not comparable.
-        batch_size: images or texts that go through the model at a time.
-        device: where the model runs. float16 would move the scores, so it runs in float32 everywhere.
-        per_image: add `"per_image"`, a dictionary with the same keys and a list of scores each.
+        model_name_or_path: the paper's model, or another CLIP. Scores of different models are not comparable.
+        batch_size: number of images or texts that go through the model at a time.
+        device: device of the model. It always runs in float32, because float16 changes the scores.
+        per_image: add `"per_image"`, a dictionary with the same keys and a list of scores for each.
         allow_empty: score an empty prediction instead of refusing it.
 
     Returns:
-        `clip_score`, and with references `ref_clip_score`: means over the images.
+        A dictionary with `clip_score` and, with references, `ref_clip_score`: means over the images.
 
     Raises:
-        InputError: for other numbers of images, captions and references, or a model that cannot be loaded.
+        InputError: for numbers of images, captions and references that differ, or a model that cannot be loaded.
         OSError: for an image that cannot be read; the message names it.
 
     Example:
@@ -58,42 +61,65 @@ def clip_scores(
     check_predictions(predictions, None if references is None else len(references), allow_empty)
     if references is not None:
         check_references(references)
-    try:
-        model = CLIPModel.from_pretrained(model_name_or_path, dtype=torch.float32).eval().to(device)
-        processor = AutoProcessor.from_pretrained(model_name_or_path)
-    except OSError as error:
+    encoder = _ClipEncoder(model_name_or_path, batch_size, device)
+    image_embeds = encoder.encode_images(images, len(predictions))  # [I, D]
+    if len(image_embeds) != len(predictions):
         raise InputError(
-            f"The CLIP model {str(model_name_or_path)!r} cannot be loaded: check its name, and make sure that the Hub "
-            f"can be reached or the model is in the cache ({str(error).splitlines()[0]})."
-        ) from error
-
-    def embed_images(images: list[ImageInput]) -> torch.Tensor:
-        opened = [open_image(image) for image in images]
-        pixels = processor.image_processor(opened, return_tensors="pt")["pixel_values"]
-        return model.get_image_features(pixel_values=pixels.to(device)).pooler_output
-
-    def embed_texts(texts: list[str]) -> torch.Tensor:
-        texts = [PREFIX + text for text in texts]
-        tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return model.get_text_features(**tokens.to(device)).pooler_output
-
-    def embed(items: Iterable, total: int, by: Callable[[list], torch.Tensor], what: str) -> torch.Tensor:
-        items = iter(tqdm(items, f"CLIP: {what}", total, leave=False))
-        batches = iter(lambda: list(itertools.islice(items, batch_size)), [])
-        return torch.cat([normalize(by(batch), dim=-1).cpu() for batch in batches])
-
-    image = embed(images, len(predictions), embed_images, "images")  # [I, D]
-    if len(image) != len(predictions):
-        raise InputError(f"There are {len(image)} images but {len(predictions)} captions: CLIPScore takes one of each.")
-    text = embed(predictions, len(predictions), embed_texts, "captions")  # [I, D]
-    each = {"clip_score": WEIGHT * (image * text).sum(dim=-1).clamp(min=0)}  # [I]
+            f"There are {len(image_embeds)} images but {len(predictions)} captions: CLIPScore needs one of each."
+        )
+    text_embeds = encoder.encode_texts(predictions, "captions")  # [I, D]
+    clip_score = WEIGHT * (image_embeds * text_embeds).sum(dim=-1).clamp(min=0)  # [I]
+    image_scores = {"clip_score": clip_score}
     if references is not None:
-        flat = [reference for own in references for reference in own]
-        parts = embed(flat, len(flat), embed_texts, "references").split([len(own) for own in references])
-        nearest = torch.stack([(own @ one).max() for own, one in zip(parts, text, strict=True)]).clamp(min=0)  # [I]
-        seen = each["clip_score"]
-        each["ref_clip_score"] = 2 * seen * nearest / (seen + nearest).clamp(min=1e-12)
-    scores: dict[str, float | dict[str, list[float]]] = {name: float(values.mean()) for name, values in each.items()}
+        all_references = [reference for texts in references for reference in texts]
+        sizes = [len(texts) for texts in references]
+        reference_embeds = encoder.encode_texts(all_references, "references").split(sizes)  # I of [R of the image, D]
+        best = [(own @ text).max() for own, text in zip(reference_embeds, text_embeds, strict=True)]
+        nearest = torch.stack(best).clamp(min=0)  # [I]
+        image_scores["ref_clip_score"] = 2 * clip_score * nearest / (clip_score + nearest).clamp(min=1e-12)
+    scores: dict[str, Any] = {name: float(values.mean()) for name, values in image_scores.items()}
     if per_image:
-        scores["per_image"] = {name: values.tolist() for name, values in each.items()}
+        scores["per_image"] = {name: values.tolist() for name, values in image_scores.items()}
     return scores
+
+
+class _ClipEncoder:
+    """CLIP with its processor, which turns images and texts into unit vectors."""
+
+    def __init__(self, name_or_path: str | os.PathLike, batch_size: int, device: str | torch.device):
+        try:
+            self.model = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32).eval().to(device)
+            self.processor = AutoProcessor.from_pretrained(name_or_path)
+        except OSError as error:
+            raise InputError(
+                f"The CLIP model {str(name_or_path)!r} cannot be loaded. Check its name, and that the Hub can be "
+                f"reached or the model is in the cache ({str(error).splitlines()[0]})."
+            ) from error
+        self.batch_size, self.device = batch_size, device
+
+    def encode_images(self, images: Iterable[ImageInput], total: int) -> torch.Tensor:
+        """Return a unit vector for each image (`[I, D]`)."""
+
+        def encode(batch: list[ImageInput]) -> torch.Tensor:
+            opened = [open_image(image) for image in batch]
+            pixel_values = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+            return self.model.get_image_features(pixel_values=pixel_values.to(self.device)).pooler_output
+
+        return self._encode(images, total, encode, "images")
+
+    def encode_texts(self, texts: Sequence[str], description: str) -> torch.Tensor:
+        """Return a unit vector for each text (`[T, D]`)."""
+
+        def encode(batch: list[str]) -> torch.Tensor:
+            prefixed = [PREFIX + text for text in batch]
+            tokens = self.processor.tokenizer(prefixed, padding=True, truncation=True, return_tensors="pt")
+            return self.model.get_text_features(**tokens.to(self.device)).pooler_output
+
+        return self._encode(texts, len(texts), encode, description)
+
+    def _encode(
+        self, items: Iterable[Any], total: int, encode: Callable[[list[Any]], torch.Tensor], description: str
+    ) -> torch.Tensor:
+        items = iter(tqdm(items, f"CLIP: {description}", total, leave=False))
+        batches: Iterator[list[Any]] = iter(lambda: list(itertools.islice(items, self.batch_size)), [])
+        return torch.cat([normalize(encode(batch), dim=-1).cpu() for batch in batches])

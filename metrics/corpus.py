@@ -1,84 +1,39 @@
-"""Scores of a corpus: every metric in one pass over one tokenisation, the references' share of the work done once."""
+"""Scores of a corpus: BLEU, ROUGE-L and CIDEr from one tokenisation, with references that are prepared once."""
 
 import os
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError
 from .bleu import bleu
-from .cider import DocumentFrequencies, Weights, cider
-from .ngrams import ORDERS, ImageCounts, Vocabulary
+from .checks import check_predictions, check_references
+from .cider import DocumentFrequencies, TfIdfWeights, cider
+from .ngrams import ORDERS, NgramCounts, ReferenceCounts, Vocabulary, unpack_low
 from .ptb_tokenizer import tokenize
 from .rouge import rouge_l
 
 METRICS = ("bleu", "rouge_l", "cider")
 
 
-def check_predictions(predictions: Sequence[str], number: int | None = None, allow_empty: bool = False) -> None:
-    """See that predictions can be scored, and that they are as many as there are lists of references.
-
-    Raises:
-        InputError: if not; the message names the first offender and counts all of them.
-    """
-    if isinstance(predictions, str):
-        raise InputError("The predictions are one string: give a list of captions, one for each image.")
-    if number is not None and len(predictions) != number:
-        raise InputError(
-            f"There are {len(predictions)} predictions but {number} lists of references: give one list of references "
-            "for each prediction."
-        )
-    if not len(predictions):
-        raise InputError("There is nothing to score: the list of predictions is empty.")
-    _refuse(
-        [i for i, text in enumerate(predictions) if not isinstance(text, str)],
-        lambda i: f"Prediction {i} is {predictions[i]!r} and no string",
-    )
-    if not allow_empty:
-        _refuse(
-            [i for i, text in enumerate(predictions) if not text.strip()],
-            lambda i: f"Prediction {i} is empty (`allow_empty` scores it as 0)",
-        )
-
-
-def check_references(references: Sequence[Sequence[str]]) -> None:
-    """See that every image has references, and all of them are strings.
-
-    Raises:
-        InputError: if not; the message names the first offender and counts all of them.
-    """
-    _refuse(
-        [i for i, own in enumerate(references) if isinstance(own, str) or not isinstance(own, Collection)],
-        lambda i: f"The references of prediction {i} are {references[i]!r} and no list of strings",
-    )
-    _refuse([i for i, own in enumerate(references) if len(own) == 0], lambda i: f"Prediction {i} has no references")
-    _refuse(
-        [i for i, own in enumerate(references) if not all(isinstance(text, str) for text in own)],
-        lambda i: f"The references of prediction {i} are {references[i]!r}, and not all of them are strings",
-    )
-
-
-def _refuse(offenders: list[int], describe) -> None:
-    if offenders:
-        others = f", and {len(offenders) - 1} more are like it" if len(offenders) > 1 else ""
-        raise InputError(f"{describe(offenders[0])}{others}.")
-
-
 class References:
-    r"""The reference captions of images: tokens, n-grams and tf-idf weights, computed once, used for every scoring.
+    r"""Reference captions of images, prepared for any number of scorings.
 
-    Scores equal those of the COCO caption toolkit (pycocoevalcap) to 1e-12.
+    Tokens, n-grams and tf-idf weights are computed once. Scores equal those of the COCO caption toolkit (pycocoevalcap
+    1.2 with its Java tokenizer) to 1e-12.
 
     Args:
-        references: the captions of each image.
-        df: what CIDEr takes document frequencies from: `"corpus"` for these references, as the toolkit does, or a
-            [`DocumentFrequencies`] or the path of a saved one. Scores with another table are not comparable.
+        references: the reference captions of each image. Images may have different numbers of them.
+        df: source of CIDEr's document frequencies. `"corpus"` takes those of these references, as the toolkit does.
+            Otherwise a [`DocumentFrequencies`] or the path of a saved one. Scores with different tables are not
+            comparable.
 
     Raises:
-        InputError: for an image without references, a reference that is no string, or a `df` that is no table.
+        InputError: for an image without references, a reference that is not a string, or a file that is not a table of
+            document frequencies.
 
     Example:
 
@@ -94,42 +49,47 @@ class References:
     def __init__(self, references: Sequence[Sequence[str]], df: str | os.PathLike | DocumentFrequencies = "corpus"):
         references = list(references)
         check_references(references)
-        self.number_of_images = len(references)
-        self.number_of_references = sum(map(len, references))
-        is_path = df != "corpus" and not isinstance(df, DocumentFrequencies)
-        self.df = DocumentFrequencies.load(df) if is_path else df
-        self.tokens = tokenize([text for own in references for text in own])  # [R]
-        self.image_of = np.repeat(np.arange(len(references)), [len(own) for own in references])  # [R]
-        self.words = [_words(tokens) for tokens in self.tokens]
-        self.lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))
+        self.num_images = len(references)
+        self.num_references = sum(map(len, references))
+        self.saved_frequencies: DocumentFrequencies | None = None  # None: those of these references
+        if isinstance(df, DocumentFrequencies):
+            self.saved_frequencies = df
+        elif df != "corpus":
+            self.saved_frequencies = DocumentFrequencies.load(df)
+        self.tokens = tokenize([text for texts in references for text in texts])  # R lists
+        self.words = [_split_at_spaces(tokens) for tokens in self.tokens]  # R lists
+        self.lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))  # [R]
+        self.image_of = np.repeat(np.arange(len(references)), [len(texts) for texts in references])  # [R]
+        self.starts = np.searchsorted(self.image_of, np.arange(len(references) + 1))  # [I + 1], first reference
         self.vocabulary = Vocabulary()
-        self.first = np.searchsorted(self.image_of, np.arange(len(references) + 1))  # reference of each image
 
     @cached_property
-    def counts(self) -> list[ImageCounts]:
-        """n-gram counts for n = 1 to 4."""
-        return [ImageCounts.of(counts, self.image_of) for counts in self.vocabulary.learn(self.words)]
+    def counts(self) -> list[ReferenceCounts]:
+        """The n-gram counts of the references for n = 1 to 4."""
+        return [ReferenceCounts.group(counts, self.image_of) for counts in self.vocabulary.learn(self.words)]
 
     @cached_property
-    def weights(self) -> Weights:
-        """What CIDEr weighs n-grams by."""
-        if self.df == "corpus":
-            frequencies = [np.bincount(counts.pair & 0x7FFFFFFF).astype(float) for counts in self.counts]
-            images = self.number_of_images
+    def weights(self) -> TfIdfWeights:
+        """The tf-idf weights of CIDEr."""
+        counts = self.counts  # learnt before the n-grams of a saved table, which get higher ids
+        if self.saved_frequencies is None:
+            frequencies = [np.bincount(unpack_low(each.keys)).astype(float) for each in counts]
+            num_images = self.num_images
         else:
-            frequencies, images = self.df.numbered(self.vocabulary), self.df.images
-        return Weights(frequencies, images, self.counts, len(self.words))
+            frequencies = self.saved_frequencies.by_ngram_id(self.vocabulary)
+            num_images = self.saved_frequencies.images
+        return TfIdfWeights(frequencies, num_images, counts, len(self.words))
 
     def document_frequencies(self) -> DocumentFrequencies:
-        """The table that other, smaller sets can be scored by (`df=`)."""
-        counts = [Counter() for _ in ORDERS]
-        for begin, end in zip(self.first, self.first[1:], strict=False):
+        """Return the document frequencies of these references, by which smaller sets can be scored (`df=`)."""
+        counts: list[Counter[str]] = [Counter() for _ in ORDERS]
+        for begin, end in zip(self.starts, self.starts[1:], strict=False):
             for n in ORDERS:
                 ngrams = (
                     " ".join(words[i : i + n]) for words in self.words[begin:end] for i in range(len(words) - n + 1)
                 )
-                counts[n - 1].update(list(dict.fromkeys(ngrams)))  # each once for an image
-        return DocumentFrequencies(self.number_of_images, [dict(each) for each in counts])
+                counts[n - 1].update(list(dict.fromkeys(ngrams)))  # each n-gram once for an image
+        return DocumentFrequencies(self.num_images, [dict(each) for each in counts])
 
     def score(
         self,
@@ -137,66 +97,79 @@ class References:
         metrics: Sequence[str] = METRICS,
         per_image: bool = False,
         allow_empty: bool = False,
-    ) -> dict[str, float | dict[str, list[float]]]:
-        """Score one caption of each image.
+    ) -> dict[str, Any]:
+        """Score one caption for each image.
 
         Args:
             predictions: the captions, in the order of the references.
-            metrics: which of "bleu", "rouge_l" and "cider".
-            per_image: add `"per_image"`, a dictionary with the same keys and a list of scores each.
-            allow_empty: score an empty prediction as the toolkit does (0, and shorter BLEU) instead of refusing it.
+            metrics: metrics to compute, of "bleu", "rouge_l" and "cider".
+            per_image: add `"per_image"`, a dictionary with the same keys and a list of I scores for each.
+            allow_empty: score an empty prediction as the toolkit does instead of refusing it. It scores 0, and it
+                shortens the text that BLEU compares with the references.
 
         Returns:
-            `bleu_1` ... `bleu_4` and `rouge_l` (0 to 1), `cider` (0 to 10). Papers print them times 100.
+            A dictionary with `bleu_1` ... `bleu_4` and `rouge_l` between 0 and 1, and `cider` between 0 and 10. Papers
+            print these scores times 100.
 
         Raises:
-            InputError: for another number of predictions, one that is empty or no string.
+            InputError: for a wrong number of predictions, or one that is empty or not a string.
             ValueError: for an unknown metric.
         """
-        check_predictions(predictions, self.number_of_images, allow_empty)
+        check_predictions(predictions, self.num_images, allow_empty)
         if unknown := set(metrics) - set(METRICS):
-            raise ValueError(f"There is no metric {min(unknown)!r} here; there are {', '.join(METRICS)}.")
+            raise ValueError(f"Unknown metric {min(unknown)!r}: choose from {', '.join(METRICS)}.")
         tokens = tokenize(predictions)
-        words = [_words(each) for each in tokens]
+        words = [_split_at_spaces(each) for each in tokens]
         lengths = np.fromiter(map(len, words), np.int64, len(words))  # [I]
-        images: dict[str, np.ndarray] = {}
-        scores: dict[str, float | dict[str, list[float]]] = {}
-        references = self.counts if "bleu" in metrics or "cider" in metrics else []
-        weights = self.weights if "cider" in metrics else None
-        counts = self.vocabulary.count(words) if references else []
+        scores: dict[str, Any] = {}
+        image_scores: dict[str, np.ndarray] = {}  # [I] each
+        references: list[ReferenceCounts] = []
+        counts: list[NgramCounts] = []
+        weights = None
+        if "bleu" in metrics or "cider" in metrics:
+            # The vocabulary learns the references and a saved table first: unknown n-grams have ids above theirs.
+            references = self.counts
+            weights = self.weights if "cider" in metrics else None
+            counts = self.vocabulary.count(words)
         if "bleu" in metrics:
-            corpus, each = bleu(counts, references, lengths, self._closest(lengths))
+            corpus_bleu, image_bleu = bleu(counts, references, lengths, self._closest_lengths(lengths))
             for n in ORDERS:
-                scores[f"bleu_{n}"], images[f"bleu_{n}"] = corpus[n - 1], each[n - 1]
+                scores[f"bleu_{n}"], image_scores[f"bleu_{n}"] = corpus_bleu[n - 1], image_bleu[n - 1]
         if "rouge_l" in metrics:
-            images["rouge_l"] = np.array(
-                [
-                    rouge_l(own, self.tokens[begin:end])
-                    for own, begin, end in zip(tokens, self.first, self.first[1:], strict=False)
-                ]
-            )
-            scores["rouge_l"] = float(images["rouge_l"].mean())
-        if "cider" in metrics:
-            if self.number_of_images == 1 and self.df == "corpus":
-                warnings.warn(
-                    "CIDEr of a single image is 0: every n-gram is in all of the references, so none is worth anything."
-                    " Score more images, or give document frequencies of a larger corpus (`df`).",
-                    stacklevel=2,
-                )
-            images["cider"] = cider(counts, references, weights, lengths, self.lengths, self.image_of)
-            scores["cider"] = float(images["cider"].mean())
+            image_scores["rouge_l"] = self._rouge_l(tokens)
+            scores["rouge_l"] = float(image_scores["rouge_l"].mean())
+        if weights is not None:
+            self._warn_about_single_image()
+            image_scores["cider"] = cider(counts, references, weights, lengths, self.lengths, self.image_of)
+            scores["cider"] = float(image_scores["cider"].mean())
         if per_image:
-            scores["per_image"] = {name: values.tolist() for name, values in images.items()}
+            scores["per_image"] = {name: values.tolist() for name, values in image_scores.items()}
         return scores
 
-    def _closest(self, lengths: np.ndarray) -> np.ndarray:
-        """For a prediction of each length, the length of the closest reference; of two as close, the shorter one."""
-        # Sorted by image, then distance, then length, the first row of each image is the one.
+    def _closest_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Return the length of the reference that is closest to each prediction in length, the shorter one of two.
+
+        Args:
+            lengths (`[I]`): number of words of each prediction.
+        """
+        # Sorted by image, then distance, then length, the first row of each image is the closest one.
         distance = np.abs(self.lengths - lengths[self.image_of])
         order = np.lexsort((self.lengths, distance, self.image_of))
-        return self.lengths[order[self.first[:-1]]]
+        return self.lengths[order[self.starts[:-1]]]
+
+    def _rouge_l(self, tokens: list[list[str]]) -> np.ndarray:
+        bounds = zip(tokens, self.starts, self.starts[1:], strict=False)
+        return np.array([rouge_l(prediction, self.tokens[begin:end]) for prediction, begin, end in bounds])
+
+    def _warn_about_single_image(self) -> None:
+        if self.num_images == 1 and self.saved_frequencies is None:
+            warnings.warn(
+                "CIDEr of a single image is 0, because every n-gram occurs in all images of the corpus and has weight "
+                "0. Score more images, or give document frequencies of a larger corpus (`df`).",
+                stacklevel=3,
+            )
 
 
-def _words(tokens: list[str]) -> list[str]:
-    """Tokens as BLEU and CIDEr see them: white space inside one, as in fractions ("2 1/2"), splits it."""
+def _split_at_spaces(tokens: list[str]) -> list[str]:
+    """Return the words that BLEU and CIDEr see: white space inside a token, as in the fraction "2 1/2", splits it."""
     return " ".join(tokens).split()

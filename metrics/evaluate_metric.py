@@ -1,14 +1,16 @@
-"""The scores as `evaluate` metrics: one class that computes all of them in one pass, and one for each alone."""
+"""The scores as metrics of the library `evaluate`: one class that computes all of them, and one for each metric."""
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import datasets
 import evaluate
 
 from ..common.errors import InputError
+from .checks import check_predictions, check_references
 from .cider import DocumentFrequencies
-from .corpus import METRICS, References, check_predictions, check_references
+from .corpus import METRICS, References
 
 _CITATIONS = {
     "bleu": """@inproceedings{papineni2002bleu,
@@ -25,25 +27,21 @@ _CITATIONS = {
 }
 _INPUTS = """
 Args:
-    predictions (list of str): one caption of each image.
-    references (list of lists of str): the reference captions of each image; their numbers may differ.
-    df ("corpus", or a table of document frequencies): what CIDEr takes the frequencies of n-grams from.
+    predictions (list of str): one caption for each image.
+    references (list of lists of str): the reference captions of each image. Images may have different numbers of them.
+    df ("corpus", a DocumentFrequencies or the path of one): source of CIDEr's document frequencies.
     per_image (bool): add "per_image", a dictionary of lists.
     allow_empty (bool): score an empty prediction as 0 instead of refusing it.
 Returns:
-    bleu_1 ... bleu_4 and rouge_l between 0 and 1, cider between 0 and 10, as the COCO caption toolkit has them.
+    bleu_1 ... bleu_4 and rouge_l between 0 and 1, cider between 0 and 10, equal to those of the COCO caption toolkit.
 """
 
 
 class CaptionMetrics(evaluate.Metric):
     r"""BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of captions, equal to the COCO caption toolkit's to 1e-12.
 
-    The references' share of the work is kept from one call to the next, so that scoring every epoch on the same images
-    costs only the predictions. Several processes should gather their captions and score on one: these are scores of a
-    corpus, and no mean of the scores of its parts.
-
-    `compute` takes `predictions`, `references` and the options of [`References`] and [`References.score`]: `df`,
-    `per_image`, `allow_empty`.
+    The prepared references are kept between calls, so that scoring every epoch on the same images is fast. These are
+    scores of a corpus, not means over its parts: several processes should gather their captions and score in one.
 
     Example:
 
@@ -57,12 +55,12 @@ class CaptionMetrics(evaluate.Metric):
     """
 
     metrics: Sequence[str] = METRICS
-    _scored: tuple[tuple, References] | None = None  # the references of the last call, ready for the next
+    _prepared: tuple[tuple, References] | None = None  # the arguments of the last References, and the object
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="Scores of image captions, equal to those of the COCO caption toolkit, in Python alone.",
+            description="Scores of image captions in pure Python, equal to those of the COCO caption toolkit.",
             citation="\n".join(_CITATIONS[metric] for metric in self.metrics),
             inputs_description=_INPUTS,
             features=datasets.Features({"predictions": text, "references": datasets.List(text)}),
@@ -73,29 +71,33 @@ class CaptionMetrics(evaluate.Metric):
         *,
         predictions: Iterable[str] | None = None,
         references: Iterable[Sequence[str]] | None = None,
-        **options,
-    ) -> dict[str, float | dict[str, list[float]]] | None:
+        **options: Any,
+    ) -> dict[str, Any] | None:
         """Score captions, or those that `add` and `add_batch` have collected.
 
         Args:
-            predictions: one caption of each image.
+            predictions: one caption for each image.
             references: the reference captions of each image.
-            options: `df` ("corpus", a [`DocumentFrequencies`] or the path of one), `per_image` and `allow_empty`.
+            options: `df`, an argument of [`References`]; `per_image` and `allow_empty`, arguments of
+                [`References.score`].
+
+        Returns:
+            The scores, as [`References.score`] returns them. In a distributed run, `None` in all but the main process.
 
         Raises:
             InputError: for predictions or references that cannot be scored; the message names the first.
         """
-        if (predictions is None) != (references is None):
-            raise InputError("Give predictions and references, or neither behind `add` and `add_batch`.")
-        if predictions is None:
+        if predictions is None and references is None:
             return super().compute(**options)
-        # evaluate would print all of them, and say nothing of which is wrong.
+        if predictions is None or references is None:
+            raise InputError("Give both predictions and references, or neither after `add` or `add_batch`.")
+        # Checked here because evaluate would print all captions without a word about the wrong one.
         predictions = predictions if isinstance(predictions, str) else list(predictions)
         references = list(references)
         check_predictions(predictions, len(references), options.get("allow_empty", False))
         check_references(references)
         predictions = [_storable(text) for text in predictions]
-        references = [[_storable(text) for text in own] for own in references]
+        references = [[_storable(text) for text in texts] for texts in references]
         return super().compute(predictions=predictions, references=references, **options)
 
     def _compute(
@@ -105,30 +107,30 @@ class CaptionMetrics(evaluate.Metric):
         df: str | os.PathLike | DocumentFrequencies = "corpus",
         per_image: bool = False,
         allow_empty: bool = False,
-    ) -> dict[str, float | dict[str, list[float]]]:
-        if self._scored is None or self._scored[0] != (references, df):
-            self._scored = (references, df), References(references, df)
-        return self._scored[1].score(predictions, self.metrics, per_image, allow_empty)
+    ) -> dict[str, Any]:
+        if self._prepared is None or self._prepared[0] != (references, df):
+            self._prepared = (references, df), References(references, df)
+        return self._prepared[1].score(predictions, self.metrics, per_image, allow_empty)
 
 
 def _storable(text: str) -> str:
-    """Without halves of characters, which Arrow cannot store and the tokenizer drops."""
+    """Drop unpaired surrogates, which Arrow cannot store and the tokenizer ignores."""
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
 class Bleu(CaptionMetrics):
-    """BLEU-1 to BLEU-4 alone. As [`CaptionMetrics`]."""
+    """BLEU-1 to BLEU-4 alone; see [`CaptionMetrics`]."""
 
     metrics = ("bleu",)
 
 
 class RougeL(CaptionMetrics):
-    """ROUGE-L alone. As [`CaptionMetrics`]."""
+    """ROUGE-L alone; see [`CaptionMetrics`]."""
 
     metrics = ("rouge_l",)
 
 
 class Cider(CaptionMetrics):
-    """CIDEr-D, which every table calls CIDEr, alone. As [`CaptionMetrics`]."""
+    """CIDEr-D alone, which every table calls CIDEr; see [`CaptionMetrics`]."""
 
     metrics = ("cider",)

@@ -1,12 +1,13 @@
-"""METEOR and SPICE, which exist in Java alone: pycocoevalcap runs them (`pip install 'qformer-captioner[java]'`)."""
+"""METEOR and SPICE, whose programs need Java. pycocoevalcap runs them (`pip install 'qformer-captioner[java]'`)."""
 
 import contextlib
 import io
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 from ..common.errors import InputError
-from .corpus import check_predictions, check_references
+from .checks import check_predictions, check_references
 from .ptb_tokenizer import tokenize
 
 JAVA_METRICS = ("meteor", "spice")
@@ -18,20 +19,24 @@ def java_scores(
     metrics: Sequence[str] = JAVA_METRICS,
     per_image: bool = False,
     allow_empty: bool = False,
-) -> dict[str, float | dict[str, list[float]]]:
-    """METEOR 1.5 (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016, arXiv 1607.08822), between 0 and 1.
+) -> dict[str, Any]:
+    """Compute METEOR 1.5 (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016, arXiv 1607.08822).
 
-    SPICE downloads its parser when it runs for the first time, and works with Java 8 to 15 only.
+    The programs are those of the COCO caption toolkit, and they read its tokens. SPICE downloads its parser when it
+    runs for the first time, and it works with Java 8 to 15 only.
 
     Args:
-        predictions: one caption of each image.
+        predictions: one caption for each image.
         references: the reference captions of each image.
-        metrics: which of "meteor" and "spice".
-        per_image: add `"per_image"`, a dictionary with the same keys and a list of scores each.
+        metrics: metrics to compute, of "meteor" and "spice".
+        per_image: add `"per_image"`, a dictionary with the same keys and a list of scores for each.
         allow_empty: score an empty prediction instead of refusing it.
 
+    Returns:
+        A dictionary with `meteor` and `spice`, between 0 and 1. SPICE is the mean F-score of the images.
+
     Raises:
-        InputError: if Java or pycocoevalcap is missing, if a metric's own program fails, or for captions that cannot be
+        InputError: if Java or pycocoevalcap is missing, if a metric's program fails, or for captions that cannot be
             scored. The message says what to install.
 
     Example:
@@ -43,39 +48,44 @@ def java_scores(
     """
     check_predictions(predictions, len(references), allow_empty)
     check_references(references)
-    scorers = java_scorers(metrics)
-    sizes = [len(own) for own in references]
-    reference_tokens = iter(tokenize([text for own in references for text in own]))
-    theirs = {image: [_line(next(reference_tokens)) for _ in range(size)] for image, size in enumerate(sizes)}
-    ours = {image: [_line(tokens)] for image, tokens in enumerate(tokenize(predictions))}
-    scores: dict[str, float | dict[str, list[float]]] = {}
-    images: dict[str, list[float]] = {}
+    scorers = load_java_metrics(metrics)
+    prediction_lines = {image: [_line(tokens)] for image, tokens in enumerate(tokenize(predictions))}
+    # The references are tokenised in one call, as one file: the tokenizer may read the first word of the next line.
+    tokens_of_references = iter(tokenize([text for texts in references for text in texts]))
+    reference_lines = {
+        image: [_line(next(tokens_of_references)) for _ in texts] for image, texts in enumerate(references)
+    }
+    scores: dict[str, Any] = {}
+    image_scores: dict[str, list[float]] = {}
     for metric, scorer in scorers.items():
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # they print their progress
-                scores[metric], each = scorer().compute_score(theirs, ours)
-        except Exception as error:  # a Java program that dies shows as a broken pipe, a missing file, a bad number ...
+            with contextlib.redirect_stdout(io.StringIO()):  # the toolkit prints its progress
+                score, score_of_images = scorer().compute_score(reference_lines, prediction_lines)
+        except Exception as error:  # a failed Java program shows as a broken pipe, a missing file, a bad number ...
             hint = " It needs Java 8 or 11, and the network when it first runs." if metric == "spice" else ""
             raise InputError(f"{metric} could not be computed: its Java program failed ({error}).{hint}") from error
-        scores[metric] = float(scores[metric])
-        images[metric] = [float(one["All"]["f"] if metric == "spice" else one) for one in each]
+        scores[metric] = float(score)
+        image_scores[metric] = [float(each["All"]["f"] if metric == "spice" else each) for each in score_of_images]
     if per_image:
-        scores["per_image"] = images
+        scores["per_image"] = image_scores
     return scores
 
 
-def java_scorers(metrics: Sequence[str]) -> dict[str, type]:
-    """The toolkit's class of each metric.
+def load_java_metrics(metrics: Sequence[str]) -> dict[str, type]:
+    """Return the toolkit's class of each metric, after a check that Java and the toolkit are installed.
+
+    Args:
+        metrics: names from "meteor" and "spice".
 
     Raises:
-        InputError: if there are some, and Java or pycocoevalcap is missing. The message says what to install.
+        InputError: if `metrics` is not empty, and Java or pycocoevalcap is missing. The message says what to install.
     """
     if not metrics:
         return {}
     if shutil.which("java") is None:
         raise InputError(
-            f"{' and '.join(metrics)} need Java, and there is no `java` on the PATH: install a Java runtime (Debian: "
-            "apt install default-jre-headless), or leave them out."
+            f"{' and '.join(metrics)} need Java, but `java` is not on the PATH. Install a Java runtime (Debian: apt "
+            "install default-jre-headless), or leave them out."
         )
     try:
         from pycocoevalcap.meteor.meteor import Meteor
@@ -89,5 +99,5 @@ def java_scorers(metrics: Sequence[str]) -> dict[str, type]:
 
 
 def _line(tokens: list[str]) -> str:
-    """Tokens in a line, as METEOR's protocol takes them: it parts its fields with `|||`."""
+    """Join tokens to a line of METEOR's protocol, whose fields are separated by `|||`."""
     return " ".join(token for token in tokens if "|||" not in token)

@@ -1,8 +1,8 @@
 """Counts of n-grams (1 to 4 words) in many texts at once, as NumPy arrays.
 
-BLEU and CIDEr ask the same two questions: how often does a caption hold an n-gram, and how often do the references of
-its image? Words and n-grams become numbers, texts become columns of numbers, and sorting answers both questions for a
-whole corpus: no Python loop runs over n-grams.
+BLEU and CIDEr ask the same two questions. How often does a caption contain an n-gram? How often do the references of
+its image contain it? Here words and n-grams become ids and texts become arrays of ids. Sorting then answers both
+questions for a whole corpus, and no Python loop runs over n-grams.
 """
 
 from collections.abc import Sequence
@@ -10,119 +10,170 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ORDERS = (1, 2, 3, 4)  # BLEU-4 and CIDEr both stop at four words
+ORDERS = (1, 2, 3, 4)  # values of n: BLEU-4 and CIDEr both stop at four words
 
 
 def pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Two columns of numbers below 2**31 as one that sorts by the first, then by the second."""
+    """Combine two arrays of ids below 2**31 into one that sorts by the first, then by the second."""
     return (high.astype(np.int64) << 32) | low
 
 
-@dataclass
-class Counts:
-    """How often texts hold n-grams of one length: a row for each text and n-gram in it, sorted by text, then n-gram."""
-
-    text: np.ndarray  # [rows]
-    ngram: np.ndarray  # [rows]
-    count: np.ndarray  # [rows]
+def unpack_low(packed: np.ndarray) -> np.ndarray:
+    """Return the second of the two arrays that `pack` combined."""
+    return packed & 0x7FFFFFFF
 
 
 @dataclass
-class ImageCounts:
-    """The same of references, whose rows are sorted by image, then n-gram, and grouped by both."""
+class NgramCounts:
+    """Counts of the n-grams of one length in texts: one row for each n-gram of a text, sorted by text and n-gram.
 
-    pair: np.ndarray  # [groups], image and n-gram packed, sorted
-    start: np.ndarray  # [groups + 1], where the rows of each group begin
-    text: np.ndarray  # [rows]
-    ngram: np.ndarray  # [rows]
-    count: np.ndarray  # [rows]
+    Args:
+        texts (`[rows]`): index of the text.
+        ngrams (`[rows]`): id of the n-gram.
+        counts (`[rows]`): number of occurrences.
+    """
+
+    texts: np.ndarray
+    ngrams: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass
+class ReferenceCounts:
+    """Counts of the n-grams of one length in references: rows sorted and grouped by image and n-gram.
+
+    A group holds a row for each reference of the image that contains the n-gram.
+
+    Args:
+        keys (`[groups]`): image and n-gram, packed and sorted.
+        starts (`[groups + 1]`): first row of each group.
+        texts (`[rows]`): index of the reference.
+        ngrams (`[rows]`): id of the n-gram.
+        counts (`[rows]`): number of occurrences.
+    """
+
+    keys: np.ndarray
+    starts: np.ndarray
+    texts: np.ndarray
+    ngrams: np.ndarray
+    counts: np.ndarray
 
     @classmethod
-    def of(cls, counts: Counts, image_of: np.ndarray) -> "ImageCounts":
-        """Group the counts of reference texts, of which the i-th belongs to image `image_of[i]`."""
-        pair = pack(image_of[counts.text], counts.ngram)
-        order = np.argsort(pair, kind="stable")
-        pair, start = np.unique(pair[order], return_index=True)
-        start = np.append(start, len(order))
-        return cls(pair, start, counts.text[order], counts.ngram[order], counts.count[order])
+    def group(cls, counts: NgramCounts, image_of: np.ndarray) -> "ReferenceCounts":
+        """Group the counts of reference texts.
 
-    def find(self, counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-        """Which rows of predictions, one text to an image, have a group here: those rows, and their groups."""
-        if not len(self.pair):
+        Args:
+            counts: counts of the references.
+            image_of (`[R]`): index of the image of each reference.
+        """
+        keys = pack(image_of[counts.texts], counts.ngrams)
+        order = np.argsort(keys, kind="stable")
+        keys, starts = np.unique(keys[order], return_index=True)
+        starts = np.append(starts, len(order))
+        return cls(keys, starts, counts.texts[order], counts.ngrams[order], counts.counts[order])
+
+    def find(self, predictions: NgramCounts) -> tuple[np.ndarray, np.ndarray]:
+        """Find the n-grams of predictions that the references of the same image contain.
+
+        Args:
+            predictions: counts of one prediction for each image.
+
+        Returns:
+            The rows of `predictions` that have a group here (`[found]`), and these groups (`[found]`).
+        """
+        if not len(self.keys):
             return np.empty(0, np.int64), np.empty(0, np.int64)
-        wanted = pack(counts.text, counts.ngram)
-        group = np.minimum(np.searchsorted(self.pair, wanted), len(self.pair) - 1)
-        rows = np.flatnonzero(self.pair[group] == wanted)
-        return rows, group[rows]
+        wanted = pack(predictions.texts, predictions.ngrams)
+        groups = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        rows = np.flatnonzero(self.keys[groups] == wanted)
+        return rows, groups[rows]
 
 
-class _Numbers(dict):
-    """Gives each new key the next number."""
+class _WordIds(dict[str, int]):
+    """Dictionary that gives each new word the next id."""
 
-    def __missing__(self, key: str) -> int:
-        self[key] = number = len(self)
-        return number
+    def __missing__(self, word: str) -> int:
+        self[word] = word_id = len(self)
+        return word_id
 
 
 class Vocabulary:
-    """Numbers for words and n-grams. An n-gram is told by the number of all its words but the last, and the last."""
+    """Ids of words and n-grams. The key of an n-gram is the id of all its words but the last, and the id of the last.
 
-    def __init__(self):
-        self.words = _Numbers()
+    Example:
+
+    ```python
+    >>> vocabulary = Vocabulary()
+    >>> unigrams, bigrams, _, _ = vocabulary.learn([["a", "dog", "a", "dog"]])
+    >>> unigrams.counts.tolist(), bigrams.counts.tolist()  # a, dog; a dog, dog a
+    ([2, 2], [2, 1])
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.words = _WordIds()
         self.keys = {n: np.empty(0, np.int64) for n in ORDERS[1:]}  # of the known n-grams, sorted
-        self.numbers = {n: np.empty(0, np.int64) for n in ORDERS[1:]}  # and their numbers
+        self.ids = {n: np.empty(0, np.int64) for n in ORDERS[1:]}  # in the order of the keys
 
     def copy(self) -> "Vocabulary":
-        """Another that knows the same and may learn more."""
+        """Return a vocabulary with the same ids that can learn more."""
         other = Vocabulary()
-        other.words = _Numbers(self.words)
-        other.keys, other.numbers = dict(self.keys), dict(self.numbers)  # `learn` replaces the arrays, never fills them
+        other.words = _WordIds(self.words)
+        other.keys, other.ids = dict(self.keys), dict(self.ids)  # `learn` replaces these arrays and never changes them
         return other
 
     def size(self, n: int) -> int:
-        """How many n-grams have a number."""
+        """Return the number of known n-grams of `n` words."""
         return len(self.words) if n == 1 else len(self.keys[n])
 
-    def learn(self, texts: Sequence[Sequence[str]]) -> list[Counts]:
-        """As `count`, and remember the n-grams met for the first time."""
-        length = np.fromiter(map(len, texts), np.int64, len(texts))
-        text = np.repeat(np.arange(len(texts), dtype=np.int32), length)  # [W] of each word
-        word = np.fromiter((self.words[word] for words in texts for word in words), np.int32, len(text))  # [W]
-        counts = [_count(text, word)]
-        start, ngram = np.arange(len(text)), word  # of each n-gram: its first word, and its number
+    def learn(self, texts: Sequence[Sequence[str]]) -> list[NgramCounts]:
+        """Count the n-grams of texts and keep the ids of those that are new.
+
+        Args:
+            texts: the words of each text.
+
+        Returns:
+            The counts for n = 1 to 4.
+        """
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        text_of = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)  # [W], text of each word
+        words = np.fromiter((self.words[word] for words in texts for word in words), np.int32, len(text_of))  # [W]
+        counts = [_count(text_of, words)]
+        first, ngrams = np.arange(len(text_of)), words  # of each n-gram: the position of its first word, and its id
         for n in ORDERS[1:]:
-            end = np.minimum(start + n - 1, len(text) - 1)
-            whole = (end - start == n - 1) & (text[end] == text[start])  # not beyond the end of its text
-            start, end, ngram = start[whole], end[whole], ngram[whole]
-            ngram = self._number(n, pack(ngram, word[end]))
-            counts.append(_count(text[start], ngram))
+            last = np.minimum(first + n - 1, len(text_of) - 1)
+            inside = (last - first == n - 1) & (text_of[last] == text_of[first])  # ends before its text does
+            first, last, ngrams = first[inside], last[inside], ngrams[inside]
+            ngrams = self._ids_of(n, pack(ngrams, words[last]))
+            counts.append(_count(text_of[first], ngrams))
         return counts
 
-    def count(self, texts: Sequence[Sequence[str]]) -> list[Counts]:
-        """Count the n-grams of texts, given as lists of words: [`Counts`] for n = 1, 2, 3, 4.
+    def count(self, texts: Sequence[Sequence[str]]) -> list[NgramCounts]:
+        """Count the n-grams of texts as `learn` does, without keeping ids.
 
-        N-grams that the vocabulary does not know are numbered behind all it knows, for this call alone.
+        Unknown n-grams get ids above all known ones, which are valid for this call only.
         """
         return self.copy().learn(texts)
 
-    def _number(self, n: int, key: np.ndarray) -> np.ndarray:
-        known, numbers = self.keys[n], self.numbers[n]
-        found = np.zeros(len(key), dtype=bool)
-        number = np.empty(len(key), np.int64)
-        if len(known):
-            place = np.minimum(np.searchsorted(known, key), len(known) - 1)
-            found = known[place] == key
-            number = numbers[place]
-        new, index = np.unique(key[~found], return_inverse=True)
-        number[~found] = len(known) + index
-        if len(new):
-            keys = np.concatenate([known, new])
-            order = np.argsort(keys, kind="stable")
-            self.keys[n] = keys[order]
-            self.numbers[n] = np.concatenate([numbers, np.arange(len(known), len(keys))])[order]
-        return number
+    def _ids_of(self, n: int, keys: np.ndarray) -> np.ndarray:
+        """Return the ids of n-grams, and give new ones the next ids."""
+        known_keys, known_ids = self.keys[n], self.ids[n]
+        is_known = np.zeros(len(keys), dtype=bool)
+        ids = np.empty(len(keys), np.int64)
+        if len(known_keys):
+            places = np.minimum(np.searchsorted(known_keys, keys), len(known_keys) - 1)
+            is_known = known_keys[places] == keys
+            ids = known_ids[places]
+        new_keys, index = np.unique(keys[~is_known], return_inverse=True)
+        ids[~is_known] = len(known_keys) + index
+        if len(new_keys):
+            all_keys = np.concatenate([known_keys, new_keys])
+            order = np.argsort(all_keys, kind="stable")
+            self.keys[n] = all_keys[order]
+            self.ids[n] = np.concatenate([known_ids, np.arange(len(known_keys), len(all_keys))])[order]
+        return ids
 
 
-def _count(text: np.ndarray, ngram: np.ndarray) -> Counts:
-    pair, count = np.unique(pack(text, ngram), return_counts=True)
-    return Counts((pair >> 32).astype(np.int32), (pair & 0x7FFFFFFF).astype(np.int32), count.astype(np.int32))
+def _count(texts: np.ndarray, ngrams: np.ndarray) -> NgramCounts:
+    packed, counts = np.unique(pack(texts, ngrams), return_counts=True)
+    return NgramCounts((packed >> 32).astype(np.int32), unpack_low(packed).astype(np.int32), counts.astype(np.int32))

@@ -1,6 +1,6 @@
-"""Put the metrics on the Hub as Spaces, where `evaluate.load("<organisation>/cider")` finds them.
+"""Publish the metrics as Spaces on the Hub, so that `evaluate.load("<organisation>/cider")` finds them.
 
-python -m qformer_captioner.metrics.publish ORGANISATION [--metrics cider bleu] [--private]
+    python -m qformer_captioner.metrics.publish ORGANISATION [--metrics cider bleu] [--private]
 
 evaluate's own command for this (`evaluate-cli create`) needs huggingface_hub below 1.0.
 """
@@ -14,6 +14,9 @@ from huggingface_hub.utils import LocalTokenNotFoundError
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import InputError, one_line
+from ..common.logging import get_logger
+
+logger = get_logger(__name__)
 
 SPACES = Path(__file__).parent / "spaces"
 
@@ -35,8 +38,8 @@ metric = evaluate.load("{repo_id}")
 metric.compute(predictions=["a dog runs"], references=[["a dog runs", "a brown dog runs on grass"]])
 ```
 
-It computes {title} of image captions in pure Python and gives the same numbers as the COCO caption toolkit
-(pycocoevalcap), its Java tokenizer included.
+This metric computes {title} of image captions in pure Python. The scores equal those of the COCO caption toolkit
+(pycocoevalcap) with its Java tokenizer.
 """
 APP = """import evaluate
 from evaluate.utils import launch_gradio_widget
@@ -48,39 +51,57 @@ TITLES = {"caption_metrics": "BLEU, ROUGE-L and CIDEr", "cider": "CIDEr", "bleu"
 
 
 def publish_metric(organisation: str, metric: str, private: bool = False) -> str:
-    """Create or update the Space of a metric, and return its address.
+    """Create or update the Space of a metric.
+
+    Args:
+        organisation: user or organisation on the Hub.
+        metric: a folder of `metrics/spaces/`, such as "cider".
+        private: whether only the organisation can see the Space.
+
+    Returns:
+        The address of the Space.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+
+    Example:
+
+    ```python
+    >>> publish_metric("my-organisation", "cider")  # doctest: +SKIP
+    'https://huggingface.co/spaces/my-organisation/cider'
+    ```
     """
     api = HfApi()
     repo_id = f"{organisation}/{metric}"
-    fill = {"title": TITLES[metric], "repo_id": repo_id}
     url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-    script = SPACES / metric / f"{metric}.py"
-    files = {name: text.format(**fill).encode() for name, text in TEMPLATES.items()} | {
-        script.name: script.read_bytes()
+    files = {
+        name: template.format(title=TITLES[metric], repo_id=repo_id).encode() for name, template in TEMPLATES.items()
     }
+    script = SPACES / metric / f"{metric}.py"
+    files[script.name] = script.read_bytes()
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
     api.create_commit(repo_id, operations, commit_message=f"{TITLES[metric]} without Java", repo_type="space")
     return str(url)
 
 
-def publish(words: list[str]) -> None:
+def publish(arguments: list[str]) -> None:
     """Publish the metrics that a command line names."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("organisation", help="your name on the Hub, or an organisation of yours")
-    parser.add_argument("--metrics", nargs="+", choices=list(TITLES), default=list(TITLES), help="which (default: all)")
-    parser.add_argument("--private", action="store_true", help="only for the organisation's own eyes")
-    options = parser.parse_args(words)
+    parser.add_argument("organisation", help="User or organisation on the Hub.")
+    parser.add_argument(
+        "--metrics", nargs="+", choices=list(TITLES), default=list(TITLES), help="Metrics to publish, by default all."
+    )
+    parser.add_argument("--private", action="store_true", help="Show the Spaces to the organisation only.")
+    options = parser.parse_args(arguments)
     for metric in options.metrics:
         try:
-            print(publish_metric(options.organisation, metric, options.private))
+            url = publish_metric(options.organisation, metric, options.private)
         except (HfHubHTTPError, LocalTokenNotFoundError) as error:
             raise InputError(
                 f"The Space {options.organisation}/{metric} cannot be written ({one_line(error, 200)}): log in with "
                 "`hf auth login` and check the name."
             ) from error
+        logger.info("%s is at %s", TITLES[metric], url)
 
 
 def main() -> None:

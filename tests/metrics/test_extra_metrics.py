@@ -1,4 +1,4 @@
-"""CLIPScore by its formula, METEOR as pycocoevalcap has it, and what is said where something is missing."""
+"""CLIPScore equals its formula, METEOR equals pycocoevalcap's, and errors say what is missing."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ REFERENCES = [["one red star", "a star"], ["cats asleep"]]
 
 @pytest.fixture(scope="module")
 def clip(shared, tmp_path_factory) -> str:
-    """A CLIP with random weights, CLIP's own tokenizer, and images of 32 x 32."""
+    """Folder of a CLIP with random weights, CLIP's own tokenizer, and images of 32 x 32."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "clip")
@@ -36,7 +36,7 @@ def clip(shared, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_clip_score_is_the_papers_formula(clip):
+def test_clip_score_equals_the_formula_of_the_paper(clip):
     images = [tiny.picture(0), tiny.picture(1)]
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     for i in range(2):
@@ -47,49 +47,50 @@ def test_clip_score_is_the_papers_formula(clip):
         score = 2.5 * max((output.image_embeds[0] @ output.text_embeds[0]).item(), 0)
         nearest = max((output.text_embeds[1:] @ output.text_embeds[0]).max().item(), 0)
         both = 2 * score * nearest / (score + nearest) if score + nearest else 0
-        # The same image twice, in batches of one: no batch changes a score.
-        got = clip_scores([images[i]] * 2, PREDICTIONS[i : i + 1] * 2, REFERENCES[i : i + 1] * 2, clip, batch_size=1)
-        assert got == pytest.approx({"clip_score": score, "ref_clip_score": both}, abs=1e-5)
+        # The same image twice, in batches of one: the batch size does not change a score.
+        scores = clip_scores([images[i]] * 2, PREDICTIONS[i : i + 1] * 2, REFERENCES[i : i + 1] * 2, clip, batch_size=1)
+        assert scores == pytest.approx({"clip_score": score, "ref_clip_score": both}, abs=1e-5)
 
 
-def test_clip_score_takes_a_generator_and_tells_each_image(clip):
+def test_clip_score_takes_a_generator_and_scores_each_image(clip):
     images = (tiny.picture(seed) for seed in (0, 1))
     scores = clip_scores(images, PREDICTIONS, model_name_or_path=clip, per_image=True)
     assert scores["clip_score"] == pytest.approx(sum(scores["per_image"]["clip_score"]) / 2)
     assert "ref_clip_score" not in scores
 
 
-def test_clip_score_takes_empty_captions_where_they_are_allowed(clip):
+def test_clip_score_takes_empty_captions_only_if_they_are_allowed(clip):
     pictures = [tiny.picture()] * 2
     with pytest.raises(InputError, match="Prediction 0 is empty"):
         clip_scores(pictures, ["", "a"], REFERENCES, clip)
     assert clip_scores(pictures, ["", "a"], REFERENCES, clip, allow_empty=True)["clip_score"] >= 0
 
 
-def test_clip_score_wants_an_image_for_each_caption_and_a_model(clip):
+def test_clip_score_needs_an_image_for_each_caption_and_a_model(clip):
     with pytest.raises(InputError, match="1 images but 2 captions"):
         clip_scores([tiny.picture()], PREDICTIONS, model_name_or_path=clip)
     with pytest.raises(InputError, match="CLIP model '/nowhere' cannot be loaded"):
         clip_scores([tiny.picture()] * 2, PREDICTIONS, model_name_or_path="/nowhere")
 
 
-def test_without_java_the_message_says_what_to_install(monkeypatch):
+def test_without_java_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match="meteor and spice need Java.*install a Java runtime"):
+    with pytest.raises(InputError, match="meteor and spice need Java.*Install a Java runtime"):
         java_scores(PREDICTIONS, REFERENCES)
 
 
-def test_meteor_is_the_toolkits():
+@pytest.mark.slow
+def test_meteor_equals_the_toolkits():
     meteor = pytest.importorskip("pycocoevalcap.meteor.meteor", reason="needs pycocoevalcap (the extra [java])")
     if shutil.which("java") is None:
         pytest.skip("needs a Java runtime")
-    tokens = [[" ".join(words) for words in tokenize(own)] for own in REFERENCES]
+    tokens = [[" ".join(words) for words in tokenize(texts)] for texts in REFERENCES]
     with contextlib.redirect_stdout(io.StringIO()):
-        expected, each = meteor.Meteor().compute_score(
+        expected, expected_of_images = meteor.Meteor().compute_score(
             dict(enumerate(tokens)), {i: [" ".join(words)] for i, words in enumerate(tokenize(PREDICTIONS))}
         )
     empty = java_scores(["", PREDICTIONS[1]], REFERENCES, ["meteor"], per_image=True, allow_empty=True)
     assert empty["per_image"]["meteor"][0] == 0
-    got = java_scores(PREDICTIONS, REFERENCES, ["meteor"], per_image=True)
-    assert got["meteor"] == pytest.approx(expected, abs=1e-12)
-    assert got["per_image"]["meteor"] == pytest.approx(each, abs=1e-12)
+    scores = java_scores(PREDICTIONS, REFERENCES, ["meteor"], per_image=True)
+    assert scores["meteor"] == pytest.approx(expected, abs=1e-12)
+    assert scores["per_image"]["meteor"] == pytest.approx(expected_of_images, abs=1e-12)
