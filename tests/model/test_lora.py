@@ -38,6 +38,16 @@ def words(folder, output_dir, language="llama", **options) -> list[str]:
     return command_line(**options)
 
 
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """A folder with a vision encoder and two language models."""
+    folder = tmp_path_factory.mktemp("backbones")
+    tiny.save_vision(folder / "vision")
+    tiny.save_language(folder / "llama", max_position_embeddings=256)
+    tiny.save_language(folder / "t5", "t5")
+    return folder
+
+
 @pytest.fixture(scope="module", params=["llama", "t5"])
 def run(request, backbones, tmp_path_factory):
     """The folder of a finished run."""
