@@ -105,7 +105,7 @@ def karpathy(shared) -> dict[int, list[str]]:
 
 
 def test_the_last_caption_is_tokenised_as_in_the_toolkit():
-    """The word "they've" has the tokens "they" and "'ve" at the end of a line, and "they" and "ve" at the end of the file."""
+    """The word "they've" gives "they" and "'ve" at the end of a line, but "they" and "ve" at the end of the file."""
     references = [["a dog runs", "a brown dog"], ["they've two cats here", "they've got cats", "two cats"]]
     scores = References(references).score(["a dog runs", "two cats they've"])
     assert scores["bleu_1"] == pytest.approx(6 / 7)
