@@ -1,84 +1,119 @@
-"""Results that people would rather look at than read: the loss curve and a sheet of captioned images."""
+"""Pictures of results: the loss curve of a training run, a histogram of scores, and a sheet of captioned images."""
 
 import io
 import math
 import os
 import textwrap
+from typing import Any
 
-import matplotlib
-from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 from PIL import Image, ImageOps
 
-matplotlib.use("Agg")  # files only; a server has no screen
+LOSSES = (
+    ("loss", "training loss", {"color": "tab:gray", "linewidth": 1, "alpha": 0.6}),
+    ("eval_loss", "held-out loss, right images", {"color": "tab:blue", "marker": "o"}),
+    ("eval_loss_shuffled", "held-out loss, shuffled images", {"color": "tab:orange", "marker": "o"}),
+)
 
 
-def draw_loss_curve(log_history: list[dict], score_name: str | None, path: str | os.PathLike) -> None:
+def draw_loss_curve(log_history: list[dict[str, Any]], score_name: str | None, path: str | os.PathLike) -> None:
     """Draw training loss, evaluation loss with right and with shuffled images, and the caption score, over steps.
 
-    The training loss is drawn as it was logged, and as the mean of each epoch in its middle; the axis on top counts
-    epochs.
+    The training loss appears as it was logged, and as the mean of each epoch. The upper axis counts epochs.
 
     Args:
-        log_history: the Trainer's (`trainer.state.log_history`).
-        score_name: key of the caption score in it, such as "eval_facts"; drawn against the right-hand axis.
-        path: of the picture.
+        log_history: the log of the Trainer (`trainer.state.log_history`).
+        score_name: key of the caption score in the log, such as "eval_cider". Its axis is on the right.
+        path: the picture to write.
+
+    Example:
+
+    ```python
+    >>> draw_loss_curve(trainer.state.log_history, "eval_cider", "loss_curve.png")  # doctest: +SKIP
+    ```
     """
-
-    def series(key: str) -> tuple[list[int], list[float]]:
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        return [step for step, _ in points], [value for _, value in points]
-
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for key, label, style in (
-        ("loss", "training loss", {"color": "tab:gray", "linewidth": 1, "alpha": 0.6}),
-        ("eval_loss", "held-out loss, right images", {"color": "tab:blue", "marker": "o"}),
-        ("eval_loss_shuffled", "held-out loss, shuffled images", {"color": "tab:orange", "marker": "o"}),
-    ):
-        axis.plot(*series(key), label=label, **style)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for key, label, style in LOSSES:
+        axis.plot(*_series(log_history, key), label=label, **style)
     epochs = mean_of_epochs(log_history)
     if len(epochs) > 1:
         axis.plot(*zip(*epochs, strict=True), label="training loss, mean of each epoch", color="black", marker=".")
-    last = max((entry for entry in log_history if entry.get("epoch")), key=lambda entry: entry["step"], default=None)
-    if last is not None:
-        steps_per_epoch = last["step"] / last["epoch"]
-        top = axis.secondary_xaxis(
-            "top", functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
-        )
-        top.set_xlabel("epoch")
+    _add_epoch_axis(axis, log_history)
     axis.set_xlabel("step")
     axis.set_ylabel("cross-entropy, nats per token")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()
     if score_name is not None:
-        right = axis.twinx()
-        right.plot(*series(score_name), label=score_name.removeprefix("eval_"), color="tab:green", linestyle="--")
-        right.set_ylim(bottom=0)
-        right.set_ylabel(score_name.removeprefix("eval_"))
-        more = right.get_legend_handles_labels()
-        handles, labels = handles + more[0], labels + more[1]
+        score_axis = axis.twinx()
+        label = score_name.removeprefix("eval_")
+        score_axis.plot(*_series(log_history, score_name), label=label, color="tab:green", linestyle="--")
+        score_axis.set_ylim(bottom=0)
+        score_axis.set_ylabel(label)
+        score_handles, score_labels = score_axis.get_legend_handles_labels()
+        handles, labels = handles + score_handles, labels + score_labels
     axis.legend(handles, labels)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
-def mean_of_epochs(log_history: list[dict]) -> list[tuple[float, float]]:
-    """The mean training loss of each epoch, with the step in its middle."""
-    epochs: dict[int, list[dict]] = {}
+def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of one key of the log."""
+    points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _add_epoch_axis(axis: Axes, log_history: list[dict[str, Any]]) -> None:
+    """Add an axis above the picture that counts epochs, once the log has some."""
+    last = max((entry for entry in log_history if entry.get("epoch")), key=lambda entry: entry["step"], default=None)
+    if last is not None:
+        steps_per_epoch = last["step"] / last["epoch"]
+        functions = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+        axis.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
+
+
+def mean_of_epochs(log_history: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return for each epoch the mean of its logged steps and the mean of its training loss.
+
+    Args:
+        log_history: the log of the Trainer.
+
+    Example:
+
+    ```python
+    >>> mean_of_epochs([{"loss": 3.0, "step": 1, "epoch": 0.5}, {"loss": 2.0, "step": 2, "epoch": 1.0}])
+    [(1.5, 2.5)]
+    ```
+    """
+    epochs: dict[int, list[dict[str, Any]]] = {}
     for entry in log_history:
         if "loss" in entry:
             epochs.setdefault(math.ceil(entry["epoch"]), []).append(entry)
     return [
-        (sum(entry["step"] for entry in own) / len(own), sum(entry["loss"] for entry in own) / len(own))
-        for own in epochs.values()
+        (
+            sum(entry["step"] for entry in entries) / len(entries),
+            sum(entry["loss"] for entry in entries) / len(entries),
+        )
+        for entries in epochs.values()
     ]
 
 
 def draw_histogram(values: list[float], label: str, count_label: str) -> bytes:
-    """Draw how often values occur, with a line at their mean; returns a PNG file."""
-    figure, axis = pyplot.subplots(figsize=(8, 3), layout="constrained")
+    """Draw a histogram with a line at the mean.
+
+    Args:
+        values: the values to count.
+        label: label of the values.
+        count_label: label of the counts.
+
+    Returns:
+        The content of a PNG file.
+    """
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axis = figure.subplots()
     low, high = min(values), max(values)
-    axis.hist(values, bins=50, range=(low, max(high, low + 1e-3)), color="tab:blue")  # all may be the same
+    axis.hist(values, bins=50, range=(low, max(high, low + 1e-3)), color="tab:blue")  # all values may be equal
     mean = sum(values) / len(values)
     axis.axvline(mean, color="tab:orange", label=f"mean {mean:.1f}")
     axis.set_xlabel(label)
@@ -86,46 +121,58 @@ def draw_histogram(values: list[float], label: str, count_label: str) -> bytes:
     axis.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    pyplot.close(figure)
     return file.getvalue()
 
 
 def draw_caption_sheet(
     images: list[Image.Image], captions: list[str], references: list[str], path: str | os.PathLike, title: str = ""
 ) -> None:
-    """Draw images in rows of four, the generated caption in bold above one reference below each.
+    """Draw images in rows of four. Below each image stand its caption in bold and one reference.
 
     Args:
-        images, captions, references: as many of each.
-        path: of the picture.
-        title: a line on top.
+        images: the images.
+        captions: the generated caption of each image.
+        references: a reference caption of each image.
+        path: the picture to write.
+        title: a line above the images.
     """
     columns = min(4, len(images))
-    rows = -(-len(images) // columns)
-    width, height = 3.4, 4.7  # inches per image: a square, and room for its lines of text below
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows + 0.5), squeeze=False)
-    top = 1 - 0.5 / (height * rows + 0.5)
-    figure.subplots_adjust(left=0.02, right=0.98, top=top, bottom=0, hspace=0, wspace=0.06)
-    figure.suptitle(title, y=1 - 0.1 / (height * rows + 0.5), va="top")
+    rows = math.ceil(len(images) / columns)
+    width, height, title_height = 3.4, 4.7, 0.5  # inches of an image with its text, and of the title
+    total_height = height * rows + title_height
+    figure = Figure(figsize=(width * columns, total_height))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - title_height / total_height, bottom=0, hspace=0, wspace=0.06)
+    figure.suptitle(title, y=1 - 0.1 / total_height, va="top")
     for axis in axes.flat:
         axis.axis("off")
         axis.set_anchor("N")
     for axis, image, caption, reference in zip(axes.flat, images, captions, references, strict=False):
-        # A square, at whose lower edge the image stands: text below tall images would fall off the sheet.
+        # Padded above to a square: text below a taller picture would leave the sheet.
         axis.imshow(ImageOps.pad(image, (340, 340), color="white", centering=(0, 1)))
-        below = -6  # points under the image
-        for text, weight in ((caption or "(nothing)", "bold"), (reference, "normal")):
-            text = textwrap.fill(textwrap.shorten(text, 150), 40)
-            axis.annotate(
-                text.replace("$", r"\$"),  # or matplotlib would set mathematics
-                (0, 0),
-                (0, below),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                va="top",
-                fontsize=8.5,
-                weight=weight,
-            )
-            below -= 13 * (text.count("\n") + 1) + 3
+        offset = _write_below(axis, caption or "(nothing)", -6, weight="bold")
+        _write_below(axis, reference, offset)
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+
+
+def _write_below(axis: Axes, text: str, offset: float, weight: str = "normal") -> float:
+    """Write a text below an image, and return the offset of the next text.
+
+    Args:
+        axis: the axis that shows the image.
+        text: the text, which is shortened to 150 characters.
+        offset: distance from the lower edge of the image in points, negative below it.
+        weight: weight of the font.
+    """
+    text = textwrap.fill(textwrap.shorten(text, 150), 40)
+    axis.annotate(
+        text.replace("$", r"\$"),  # matplotlib takes text between dollar signs for mathematics
+        (0, 0),
+        (0, offset),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        va="top",
+        fontsize=8.5,
+        weight=weight,
+    )
+    return offset - 13 * (text.count("\n") + 1) - 3
