@@ -1,39 +1,46 @@
-r"""Captioners in lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds this by itself.
+r"""Captioners as models of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds this module itself.
 
     pip install lmms-eval qformer-captioner
     python -m lmms_eval --model qformer_captioner --model_args pretrained=USER/CAPTIONER \
         --tasks coco2017_cap_val,nocaps_val,flickr30k_test --batch_size 32 --gen_kwargs num_beams=5
 
-Captions follow the captioner's own prompt, or `--model_args pretrained=...,prompt=A photo of`. What a task says to its
-models (such as "Provide a one-sentence caption for the provided image.") is for those that were trained on
-instructions: with `use_task_prompt=True`.
+Captions continue the captioner's own prompt, or another one: `--model_args pretrained=...,prompt=A photo of`. Tasks
+have instructions such as "Provide a one-sentence caption for the provided image." Captioners that were trained on
+instructions can use them with `use_task_prompt=True`.
 """
 
 import json
+from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
 from tqdm import tqdm
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's entry points `lmms_eval.models` ask for."""
+    """Return the description of the model, for lmms-eval's entry points `lmms_eval.models`."""
     return ModelManifest("qformer_captioner", simple_class_path=f"{__name__}.{Captioner.__name__}")
 
 
 class Captioner(lmms):
-    """A captioner, or an adapter on one, as a model of lmms-eval.
+    """Captioner, or adapter on a captioner, as a model of lmms-eval.
 
     Args:
         pretrained: folder or Hub id.
         revision: branch, tag or commit on the Hub.
-        prompt: text that captions follow; by default the captioner's own.
-        use_task_prompt: let captions follow what the task says instead.
-        batch_size: images at a time, of each process.
-        max_batch_size, device: lmms-eval gives these, too. The device is each process's own.
+        prompt: text that captions continue. The default is the captioner's own prompt.
+        use_task_prompt: let captions continue the instruction of the task instead.
+        batch_size: number of images in a batch of each process.
+        max_batch_size: ignored; lmms-eval gives it to every model.
+        device: ignored; every process uses its own device.
+
+    Raises:
+        InputError: if the captioner cannot be loaded.
     """
 
     def __init__(
@@ -47,8 +54,7 @@ class Captioner(lmms):
         device: str | None = None,
     ):
         super().__init__()
-        # lmms-eval imports this file whenever it starts, whatever model it is to run.
-        from ..hub.load import load_captioner
+        from ..hub.load import load_captioner  # here, because lmms-eval imports this module even for other models
 
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -58,44 +64,64 @@ class Captioner(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Caption the image of each request.
 
+        Args:
+            requests: requests of a task. Their arguments are an instruction, arguments of `generate`, a function that
+                returns the images of a document, and the document's id, task and split.
+
+        Returns:
+            The captions, in the order of the requests.
+
         Raises:
-            ValueError: for a task whose questions are about no image, or about several.
+            ValueError: for a request with no image or with several images.
         """
         captions = []
         progress = tqdm(total=len(requests), desc="captions", disable=self.rank != 0)
         for options, group in groupby(requests, key=lambda request: json.dumps(request.args[1], sort_keys=True)):
-            stops, options = _generation_options(json.loads(options))
-            group = list(group)
-            for start in range(0, len(group), self.batch_size):
-                batch = group[start : start + self.batch_size]
-                said = [request.args[0] for request in batch]
-                prompts = said if self.use_task_prompt else [self.prompt or ""] * len(batch)
-                pictures = [self._picture(*request.args[2:]) for request in batch]
-                for request, caption in zip(batch, self._model.caption(pictures, prompts, **options), strict=True):
-                    for stop in stops:
-                        caption = caption.split(stop)[0]
+            stop_strings, generation = _generation_arguments(json.loads(options))
+            same_options = list(group)
+            for start in range(0, len(same_options), self.batch_size):
+                batch = same_options[start : start + self.batch_size]
+                for request, caption in zip(batch, self._caption(batch, generation), strict=True):
+                    for stop_string in stop_strings:
+                        caption = caption.split(stop_string)[0]
                     self.cache_hook.add_partial("generate_until", request.args[:2], caption)
                     captions.append(caption)
                 progress.update(len(batch))
         progress.close()
         return captions
 
-    def _picture(self, doc_to_visual, doc_id, task, split):
-        pictures = doc_to_visual(self.task_dict[task][split][doc_id])
-        if len(pictures) != 1:
-            raise ValueError(f"A captioner looks at one image, but task {task!r} shows {len(pictures)} at a time.")
-        return pictures[0]
+    def _caption(self, requests: list[Instance], generation: dict[str, Any]) -> str | list[str]:
+        images = [self._image(*request.args[2:]) for request in requests]
+        if self.use_task_prompt:
+            prompts = [request.args[0] for request in requests]
+        else:
+            prompts = [self.prompt or ""] * len(requests)
+        return self._model.caption(images, prompts, **generation)
+
+    def _image(self, doc_to_visual: Callable[[Any], list[Image.Image]], doc_id: int, task: str, split: str):
+        images = doc_to_visual(self.task_dict[task][split][doc_id])
+        if len(images) != 1:
+            raise ValueError(f"A captioner needs one image for each caption, but task {task!r} gives {len(images)}.")
+        return images[0]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("A captioner writes: it takes no task that asks for likelihoods.")
+        """Refuse tasks that compare likelihoods."""
+        raise NotImplementedError("A captioner generates text: it cannot run tasks that ask for likelihoods.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("A captioner writes once: it takes no task of several rounds.")
+        """Refuse tasks of several rounds."""
+        raise NotImplementedError("A captioner generates one caption: it cannot run tasks of several rounds.")
 
 
-def _generation_options(asked: dict) -> tuple[list[str], dict]:
-    """What ends a caption, and what remains for `generate`: tasks name the temperature even where nothing is drawn."""
-    stops = asked.pop("until", [])
-    if not asked.get("do_sample"):
-        asked = {name: value for name, value in asked.items() if name not in ("temperature", "top_p", "top_k")}
-    return [stops] if isinstance(stops, str) else stops, asked
+def _generation_arguments(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the strings that end a caption, and the arguments of `generate`.
+
+    Tasks give arguments of sampling even where they do not sample. Those are left out, because transformers warns.
+
+    Args:
+        options: the generation arguments of a task.
+    """
+    stop_strings = options.pop("until", [])
+    if not options.get("do_sample"):
+        options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+    return [stop_strings] if isinstance(stop_strings, str) else stop_strings, options

@@ -1,4 +1,4 @@
-"""Captioners as models of lmms-eval. Needs lmms-eval, which the package does not: without it all of this is skipped."""
+"""Captioners as models of lmms-eval. All tests are skipped without lmms-eval, which the package does not need."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install lmms-eval"
 
 ROOT = Path(__file__).parents[2]
 NUMBER = 5
-# The fields of lmms-eval's own `coco2017_cap_val`, with data from this machine and a metric that needs no Java.
+# Fields of lmms-eval's own task `coco2017_cap_val`, with local data and a metric that needs no Java.
 TASK = """
 task: tiny_cap_val
 dataset_path: parquet
@@ -69,14 +69,14 @@ def expected(captioner: Path, prompt: str | None = None, **generation) -> list[s
 
 @pytest.fixture
 def make(captioner):
-    """Makes the model with the requests of a task, as lmms-eval does."""
+    """Function that returns the model and the requests of a task, as lmms-eval makes them."""
     from lmms_eval.api.instance import Instance
     from lmms_eval.models import MODEL_REGISTRY_V2
 
     from qformer_captioner.evaluation.lmms_eval import manifest
 
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
-    said = "Provide a one-sentence caption for the provided image."
+    instruction = "Provide a one-sentence caption for the provided image."
 
     def make(options: str = "", pictures: int = 1, **generation):
         model = MODEL_REGISTRY_V2.get_model_class("qformer_captioner").create_from_arg_string(
@@ -87,7 +87,7 @@ def make(captioner):
         requests = [
             Instance(
                 request_type="generate_until",
-                arguments=(said, generation, lambda picture: [picture] * pictures, number, "tiny", "val"),
+                arguments=(instruction, generation, lambda picture: [picture] * pictures, number, "tiny", "val"),
                 idx=0,
                 metadata={"task": "tiny", "doc_id": number, "repeats": 1},
             )
@@ -98,19 +98,19 @@ def make(captioner):
     return make
 
 
-def test_captions_follow_the_captioners_own_prompt(make, captioner):
+def test_captions_continue_the_captioners_own_prompt(make, captioner):
     model, requests = make()
     assert model.generate_until(requests) == expected(captioner)
 
 
-def test_or_one_that_is_given_or_the_tasks(make, captioner):
+def test_captions_continue_a_given_prompt_or_that_of_the_task(make, captioner):
     model, requests = make(",prompt=a red circle")
     assert model.generate_until(requests) == expected(captioner, "a red circle") != expected(captioner)
     model, requests = make(",use_task_prompt=True")
     assert model.generate_until(requests) == expected(captioner, requests[0].args[0]) != expected(captioner)
 
 
-def test_options_reach_generate_and_stops_end_a_caption(make, captioner):
+def test_options_reach_generate_and_stop_strings_end_a_caption(make, captioner):
     model, requests = make(num_beams=3)
     assert model.generate_until(requests) == expected(captioner, num_beams=3)
     model, requests = make(until=[" "])
@@ -119,12 +119,13 @@ def test_options_reach_generate_and_stops_end_a_caption(make, captioner):
 
 def test_tasks_of_several_images_are_refused(make):
     model, requests = make(pictures=2)
-    with pytest.raises(ValueError, match="looks at one image, but task 'tiny' shows 2"):
+    with pytest.raises(ValueError, match="needs one image for each caption, but task 'tiny' gives 2"):
         model.generate_until(requests)
 
 
-def test_lmms_eval_finds_and_runs_it_without_any_code(captioner, tmp_path):
-    """The entry point of pyproject.toml, the command line, and a task of captions, from end to end."""
+@pytest.mark.slow
+def test_lmms_eval_finds_and_runs_the_model_by_its_entry_point(captioner, tmp_path):
+    """A task of captions from end to end: the entry point of pyproject.toml, the command line, the scores."""
     (tmp_path / "tasks").mkdir()
     rows = {
         "image": list(map(tiny.picture, range(NUMBER))),
@@ -137,21 +138,21 @@ def test_lmms_eval_finds_and_runs_it_without_any_code(captioner, tmp_path):
     (tmp_path / "tasks" / "tiny_cap_val.yaml").write_text(TASK.format(data=tmp_path / "data.parquet"))
     (tmp_path / "tasks" / "utils.py").write_text(UTILS)
 
-    # What pip would note down of our entry points, for a checkout that is not installed.
-    notes = tmp_path / "site" / "qformer_captioner-0.dist-info"
-    notes.mkdir(parents=True)
-    (notes / "METADATA").write_text("Metadata-Version: 2.1\nName: qformer-captioner\nVersion: 0\n")
+    # Write the metadata of our entry points as pip does, for a checkout that is not installed.
+    metadata = tmp_path / "site" / "qformer_captioner-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: qformer-captioner\nVersion: 0\n")
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lmms_eval.models"]
-    (notes / "entry_points.txt").write_text(
+    (metadata / "entry_points.txt").write_text(
         "[lmms_eval.models]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
     )
     (tmp_path / "site" / "qformer_captioner").symlink_to(ROOT)
     options = ["--model", "qformer_captioner", "--model_args", f"pretrained={captioner}", "--tasks", "tiny_cap_val"]
     options += ["--include_path", tmp_path / "tasks", "--batch_size", "2", "--output_path", tmp_path / "scores"]
-    here = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])
+    python_path = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-m", "lmms_eval", *map(str, options)],
-        env=os.environ | {"PYTHONPATH": here, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": python_path, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -162,7 +163,7 @@ def test_lmms_eval_finds_and_runs_it_without_any_code(captioner, tmp_path):
     assert scores["same,none"] == pytest.approx(1 - 1 / NUMBER)
 
 
-def test_the_tasks_that_we_name_exist():
+def test_the_tasks_in_our_examples_exist():
     from lmms_eval.tasks import TaskManager
 
     assert {"coco2017_cap_val", "nocaps_val", "flickr30k_test"} <= set(TaskManager().all_tasks)
