@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from qformer_captioner.evaluation.caption_files import in_order, read_predictions, read_references
+from qformer_captioner.evaluation.caption_files import images_to_score, read_predictions, read_references
 from qformer_captioner.metrics import References
 
 from .common import RESULTS, alternate, machine, memory, spread, write_result
@@ -114,7 +114,7 @@ def main() -> None:
         return
     if options.predictions:
         theirs, ours = read_references(options.references), read_predictions(options.predictions)
-        images = in_order(ours, theirs, allow_missing=True)
+        images = images_to_score(ours, theirs, allow_missing=True)
         predictions, references = [ours[image] for image in images], [theirs.captions[image] for image in images]
     else:
         predictions, references = made_up_corpus(5_000)

@@ -1,11 +1,11 @@
-"""The standard caption benchmarks: where their images and references are, and how papers caption them."""
+"""Standard caption benchmarks: where their images and references are, and how papers caption them."""
 
 import json
 import os
 import urllib.error
 import urllib.request
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -21,20 +21,23 @@ from .caption_files import ImageId, ReferenceSet
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set on the Hub, its columns, and the protocol of the paper that it is reported by.
+    """A data set on the Hub, its columns, and the protocol by which papers report it.
 
     Args:
-        dataset_name, split: of the Hub.
-        image_column: of images, or of addresses of images.
-        caption_column: of references: a string, a list of strings, or a list of `{"raw": string}`.
-        id_column: of the image ids that result files carry.
-        images, captions: how many there must be.
-        row_per_caption: whether an image has a row for each of its captions.
-        split_column: has the split's name in the rows that belong to the benchmark, where others stand beside them.
-        domains: address of COCO annotation JSON that says which domain an image is of, where the data set does not.
-        domain_id_column: of the ids in that file.
-        prompt, generation: the protocol; where a benchmark has none of its own, BLIP-2's (arXiv 2301.12597).
-        hidden_references: whether only the benchmark's server has them.
+        dataset_name: the data set on the Hub.
+        split: its split.
+        image_column: column of images, or of URLs of images.
+        caption_column: column of references: a string, a list of strings, or a list of `{"raw": string}`.
+        id_column: column of the image ids that result files use.
+        images: number of images in the split.
+        captions: number of references in the split.
+        row_per_caption: whether an image has one row for each of its captions.
+        split_column: column that names the split of each row, if one split of the data set holds the rows of all.
+        domains: URL of COCO annotation JSON that names the domain of each image, if the data set does not.
+        domain_id_column: column of the image ids in that file.
+        prompt: text that captions continue. A benchmark without a protocol of its own has BLIP-2's (arXiv 2301.12597).
+        generation: arguments of `generate`. The default is BLIP-2's.
+        hidden_references: whether only the server of the benchmark has the references.
     """
 
     dataset_name: str
@@ -55,39 +58,46 @@ class Benchmark:
     hidden_references: bool = False
 
 
-_KARPATHY = {
-    "image_column": "image",
-    "caption_column": "caption",
-    "id_column": "cocoid",
-    "images": 5_000,
-    "captions": 25_010,
-    "row_per_caption": True,
-}
-_NOCAPS = {
-    "image_column": "image",
-    "caption_column": "annotations_captions",
-    "id_column": "image_id",
-    "generation": {"num_beams": 5, "max_new_tokens": 80, "min_new_tokens": 10},
-}
+_COCO_KARPATHY_TEST = Benchmark(
+    dataset_name="jxie/coco_captions",
+    split="test",
+    image_column="image",
+    caption_column="caption",
+    id_column="cocoid",
+    images=5_000,
+    captions=25_010,
+    row_per_caption=True,
+)
+_NOCAPS_TEST = Benchmark(
+    dataset_name="lmms-lab/NoCaps",
+    split="test",
+    image_column="image",
+    caption_column="annotations_captions",
+    id_column="image_id",
+    images=10_600,
+    captions=0,
+    generation={"num_beams": 5, "max_new_tokens": 80, "min_new_tokens": 10},
+    hidden_references=True,
+)
 BENCHMARKS = {
-    "coco_karpathy_test": Benchmark("jxie/coco_captions", "test", **_KARPATHY),
-    "coco_karpathy_validation": Benchmark("jxie/coco_captions", "validation", **_KARPATHY),
-    "nocaps_validation": Benchmark(
-        "lmms-lab/NoCaps",
-        "validation",
+    "coco_karpathy_test": _COCO_KARPATHY_TEST,
+    "coco_karpathy_validation": replace(_COCO_KARPATHY_TEST, split="validation"),
+    "nocaps_validation": replace(
+        _NOCAPS_TEST,
+        split="validation",
         images=4_500,
         captions=45_000,
         domains="https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json",
         domain_id_column="image_open_images_id",
-        **_NOCAPS,
+        hidden_references=False,
     ),
-    "nocaps_test": Benchmark("lmms-lab/NoCaps", "test", images=10_600, captions=0, hidden_references=True, **_NOCAPS),
+    "nocaps_test": _NOCAPS_TEST,
     "flickr30k_karpathy_test": Benchmark(
-        "umaru97/flickr30k_train_val_test",
-        "test",
-        "image",
-        "caption",
-        "img_id",
+        dataset_name="umaru97/flickr30k_train_val_test",
+        split="test",
+        image_column="image",
+        caption_column="caption",
+        id_column="img_id",
         images=1_000,
         captions=5_000,
     ),
@@ -96,21 +106,31 @@ BENCHMARKS = {
 
 @dataclass
 class EvaluationSet:
-    """Images to caption, by their ids, and their references."""
+    """Images to caption, by their ids, with their references.
+
+    Args:
+        references: the references of the images.
+        rows: a data set of one column, which holds undecoded images.
+        row_of: for each image, the index of its row. The order is that of captioning.
+        image_folder: folder that must contain all paths of images; `None` allows any path.
+    """
 
     references: ReferenceSet
-    rows: datasets.Dataset  # one column, of undecoded images
+    rows: datasets.Dataset
     row_of: dict[ImageId, int]
-    image_folder: Path | None = None  # inside which paths of images lie
+    image_folder: Path | None = None
 
     def __str__(self) -> str:
-        """How many images and captions there are, in all and of each domain."""
+        """Return the number of images and captions, and the number of images of each domain."""
         domains = sorted(Counter(self.references.domains.values()).items())
         parts = "".join(f", {count} {domain}" for domain, count in domains)
-        return f"{len(self.row_of)} images, {self.references.number_of_captions} captions{parts}"
+        return f"{len(self.row_of)} images, {self.references.num_captions} captions{parts}"
 
     def open(self, image: ImageId) -> Image.Image:
         """Open an image.
+
+        Args:
+            image: id of the image.
 
         Raises:
             OSError: if it cannot be read; the message names it.
@@ -118,56 +138,81 @@ class EvaluationSet:
         (cell,) = self.rows[self.row_of[image]].values()
         return open_cell(cell, self.image_folder)
 
+    def first(self, number: int | None) -> "EvaluationSet":
+        """Return the first images, or all of them if `number` is None."""
+        images = list(self.row_of)[:number]
+        return replace(
+            self, references=self.references.select(images), row_of={image: self.row_of[image] for image in images}
+        )
+
     def fingerprints(self) -> dict[ImageId, str]:
-        """What tells each image from another in its place: name and size in the data set, size and time of its file."""
-        own = self.rows.select(self.row_of.values())
-        (column,) = own.column_names
-        keys = image_keys(own, column)
+        """Return a text for each image that changes if another image takes its place.
+
+        It holds a hash of the image's name and size in the data set, and the size and time of its file.
+        """
+        rows = self.rows.select(self.row_of.values())
+        (column,) = rows.column_names
+        keys = image_keys(rows, column).tolist()
         return {
-            image: f"{key:016x}{self._file_of(cell)}"
-            for image, key, cell in zip(self.row_of, keys.tolist(), own[column], strict=True)
+            image: f"{key:016x}{self._file_stamp(cell)}"
+            for image, key, cell in zip(self.row_of, keys, rows[column], strict=True)
         }
 
-    def _file_of(self, cell: dict | None) -> str:
-        """Size and time of an image's file; nothing where it is inside another, or not there."""
+    def _file_stamp(self, cell: dict | None) -> str:
+        """Return size and time of an image's file, or nothing if the data set holds the image or there is no file."""
         if cell is None or cell["bytes"] is not None or not cell["path"]:
             return ""
         try:
             file = Path(cell["path"]) if self.image_folder is None else locate(cell["path"], self.image_folder)
-            found = file.stat()
-        except (OSError, ValueError):  # the latter of a name that none can have
+            status = file.stat()
+        except (OSError, ValueError):  # ValueError for a name that no file can have
             return ""
-        return f"-{found.st_size}-{found.st_mtime_ns}"
+        return f"-{status.st_size}-{status.st_mtime_ns}"
 
 
-def benchmark_of(name: str) -> Benchmark:
-    """The benchmark of a name.
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """Return a benchmark.
+
+    Args:
+        name: a key of `BENCHMARKS`.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no benchmark of this name.
     """
     if name not in BENCHMARKS:
-        raise InputError(f"There is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}.")
+        raise InputError(f"Unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[name]
 
 
 def load_benchmark(
     name: str, dataset_name: str | None = None, image_folder: str | os.PathLike | None = None
 ) -> EvaluationSet:
-    """Load the images and references of a benchmark, and check that all of them are there.
+    """Load the images and references of a benchmark, and check that they are complete.
 
     Args:
         name: a key of `BENCHMARKS`.
-        dataset_name: a copy (Hub id or folder) with the same columns, in place of the one on the Hub.
-        image_folder: where the images are that its rows name, if it is another folder than the copy's.
+        dataset_name: a copy of the data set with the same columns (Hub id or folder), to use instead of the original.
+        image_folder: folder of the images that the rows name, if it is not the folder of the copy.
 
     Raises:
-        InputError: for an unknown benchmark, a data set that cannot be loaded, or other counts than the benchmark's.
+        InputError: for an unknown benchmark, a data set that cannot be loaded, or a wrong number of images or captions.
+
+    Example:
+
+    ```python
+    >>> print(load_benchmark("flickr30k_karpathy_test"))  # doctest: +SKIP
+    1000 images, 5000 captions
+    ```
     """
-    benchmark = benchmark_of(name)
+    benchmark = get_benchmark(name)
     source = dataset_name or benchmark.dataset_name
     rows = load_rows(source, split_column=benchmark.split_column, split=benchmark.split)[benchmark.split]
-    found = load_evaluation_set(
+    evaluation_set = load_evaluation_set(
         rows,
         benchmark.image_column,
         benchmark.caption_column,
@@ -176,15 +221,39 @@ def load_benchmark(
         benchmark.hidden_references,
         folder_of_images(source, rows, image_folder),
     )
-    counts = (len(found.row_of), found.references.number_of_captions)
-    if counts != (benchmark.images, benchmark.captions):
+    num_images, num_captions = len(evaluation_set.row_of), evaluation_set.references.num_captions
+    if (num_images, num_captions) != (benchmark.images, benchmark.captions):
         raise InputError(
-            f"{name} has {benchmark.images} images and {benchmark.captions} captions, but {source!r} has {counts[0]} "
-            f"and {counts[1]}: it is another split or an incomplete copy."
+            f"{name} has {benchmark.images} images and {benchmark.captions} captions, but {source!r} has {num_images} "
+            f"and {num_captions}: it is another split or an incomplete copy."
         )
     if benchmark.domains is not None:
-        _add_domains(found, rows, benchmark)
-    return found
+        domain_of = read_domains(benchmark.domains)
+        ids = zip(rows[benchmark.id_column], rows[benchmark.domain_id_column], strict=True)
+        for image, domain_id in ids:
+            if domain_id not in domain_of:
+                raise InputError(f"{benchmark.domains!r} has no image {domain_id!r}, which the data set has.")
+            evaluation_set.references.domains[image] = domain_of[domain_id]
+    return evaluation_set
+
+
+def read_domains(url: str) -> dict[str, str]:
+    """Return the domain of each image of NoCaps, by its Open Images id.
+
+    Args:
+        url: COCO annotation JSON whose images have `open_images_id` and `domain`.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=60) as file:
+            return {image["open_images_id"]: image["domain"] for image in json.load(file)["images"]}
+    except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The domains of the images cannot be read from {url!r} ({error}). Check the network, or score the "
+            "captions with --predictions and --references once you have that file."
+        ) from error
 
 
 def load_evaluation_set(
@@ -196,81 +265,70 @@ def load_evaluation_set(
     hidden_references: bool = False,
     image_folder: Path | None = None,
 ) -> EvaluationSet:
-    """Images and references of a split.
+    """Return the images and references of a split.
 
     Args:
-        rows: the split.
-        image_column, caption_column, id_column: as in [`Benchmark`]; without ids an image's is the number of its row,
-            and rows that name the same file are of one image, the first row's.
-        row_per_caption: whether rows of the same id are captions of one image, and not a mistake.
-        hidden_references: do without references.
-        image_folder: paths of images must lie inside this folder; by default they may lie anywhere.
+        rows: the rows of the split.
+        image_column: column of images, or of their paths.
+        caption_column: column of references: a string, a list of strings, or a list of `{"raw": string}`.
+        id_column: column of image ids. Without it, the id of an image is the index of its first row, and rows that name
+            the same file belong to one image.
+        row_per_caption: accept several rows for one image, each with some of its captions.
+        hidden_references: accept images without captions.
+        image_folder: folder that must contain all paths of images; `None` allows any path.
 
     Raises:
-        InputError: for a column that is not there, an image without a caption, or ids that are there more than once.
+        InputError: for a column that does not exist or an id that is not valid. Also for an image that has no caption
+            or occurs more than once.
     """
     rows = with_nested_columns(rows, image_column, caption_column)
-    for column in (image_column, caption_column, id_column):
-        if column is not None and column not in rows.column_names:
-            raise InputError(
-                f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
-                "Choose with --image_column, --caption_column and --id_column."
-            )
+    _check_columns(rows, image_column, caption_column, id_column)
     images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     cells = images[image_column]
-    if id_column is not None:
-        ids = rows[id_column]
-    else:
-        row_of_file: dict[str, int] = {}
-        files = [cell["path"] if cell is not None and cell["bytes"] is None else None for cell in cells]
-        ids = [
-            row if file is None else row_of_file.setdefault(os.path.normpath(file), row)
-            for row, file in enumerate(files)
-        ]
+    ids = _ids_by_file(cells) if id_column is None else _ids_in_column(rows, id_column)
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
-    if wrong := [image for image in ids if isinstance(image, bool) or not isinstance(image, ImageId)]:
-        raise InputError(f"In the column {id_column!r}, {wrong[0]!r} is no image id (a whole number or a text).")
     for row, (image, value) in enumerate(zip(ids, rows[caption_column], strict=True)):
         row_of.setdefault(image, row)
         captions.setdefault(image, []).extend(captions_of(value))
-    twice = [image for image, count in Counter(ids).items() if count > 1]
-    if twice and not row_per_caption:
-        raise InputError(f"{len(twice)} images are there more than once, the first of them {twice[0]!r}.")
-    without = [image for image, own in captions.items() if not own]
-    if without and not hidden_references:
+    repeated = [image for image, count in Counter(ids).items() if count > 1]
+    if repeated and not row_per_caption:
+        raise InputError(f"{len(repeated)} images occur more than once; the first of them is {repeated[0]!r}.")
+    without_caption = [image for image, texts in captions.items() if not texts]
+    if without_caption and not hidden_references:
         raise InputError(
-            f"Image {without[0]!r} has no caption in the column {caption_column!r} ({len(without)} images have none)."
+            f"Image {without_caption[0]!r} has no caption in the column {caption_column!r} ({len(without_caption)} "
+            "images have none)."
         )
     paths = {image: cells[row]["path"] for image, row in row_of.items() if cells[row] is not None}
     names = {image: os.path.basename(path) for image, path in paths.items() if path}
     return EvaluationSet(ReferenceSet(captions, names), images, row_of, image_folder)
 
 
-def first_images(found: EvaluationSet, number: int | None) -> EvaluationSet:
-    """The first so many images, or all."""
-    kept = list(found.row_of)[:number]
-    whole = found.references
-    references = ReferenceSet(
-        *(
-            {image: part[image] for image in kept if image in part}
-            for part in (whole.captions, whole.files, whole.domains)
-        )
-    )
-    return EvaluationSet(references, found.rows, {image: found.row_of[image] for image in kept}, found.image_folder)
+def _check_columns(rows: datasets.Dataset, *columns: str | None) -> None:
+    for column in columns:
+        if column is not None and column not in rows.column_names:
+            raise InputError(
+                f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
+                "Choose with --image_column, --caption_column and --id_column."
+            )
 
 
-def _add_domains(found: EvaluationSet, rows: datasets.Dataset, benchmark: Benchmark) -> None:
-    try:
-        with urllib.request.urlopen(benchmark.domains, timeout=60) as file:
-            images = json.load(file)["images"]
-    except (urllib.error.URLError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"The domains of the images cannot be read from {benchmark.domains!r} ({error}). Check the network, or "
-            "score the captions with --predictions and --references once you have that file."
-        ) from error
-    domain = {image["open_images_id"]: image["domain"] for image in images}
-    for image, key in zip(rows[benchmark.id_column], rows[benchmark.domain_id_column], strict=True):
-        if key not in domain:
-            raise InputError(f"{benchmark.domains!r} has no image {key!r}, which the data set has.")
-        found.references.domains[image] = domain[key]
+def _ids_in_column(rows: datasets.Dataset, column: str) -> list[ImageId]:
+    ids = rows[column]
+    for image in ids:
+        if isinstance(image, bool) or not isinstance(image, ImageId):
+            raise InputError(f"In the column {column!r}, {image!r} is not an image id (an integer or a string).")
+    return list(ids)
+
+
+def _ids_by_file(cells: list[dict | None]) -> list[ImageId]:
+    """Return for each row the index of the first row that names the same file."""
+    first_row: dict[str, int] = {}
+    ids: list[ImageId] = []
+    for row, cell in enumerate(cells):
+        if cell is None or cell["bytes"] is not None or cell["path"] is None:
+            ids.append(row)
+        else:
+            ids.append(first_row.setdefault(os.path.normpath(cell["path"]), row))
+    return ids

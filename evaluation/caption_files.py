@@ -1,4 +1,4 @@
-"""Files of captions: references and predictions, as COCO's JSON or as JSON lines, checked before anything is scored."""
+"""Files of captions: references and predictions as COCO's JSON or as JSON lines, checked before anything is scored."""
 
 import hashlib
 import json
@@ -7,22 +7,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InputError
 
 ImageId = int | str
 ID_KEYS = ("image_id", "id", "file_name")
-ACCEPTED = "give COCO's JSON, or JSON lines"
+REFERENCE_KEYS = ("references", "captions", "caption")
+REMEDY = "give COCO's JSON, or JSON lines"
 
 
 @dataclass
 class ReferenceSet:
-    """The images of a benchmark, in order, and what people wrote about them.
+    """Images in order, with what people wrote about them.
 
     Args:
         captions: the reference captions of each image.
-        files: name of the image's file, where it is known.
-        domains: the part of the benchmark that an image belongs to, where it has parts (NoCaps).
+        files: the file name of each image, where it is known.
+        domains: the domain of each image, where the benchmark has domains (NoCaps).
     """
 
     captions: dict[ImageId, list[str]]
@@ -30,202 +32,266 @@ class ReferenceSet:
     domains: dict[ImageId, str] = field(default_factory=dict)
 
     @property
-    def number_of_captions(self) -> int:
+    def num_captions(self) -> int:
         return sum(map(len, self.captions.values()))
 
+    def select(self, images: Sequence[ImageId]) -> "ReferenceSet":
+        """Return the references of some of the images, in the order of `images`."""
+        return ReferenceSet(
+            {image: self.captions[image] for image in images},
+            {image: self.files[image] for image in images if image in self.files},
+            {image: self.domains[image] for image in images if image in self.domains},
+        )
+
     def write(self, path: str | os.PathLike) -> None:
-        """Write COCO's annotation JSON, which `read_references` and everybody else's tools read."""
-        images = []
+        """Write COCO annotation JSON, which `read_references` and other tools read.
+
+        Args:
+            path: the file to write.
+        """
+        images: list[dict[str, Any]] = []
         for image in self.captions:
-            entry = {"id": image}
+            entry: dict[str, Any] = {"id": image}
             if image in self.files:
                 entry["file_name"] = self.files[image]
             if image in self.domains:
                 entry["domain"] = self.domains[image]
             images.append(entry)
-        pairs = [(image, caption) for image, own in self.captions.items() for caption in own]
+        pairs = [(image, caption) for image, captions in self.captions.items() for caption in captions]
         annotations = [{"id": i, "image_id": image, "caption": caption} for i, (image, caption) in enumerate(pairs)]
         Path(path).write_text(json.dumps({"type": "captions", "images": images, "annotations": annotations}) + "\n")
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """Fingerprint of a file, by which two scores can be told to have the same references."""
+    """Return the SHA-256 of a file, which shows whether two scores have the same references."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# References
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_references(path: str | os.PathLike) -> ReferenceSet:
     """Read reference captions.
 
     Args:
-        path: COCO annotation JSON (`images`, `annotations`), or a list or lines of JSON objects with an image id
-            (`image_id`, `id` or `file_name`) and `captions` (or `caption`, or `references`), a string or a list.
+        path: COCO annotation JSON (`images`, `annotations`), or a list or lines of JSON objects. Each object has an
+            image id (`image_id`, `id` or `file_name`), and a string or a list of strings as `references`, `captions` or
+            `caption`.
 
     Raises:
-        InputError: for a file that is missing, is no JSON or lacks something; the message names the first offender and
-            counts all of them.
+        InputError: for a file that does not exist, is not valid JSON or lacks something. The message names the first
+            entry that cannot be used and counts all of them.
+
+    Example:
+
+    ```python
+    >>> references = read_references("annotations/captions_val2014.json")  # doctest: +SKIP
+    >>> references.captions[391895]  # doctest: +SKIP
+    ['A man with a red helmet on a small moped on a dirt road. ', ...]
+    ```
     """
     content = _read_json(path)
-    if isinstance(content, dict):
-        references = _from_coco(content, path)
-    else:
-        rows = _rows_by_id(content, path)
-        captions = {}
-        for image, row in rows.items():
-            value = next((row[key] for key in ("references", "captions", "caption") if key in row), [])
-            captions[image] = [value] if isinstance(value, str) else value
-        files = {image: row["file_name"] for image, row in rows.items() if "file_name" in row}
-        references = ReferenceSet(captions, files)
-    captions = references.captions
+    references = _coco_references(content, path) if isinstance(content, dict) else _row_references(content, path)
+    captions, files, domains = references.captions, references.files, references.domains
     if not captions:
         raise InputError(f"{str(path)!r} holds no images: give COCO annotation JSON, or JSON lines.")
     _refuse(
         path,
-        [image for image, file in references.files.items() if not isinstance(file, str)],
-        lambda image: f"the file name of image {image!r} is {references.files[image]!r} and no string",
+        [image for image, name in files.items() if not isinstance(name, str)],
+        lambda image: f"the file name of image {image!r} is {files[image]!r}, which is not a string",
     )
-    _refuse(path, [i for i, own in captions.items() if not own], lambda i: f"image {i!r} has no reference caption")
     _refuse(
         path,
-        [i for i, own in captions.items() if not isinstance(own, list) or not all(isinstance(t, str) for t in own)],
-        lambda i: f"the references of image {i!r} are {captions[i]!r} and not all strings",
+        [image for image, domain in domains.items() if not isinstance(domain, str)],
+        lambda image: f"the domain of image {image!r} is {domains[image]!r}, which is not a string",
+    )
+    _refuse(
+        path,
+        [image for image, texts in captions.items() if not texts],
+        lambda image: f"image {image!r} has no reference caption",
+    )
+    _refuse(
+        path,
+        [image for image, texts in captions.items() if not _is_list_of_strings(texts)],
+        lambda image: f"the references of image {image!r} are {captions[image]!r}, which are not all strings",
     )
     return references
 
 
-def _from_coco(content: dict, path: str | os.PathLike) -> ReferenceSet:
+def _row_references(rows: list, path: str | os.PathLike) -> ReferenceSet:
+    """Return the references in rows of an image id and captions."""
+    row_of = _rows_by_id(rows, path)
+    captions: dict[ImageId, list[str]] = {}
+    for image, row in row_of.items():
+        value: Any = next((row[key] for key in REFERENCE_KEYS if key in row), [])
+        captions[image] = [value] if isinstance(value, str) else value
+    return ReferenceSet(captions, _present(row_of, "file_name"))
+
+
+def _coco_references(content: dict, path: str | os.PathLike) -> ReferenceSet:
+    """Return the references in COCO annotation JSON."""
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list):
             raise InputError(f"{str(path)!r} has no list {key!r}: give COCO annotation JSON, or JSON lines.")
-    images = _rows_by_id(content["images"], path, ("id",), '{"id": 1}')
+    row_of = _rows_by_id(content["images"], path, ("id",), '{"id": 1}')
     annotations = content["annotations"]
     _refuse(
         path,
         [
             i
-            for i, one in enumerate(annotations)
-            if not isinstance(one, dict) or not {"image_id", "caption"} <= set(one)
+            for i, row in enumerate(annotations)
+            if not isinstance(row, dict) or not {"image_id", "caption"} <= set(row)
         ],
         lambda i: f"annotation {i} has no 'image_id' and 'caption'",
     )
     _refuse(
         path,
-        [
-            one["image_id"]
-            for one in annotations
-            if not isinstance(one["image_id"], ImageId) or one["image_id"] not in images
-        ],
+        [row["image_id"] for row in annotations if not _is_id(row["image_id"]) or row["image_id"] not in row_of],
         lambda image: f"an annotation is of image {image!r}, which is not among its images",
     )
-    captions: dict[ImageId, list[str]] = {image: [] for image in images}
-    for one in annotations:
-        captions[one["image_id"]].append(one["caption"])
-    files = {image: row["file_name"] for image, row in images.items() if "file_name" in row}
-    domains = {image: row["domain"] for image, row in images.items() if row.get("domain") is not None}
-    _refuse(
-        path,
-        [image for image, domain in domains.items() if not isinstance(domain, str)],
-        lambda image: f"the domain of image {image!r} is {domains[image]!r} and no string",
-    )
-    return ReferenceSet(captions, files, domains)
+    captions: dict[ImageId, list[str]] = {image: [] for image in row_of}
+    for row in annotations:
+        captions[row["image_id"]].append(row["caption"])
+    domains = {image: domain for image, domain in _present(row_of, "domain").items() if domain is not None}
+    return ReferenceSet(captions, _present(row_of, "file_name"), domains)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictions
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_predictions(path: str | os.PathLike) -> dict[ImageId, str]:
-    """Read one caption per image.
+    """Read one caption for each image.
 
     Args:
         path: COCO results JSON, or lines of JSON objects, with an image id and `caption`.
 
     Raises:
-        InputError: for a file that is missing, is no JSON or lacks something, for duplicate ids and captions that are
-            no strings; the message names the first offender and counts all of them.
+        InputError: for a file that does not exist, is not valid JSON or lacks something, and for an id that occurs
+            twice. The message names the first entry that cannot be used and counts all of them.
     """
     content = _read_json(path)
     if not isinstance(content, list) or not content:
-        raise InputError(f"{str(path)!r} holds no list of captions: give COCO results JSON, or JSON lines.")
-    rows = _rows_by_id(content, path)
-    _refuse(path, [i for i, row in rows.items() if "caption" not in row], lambda i: f"image {i!r} has no 'caption'")
-    captions = {image: row["caption"] for image, row in rows.items()}
+        raise InputError(f"{str(path)!r} does not hold a list of captions: give COCO results JSON, or JSON lines.")
+    row_of = _rows_by_id(content, path)
     _refuse(
         path,
-        [i for i, caption in captions.items() if not isinstance(caption, str)],
-        lambda i: f"the caption of image {i!r} is {captions[i]!r} and no string",
+        [image for image, row in row_of.items() if "caption" not in row],
+        lambda image: f"image {image!r} has no 'caption'",
+    )
+    captions = {image: row["caption"] for image, row in row_of.items()}
+    _refuse(
+        path,
+        [image for image, caption in captions.items() if not isinstance(caption, str)],
+        lambda image: f"the caption of image {image!r} is {captions[image]!r}, which is not a string",
     )
     return captions
 
 
 def write_predictions(captions: dict[ImageId, str], path: str | os.PathLike) -> None:
-    """Write COCO results JSON."""
+    """Write COCO results JSON.
+
+    Args:
+        captions: the caption of each image.
+        path: the file to write.
+    """
     rows = [{"image_id": image, "caption": caption} for image, caption in captions.items()]
     Path(path).write_text(json.dumps(rows) + "\n")
 
 
-def in_order(
+def images_to_score(
     predictions: dict[ImageId, str], references: ReferenceSet, allow_missing: bool = False, allow_empty: bool = False
 ) -> list[ImageId]:
-    """The images to score, in the order of the references: the toolkit's tokenizer looks beyond the end of a line.
+    """Return the images to score in the order of the references.
+
+    The order matters, because the toolkit's tokenizer may read the first word of the next caption.
+
+    Args:
+        predictions: the caption of each image.
+        references: the reference captions.
+        allow_missing: leave out images without a prediction.
+        allow_empty: accept empty predictions.
 
     Raises:
-        InputError: for a prediction of an unknown image, and unless they are allowed an empty prediction or an image
-            without one.
+        InputError: for a prediction of an unknown image, an image without a prediction, or an empty prediction.
     """
     unknown = [image for image in predictions if image not in references.captions]
     if unknown:
         raise InputError(
-            f"There is a prediction for image {unknown[0]!r}, of which there are no references ({len(unknown)} of "
-            f"{len(predictions)} predictions are so). Is it the file of another data set or split? Ids must be of one "
-            f"kind, too: the references' are like {next(iter(references.captions))!r}."
+            f"The prediction for image {unknown[0]!r} has no references ({len(unknown)} of {len(predictions)} "
+            "predictions have none). Check that both files are of the same data set and split, and that their ids have "
+            f"the same form: an id of the references is {next(iter(references.captions))!r}."
         )
     missing = [image for image in references.captions if image not in predictions]
     if missing and not allow_missing:
         raise InputError(
-            f"There is no prediction for image {missing[0]!r} ({len(missing)} of {len(references.captions)} images are "
-            f"without). Add them, or score the {len(predictions)} that have one with --allow_missing: CIDEr depends on "
-            "how many images there are."
+            f"There is no prediction for image {missing[0]!r} ({len(missing)} of {len(references.captions)} images "
+            f"have no prediction). Add them, or score the other {len(predictions)} images with --allow_missing; CIDEr "
+            "depends on the number of images."
         )
     empty = [image for image, caption in predictions.items() if not caption.strip()]
     if empty and not allow_empty:
         raise InputError(
-            f"The prediction for image {empty[0]!r} is empty ({len(empty)} of {len(predictions)} are). Mend them, or "
-            "score them as 0 with --allow_empty."
+            f"The prediction for image {empty[0]!r} is empty ({len(empty)} of {len(predictions)} are). Fill them in, "
+            "or score them as 0 with --allow_empty."
         )
     return [image for image in references.captions if image in predictions]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def _read_json(path: str | os.PathLike) -> dict | list:
-    """One JSON value, or the list of those on each line."""
+    """Return the JSON value of a file, or the list of the values on its lines."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {str(path)!r}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{str(path)!r} is no UTF-8 text ({error}): {ACCEPTED}, not compressed.") from error
+        raise InputError(f"{str(path)!r} is not UTF-8 text ({error}): {REMEDY}, not compressed.") from error
     if not text.strip():
         raise InputError(f"{str(path)!r} is empty.")
     if text.lstrip()[0] not in "[{":
-        raise InputError(f"{str(path)!r} is no JSON of captions: {ACCEPTED}.")
+        raise InputError(f"{str(path)!r} does not hold JSON of captions: {REMEDY}.")
     try:
         content = json.loads(text)
-        # A file of one line of JSON lines is one object, too.
-        return [content] if isinstance(content, dict) and "annotations" not in content else content
-    except json.JSONDecodeError as whole:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = []
-        for number, line in lines:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                at = whole if number == lines[0][0] else error  # what failed on its first line is no JSON lines
-                line_number = whole.lineno if at is whole else number
-                raise InputError(
-                    f"{str(path)!r} is no valid JSON, it may have been cut off: {at.msg} in line {line_number}, column "
-                    f"{at.colno}."
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{str(path)!r} is no file of captions ({error}, line {number}).") from error
-        return rows
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
-        raise InputError(f"{str(path)!r} is no file of captions ({error}).") from error
+    except json.JSONDecodeError as error:
+        return _parse_json_lines(text, path, error)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many nested brackets
+        raise InputError(f"{str(path)!r} is not a file of captions ({error}).") from error
+    # JSON lines with one line are an object, too.
+    return [content] if isinstance(content, dict) and "annotations" not in content else content
+
+
+def _parse_json_lines(text: str, path: Path, error_of_whole: json.JSONDecodeError) -> list:
+    """Return the values on the lines of a text.
+
+    Args:
+        text: the content of the file.
+        path: the file, for messages.
+        error_of_whole: why the text is not one JSON value. It explains more than the error of the first line.
+    """
+    rows: list[Any] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            cause, line_number = (error, number) if rows else (error_of_whole, error_of_whole.lineno)
+            raise InputError(
+                f"{str(path)!r} is not valid JSON and may have been cut off: {cause.msg} in line {line_number}, column "
+                f"{cause.colno}."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{str(path)!r} is not a file of captions ({error}, line {number}).") from error
+    return rows
 
 
 def _rows_by_id(
@@ -234,19 +300,36 @@ def _rows_by_id(
     keys: Sequence[str] = ID_KEYS,
     example: str = '{"image_id": 1, "caption": "a dog"}',
 ) -> dict[ImageId, dict]:
+    """Return the rows by their image ids, which are checked.
+
+    Args:
+        rows: objects that have an image id.
+        path: the file, for messages.
+        keys: keys that may hold the id; the first one that a row has counts.
+        example: a row as it should be, for messages.
+    """
     _refuse(
         path,
         [i for i, row in enumerate(rows) if not isinstance(row, dict) or not any(key in row for key in keys)],
-        lambda i: f"entry {i} has no {' or '.join(map(repr, keys))}, as {example} has",
+        lambda i: f"entry {i} has no {' or '.join(map(repr, keys))}, as in {example}",
     )
     ids = [next(row[key] for key in keys if key in row) for row in rows]
-    _refuse(
-        path, [i for i in ids if isinstance(i, bool) or not isinstance(i, int | str)], lambda i: f"{i!r} is no image id"
-    )
-    _refuse(
-        path, [i for i, count in Counter(ids).items() if count > 1], lambda i: f"image {i!r} is there more than once"
-    )
+    _refuse(path, [i for i in ids if not _is_id(i)], lambda i: f"{i!r} is not an image id (an integer or a string)")
+    _refuse(path, [i for i, count in Counter(ids).items() if count > 1], lambda i: f"image {i!r} occurs more than once")
     return dict(zip(ids, rows, strict=True))
+
+
+def _present(row_of: dict[ImageId, dict], key: str) -> dict[ImageId, Any]:
+    """Return the value of a key for each row that has it."""
+    return {image: row[key] for image, row in row_of.items() if key in row}
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, ImageId) and not isinstance(value, bool)
+
+
+def _is_list_of_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _refuse(path: str | os.PathLike, offenders: Iterable, describe: Callable[..., str]) -> None:

@@ -1,9 +1,10 @@
-"""Captions for a whole benchmark: shared by the processes of one run, written down batch by batch, gone on with."""
+"""Captions for a whole evaluation set: several processes share the batches, and a killed run continues."""
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -12,105 +13,124 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..common.errors import InputError
+from ..common.files import read_json_lines
 from ..common.onednn import onednn_linears
 from ..modeling_qformer import QFormerCaptioner
 from .benchmarks import EvaluationSet
 from .caption_files import ImageId
 
 
-class _Images(Dataset):
-    """Opens images in the loader's processes. One that cannot be read comes as its error, and the others still come."""
-
-    def __init__(self, found: EvaluationSet, ids: list[ImageId]):
-        self.found, self.ids = found, ids
-
-    def __getitem__(self, place: int) -> tuple[ImageId, Image.Image | OSError]:
-        image = self.ids[place]
-        try:
-            return image, self.found.open(image)
-        except OSError as error:
-            return image, error
-
-
 def caption_images(
     model: QFormerCaptioner,
-    found: EvaluationSet,
+    evaluation_set: EvaluationSet,
     folder: str | os.PathLike,
     prompt: str = "",
     batch_size: int = 32,
     num_workers: int = 0,
-    **generation,
+    **generation: Any,
 ) -> dict[ImageId, str]:
     """Caption every image of an evaluation set.
 
-    The processes of a distributed run share the batches. Each writes what it has to a file of its own in `folder`; when
-    the same call is made again after a kill, by as many processes or others, only what is missing is captioned, and
-    images that have changed since. The batches are the same whoever works on them, so the captions are too.
+    The processes of a distributed run share the batches, and each writes its captions to a file of its own in `folder`.
+    After a kill, the same call captions only the images that have no caption yet or have changed since. The number of
+    processes may differ. The batches do not depend on it, so the captions do not either.
 
     Args:
         model: the captioner, on the device where it should run.
-        found: images and their ids.
-        folder: for the files of progress (`progress-*.jsonl`), on a disk that all processes see.
-        prompt: text that the captions follow; nothing is the captioner's own.
-        batch_size: images at a time.
-        num_workers: processes that open images ahead, for each process that captions.
-        generation: options of the captioner's `generate`.
+        evaluation_set: the images and their ids.
+        folder: folder for the finished captions (`progress-*.jsonl`), on a disk that all processes share.
+        prompt: text that captions continue; an empty prompt is the captioner's own.
+        batch_size: number of images in a batch.
+        num_workers: number of processes that open images in advance, for each process that captions.
+        generation: arguments of the captioner's `generate`.
 
     Returns:
-        The caption of each image, in order, in every process.
+        The caption of each image, in order and in every process.
 
     Raises:
-        InputError: if images cannot be read, once all others are captioned; the message names the first.
+        InputError: after all other images have captions, if some images cannot be read. The message names the first.
+
+    Example:
+
+    ```python
+    >>> model = AutoModel.from_pretrained("outputs/my_captioner", trust_remote_code=True)  # doctest: +SKIP
+    >>> benchmark = load_benchmark("flickr30k_karpathy_test")  # doctest: +SKIP
+    >>> captions = caption_images(model, benchmark, "outputs/flickr30k", num_beams=5)  # doctest: +SKIP
+    ```
     """
     state = PartialState()
-    ids = list(found.row_of)
-    fingerprints = found.fingerprints()
-    done = _progress(Path(folder), fingerprints)
-    state.wait_for_everyone()  # or a slow process would take for done what a fast one has just begun with
-    batches = [list(range(start, min(start + batch_size, len(ids)))) for start in range(0, len(ids), batch_size)]
-    batches = [batch for batch in batches if not all(ids[place] in done for place in batch)]
-    mine = batches[state.process_index :: state.num_processes]
-    loader = DataLoader(_Images(found, ids), batch_sampler=mine, num_workers=num_workers, collate_fn=list)
-    unreadable: list[tuple[ImageId, str]] = []
-    new: dict[ImageId, str] = {}
-    progress = tqdm(total=len(ids), initial=len(done), desc="captions", disable=not state.is_main_process)
-    with (Path(folder) / f"progress-{state.process_index}.jsonl").open("a") as file:
-        file.write("\n")  # behind a line that a kill may have cut off
+    images = list(evaluation_set.row_of)
+    fingerprints = evaluation_set.fingerprints()
+    finished = _read_progress(Path(folder), fingerprints)
+    # All processes must see the same finished captions, so none may write new ones before all have read.
+    state.wait_for_everyone()
+    batches = _unfinished_batches(images, finished, batch_size)[state.process_index :: state.num_processes]
+    loader = DataLoader(
+        _ImageLoader(evaluation_set, images), batch_sampler=batches, num_workers=num_workers, collate_fn=list
+    )
+    new_captions: dict[ImageId, str] = {}
+    unreadable: list[str] = []
+    progress = tqdm(total=len(images), initial=len(finished), desc="captions", disable=not state.is_main_process)
+    with progress, (Path(folder) / f"progress-{state.process_index}.jsonl").open("a") as file:
+        file.write("\n")  # ends a line that a kill may have cut off
         for batch in loader:
-            readable = [(image, opened) for image, opened in batch if isinstance(opened, Image.Image)]
-            unreadable += [(image, str(error)) for image, error in batch if isinstance(error, OSError)]
-            if readable:
+            opened = {image: content for image, content in batch if isinstance(content, Image.Image)}
+            unreadable += [str(content) for _, content in batch if isinstance(content, OSError)]
+            if opened:
                 with onednn_linears(model.device):
-                    captions = model.caption([opened for _, opened in readable], prompt, **generation)
-                captions = dict(zip((image for image, _ in readable), captions, strict=True))
-                new.update(captions)
-                rows = ([image, fingerprints[image], caption] for image, caption in captions.items())
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
+                    captions = model.caption(list(opened.values()), prompt, **generation)
+                batch_captions = dict(zip(opened, captions, strict=True))
+                _write_progress(file, batch_captions, fingerprints)
+                new_captions |= batch_captions
             progress.update(len(batch) * state.num_processes)
-    progress.close()
-    for each in gather_object([new]):
-        done.update(each)
+    for captions_of_process in gather_object([new_captions]):
+        finished |= captions_of_process
     if unreadable := gather_object(unreadable):
         raise InputError(
-            f"{unreadable[0][1]} ({len(unreadable)} images cannot be read.) Mend the files and give the same command "
-            "again: the captions of all others are kept."
+            f"{unreadable[0]} ({len(unreadable)} images cannot be read.) Replace the files and repeat the command: the "
+            "captions of all other images are kept."
         )
-    return {image: done[image] for image in ids}
+    return {image: finished[image] for image in images}
 
 
-def _progress(folder: Path, fingerprints: dict[ImageId, str]) -> dict[ImageId, str]:
-    """What earlier calls wrote down of the images as they are now; a line that a kill cut off counts as not there."""
+class _ImageLoader(Dataset):
+    """Images with their ids, opened in the processes of the loader. An image that cannot be read is its error."""
 
-    def rows() -> Iterator[tuple[ImageId, str]]:
+    def __init__(self, evaluation_set: EvaluationSet, images: list[ImageId]):
+        self.evaluation_set, self.images = evaluation_set, images
+
+    def __getitem__(self, index: int) -> tuple[ImageId, Image.Image | OSError]:
+        image = self.images[index]
+        try:
+            return image, self.evaluation_set.open(image)
+        except OSError as error:
+            return image, error
+
+
+def _unfinished_batches(images: list[ImageId], finished: dict[ImageId, str], batch_size: int) -> list[list[int]]:
+    """Return the batches, as indices into `images`, that have an image without a caption."""
+    indices = list(range(len(images)))
+    batches = [indices[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    return [batch for batch in batches if not all(images[index] in finished for index in batch)]
+
+
+def _write_progress(file: TextIO, captions: dict[ImageId, str], fingerprints: dict[ImageId, str]) -> None:
+    """Append a line for each caption: image id, fingerprint of the image, caption."""
+    rows = ([image, fingerprints[image], caption] for image, caption in captions.items())
+    file.write("".join(json.dumps(row) + "\n" for row in rows))
+    file.flush()
+
+
+def _read_progress(folder: Path, fingerprints: dict[ImageId, str]) -> dict[ImageId, str]:
+    """Return the captions of earlier calls for images that have not changed. Lines that a kill cut off are ignored."""
+
+    def captions() -> Iterator[tuple[ImageId, str]]:
         for path in sorted(folder.glob("progress-*.jsonl")):
-            for line in path.read_text(errors="replace").split("\n"):
-                try:
-                    image, fingerprint, caption = json.loads(line)
-                except (ValueError, TypeError, RecursionError):
-                    continue
-                known = isinstance(image, ImageId) and fingerprints.get(image) == fingerprint
-                if known and isinstance(caption, str):
-                    yield image, caption
+            for row in read_json_lines(path):
+                match row:
+                    case [int() | str() as image, str(fingerprint), str(caption)] if (
+                        fingerprints.get(image) == fingerprint
+                    ):
+                        yield image, caption
 
-    return dict(rows())
+    return dict(captions())

@@ -1,56 +1,59 @@
-"""A page about a scored set of captions that opens anywhere: no file beside it, nothing fetched."""
+"""Report on scored captions as one HTML page, which holds its pictures and fetches nothing."""
 
 import base64
 import contextlib
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jinja2
 from PIL import Image
 
-from .caption_files import ImageId
 from .plots import draw_histogram
+from .scoring import SCORE_NAMES, OpenImage, ScoredCaptions
 
-if TYPE_CHECKING:
-    from ..eval_captions import Scored
-
-SHOWN = 12  # best and worst captions, with their pictures
-SIDE = 320  # pixels of a picture at the most
+NUM_EXTREMES = 12  # number of best and of worst captions that are shown with their images
+MAX_SIDE = 320  # pixels of an image
 
 
 def write_report(
     path: str | os.PathLike,
-    scored: "Scored",
-    score_names: dict[str, str],
-    facts: dict[str, object],
-    open_picture: Callable[[ImageId], Image.Image] | None = None,
+    scored: ScoredCaptions,
+    facts: dict[str, Any],
+    open_image: OpenImage | None = None,
 ) -> None:
-    """Write one HTML page: scores, histogram, best and worst captions, and a table of all to search and sort.
+    """Write a page with scores, a histogram, the best and worst captions, and a table to search and sort.
 
     Args:
-        path: of the page.
-        scored: captions, references and scores (`eval_captions.py`).
-        score_names: how scores are called in tables.
-        facts: what makes the scores reproducible.
-        open_picture: gives the picture of an image; one that it cannot open (`OSError`) is left out.
+        path: the file to write.
+        scored: captions, references and scores.
+        facts: what makes the scores reproducible. It includes `model` or `predictions`.
+        open_image: function that opens an image by its id. Images that raise `OSError` are left out.
+
+    Example:
+
+    ```python
+    >>> references = ReferenceSet({1: ["a dog runs"], 2: ["a cat sleeps"]})
+    >>> scored = score_captions({1: "a dog runs", 2: "a cat"}, references)
+    >>> write_report("report.html", scored, {"predictions": "results.json"})  # doctest: +SKIP
+    ```
     """
     cider = scored.per_image["cider"]
-    ranked = sorted(range(len(cider)), key=cider.__getitem__)
-    best, worst = ranked[::-1][:SHOWN], ranked[:SHOWN]
+    by_score = sorted(range(len(cider)), key=cider.__getitem__)
+    best, worst = by_score[::-1][:NUM_EXTREMES], by_score[:NUM_EXTREMES]
     pictures = {}
-    for place in {*best, *worst} if open_picture is not None else ():
-        with contextlib.suppress(OSError):
-            pictures[place] = _as_base64_jpeg(open_picture(scored.images[place]))
+    if open_image is not None:
+        for index in {*best, *worst}:
+            with contextlib.suppress(OSError):
+                pictures[index] = _base64_jpeg(open_image(scored.images[index]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html").render(
         title=f"Captions of {facts.get('model') or facts['predictions']}",
         scored=scored,
-        score_names=score_names,
+        score_names=SCORE_NAMES,
         facts=facts,
         histogram=base64.b64encode(draw_histogram([100 * value for value in cider], "CIDEr", "images")).decode(),
         sheets={"Best captions": best, "Worst captions": worst},
@@ -59,9 +62,9 @@ def write_report(
     Path(path).write_text(page, encoding="utf-8", errors="replace")
 
 
-def _as_base64_jpeg(picture: Image.Image) -> str:
-    picture = picture.convert("RGB")
-    picture.thumbnail((SIDE, SIDE))
+def _base64_jpeg(image: Image.Image) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=85)
+    image.save(file, "JPEG", quality=85)
     return base64.b64encode(file.getvalue()).decode()

@@ -17,11 +17,11 @@ from ..configuration_qformer import is_hub_id
 from ..data.dataset import CaptionDataset
 from ..data.mixture import CaptionMixture
 from ..data.streaming import CaptionStream
+from ..evaluation.scoring import SCORE_NAMES
 from ..hub.model_card import text_sha256
 from ..modeling_qformer import QFormerCaptioner
 from .arguments import DataArguments, of_each
 
-SCORE_NAMES = {"cider": "CIDEr", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 # What a run is called, where it goes and how it talks is no part of the recipe.
 PRIVATE_OPTIONS = re.compile(
     "hub_|push_|output_dir|overwrite_|run_name|resume_|report_to|project|trackio_|disable_tqdm"

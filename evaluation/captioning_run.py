@@ -1,0 +1,258 @@
+"""The captioning part of `eval_captions.py`: what a run resolves from its options, and the captions of its images."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+from transformers.utils.logging import disable_progress_bar
+
+from ..common.errors import InputError
+from ..common.run_folder import RunFolder
+from ..data.images import folder_of_images
+from ..data.loading import load_rows
+from ..data.splits import default_eval_split
+from ..hub.load import load_captioner
+from ..modeling_qformer import QFormerCaptioner
+from .arguments import CaptioningArguments
+from .benchmarks import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark, load_benchmark, load_evaluation_set
+from .caption_files import ImageId
+from .inference import caption_images
+
+DEFAULT_GENERATION: dict[str, int | float] = {"num_beams": 5, "max_new_tokens": 30}
+# Options that do not change the captions. A run continues although they differ.
+UNRELATED_OPTIONS = ("output_dir", "overwrite_output_dir", "num_workers", "use_cpu")
+
+
+@dataclass(frozen=True)
+class CaptioningRun:
+    """Everything that a run resolved from its options before the first caption.
+
+    Args:
+        args: the options.
+        benchmark: the benchmark, or `None` for the user's own data.
+        state: the processes of the run.
+        model: the captioner, on the device of this process.
+        weights: versions of the captioner's weights, by folder or Hub id.
+        split: the split of the data set.
+        whole_split: all images of the split.
+        images: the images to caption.
+        prompt: text that captions continue; an empty prompt is the captioner's own.
+        generation: arguments of `generate`.
+    """
+
+    args: CaptioningArguments
+    benchmark: Benchmark | None
+    state: PartialState
+    model: QFormerCaptioner
+    weights: dict[str, Any]
+    split: str
+    whole_split: EvaluationSet
+    images: EvaluationSet
+    prompt: str
+    generation: dict[str, int | float]
+
+    @property
+    def name(self) -> str:
+        """Name of the benchmark or of the data set."""
+        return str(self.args.benchmark or self.args.dataset_name)
+
+    @property
+    def has_references(self) -> bool:
+        return self.benchmark is None or not self.benchmark.hidden_references
+
+    def facts(self) -> dict[str, Any]:
+        """Return what makes the captions reproducible, for the file of scores."""
+        dataset_name = self.benchmark.dataset_name if self.benchmark is not None else None
+        processor = self.model.processor
+        return {
+            "model": self.args.model,
+            "revision": self.args.revision,
+            "weights": self.weights,
+            "dtype": self.args.dtype,
+            "benchmark": self.args.benchmark,
+            "dataset": self.args.dataset_name or dataset_name,
+            "split": self.split,
+            "max_samples": self.args.max_samples,
+            "prompt": self.prompt or (processor.prompt if processor is not None else ""),
+            "batch_size": self.args.batch_size,
+            "generation": self.generation,
+        }
+
+    def note(self) -> str | None:
+        """Return a sentence for scores that are not those of all images, or None."""
+        scored, total = len(self.images.row_of), len(self.whole_split.row_of)
+        if scored == total:
+            return None
+        return f"Only {scored} of {total} images were scored, so this is not a score of {self.name}."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From options to a run
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> CaptioningRun:
+    """Start the processes, load the captioner and the images, and settle prompt and decoding.
+
+    Args:
+        args: the options.
+        image_folder: folder of the images, if the data set names files in another folder than its own.
+
+    Raises:
+        InputError: if the captioner or the data cannot be loaded.
+    """
+    if args.model is None:
+        raise InputError("Say which captioner captions: --model.")
+    if args.benchmark is None and args.dataset_name is None:
+        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
+    benchmark = None if args.benchmark is None else get_benchmark(args.benchmark)
+    state = start_processes(args.use_cpu)
+    disable_progress_bar()  # of loading weights
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = load_captioner(args.model, args.revision, dtype).to(state.device)
+    split, whole_split = load_images(args, image_folder)
+    return CaptioningRun(
+        args=args,
+        benchmark=benchmark,
+        state=state,
+        model=model,
+        weights=versions_of_weights(model, args.model, args.revision),
+        split=split,
+        whole_split=whole_split,
+        images=whole_split.first(args.max_samples),
+        prompt=resolve_prompt(args, benchmark),
+        generation=resolve_generation(args, benchmark),
+    )
+
+
+def start_processes(use_cpu: bool) -> PartialState:
+    """Return the state of the processes, which wait for each other for up to two hours."""
+    # accelerate finds every kind of accelerator, but it must be told to use the CPU.
+    cpu = use_cpu or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(hours=2))
+
+
+def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[str, EvaluationSet]:
+    """Return the name of the split, and its images and references."""
+    if args.benchmark is not None:
+        return get_benchmark(args.benchmark).split, load_benchmark(args.benchmark, args.dataset_name, image_folder)
+    name = str(args.dataset_name)
+    splits = load_rows(name, args.dataset_config_name)
+    split = args.split or default_eval_split(splits, prefer_test=True) or "test"
+    if split not in splits:
+        raise InputError(f"{name!r} has no split {split!r}; choose with --split: {', '.join(map(repr, splits))}.")
+    rows = splits[split]
+    images = load_evaluation_set(
+        rows,
+        args.image_column,
+        args.caption_column,
+        args.id_column,
+        row_per_caption=True,
+        image_folder=folder_of_images(name, rows, image_folder),
+    )
+    return split, images
+
+
+def resolve_prompt(args: CaptioningArguments, benchmark: Benchmark | None) -> str:
+    """Return the prompt of the command line, or else that of the benchmark."""
+    if args.prompt is not None:
+        return args.prompt
+    return benchmark.prompt if benchmark is not None else ""
+
+
+def resolve_generation(args: CaptioningArguments, benchmark: Benchmark | None) -> dict[str, int | float]:
+    """Return the arguments of `generate`: those of the benchmark, unless the command line has others."""
+    generation = dict(benchmark.generation if benchmark is not None else DEFAULT_GENERATION)
+    for name in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"):
+        if (value := getattr(args, name)) is not None:
+            generation[name] = value
+    return generation
+
+
+def versions_of_weights(model: QFormerCaptioner, name: str, revision: str | None) -> dict[str, Any]:
+    """Return the version of each folder or repository from which weights were loaded.
+
+    These are the captioner or adapter itself, the captioner below an adapter, and backbones that are kept by reference.
+
+    Args:
+        model: the captioner.
+        name: folder or Hub id from which it was loaded.
+        revision: branch, tag or commit of `name`.
+    """
+    revisions: dict[str, str | None] = {str(model.name_or_path): None, name: revision}
+    for part in model.config.referenced_backbones or []:
+        source = getattr(model.config, f"{part}_name_or_path")
+        revisions.setdefault(source, getattr(model.config, f"{part}_revision"))
+    return {source: version_of(source, revision_of) for source, revision_of in revisions.items()}
+
+
+def version_of(name: str, revision: str | None) -> str | list | None:
+    """Return the commit of a repository, or the sizes and times of the files of weights and configuration of a folder.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit.
+    """
+    if not Path(name).is_dir():
+        file = cached_file(name, ADAPTER_CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return extract_commit_hash(file or cached_file(name, CONFIG_NAME, revision=revision), None)
+    files = sorted(file for kind in ("*.safetensors", "*.bin", "*config.json") for file in Path(name).glob(kind))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a run to captions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def caption_all(run: CaptioningRun) -> dict[ImageId, str]:
+    """Caption the images of a run in its output folder, and end the group of processes.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The caption of each image, in every process.
+
+    Raises:
+        InputError: if the folder holds another run, or images cannot be read.
+    """
+    if run.state.is_main_process:
+        RunFolder(Path(run.args.output_dir), run_settings(run), run.args.overwrite_output_dir).start()
+    run.state.wait_for_everyone()
+    captions = caption_images(
+        run.model,
+        run.images,
+        run.args.output_dir,
+        run.prompt,
+        run.args.batch_size,
+        run.args.num_workers,
+        **run.generation,
+    )
+    run.state.wait_for_everyone()
+    run.state.destroy_process_group()  # from here on the main process works alone
+    return captions
+
+
+def run_settings(run: CaptioningRun) -> dict[str, Any]:
+    """Return the settings that must be the same for a killed run to continue.
+
+    They include the versions of the weights and a hash of the references. After more training, or with other data of
+    the same name, finished captions are not valid any more.
+    """
+    settings = {name: value for name, value in asdict(run.args).items() if name not in UNRELATED_OPTIONS}
+    references = json.dumps(list(run.images.references.captions.items()))
+    return {
+        **settings,
+        "prompt": run.prompt,
+        "generation": run.generation,
+        "weights": run.weights,
+        "references": hashlib.sha256(references.encode()).hexdigest(),
+    }
