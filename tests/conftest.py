@@ -1,6 +1,7 @@
 """Makes the checkout importable as `qformer_captioner` when it is not installed; a Hugging Face home for the tests."""
 
 import importlib.util
+import logging
 import os
 import pathlib
 import sys
@@ -24,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     home = tempfile.TemporaryDirectory(prefix="huggingface")
     config.add_cleanup(home.cleanup)
     os.environ["HF_HOME"] = home.name
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Messages that the package logs in a test, from INFO as commands show them: `log.messages`, `log.text`."""
+    caplog.set_level(logging.INFO, logger="qformer_captioner")
+    return caplog
 
 
 @pytest.fixture(scope="session")

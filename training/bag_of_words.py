@@ -1,8 +1,7 @@
-"""An auxiliary loss that makes the queries look at the image: which words is it captioned with?
+"""Auxiliary loss that asks the soft prompt for the words of the caption.
 
-A frozen language model predicts most of a caption from the caption's own earlier words, so at first the Q-Former hardly
-learns anything from it. This loss asks the soft prompt alone, without the language model and without word order: each
-query speaks for words by its likeness to their embeddings, and the loudest query counts.
+A frozen language model predicts most of a caption from its earlier tokens, so the Q-Former receives little gradient at
+first. This loss reads the soft prompt alone, without the language model and without word order.
 """
 
 from collections import Counter
@@ -13,52 +12,59 @@ from torch import nn
 
 
 class BagOfWordsLoss:
-    """Multi-label cross-entropy between a soft prompt and the words of its image's captions.
+    """Multi-label cross-entropy between a soft prompt and the tokens of the captions of its image.
 
-    The score of word v is `log P(v) / P(not v) + log mean_q exp(scale * prompt_q . embedding_v)`: its frequency in the
-    training captions, corrected by what the queries say. Nothing in it is learned but the soft prompt.
+    The logit of token `v` is `logit(P(v)) + log mean_q exp(scale * prompt_q . embedding_v)`. `P(v)` is the share of
+    training captions that contain the token. The second term is a soft maximum over the query tokens `q`: one query
+    that resembles the embedding is enough. The loss has no parameters, so only the soft prompt learns from it.
 
-    Training makes soft prompts many times as loud as words are. This loss turns them down to the words' loudness, and
-    hears what they say and not how loud.
+    Training makes the norm of soft prompts many times larger than that of token embeddings. The loss therefore rescales
+    each soft-prompt vector to the mean embedding norm, and depends on its direction only.
 
     Args:
-        captions: token ids of all training captions, to count words in.
-        embeddings (`[V, D]`): the language model's word embeddings.
-        fewest: leave out words that fewer captions than this have.
+        captions: token ids of all training captions.
+        embeddings (`[V, D]`): input embeddings of the language model.
+        min_count: smallest number of captions that contain a token of the bag. Rarer tokens are ignored.
 
     Example:
 
     ```python
-    >>> words = BagOfWordsLoss([[7, 2], [7, 3, 2]] * 5, torch.randn(10, 4))
-    >>> words(torch.zeros(1, 8, 4), torch.tensor([[7, 2, -100]])).shape
+    >>> bag_of_words_loss = BagOfWordsLoss([[7, 2], [7, 3, 2]] * 5, torch.randn(10, 4))
+    >>> bag_of_words_loss(torch.zeros(1, 8, 4), torch.tensor([[7, 2, -100]])).shape
     torch.Size([])
     ```
     """
 
-    def __init__(self, captions: Iterable[list[int]], embeddings: torch.Tensor, fewest: int = 5):
-        captions = [set(caption) for caption in captions]
-        counts = Counter(word for caption in captions for word in caption)
-        self.words = torch.tensor(sorted(word for word, count in counts.items() if count >= fewest))
-        share = torch.tensor([counts[word] / len(captions) for word in self.words.tolist()])
-        self.prior = torch.logit(share.clamp(1e-4, 1 - 1e-4))
-        self.loudness = embeddings.detach().float().norm(dim=-1).mean()
-        self.embeddings = embeddings.detach()[self.words.to(embeddings.device)].float()
-        # A query that says a word as loud as its embedding is raises that word's score by about 10.
+    def __init__(self, captions: Iterable[list[int]], embeddings: torch.Tensor, min_count: int = 5):
+        token_sets = [set(caption) for caption in captions]
+        counts = Counter(token for tokens in token_sets for token in tokens)
+        self.tokens = torch.tensor(sorted(token for token, count in counts.items() if count >= min_count))  # [W]
+        frequency = torch.tensor([counts[token] / len(token_sets) for token in self.tokens.tolist()])
+        self.prior = torch.logit(frequency.clamp(1e-4, 1 - 1e-4))  # [W]
+        self.embedding_norm = embeddings.detach().float().norm(dim=-1).mean()
+        self.embeddings = embeddings.detach()[self.tokens.to(embeddings.device)].float()  # [W, D]
+        # A query equal to the embedding of a token raises its exponent by about 10.
         self.scale = 10 / self.embeddings.square().sum(dim=-1).mean()
 
     def __call__(self, soft_prompt: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Summed over words, averaged over images.
+        """Return the loss, summed over tokens and averaged over images.
 
         Args:
-            soft_prompt (`[B, Q, D]`): of the images.
-            labels (`[B, T]` or `[B, K, T]`): their captions, padded with -100.
+            soft_prompt (`[B, Q, D]`): soft prompts of the images.
+            labels (`[B, T]` or `[B, K, T]`): token ids of their captions. Positions labelled -100 are ignored.
         """
         device = soft_prompt.device
+        target = self._token_shares(labels, self.tokens.to(device))  # [B, W]
+        soft_prompt = self.embedding_norm.to(device) * nn.functional.normalize(soft_prompt.float(), dim=-1)
+        similarity = self.scale.to(device) * soft_prompt @ self.embeddings.to(device).T  # [B, Q, W]
+        num_queries = similarity.new_full((), similarity.shape[1])
+        logits = self.prior.to(device) + similarity.logsumexp(dim=1) - num_queries.log()  # [B, W]
+        return nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=-1).mean()
+
+    @staticmethod
+    def _token_shares(labels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the share of each image's captions that contain each token: `[B, W]`."""
         captions = labels.reshape(len(labels), -1, labels.shape[-1])  # [B, K, T]
-        said = (captions[..., None] == self.words.to(device)).any(dim=2).float()  # [B, K, W]
-        real = (captions != -100).any(dim=2).float()  # [B, K], 0 for an image with fewer captions than others
-        target = (said * real[..., None]).sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)  # [B, W]
-        soft_prompt = self.loudness.to(device) * nn.functional.normalize(soft_prompt.float(), dim=-1)
-        likeness = self.scale.to(device) * soft_prompt @ self.embeddings.to(device).T  # [B, Q, W]
-        score = self.prior.to(device) + likeness.logsumexp(dim=1) - likeness.new_full((), likeness.shape[1]).log()
-        return nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none").sum(dim=-1).mean()
+        contains = (captions[..., None] == tokens).any(dim=2).float()  # [B, K, W]
+        exists = (captions != -100).any(dim=2).float()  # [B, K]; 0 for an image with fewer captions than others
+        return (contains * exists[..., None]).sum(dim=1) / exists.sum(dim=1, keepdim=True).clamp(min=1)

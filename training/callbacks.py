@@ -1,16 +1,22 @@
-"""TODO."""
+"""Callbacks of the Trainer."""
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.dataset import CaptionDataset
+from .data_setup import TrainingData
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tells the training data which epoch it is, so that rows vary."""
+    """Callback that tells the training data which epoch begins, so that its random variation changes.
 
-    def __init__(self, rows: CaptionDataset):
-        self.rows = rows
+    Args:
+        train_data: the rows to train on.
+    """
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        """Before the first row of an epoch, also of one that a killed run is in the middle of."""
-        self.rows.set_epoch(int(state.epoch))
+    def __init__(self, train_data: TrainingData):
+        self.train_data = train_data
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Set the epoch before its first row, also of an epoch that a resumed run continues."""
+        self.train_data.set_epoch(int(state.epoch or 0))

@@ -1,10 +1,16 @@
-"""What `train_hf.py` trains and evaluates on: the options, and the data sets that they ask for."""
+"""Data sets of a run: from the options to the rows to train on and the rows to evaluate on."""
 
 import copy
-import os
+from dataclasses import dataclass
+
+import datasets
+from transformers import IntervalStrategy
+from transformers.trainer_utils import SaveStrategy
 
 from ..common.errors import InputError
-from ..data.augmentation import Augmentation, check_image_augmentation
+from ..common.logging import get_logger
+from ..data.augmentation import Augmentation
+from ..data.columns import Rows
 from ..data.dataset import CaptionDataset, CaptionSource
 from ..data.feature_store import FeatureStore
 from ..data.images import folder_of_images
@@ -12,146 +18,267 @@ from ..data.mixture import CaptionMixture
 from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split, load_eval_split, load_splits
 from ..data.streaming import CaptionStream
-from .arguments import DataArguments, of_each
+from .arguments import DataArguments
+from .run import TrainingRun
+from .training_arguments import CaptionTrainingArguments
+
+logger = get_logger(__name__)
+
+TrainingData = CaptionDataset | CaptionMixture | CaptionStream
 
 
-def check_data(args: DataArguments, store: FeatureStore | None, max_steps: int) -> None:
-    """Find options that do not go together before anything is loaded.
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set that the options name, and where its rows hold images and captions.
+
+    Args:
+        name: Hub id, folder, file or "scenes".
+        config_name: configuration of the data set.
+        revision: branch, tag or commit on the Hub.
+        image_column: column of images or of their paths.
+        caption_column: column of captions.
+        image_folder: folder that paths in the image column are relative to; by default the folder of the data set.
+    """
+
+    name: str
+    config_name: str | None = None
+    revision: str | None = None
+    image_column: str = "image"
+    caption_column: str = "caption"
+    image_folder: str | None = None
+
+
+def training_specs(args: DataArguments) -> list[DatasetSpec]:
+    """Return the data sets to train on.
 
     Raises:
-        InputError: for such options.
+        InputError: if an option has neither one value nor one value for each data set.
     """
-    sets, weights = len(args.dataset_name), args.dataset_weights
-    if weights is not None and (len(weights) != sets or not all(0 < weight < float("inf") for weight in weights)):
-        raise InputError(f"--dataset_weights must be {sets} numbers above 0, one for each data set, not {weights}.")
-    if store is not None and (args.streaming or sets > 1 or args.eval_dataset_name is not None):
-        raise InputError("--features are of one data set, and not of a stream: leave out --features, or the others.")
-    if args.streaming and max_steps < 1:
-        raise InputError("A stream has no end: say how long to train on it with --max_steps.")
-    if args.streaming and args.image_id_column is not None:
-        raise InputError("--image_id_column gathers rows from all of a data set, and a stream is never there in full.")
-    if args.streaming and args.train_val_split is not None:
-        raise InputError("--train_val_split counts rows, and a stream is never there in full: use --eval_dataset_name.")
+    names = args.dataset_name or []
+
+    def values(option: str, default: str | None = None) -> list:
+        given = getattr(args, option) or [default]
+        if len(given) not in (1, len(names)):
+            raise InputError(
+                f"--{option} has {len(given)} values for {len(names)} data sets: give one value for each, or one "
+                "for all."
+            )
+        return given if len(given) > 1 else given * len(names)
+
+    columns = zip(
+        names,
+        values("dataset_config_name"),
+        values("dataset_revision"),
+        values("image_column", "image"),
+        values("caption_column", "caption"),
+        values("image_folder"),
+        strict=True,
+    )
+    return [DatasetSpec(*fields) for fields in columns]
+
+
+def evaluation_spec(args: DataArguments) -> DatasetSpec:
+    """Return the data set to evaluate on: `--eval_dataset_name`, or the first data set to train on."""
+    first = training_specs(args)[0]
     if args.eval_dataset_name is None:
-        for name in ("dataset_config_name", "dataset_revision", "image_column", "caption_column", "image_folder"):
-            if getattr(args, f"eval_{name}") is not None:
-                raise InputError(f"--eval_{name} says something of --eval_dataset_name: give that, too.")
-    if args.eval_image_folder is not None and not os.path.isdir(args.eval_image_folder):
-        raise InputError(f"There is no folder of images {args.eval_image_folder!r} (--eval_image_folder).")
-    check_image_augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob)
-    for name in ("captions_per_image", "max_train_samples", "max_eval_samples"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise InputError(f"--{name} is at least 1, not {value}.")
-    if args.train_val_split is not None and not 0 <= args.train_val_split <= 1:
-        raise InputError(f"--train_val_split is a share of the rows, from 0 to 1, not {args.train_val_split:g}.")
-    if args.max_caption_length < 2:
-        raise InputError(f"--max_caption_length is at least 2, a word and the end, not {args.max_caption_length}.")
-    if args.shuffle_buffer < 0:
-        raise InputError(f"--shuffle_buffer is a number of rows, or 0 to keep their order, not {args.shuffle_buffer}.")
+        return first
+    return DatasetSpec(
+        args.eval_dataset_name,
+        args.eval_dataset_config_name,
+        args.eval_dataset_revision,
+        args.eval_image_column or first.image_column,
+        args.eval_caption_column or first.caption_column,
+        args.eval_image_folder or first.image_folder,
+    )
 
 
-def load_data(
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(run: TrainingRun) -> tuple[TrainingData, CaptionDataset | None]:
+    """Load the data of a run, and let the run evaluate and save as this data allows.
+
+    Args:
+        run: the run. A stream has no epochs, so it is evaluated and saved by steps. Without rows to evaluate on, the
+            last checkpoint is kept instead of the best one.
+
+    Raises:
+        InputError: if a data set cannot be loaded, or lacks a split or a column that the options name.
+    """
+    args = run.training_args
+    train_data, eval_data = load_datasets(
+        run.data_args, run.features, run.skipped_rows, run.augmentation, args.process_index, args.world_size
+    )
+    if run.data_args.streaming:
+        replace_epochs_by_steps(args)
+    if eval_data is None:
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        logger.info("There is no split to evaluate on: nothing is evaluated, and the last checkpoint is kept.")
+    elif len(eval_data) == 1:
+        logger.info("There is only one image to evaluate on: eval_loss_shuffled will equal eval_loss.")
+    return train_data, eval_data
+
+
+def replace_epochs_by_steps(args: CaptionTrainingArguments) -> None:
+    """Evaluate and save ten times in a run, where the options say once in an epoch."""
+    steps = max(1, args.max_steps // 10)
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, steps
+        logger.info("A stream has no epochs: --eval_strategy is steps, --eval_steps %d.", steps)
+    if args.save_strategy == SaveStrategy.EPOCH:
+        args.save_strategy, args.save_steps = SaveStrategy.STEPS, steps
+        logger.info("A stream has no epochs: --save_strategy is steps, --save_steps %d.", steps)
+
+
+def load_datasets(
     args: DataArguments,
-    store: FeatureStore | None,
+    features: FeatureStore | None,
     skipped: SkippedRows,
     augmentation: Augmentation,
     process: int = 0,
     processes: int = 1,
-) -> tuple[CaptionDataset | CaptionMixture | CaptionStream, CaptionDataset | None]:
-    """The rows to train on, and those to evaluate on if there are any.
+) -> tuple[TrainingData, CaptionDataset | None]:
+    """Load the rows to train on, and the rows to evaluate on if there are any.
+
+    Args:
+        args: the options of the data.
+        features: precomputed image features to read instead of images.
+        skipped: record of the rows that cannot be used.
+        augmentation: random variation of the training rows.
+        process, processes: index of this process and number of processes, which share the rows of a stream.
 
     Raises:
-        InputError: if they cannot be loaded.
+        InputError: if a data set cannot be loaded, or lacks a split or a column that the options name.
     """
-    parts, sources, evaluation = [], [], None
-    names = args.dataset_name
-    for number, (name, config, revision, image_column, caption_column, image_folder) in enumerate(
-        zip(
-            names,
-            of_each(args, "dataset_config_name"),
-            of_each(args, "dataset_revision"),
-            of_each(args, "image_column", "image"),
-            of_each(args, "caption_column", "caption"),
-            of_each(args, "image_folder"),
-            strict=True,
-        )
-    ):
-        eval_split = args.eval_split
-        if store is not None and eval_split is None:  # of the splits that there are features of
-            eval_split = default_eval_split(store.layouts)
-        train_rows, eval_rows = load_splits(
-            name,
-            config,
-            args.train_split,
-            eval_split,
-            args.split_column,
-            args.max_train_samples,
-            args.max_eval_samples,
-            revision=revision,
-            streaming=args.streaming,
-            evaluate=number == 0 and args.eval_dataset_name is None and (store is None or eval_split is not None),
-        )
-        folder = folder_of_images(name, train_rows, image_folder)
-        label = args.train_split if len(names) == 1 else f"{args.train_split} of {name}"
-        source = CaptionSource(label, train_rows, image_column, caption_column, args.image_id_column, folder)
-        if args.streaming:
-            sources.append(source)
-        else:
-            features = store and store.split(args.train_split)
-            parts.append(CaptionDataset(source, skipped, augmentation, features))
-        if number == 0:
-            if args.eval_dataset_name is not None:
-                eval_rows = load_eval_split(
-                    args.eval_dataset_name,
-                    args.eval_dataset_config_name,
-                    args.eval_split,
-                    args.split_column,
-                    args.max_eval_samples,
-                    revision=args.eval_dataset_revision,
-                    streaming=args.streaming,
-                )
-                folder = folder_of_images(args.eval_dataset_name, eval_rows, args.eval_image_folder or image_folder)
-                image_column = args.eval_image_column or image_column
-                caption_column = args.eval_caption_column or caption_column
-            if eval_rows is not None:
-                split = eval_split or "evaluation"
-                features = store and store.split(split)
-                prefix = "" if args.eval_dataset_name is None else "eval_"
-                columns = (image_column, caption_column, args.image_id_column)
-                source = CaptionSource(split, eval_rows, *columns, folder, option_prefix=prefix)
-                evaluation = CaptionDataset(source, skipped, features=features).drop_unreadable()
+    train_rows, eval_rows = load_rows(args, features)
+    sources = training_sources(args, train_rows)
     if args.streaming:
         stream = CaptionStream(
             sources,
             skipped,
             augmentation,
-            args.dataset_weights,
-            args.shuffle_buffer,
-            args.max_train_samples,
-            process,
-            processes,
+            weights=args.dataset_weights,
+            shuffle_buffer=args.shuffle_buffer,
+            max_rows=args.max_train_samples,
+            process_index=process,
+            num_processes=processes,
         )
-        return stream, evaluation
-    if evaluation is None and args.train_val_split is not None:
-        evaluation = hold_out(parts[0], args.train_val_split, args.max_eval_samples)
-    if len(parts) > 1:
-        return CaptionMixture(parts, args.dataset_weights or [1.0] * len(parts)), evaluation
-    return parts[0], evaluation
+        return stream, evaluation_data(args, eval_rows, features, skipped)
+    split_features = None if features is None else features.split(args.train_split)
+    parts = [CaptionDataset(source, skipped, augmentation, split_features) for source in sources]
+    eval_data = evaluation_data(args, eval_rows, features, skipped)
+    if eval_data is None and args.train_val_split is not None:
+        eval_data = hold_out(parts[0], args.train_val_split, args.max_eval_samples)
+    if len(parts) == 1:
+        return parts[0], eval_data
+    return CaptionMixture(parts, args.dataset_weights or [1.0] * len(parts)), eval_data
+
+
+def load_rows(args: DataArguments, features: FeatureStore | None) -> tuple[list[Rows], datasets.Dataset | None]:
+    """Load the training rows of each data set and the evaluation rows.
+
+    An evaluation split of the first data set is loaded together with its training split.
+    """
+    eval_split = evaluation_split(args, features)
+    first_is_evaluated = args.eval_dataset_name is None and (features is None or eval_split is not None)
+    train_rows, eval_rows = [], None
+    for number, spec in enumerate(training_specs(args)):
+        rows, held_out_rows = load_splits(
+            spec.name,
+            spec.config_name,
+            args.train_split,
+            eval_split,
+            args.split_column,
+            args.max_train_samples,
+            args.max_eval_samples,
+            revision=spec.revision,
+            streaming=args.streaming,
+            evaluate=number == 0 and first_is_evaluated,
+        )
+        train_rows.append(rows)
+        eval_rows = held_out_rows if number == 0 else eval_rows
+    if args.eval_dataset_name is not None:
+        spec = evaluation_spec(args)
+        eval_rows = load_eval_split(
+            spec.name,
+            spec.config_name,
+            args.eval_split,
+            args.split_column,
+            args.max_eval_samples,
+            revision=spec.revision,
+            streaming=args.streaming,
+        )
+    return train_rows, eval_rows
+
+
+def evaluation_split(args: DataArguments, features: FeatureStore | None) -> str | None:
+    """Return the name of the split to evaluate on, `None` if the data set decides."""
+    if args.eval_split is not None or features is None:
+        return args.eval_split
+    return default_eval_split(features.layouts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def training_sources(args: DataArguments, train_rows: list[Rows]) -> list[CaptionSource]:
+    """Return the training rows of each data set, with the columns that hold images and captions."""
+    specs = training_specs(args)
+    return [
+        CaptionSource(
+            args.train_split if len(specs) == 1 else f"{args.train_split} of {spec.name}",
+            rows,
+            spec.image_column,
+            spec.caption_column,
+            args.image_id_column,
+            folder_of_images(spec.name, rows, spec.image_folder),
+        )
+        for spec, rows in zip(specs, train_rows, strict=True)
+    ]
+
+
+def evaluation_data(
+    args: DataArguments, eval_rows: datasets.Dataset | None, features: FeatureStore | None, skipped: SkippedRows
+) -> CaptionDataset | None:
+    """Return the rows to evaluate on, without those whose image cannot be read, or `None` without `eval_rows`."""
+    if eval_rows is None:
+        return None
+    spec, split = evaluation_spec(args), evaluation_split(args, features) or "evaluation"
+    source = CaptionSource(
+        split,
+        eval_rows,
+        spec.image_column,
+        spec.caption_column,
+        args.image_id_column,
+        folder_of_images(spec.name, eval_rows, spec.image_folder),
+        option_prefix="" if args.eval_dataset_name is None else "eval_",
+    )
+    split_features = None if features is None else features.split(split)
+    return CaptionDataset(source, skipped, features=split_features).drop_unreadable()
 
 
 def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | None) -> CaptionDataset:
-    """Take the last rows out of the training data, to evaluate on.
+    """Move the last rows of the training data to a new data set for evaluation, and return it.
 
-    Not drawn ones: where a row is a caption, those of one image stand side by side.
+    Random rows would separate the captions of one image where each row is a caption: they usually follow each other.
+
+    Args:
+        train_data: the training rows, which lose the last ones.
+        share: share of the rows to hold out, above 0 and below 1.
+        max_eval_samples: largest number of rows to evaluate on; the other held-out rows are not used.
 
     Raises:
-        InputError: for a share that leaves one of the two without rows.
+        InputError: if the share leaves no row to train on or no row to evaluate on.
     """
     first = len(train_data) - round(share * len(train_data))
     if not 0 < first < len(train_data):
         raise InputError(
-            f"--train_val_split is the share of the {len(train_data)} training rows to hold out; with {share:g} none "
-            f"are left to {'train' if first <= 0 else 'evaluate'} on."
+            f"--train_val_split {share:g} of {len(train_data)} training rows leaves no row to "
+            f"{'train' if first <= 0 else 'evaluate'} on: choose another share."
         )
     eval_data = copy.copy(train_data)
     eval_data.augmentation = Augmentation()

@@ -1,5 +1,6 @@
-"""Exponential moving average of the weights that train: often a little better than the last ones, and steadier."""
+"""Exponential moving average (EMA) of the trainable weights, which often scores slightly better than the last ones."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,30 +8,31 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
 
 
 class EMACallback(TrainerCallback):
-    """Keeps the average in step with training; with a checkpoint it is saved, and goes on from it.
+    """Callback that updates an exponential moving average of the trainable weights after each optimizer step.
 
-    After step t it is `d * average + (1 - d) * weights` with `d = min(decay, (1 + t) / (10 + t))`, so that the random
-    weights of the beginning are soon forgotten (TensorFlow's and timm's rule).
+    After step `t` the average is `d * average + (1 - d) * weights` with `d = min(decay, (1 + t) / (10 + t))`. The
+    smaller `d` of the first steps forgets the random initial weights quickly. TensorFlow's
+    `tf.train.ExponentialMovingAverage` and timm's `ModelEmaV3` use the same warm-up.
 
     Args:
-        model: whose parameters that train are averaged.
-        decay: how slowly the average follows, between 0 and 1.
+        model: the model whose trainable parameters are averaged.
+        decay: decay of the average, above 0 and below 1.
 
     Raises:
-        ValueError: for another decay.
+        ValueError: if the decay is not between 0 and 1.
 
     Example:
 
     ```python
     >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> average = EMACallback(model, decay=0.999)
-    >>> with average.in_place():  # evaluate
+    >>> ema = EMACallback(model, decay=0.999)
+    >>> with ema.averaged_weights():  # evaluate
     ...     outputs = model(torch.ones(1, 2))
     ```
     """
@@ -39,48 +41,50 @@ class EMACallback(TrainerCallback):
         if not 0 < decay < 1:
             raise ValueError(f"--ema_decay must lie between 0 and 1, not {decay}.")
         self.decay = decay
-        self.trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.averages = {name: weight.detach().clone() for name, weight in self.trained.items()}
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Follow the weights after an optimizer's step."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Move the averages towards the weights after an optimizer step."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        for name, weight in self.trained.items():
+        for name, weight in self.weights.items():
             self.averages[name].lerp_(weight.to(self.averages[name]), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages."""
-        for name, weight in self.trained.items():
-            kept = weight.clone()
+        """Exchange the weights of the model and the averages."""
+        for name, weight in self.weights.items():
+            previous = weight.clone()
             weight.copy_(self.averages[name])
-            self.averages[name].copy_(kept)
+            self.averages[name].copy_(previous)
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Leave the averages in the model for good."""
-        for name, weight in self.trained.items():
+    def copy_to_model(self) -> None:
+        """Replace the weights of the model by the averages for good, at the end of training."""
+        for name, weight in self.weights.items():
             weight.copy_(self.averages[name])
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Have the averages in the model for a while."""
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averages into the model inside a `with` block, and the weights back after it."""
         self.swap()
         try:
             yield
         finally:
             self.swap()
 
-    def save(self, folder: str) -> None:
-        """Write the averages beside a checkpoint's weights."""
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.averages.items()}, Path(folder) / EMA_WEIGHTS_NAME
-        )
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the averages next to the weights of a checkpoint."""
+        averages = {name: average.contiguous() for name, average in self.averages.items()}
+        save_file(averages, Path(folder) / EMA_WEIGHTS_NAME)
 
-    def load(self, folder: str) -> None:
-        """Take over the averages of a checkpoint; where it has none, begin with its weights."""
+    @torch.no_grad()
+    def load(self, folder: str | os.PathLike) -> None:
+        """Read the averages of a checkpoint. A checkpoint without averages starts them from its weights."""
         file = Path(folder) / EMA_WEIGHTS_NAME
-        saved = load_file(file) if file.is_file() else self.trained
-        for name, tensor in self.averages.items():
-            tensor.copy_(saved[name].detach())
+        saved = load_file(file) if file.is_file() else self.weights
+        for name, average in self.averages.items():
+            average.copy_(saved[name])

@@ -63,7 +63,7 @@ def build_from_scratch(
             vision_config=vision, text_config=language, qformer_config=QFormerConfig.from_fields(**qformer_config)
         )
     )
-    side = model.config.vision_config.image_size
+    side = model.vision_model.config.image_size
     model.processor = QFormerCaptionerProcessor(
         # White becomes zero: nothing to see, nothing in the patch but its place.
         ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3),

@@ -1,53 +1,115 @@
-"""TODO."""
+"""Facts of a run for its model card: parts, data, options, evaluation protocol, scores, hardware and versions.
+
+Cards are published, so no fact names a folder of this machine.
+"""
 
 import contextlib
 import json
 import os
 import platform
 import re
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
-from peft import PeftModel
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from ..backbones_qformer import BACKBONES, VisionModelPlaceholder, dtype_of, is_quantized
 from ..configuration_qformer import is_hub_id
-from ..data.dataset import CaptionDataset
+from ..data.columns import Rows
+from ..data.dataset import CaptionDataset, CaptionSource
 from ..data.mixture import CaptionMixture
 from ..data.streaming import CaptionStream
 from ..evaluation.scoring import SCORE_NAMES
 from ..hub.model_card import text_sha256
 from ..modeling_qformer import QFormerCaptioner
-from .arguments import DataArguments, of_each
+from .arguments import DataArguments
+from .data_setup import DatasetSpec, TrainingData, evaluation_spec, training_specs
+from .lora import captioner_of
+from .run import TrainingRun
 
-# What a run is called, where it goes and how it talks is no part of the recipe.
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Options that say how a run is named, published and logged. A reader does not need them to repeat it.
 PRIVATE_OPTIONS = re.compile(
     "hub_|push_|output_dir|overwrite_|run_name|resume_|report_to|project|trackio_|disable_tqdm"
 )
-PLACES = re.compile("_name$|_path$|_folder$|_tokenizer$|^features$|^recipe$")  # options whose values are names or paths
+# Options whose values are names or paths.
+PATH_OPTIONS = re.compile("_name$|_path$|_folder$|_tokenizer$|^features$|^recipe$")
+PACKAGES = ("qformer-captioner", "torch", "transformers", "peft", "datasets")
 
-# What the run knows
+
+def describe_run(
+    run: TrainingRun,
+    model: "QFormerCaptioner | PeftModel",
+    train_data: TrainingData,
+    eval_data: CaptionDataset | None,
+) -> dict:
+    """Return what is known of a run before it trains, as `hub/model_card.py` takes it.
+
+    Args:
+        run: the run.
+        model: the captioner, or the adapter on it.
+        train_data: the rows to train on.
+        eval_data: the rows to evaluate on, if there are any.
+    """
+    processor = captioner_of(model).processor
+    starts_from = run.model_args.model_name_or_path
+    starts_from = starts_from if is_hub_id(starts_from) else None
+    facts = {
+        "model": run.training_args.hub_model_id or shown_name(str(run.output_dir.absolute())),
+        "starts_from": starts_from,
+        "parts": describe_parts(model),
+        "data": describe_data(run.data_args, train_data),
+        "options": describe_options(run.changed_options),
+        **describe_machine(run.training_args.world_size),
+    }
+    if eval_data is not None:
+        facts["evaluation"] = {
+            **describe_evaluation(run.data_args, eval_data),
+            "prompt": "" if processor is None else processor.prompt,
+            "num_beams": run.training_args.generation_num_beams,
+            "max_new_tokens": run.training_args.generation_max_length,
+        }
+    if not isinstance(model, QFormerCaptioner):
+        facts["adapter"] = {
+            "base": starts_from or "the captioner in base/",
+            "base_is_on_hub": starts_from is not None,
+        }
+    return facts
 
 
 def shown_name(name: str) -> str:
-    """A Hub id as it is; of a path the last part: where somebody keeps files is nobody's business."""
+    """Return a Hub id as it is, and the last part of a path."""
     if is_hub_id(name):
         return name
-    return re.split(r"[/\\]", str(name).rstrip("/\\"))[-1]
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def describe_parts(model: QFormerCaptioner | PeftModel) -> list[dict]:
-    """Name, origin and parameters of each part; what trains is counted before training ends."""
-    captioner = model.get_base_model() if isinstance(model, PeftModel) else model
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe_parts(model: "QFormerCaptioner | PeftModel") -> list[dict]:
+    """Return name, origin, numbers of parameters and dtype of each part of a captioner.
+
+    Args:
+        model: the captioner, or the adapter on it. Its trainable parameters are counted, so call this before training
+            ends.
+    """
+    captioner = captioner_of(model)
     parts = []
     for name, part in captioner.named_children():
         source = getattr(captioner.config, f"{name}_name_or_path") if name in BACKBONES else None
-        # peft keeps a second, frozen Q-Former beside the one that trains.
-        weights = [weight for own, weight in part.named_parameters() if "original_module." not in own]
-        trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-        total = part.num_parameters() if is_quantized(part) else sum(weight.numel() for weight in weights)
+        # peft keeps a second, frozen copy of modules that it trains in full.
+        weights = [weight for key, weight in part.named_parameters() if "original_module." not in key]
+        total = sum(weight.numel() for weight in weights)
+        if isinstance(part, PreTrainedModel) and is_quantized(part):
+            total = part.num_parameters()  # a byte holds several of them
         on_hub = is_hub_id(source)
         parts.append(
             {
@@ -56,128 +118,149 @@ def describe_parts(model: QFormerCaptioner | PeftModel) -> list[dict]:
                 "on_hub": on_hub,
                 "revision": getattr(captioner.config, f"{name}_revision") if on_hub else None,
                 "total": None if isinstance(part, VisionModelPlaceholder) else total,
-                "trained": trained,
+                "trained": sum(weight.numel() for weight in weights if weight.requires_grad),
                 "dtype": str(dtype_of(part)).removeprefix("torch."),
             }
         )
     return parts
 
 
-def describe_data(args: DataArguments, train_data: CaptionDataset | CaptionMixture | CaptionStream) -> list[dict]:
-    """The data sets of a run, with what tells their content: the Hub's commit, or datasets' fingerprint."""
-    streamed = isinstance(train_data, CaptionStream)
-    mixed = isinstance(train_data, CaptionMixture)
-    parts = train_data.sources if streamed else train_data.parts if mixed else [train_data]
-    described = []
-    for part, name, config, revision, image_column, caption_column in zip(
-        parts,
-        args.dataset_name,
-        of_each(args, "dataset_config_name"),
-        of_each(args, "dataset_revision"),
-        of_each(args, "image_column", "image"),
-        of_each(args, "caption_column", "caption"),
-        strict=True,
-    ):
-        described.append(
-            {
-                "name": shown_name(name),
-                "on_hub": is_hub_data(name),
-                "config": config,
-                "revision": revision_of(name, config, revision, part.rows),
-                "split": args.train_split,
-                "rows": None if streamed else len(part),
-                "columns": [image_column, caption_column],
-            }
-        )
-    return described
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def is_hub_data(name: str) -> bool:
-    return name != "scenes" and is_hub_id(name)
+def describe_data(args: DataArguments, train_data: TrainingData) -> list[dict]:
+    """Return name, version and size of each data set that a run trains on.
+
+    Args:
+        args: the options of the data.
+        train_data: the rows to train on.
+    """
+    parts: Sequence[CaptionDataset | CaptionSource]
+    if isinstance(train_data, CaptionStream):
+        parts = train_data.sources
+    elif isinstance(train_data, CaptionMixture):
+        parts = train_data.parts
+    else:
+        parts = [train_data]
+    return [
+        {
+            "name": shown_name(spec.name),
+            "on_hub": is_hub_data(spec.name),
+            "config": spec.config_name,
+            "revision": content_version(spec, part.rows),
+            "split": args.train_split,
+            "rows": len(part) if isinstance(part, CaptionDataset) else None,
+            "columns": [spec.image_column, spec.caption_column],
+        }
+        for spec, part in zip(training_specs(args), parts, strict=True)
+    ]
 
 
-def revision_of(name: str, config: str | None, asked: str | None, rows) -> str | None:
-    """The commit of the Hub that rows came from, else their fingerprint; a stream from elsewhere has neither."""
-    if is_hub_data(name):
-        with contextlib.suppress(OSError, ValueError):  # the builder tells data in the cache by their commit
-            return datasets.load_dataset_builder(name, config, revision=asked).hash
-    return None if isinstance(rows, datasets.IterableDataset) else rows._fingerprint
+def describe_evaluation(args: DataArguments, rows: CaptionDataset) -> dict:
+    """Return which rows and references the scores of a run are computed on.
 
-
-def describe_evaluation(args: DataArguments, rows: CaptionDataset, prompt: str, num_beams: int, length: int) -> dict:
-    """The protocol of the scores."""
-    references = rows.references()
-    # Held out of the rows that are trained on: to name their split alone would be to say that the scores are of them.
-    own = args.eval_dataset_name is None and rows.split.split(" of ")[0] == args.train_split
-    name, config, revision = args.eval_dataset_name, args.eval_dataset_config_name, args.eval_dataset_revision
-    if name is None:
-        name = args.dataset_name[0]
-        config, revision = (of_each(args, option)[0] for option in ("dataset_config_name", "dataset_revision"))
+    Args:
+        args: the options of the data.
+        rows: the rows to evaluate on.
+    """
+    spec, references = evaluation_spec(args), rows.references()
+    # Rows held out of the training split are named as such, or the scores would seem to be those of training rows.
+    split = rows.split
+    if args.train_val_split and args.eval_dataset_name is None and rows.split.split(" of ")[0] == args.train_split:
+        split += f", its last {len(references)} rows"
     return {
-        "name": shown_name(name),
-        "on_hub": is_hub_data(name),
-        "revision": revision_of(name, config, revision, rows.rows),
-        "split": f"{rows.split}, its last {len(references)} rows" if args.train_val_split and own else rows.split,
+        "name": shown_name(spec.name),
+        "on_hub": is_hub_data(spec.name),
+        "revision": content_version(spec, rows.rows),
+        "split": split,
         "images": len(references),
         "references": sum(map(len, references)),
         "references_sha256": text_sha256(json.dumps(references)),
-        "prompt": prompt,
-        "num_beams": num_beams,
-        "max_new_tokens": length,
     }
 
 
+def is_hub_data(name: str) -> bool:
+    """Return True if a data set is on the Hub."""
+    return name != "scenes" and is_hub_id(name)
+
+
+def content_version(spec: DatasetSpec, rows: Rows) -> str | None:
+    """Return the Hub commit that rows came from, otherwise their fingerprint, which a stream does not have."""
+    if is_hub_data(spec.name):
+        with contextlib.suppress(OSError, ValueError):  # `datasets` names cached data by their commit
+            return datasets.load_dataset_builder(spec.name, spec.config_name, revision=spec.revision).hash
+    return rows._fingerprint if isinstance(rows, datasets.Dataset) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options, machine and results
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def describe_options(options: dict[str, object]) -> dict[str, str]:
-    """Options as a reader of the card may see them: without paths, names and tokens."""
+    """Return options as a card shows them: without tokens and without the folders of paths."""
     shown = {}
     for name, value in options.items():
         if PRIVATE_OPTIONS.match(name):
             continue
         values = value if isinstance(value, list) else [value]
         shown[name] = ", ".join(
-            shown_name(each) if isinstance(each, str) and may_be_path(name, each) else str(each) for each in values
+            shown_name(item) if isinstance(item, str) and may_be_path(name, item) else str(item) for item in values
         )
     return shown
 
 
 def may_be_path(option: str, value: str) -> bool:
-    """Whether a value tells where somebody keeps files; patterns and folders that are gone do so, too."""
-    return os.path.isabs(value) or os.path.exists(value) or PLACES.search(option) is not None
+    """Return True if the value of an option may tell where somebody keeps files.
+
+    The name of the option decides for patterns and for folders that no longer exist.
+    """
+    return os.path.isabs(value) or os.path.exists(value) or PATH_OPTIONS.search(option) is not None
 
 
 def describe_machine(processes: int) -> dict:
-    """Hardware and versions."""
+    """Return hardware and package versions.
+
+    Args:
+        processes: number of processes of the run, each with one GPU if there are any.
+    """
     if torch.cuda.is_available():
         hardware = f"{processes} x {torch.cuda.get_device_name()}"
     else:
         hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    packages = ("qformer-captioner", "torch", "transformers", "peft", "datasets")
     versions = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(ModuleNotFoundError):  # ours may run from a checkout
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # this package may run from a checkout
             versions[package] = version(package)
     return {"hardware": hardware, "versions": versions}
 
 
 def describe_results(state: TrainerState, score_name: str | None) -> dict:
-    """Scores and losses of the last evaluation, or of that which was best by a score, where it chose the weights."""
+    """Return losses and scores of one evaluation, or nothing before the first evaluation.
+
+    Args:
+        state: the state of the Trainer, with its log.
+        score_name: score that selected the final weights, whose evaluation is described; `None` for the last one.
+    """
     evaluations = [entry for entry in state.log_history if "eval_loss_shuffled" in entry]
     if not evaluations:
         return {}
     best = [entry for entry in evaluations if score_name and entry["step"] == state.best_global_step]
-    found = (best or evaluations)[-1]
-    names = [key.removeprefix("eval_") for key in found if f"{key}_shuffled" in found and key != "eval_loss"]
+    entry = (best or evaluations)[-1]
+    names = [key.removeprefix("eval_") for key in entry if f"{key}_shuffled" in entry and key != "eval_loss"]
     return {
-        "losses": {"matched": found["eval_loss"], "shuffled": found["eval_loss_shuffled"]},
+        "losses": {"matched": entry["eval_loss"], "shuffled": entry["eval_loss_shuffled"]},
         "scores": [
             {
                 "type": name,
                 "name": SCORE_NAMES.get(name, name),
-                "value": 100 * found[f"eval_{name}"],
-                "shuffled": 100 * found[f"eval_{name}_shuffled"],
+                "value": 100 * entry[f"eval_{name}"],
+                "shuffled": 100 * entry[f"eval_{name}_shuffled"],
             }
             for name in names
         ],
-        "step": found["step"],
+        "step": entry["step"],
         "chosen": score_name if best else None,
     }

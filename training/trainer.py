@@ -1,96 +1,131 @@
-"""The HF Trainer, taught what a captioner's evaluation is."""
+"""The Trainer of captioners: evaluation with shuffled images, generated captions, and folders that others can open."""
 
-import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from accelerate.data_loader import DataLoaderShard
 from huggingface_hub import HfApi
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy, speed_metrics
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import PushInProgress
 
 from ..common.errors import InputError
+from ..common.logging import get_logger
 from ..common.onednn import has_relu, onednn_linears
+from ..data.collator import CaptionCollator
 from ..data.dataset import CaptionDataset, ShuffledImages
 from ..data.streaming import CaptionStream
-from ..evaluation.plots import draw_caption_sheet, draw_loss_curve
 from ..hub.layout import PICTURES
 from ..hub.model_card import write_card
 from ..hub.push import open_repository, publish
+from ..modeling_qformer import QFormerCaptioner
 from .bag_of_words import BagOfWordsLoss
 from .callbacks import SetEpochCallback
+from .data_setup import TrainingData
 from .ema import EMACallback
+from .evaluation_files import show_captions_of_step, write_evaluation_files
+from .lora import captioner_of
+from .param_groups import set_learning_rates
 from .run_facts import describe_results
+from .scores import ScoreFunction
+from .training_arguments import CaptionTrainingArguments
 
-ScoreFunction = Callable[[list[str], CaptionDataset], dict[str, float]]
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = get_logger(__name__)
 
 
 class CaptionTrainer(Seq2SeqTrainer):
-    """Trains a [`QFormerCaptioner`] on a [`CaptionDataset`].
+    """Trainer of a [`QFormerCaptioner`] on captioned images.
 
-    Each evaluation logs the loss with the right images (`eval_loss`), the loss with the images shuffled among the rows
-    (`eval_loss_shuffled`), and the scores of generated captions, with right and with shuffled images
-    (`eval_facts`, `eval_facts_shuffled`). What shuffling costs is what the captioner gets from looking. It leaves the
-    captions (`captions.jsonl`) and two pictures (`captions.png`, `loss_curve.png`) in the output folder.
+    **Evaluation** logs the loss with the right images (`eval_loss`), the loss with the images shuffled among the rows
+    (`eval_loss_shuffled`), and the scores of generated captions with right and with shuffled images, such as
+    `eval_cider` and `eval_cider_shuffled`. The difference shows how much the captioner uses the image. The captions and
+    two plots are written to the output folder (`evaluation_files.py`).
 
-    With `args.bag_of_words_loss_weight` training also asks the soft prompt alone for the words of the captions
-    ([`BagOfWordsLoss`]). The logged training loss is the sum. Images per second since the last line and memory in GB
-    are logged beside it: the peak of the GPU, or the current memory of the process.
+    **Loss.** With `args.bag_of_words_loss_weight` the [`BagOfWordsLoss`] is added in training, and the logged training
+    loss is the sum. Each line of the log also has images per second, and memory in GB: the peak of the GPU, or without
+    one the current memory of the process.
 
-    With `args.push_to_hub` each save publishes the captioner as it is then, in the background and in one commit
-    (`hub/push.py`), and [`~CaptionTrainer.push_to_hub`] the finished output folder.
+    **Hub.** With `args.push_to_hub` each checkpoint also publishes the captioner in the background, as one commit. The
+    caller publishes the final folder with [`~CaptionTrainer.push_to_hub`].
 
     Args:
-        score: from captions and the data set that they describe to named scores; higher is better.
-        include_backbones: which backbones are in the folders for others (`QFormerCaptioner.save_pretrained`).
-        facts: of the run, for the model card (`hub/model_card.py`); without them there is none in the output folder.
-        args, kwargs: as for the Trainer.
+        args, kwargs: as for `transformers.Trainer`. `args` are [`CaptionTrainingArguments`], the collator is a
+            [`CaptionCollator`], and the model is a captioner or an adapter on one.
+        score: function from captions and their rows to scores by name. Higher is better.
+        include_backbones: which frozen backbones the final folder stores, as in [`~QFormerCaptioner.save_pretrained`].
+        facts: facts of the run for the model card, as `run_facts.py` returns them. Without facts no card is written.
+
+    Example:
+
+    ```python
+    >>> trainer = CaptionTrainer(
+    ...     model=model,
+    ...     args=CaptionTrainingArguments(output_dir="outputs/mine"),
+    ...     train_dataset=train_data,
+    ...     eval_dataset=eval_data,
+    ...     data_collator=CaptionCollator(model.processor),
+    ...     score=CaptionScorer(),
+    ... )  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+    >>> trainer.save_final_model("outputs/mine")  # doctest: +SKIP
+    ```
     """
+
+    args: CaptionTrainingArguments
+    model: "QFormerCaptioner | PeftModel"
+    data_collator: CaptionCollator
+    train_dataset: TrainingData
+    eval_dataset: CaptionDataset | None
+    hub_model_id: str | None  # type: ignore[assignment]
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
 
     def __init__(
         self,
-        *args,
+        *args: Any,
         score: ScoreFunction,
         include_backbones: bool | list[str] | None = None,
         facts: dict | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.hub_token, self.args.hub_token = self.args.hub_token, None  # so that no file of the run can hold it
+        self.hub_token, self.args.hub_token = self.args.hub_token, None  # no file of the run may hold the token
         self.score = score
         self.include_backbones = include_backbones
         self.facts = facts
         self.last_logged = (time.time(), self.state.global_step)
         self.has_relu = has_relu(self.model)
-        if not isinstance(self.model, PeftModel):  # the Trainer expects these weights to be missing in a checkpoint
+        if isinstance(self.model, QFormerCaptioner):  # the Trainer expects these weights to be missing in a checkpoint
             self.model._keys_to_ignore_on_save = self.model.keys_left_out(include_backbones=False)
         self.add_callback(SetEpochCallback(self.train_dataset))
-        self.average = None
+        self.ema: EMACallback | None = None
         if self.args.ema_decay is not None:
-            self.average = EMACallback(self.model, self.args.ema_decay)
-            self.add_callback(self.average)
-        self.word_loss = None
+            self.ema = EMACallback(self.model, self.args.ema_decay)
+            self.add_callback(self.ema)
+        self.bag_of_words_loss: BagOfWordsLoss | None = None
         if self.args.bag_of_words_loss_weight:
             encode = self.data_collator.processor.encode_caption
             captions = [encode(caption) for row in self.train_dataset.references() for caption in row]
-            self.word_loss = BagOfWordsLoss(captions, self.model.get_input_embeddings().weight)
+            embeddings = captioner_of(self.model).get_input_embeddings()
+            self.bag_of_words_loss = BagOfWordsLoss(captions, embeddings.get_parameter("weight"))
+
+    # --- Training -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's; of a stream, one that leaves it alone.
+        """Return the Trainer's loader. A stream gets one that leaves its rows alone.
 
-        The Trainer would have one process open the images of all, or each process open all images. A stream shares its
-        rows among the processes by itself.
+        The Trainer would let one process open the images of all processes, or every process open all images. A stream
+        shares its rows among the processes itself.
         """
         if not isinstance(self.train_dataset, CaptionStream):
             return super().get_train_dataloader()
@@ -105,126 +140,143 @@ class CaptionTrainer(Seq2SeqTrainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The Trainer's, in which parts may have learning rates of their own."""
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the Trainer's optimizer, with the learning rates that the options give to single parts."""
         optimizer = super().create_optimizer(model)
-        name_of = {parameter: name for name, parameter in (model or self.model).named_parameters()}
-        for part in ("vision_model", "language_model", "language_projection"):
-            rate = getattr(self.args, f"{part}_learning_rate")
-            for group in list(optimizer.param_groups) if rate is not None else ():
-                own = [parameter for parameter in group["params"] if part in name_of[parameter].split(".")]
-                if own:
-                    group["params"] = [each for each in group["params"] if part not in name_of[each].split(".")]
-                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+        parts = ("vision_model", "language_model", "language_projection")
+        rates = {part: getattr(self.args, f"{part}_learning_rate") for part in parts}
+        set_learning_rates(optimizer, self.model if model is None else model, rates)
         return optimizer
 
-    def train(self, *args, **kwargs):
-        """As the Trainer does; ends with the averaged weights, where there are any."""
-        result = super().train(*args, **kwargs)
-        if self.average is not None:
-            self.average.keep()
-        return result
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the Trainer does, and keep the EMA of the weights if there is one."""
+        output = super().train(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.copy_to_model()
+        return output
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer does, with speed and memory beside the training loss."""
-        if "loss" in logs:
-            then, step = self.last_logged
-            self.last_logged = now, _ = time.time(), self.state.global_step
-            images = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            logs["images_per_second"] = round((self.state.global_step - step) * images / (now - then), 2)
-            gpu = torch.cuda.is_available() and not self.args.use_cpu
-            memory = torch.cuda.max_memory_allocated() if gpu else psutil.Process().memory_info().rss
-            logs["memory_gb"] = round(memory / 1e9, 2)
-        super().log(logs, start_time)
-
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """Compute the loss and its gradients as the Trainer does, on a float32 CPU by oneDNN."""
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the loss and its gradients as the Trainer does, with oneDNN's linear layers on a float32 CPU."""
         if self.args.gradient_checkpointing:  # recomputed layers would leave the context
             return super().training_step(*args, **kwargs)
         with onednn_linears(self.args.device, backward_only=self.has_relu):
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The caption loss; in training some of the word loss, too."""
-        if self.word_loss is None or not model.training:
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Return the caption loss, and in training add the weighted bag-of-words loss."""
+        if self.bag_of_words_loss is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # The Trainer expects the loss to be divided among the batches of a step already.
-        words = self.word_loss(outputs.soft_prompt, inputs["labels"]) / self.current_gradient_accumulation_steps
-        loss = loss + self.args.bag_of_words_loss_weight * words
+        # The Trainer sums the losses of the batches of one step, so each is divided by their number.
+        bag_of_words = self.bag_of_words_loss(outputs.soft_prompt, inputs["labels"])
+        loss = loss + self.args.bag_of_words_loss_weight * bag_of_words / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def get_eval_dataloader(self, eval_dataset: CaptionDataset | ShuffledImages | None = None) -> DataLoader:
-        """As the Trainer does, but of the rows that are asked for, and all of them.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does, with speed and memory beside the training loss."""
+        if "loss" in logs:
+            last_time, last_step = self.last_logged
+            self.last_logged = now, step = time.time(), self.state.global_step
+            images = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["images_per_second"] = round((step - last_step) * images / (now - last_time), 2)
+            has_gpu = torch.cuda.is_available() and not self.args.use_cpu
+            memory = torch.cuda.max_memory_allocated() if has_gpu else psutil.Process().memory_info().rss
+            logs["memory_gb"] = round(memory / 1e9, 2)
+        super().log(logs, start_time)
 
-        With persistent workers it would give those of the first call, whatever is asked for, and leave out the last few
-        rows where training does.
+    # --- Evaluation ---------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(  # type: ignore[override]
+        self, eval_dataset: CaptionDataset | ShuffledImages | None = None
+    ) -> DataLoader:
+        """Return a loader of all rows of the data set that is passed.
+
+        With persistent workers the Trainer would return the loader of the first call for every data set. With
+        `dataloader_drop_last`, which is meant for training, it would leave out the last rows.
         """
         names = ("dataloader_persistent_workers", "dataloader_drop_last")
-        kept = {name: getattr(self.args, name) for name in names}
+        values = {name: getattr(self.args, name) for name in names}
         for name in names:
             setattr(self.args, name, False)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            for name in names:
-                setattr(self.args, name, kept[name])
+            for name, value in values.items():
+                setattr(self.args, name, value)
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]
         self,
         eval_dataset: CaptionDataset | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate as the class says. Takes what `Trainer.evaluate` takes."""
-        averaged = nullcontext() if self.average is None else self.average.in_place()
-        # Loading data draws random numbers. Training must not notice, or it would go on otherwise after a kill.
-        with averaged, torch.random.fork_rng(devices=[]), onednn_linears(self.args.device):
-            return self._measure(eval_dataset, metric_key_prefix)
+        """Return and log losses and scores with right and with shuffled images, and write the evaluation files.
 
-    def _measure(self, eval_dataset: CaptionDataset | None, metric_key_prefix: str) -> dict[str, float]:
-        start = time.time()
+        Args:
+            eval_dataset: the rows; by default the evaluation data of the trainer.
+            ignore_keys: not used, as the Trainer passes it.
+            metric_key_prefix: prefix of the names in the log.
+        """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("There are no rows to evaluate on: pass `eval_dataset`.")
+        # Loading data draws random numbers. Training must not depend on them, or a resumed run would differ.
+        with self._averaged_weights(), torch.random.fork_rng(devices=[]), onednn_linears(self.args.device):
+            return self._evaluate_rows(rows, metric_key_prefix)
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.averaged_weights()
+
+    def _evaluate_rows(self, rows: CaptionDataset, prefix: str) -> dict[str, float]:
+        start = time.time()
+        shuffled_rows = ShuffledImages(rows)
         metrics = {
             "loss": self._mean_loss(rows, "right images"),
-            "loss_shuffled": self._mean_loss(ShuffledImages(rows), "shuffled images"),
+            "loss_shuffled": self._mean_loss(shuffled_rows, "shuffled images"),
         }
         captions = self.generate_captions(rows)
-        # A caption depends on its image alone, so shuffling the images means shuffling the captions.
-        image_of = ShuffledImages(rows).image_of
-        scores = self.score(captions, rows)
-        shuffled = self.score([captions[image_of[row]] for row in range(len(rows))], rows)
+        # A caption depends on its image only, so shuffling the images shuffles the captions.
+        shuffled_captions = [captions[shuffled_rows.image_of[row]] for row in range(len(rows))]
+        scores, shuffled_scores = self.score(captions, rows), self.score(shuffled_captions, rows)
         for name in scores:
-            metrics |= {name: scores[name], f"{name}_shuffled": shuffled[name]}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(rows))
+            metrics |= {name: scores[name], f"{name}_shuffled": shuffled_scores[name]}
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics(prefix, start, num_samples=len(rows))
 
         self.log(metrics)
         if self.is_world_process_zero():
-            self._leave_pictures(rows, captions)
-        self.last_logged = (time.time(), self.state.global_step)  # evaluation is no time of training
+            write_evaluation_files(self.args.output_folder, rows, captions, self.state, self.args.best_score_name)
+        self.last_logged = (time.time(), self.state.global_step)  # the speed of training leaves out evaluation
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     @torch.no_grad()
     def _mean_loss(self, rows: CaptionDataset | ShuffledImages, description: str) -> float:
-        """Nats per caption token. The Trainer's own mean of batch means would depend on batches and processes."""
+        """Return the mean loss in nats per caption token, over all rows and processes.
+
+        The Trainer averages the means of batches, which would depend on the batch size and the number of processes.
+        """
         model = self.accelerator.unwrap_model(self.model).eval()
         nats, tokens = 0.0, 0
         for batch in tqdm(self.get_eval_dataloader(rows), description, leave=False, disable=self.args.disable_tqdm):
-            batch = self._prepare_inputs(batch)
-            labels = batch["labels"].flatten(1)  # [B, K*T]
+            inputs = self._prepare_inputs(batch)
+            labels = inputs["labels"].flatten(1)  # [B, K*T]
             with self.compute_loss_context_manager():
-                losses = model(**batch).losses.view(len(labels), -1).sum(dim=1)  # [B]
+                losses = model(**inputs).losses.view(len(labels), -1).sum(dim=1)  # [B]
             losses, counts = self.accelerator.gather_for_metrics((losses, (labels != -100).sum(dim=1)))
-            nats, tokens = nats + losses.double().sum().item(), tokens + counts.sum().item()
-        return nats / max(tokens, 1)  # as `forward` has it, where there is no caption at all
+            nats, tokens = nats + losses.double().sum().item(), tokens + int(counts.sum())
+        return nats / max(tokens, 1)
 
     def generate_captions(self, rows: CaptionDataset) -> list[str]:
-        """Caption every row, in order, by `generation_num_beams` beams of up to `generation_max_length` tokens."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Return a caption for every row, in order, generated with the beams and the length that the options give."""
+        model = self.accelerator.unwrap_model(self.model).eval()
         processor = self.data_collator.processor
-        model.eval()
         captions = []
         for batch in tqdm(self.get_eval_dataloader(rows), "captions", leave=False, disable=self.args.disable_tqdm):
             with self.compute_loss_context_manager():
@@ -238,33 +290,67 @@ class CaptionTrainer(Seq2SeqTrainer):
             captions += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
         return captions
 
-    def _leave_pictures(self, rows: CaptionDataset, captions: list[str]) -> None:
-        folder = Path(self.args.output_dir)
-        references = rows.references()
-        name = f"captions_step_{self.state.global_step}"
-        with (folder / f"{name}.jsonl").open("w") as lines:
-            for number, (caption, own) in enumerate(zip(captions, references, strict=True)):
-                row = {"image_id": number, "caption": caption, "references": own}
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-        shown = range(0, len(rows), math.ceil(len(rows) / 12))
-        title = f"Held-out images after step {self.state.global_step}: generated caption, one reference"
-        sheet = folder / f"{name}.png"
-        draw_caption_sheet(
-            [rows.image_to_show(row) for row in shown],
-            [captions[row] for row in shown],
-            [references[row][0] for row in shown],
-            sheet,
-            title,
-        )
-        for kind in ("jsonl", "png"):
-            shutil.copyfile(folder / f"{name}.{kind}", folder / f"captions.{kind}")
-        draw_loss_curve(
-            self.state.log_history,
-            f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}",
-            folder / "loss_curve.png",
-        )
+    # --- The best checkpoint ------------------------------------------------------------------------------------------
 
-    # --- Folders and the Hub ------------------------------------------------------------------------------------------
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Return True for a new best score. Of equal scores the last is the best, because at first all may be zero.
+
+        An evaluation whose weights are not saved is left out, since the run could not end with them.
+        """
+        is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if self.args.load_best_model_at_end and not is_saved:
+            return False
+        if metrics[f"eval_{self.args.best_score_name}"] == self.state.best_metric:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint as the Trainer does, with its EMA and its captions."""
+        super()._load_best_model()
+        if self.is_world_process_zero():
+            show_captions_of_step(self.args.output_folder, self.state.best_global_step)
+        if self.ema is not None:
+            self.ema.load(str(self.state.best_model_checkpoint))
+
+    # --- Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the trainable weights of a checkpoint, under the names that they have in memory.
+
+        transformers stores some weights under older names, for example DINOv2's. The Trainer resumes without
+        translating them back, so these weights would silently keep their initial values.
+        """
+        output_dir = output_dir or str(self.args.output_folder)
+        os.makedirs(output_dir, exist_ok=True)
+        if self.ema is not None:
+            self.ema.save(output_dir)
+        is_main_process = self.args.should_save
+        if isinstance(self.model, QFormerCaptioner):
+            self.model.save_pretrained(
+                output_dir,
+                include_backbones=False,
+                state_dict=state_dict,
+                is_main_process=is_main_process,
+                save_original_format=False,
+            )
+        else:  # an adapter, which leaves out the frozen weights itself
+            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=is_main_process)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random state as the Trainer does, then wait until all processes have saved theirs.
+
+        The Trainer writes `trainer_state.json` next, so a checkpoint that has this file is complete.
+        """
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load a checkpoint as the Trainer does, with its EMA."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.load(resume_from_checkpoint)
+
+    # --- The final folder and the Hub ---------------------------------------------------------------------------------
 
     def save_final_model(
         self,
@@ -272,51 +358,62 @@ class CaptionTrainer(Seq2SeqTrainer):
         state_dict: dict[str, torch.Tensor] | None = None,
         training: dict | None = None,
     ) -> None:
-        """Write the folder that anybody opens: captioner or adapter, processor, pictures, card.
+        """Write a folder that others can open: captioner or adapter, processor, plots and model card.
 
         Args:
-            folder: where to.
-            state_dict: the weights, where processes share them.
-            training: how it went, once it has come to its end: steps, epochs, seconds, whether it was resumed.
+            folder: the folder to write.
+            state_dict: the weights, where processes share them (FSDP, DeepSpeed).
+            training: steps, epochs and seconds of a finished run, and whether it was resumed.
         """
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(folder, state_dict=state_dict)
-            self.model.processor.save_pretrained(folder)
-        else:
+        if isinstance(self.model, QFormerCaptioner):
             self.model.save_pretrained(folder, include_backbones=self.include_backbones, state_dict=state_dict)
-        for picture in map(Path(self.args.output_dir).joinpath, PICTURES):
+        else:
+            self.model.save_pretrained(os.fspath(folder), state_dict=state_dict)
+            self.data_collator.processor.save_pretrained(folder)
+        for name in PICTURES:
+            picture = self.args.output_folder / name
             if picture.exists() and picture.parent != Path(folder):
                 shutil.copy(picture, folder)
         if self.facts is not None:
             ended_with_best = training is not None and self.args.load_best_model_at_end
-            score_name = self.args.metric_for_best_model.removeprefix("eval_") if ended_with_best else None
-            write_card(folder, {**self.facts, **describe_results(self.state, score_name), "training": training})
+            results = describe_results(self.state, self.args.best_score_name if ended_with_best else None)
+            write_card(folder, {**self.facts, **results, "training": training})
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As the Trainer does, before anything is trained; what is wrong is one sentence."""
+        """Create the repository before training, so that a name or a token that is not valid fails at once.
+
+        Raises:
+            InputError: if the Hub refuses it.
+        """
         if self.is_world_process_zero():
             self.hub_model_id = open_repository(
-                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                self.args.hub_model_id or self.args.output_folder.absolute().name,
                 self.args.hub_private_repo if private is None else private,
                 self.args.hub_revision,
                 token or self.args.hub_token,
             )
             self.push_in_progress = None
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs) -> None:
-        """Publish the output folder, once [`~CaptionTrainer.save_final_model`] has written it.
+    def push_to_hub(  # type: ignore[override]
+        self, commit_message: str | None = "End of training", **kwargs: Any
+    ) -> None:
+        """Publish the output folder, after [`~CaptionTrainer.save_final_model`] has written it.
+
+        Args:
+            commit_message: title of the commit.
+            kwargs: not used, as the Trainer passes them.
 
         Raises:
-            InputError: if the Hub does not take it.
+            InputError: if the Hub refuses it.
         """
         if self.is_world_process_zero():
             self._finish_current_push()
-            self._publish(self.args.output_dir, commit_message)
+            self._publish(self.args.output_folder, commit_message or "End of training")
 
-    def _publish(self, folder: str | os.PathLike, commit_message: str) -> None:
+    def _publish(self, folder: Path, commit_message: str) -> None:
         publish(
             folder,
-            self.hub_model_id,
+            str(self.hub_model_id),
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
             token=self.hub_token,
@@ -324,9 +421,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish the captioner as it is now. The Trainer would push the files that a run goes on from, pickles too.
+        """Publish the captioner as it is now, in the background.
 
-        Where processes share the weights (FSDP, DeepSpeed) only the end is published.
+        The Trainer would publish the checkpoint, which holds pickles. Where processes share the weights (FSDP,
+        DeepSpeed), only the final folder is published.
         """
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
@@ -337,74 +435,17 @@ class CaptionTrainer(Seq2SeqTrainer):
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder = Path(self.args.output_dir) / "push"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it pushed
-        with nullcontext() if self.average is None else self.average.in_place():
+        folder = self.args.output_folder / "push"
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed while it pushed may have left it
+        with self._averaged_weights():
             self.save_final_model(folder)
         job = HfApi().run_as_future(self._publish_copy, folder, self.state.global_step)
-        self.push_in_progress = PushInProgress([job])
+        self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
     def _publish_copy(self, folder: Path, step: int) -> None:
         try:
             self._publish(folder, f"Training in progress, step {step}")
         except InputError as error:
-            print(f"Step {step} is not on the Hub: {error} Training goes on.")
+            logger.warning("Step %d was not published: %s Training continues.", step, error)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Checkpoints hold only what trains, under the names that the weights have in memory.
-
-        On disk transformers gives some weights older names (DINOv2's, for one), and the Trainer resumes without
-        translating them back: those weights would silently keep their fresh values.
-        """
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        if self.average is not None:
-            self.average.save(output_dir)
-        if isinstance(self.model, PeftModel):  # which saves just that by itself
-            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
-            return
-        self.model.save_pretrained(
-            output_dir,
-            include_backbones=False,
-            state_dict=state_dict,
-            is_main_process=self.args.should_save,
-            save_original_format=False,
-        )
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As the Trainer does; no process goes on before all have.
-
-        What comes after is `trainer_state.json`: a checkpoint that has it is complete, whenever the run is killed.
-        """
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average.load(resume_from_checkpoint)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        """As the Trainer does, but of equals the last is the best: at first all scores may be zero.
-
-        And what is not saved cannot be the best that a run ends with: it would end with others, and not say so.
-        """
-        saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
-        if self.args.load_best_model_at_end and not saved:
-            return False
-        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-        if metrics[name] == self.state.best_metric:
-            self.state.best_metric = None
-        return super()._determine_best_metric(metrics, trial)
-
-    def _load_best_model(self) -> None:
-        """As the Trainer does; captions and sheet in the output folder become those of that model, too."""
-        super()._load_best_model()
-        folder, step = Path(self.args.output_dir), self.state.best_global_step
-        for kind in ("jsonl", "png") if self.is_world_process_zero() else ():
-            if (own := folder / f"captions_step_{step}.{kind}").exists():  # a run may go on in another folder
-                shutil.copyfile(own, folder / f"captions.{kind}")
-        if self.average is not None:
-            self.average.load(self.state.best_model_checkpoint)

@@ -68,7 +68,7 @@ def test_a_bridge_that_passes_no_gradient_on_is_found_out(backbones):
 def test_a_bridge_trains_and_captions(model, bridge, objective):
     rows = data()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    words = BagOfWordsLoss([ids for own in rows.ids for ids in own], model.get_input_embeddings().weight, fewest=1)
+    words = BagOfWordsLoss([ids for own in rows.ids for ids in own], model.get_input_embeddings().weight, min_count=1)
     bridges.train(model, rows, words, run(bridge, objective))
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == set(trained_parameters(model))

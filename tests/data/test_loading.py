@@ -31,7 +31,7 @@ from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_eval_split, load_splits
 from qformer_captioner.data.streaming import CaptionStream
 from qformer_captioner.evaluation.benchmarks import load_evaluation_set
-from qformer_captioner.training.data_setup import load_data
+from qformer_captioner.training.data_setup import load_datasets
 
 from ..conftest import ROOT
 from ..fixtures import tiny
@@ -691,9 +691,9 @@ def test_two_processes_killed_and_gone_on_log_the_losses_of_one(words, folder):
     torch.testing.assert_close(losses(folder / "two"), losses(folder / "one"), rtol=1e-5, atol=1e-5)
 
 
-def test_a_stream_is_evaluated_and_saved_every_so_many_steps(words, folder, capsys):
+def test_a_stream_is_evaluated_and_saved_every_so_many_steps(words, folder, log):
     train_hf.train(words(eval_strategy="epoch", save_strategy="epoch", max_steps=20, load_best_model_at_end="true"))
-    assert "--eval_strategy is steps, --eval_steps 2" in capsys.readouterr().out
+    assert "--eval_strategy is steps, --eval_steps 2" in log.text
     history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == list(range(2, 21, 2))
     assert len((folder / "run" / "captions.jsonl").read_text().splitlines()) == len(COLOURS)
@@ -737,7 +737,7 @@ def test_an_evaluation_set_may_have_columns_and_a_folder_of_its_own(words, folde
     write_jsonl(folder / "dev.jsonl", [{"file": "moved.png", "says": ["one", "two"]}])
     own = {"eval_image_column": "file", "eval_caption_column": "says", "eval_image_folder": folder / "elsewhere"}
     args = train_hf.parse_options(words(streaming="false", **own))[1]
-    training, evaluation = load_data(args, None, SkippedRows(), Augmentation())
+    training, evaluation = load_datasets(args, None, SkippedRows(), Augmentation())
     assert (len(training), evaluation.references()) == (40, [["one", "two"]])
 
 
@@ -752,14 +752,14 @@ def test_a_configuration_of_an_evaluation_set_can_be_chosen(tmp_path):
 def test_what_is_said_of_an_evaluation_set_needs_one(words):
     options = words(eval_caption_column="text")
     place = options.index("--eval_dataset_name")
-    with pytest.raises(InputError, match="--eval_caption_column says something of --eval_dataset_name"):
+    with pytest.raises(InputError, match="--eval_caption_column describes --eval_dataset_name"):
         train_hf.train(options[:place] + options[place + 2 :])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_steps": -1}, "A stream has no end: say .* --max_steps"),
+        ({"max_steps": -1}, "A stream has no end: give .* --max_steps"),
         ({"dataset_weights": [1, 2]}, "--dataset_weights must be 1 numbers above 0"),
         ({"dataset_name": ["a", "b"], "dataset_weights": [1, 0]}, "--dataset_weights must be 2 numbers above 0"),
         (
@@ -777,8 +777,8 @@ def test_what_is_said_of_an_evaluation_set_needs_one(words):
         ({"eval_image_folder": "gone"}, "There is no folder of images 'gone' .--eval_image_folder"),
         ({"image_folder": "gone"}, "There is no folder of images 'gone'"),
         ({"caption_column": "text"}, "no column 'text'; its columns are 'image', 'caption'"),
-        ({"shuffle_buffer": -1}, "--shuffle_buffer is a number of rows"),
-        ({"image_id_column": "image"}, "--image_id_column gathers rows"),
+        ({"shuffle_buffer": -1}, "--shuffle_buffer must be at least 0, not -1"),
+        ({"image_id_column": "image"}, "--image_id_column needs all rows"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(words, options, message):

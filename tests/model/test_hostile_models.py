@@ -25,7 +25,7 @@ from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 from qformer_captioner.hub.convert import convert, load_qformer
 from qformer_captioner.hub.export import export
 from qformer_captioner.hub.legacy import LegacyCaptioner
-from qformer_captioner.training.arguments import CaptionTrainingArguments
+from qformer_captioner.training.training_arguments import CaptionTrainingArguments
 from tests.conftest import ROOT
 from tests.fixtures import tiny
 from tests.fixtures.processes import command_line

@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from qformer_captioner import QFormerCaptioner, train_hf
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.export import export
+from qformer_captioner.training.lora import add_lora
+from qformer_captioner.training.model_setup import load_captioner
 
 from ..fixtures import tiny
 from ..fixtures.processes import command_line
@@ -58,7 +61,7 @@ def run(request, backbones, tmp_path_factory):
 
 def test_gradients_reach_adapters_q_former_and_projection_and_nothing_else(backbones, tmp_path):
     args = train_hf.parse_options(words(backbones, tmp_path / "run"))[0]
-    model = train_hf.add_lora(train_hf.build_model(args, []), args).train()
+    model = add_lora(load_captioner(args, []), args).train()
     batch = tiny.batch()
     for _ in range(2):  # the second half of an adapter starts at zero, so the first learns from the second step on
         model(**batch).loss.backward()
@@ -162,17 +165,17 @@ def test_a_run_that_goes_on_ends_like_an_unbroken_one(backbones, tmp_path):
     [
         ({"lora_target_modules": "no_such_layer"}, "no layers named no_such_layer"),
         ({"lora_target_modules": "q_proj, v_porj"}, "no layers named v_porj"),
-        ({"lora_r": 0}, "--lora_r is the rank .* not 0"),
+        ({"lora_r": 0}, "--lora_r must be at least 1, not 0"),
     ],
 )
 def test_what_cannot_be_adapted_is_named(backbones, tmp_path, options, message):
-    with pytest.raises(train_hf.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         train_hf.train(words(backbones, tmp_path / "run", **options))
 
 
 def test_layers_to_adapt_may_be_named_with_spaces_between(backbones, tmp_path):
     args = train_hf.parse_options(words(backbones, tmp_path, lora_target_modules="q_proj, v_proj"))[0]
-    model = train_hf.add_lora(train_hf.build_model(args, []), args)
+    model = add_lora(load_captioner(args, []), args)
     adapted = {name.split(".lora_A.")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_A." in name}
     assert adapted == {"q_proj", "v_proj"}
 

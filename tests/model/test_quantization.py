@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BitsAndBytesConfig
 
 from qformer_captioner import QFormerCaptioner, train_hf
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.export import export
 
 from ..fixtures import tiny
@@ -171,12 +172,12 @@ def test_without_adapters_the_q_former_learns_to_talk_to_the_bits(backbones, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_8bit": "true"}, "Choose between --load_in_4bit and --load_in_8bit"),
+        ({"load_in_8bit": "true"}, "--load_in_4bit and --load_in_8bit exclude each other"),
         ({"bnb_4bit_quant_type": "nf5"}, "must be nf4 or fp4, not 'nf5'"),
-        ({"freeze_language_model": "false"}, "--lora_r leaves the backbones frozen"),
+        ({"freeze_language_model": "false"}, "--lora_r trains adapters on frozen backbones"),
     ],
 )
 def test_what_cannot_be_quantised_is_refused_before_the_run_starts(backbones, tmp_path, options, message):
-    with pytest.raises(train_hf.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         train_hf.train(words(backbones, tmp_path / "run", load_in_4bit="true", **options))
     assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModel
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, precompute_features, train_hf
+from qformer_captioner.common.errors import InputError
 
 from ..fixtures import tiny
 from ..fixtures.processes import command_line
@@ -147,13 +148,13 @@ def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, m
     [
         (
             {"random_resized_crop_scale": 0.5},
-            "--random_resized_crop_scale and --horizontal_flip_prob change images, and --features has none",
+            "--random_resized_crop_scale and --horizontal_flip_prob change images, which --features replaces",
         ),
-        ({"freeze_vision_model": "false"}, "there is no vision encoder that could train"),
+        ({"freeze_vision_model": "false"}, "--features replaces the vision encoder, which then cannot be trained"),
         ({"eval_split": "train", "vision_model_name_or_path": "{folder}/other"}, "not of"),
         ({"train_split": "validation"}, "no split 'validation'"),
         ({"dataset_name": "{folder}/reversed"}, "those of other images, or in another order, from row 0 on"),
-        ({"eval_dataset_name": "{folder}/pictures"}, "--features are of one data set"),
+        ({"eval_dataset_name": "{folder}/pictures"}, "--features works with one data set"),
     ],
 )
 def test_what_does_not_go_with_features_is_one_sentence(folder, tmp_path, options, message):
@@ -164,7 +165,7 @@ def test_what_does_not_go_with_features_is_one_sentence(folder, tmp_path, option
         (folder / "reversed" / "metadata.jsonl").write_text("\n".join(reversed(lines)))
     precompute(folder, tmp_path / "features")
     options = {name: str(value).format(folder=folder) for name, value in options.items()}
-    with pytest.raises(train_hf.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **options))
 
 

@@ -38,7 +38,7 @@ def test_silence_leaves_every_word_at_its_frequency(words):
 
 
 def test_words_of_few_captions_are_left_out(words):
-    assert words.words.tolist() == [1, DOG, CAT]
+    assert words.tokens.tolist() == [1, DOG, CAT]
 
 
 def test_missing_captions_do_not_count(words):

@@ -24,12 +24,16 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from qformer_captioner import train_hf
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.common.recipes import RECIPE_FOLDERS, RECIPES, load_recipe, merge
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
 from qformer_captioner.data.skipped_rows import SkippedRows
+from qformer_captioner.training.arguments import DataArguments, ModelArguments, RunArguments
 from qformer_captioner.training.data_setup import hold_out
+from qformer_captioner.training.model_setup import load_captioner
+from qformer_captioner.training.training_arguments import CaptionTrainingArguments
 
 from ..conftest import ROOT
 from ..fixtures import tiny
@@ -38,9 +42,7 @@ FILES = {path.stem: path for folder in RECIPE_FOLDERS for path in sorted((RECIPE
 DATA = [name for name, path in FILES.items() if path.parent.name == "data"]
 # Stage 2 goes on from what stage 1 leaves, and is run with it.
 RUN = [name for name in FILES if name not in DATA]
-PARSER = OptionParser(
-    (train_hf.ModelArguments, train_hf.DataArguments, train_hf.RunArguments, train_hf.CaptionTrainingArguments), ""
-)
+PARSER = OptionParser((ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments), "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def clip_t5(models, data, tmp_path_factory):
     """The captioner that `clip_t5` trains, and its collator."""
     words = tiny_recipe(tmp_path_factory.mktemp("clip_t5"), ["clip_t5"], models, data)
     args = train_hf.parse_options(words)[0]
-    model = train_hf.build_model(args, []).eval()
+    model = load_captioner(args, []).eval()
     return model, CaptionCollator(model.processor)
 
 
@@ -280,7 +282,7 @@ def test_images_are_scaled_once_and_not_stretched(clip_t5):
 
 def test_t5_in_float16_is_refused(models, data, tmp_path):
     words = tiny_recipe(tmp_path, ["clip_t5"], models, data, bf16=False, fp16=True)
-    with pytest.raises(train_hf.InputError, match="T5 overflows in float16"):
+    with pytest.raises(InputError, match="T5 overflows in float16"):
         train_hf.train(words)
     assert not (tmp_path / "run").exists()
 
@@ -365,27 +367,25 @@ def test_several_recipes_combine_and_later_ones_win(words):
 
 def test_a_misspelt_field_is_named_with_the_nearest_one_wherever_it_stands(write):
     write("below", lerning_rate=1e-3)
-    with pytest.raises(train_hf.InputError, match=r"below.yaml' has an unknown field 'lerning_rate'.*'learning_rate'"):
+    with pytest.raises(InputError, match=r"below.yaml' has an unknown field 'lerning_rate'.*'learning_rate'"):
         options("--recipe", "clip_t5", write("own", recipe="below"))
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in DATA])
 def test_a_misspelt_field_in_any_recipe_is_named(name, tmp_path):
     (tmp_path / "copy.yaml").write_text(FILES[name].read_text().replace("output_dir:", "ouput_dir:"))
-    with pytest.raises(train_hf.InputError, match="unknown field 'ouput_dir'. Did you mean 'output_dir'"):
+    with pytest.raises(InputError, match="unknown field 'ouput_dir'. Did you mean 'output_dir'"):
         options("--recipe", str(tmp_path / "copy.yaml"))
 
 
 def test_recipes_that_begin_with_each_other_are_refused(write):
     write("one", recipe="other")
-    with pytest.raises(
-        train_hf.InputError, match=r"^Recipes must not begin with themselves: .*other.*one.*other[^\n]*$"
-    ):
+    with pytest.raises(InputError, match=r"^Recipes must not begin with themselves: .*other.*one.*other[^\n]*$"):
         options("--recipe", write("other", recipe="one"))
 
 
 def test_an_unknown_recipe_is_named_with_those_that_there_are(write):
-    with pytest.raises(train_hf.InputError, match="no recipe 'clip_t6'.* clip_t5,.* coco_karpathy,"):
+    with pytest.raises(InputError, match="no recipe 'clip_t6'.* clip_t5,.* coco_karpathy,"):
         options("--recipe", write("own", recipe="clip_t6"))
 
 
@@ -402,5 +402,5 @@ def test_the_last_images_are_held_out_with_all_of_their_captions():
 @pytest.mark.parametrize(("share", "kind"), [(0.0, "evaluate"), (1.0, "train")])
 def test_a_share_that_leaves_nothing_is_refused(models, data, tmp_path, share, kind):
     words = tiny_recipe(tmp_path, ["clip_t5"], models, data, train_val_split=share)
-    with pytest.raises(train_hf.InputError, match=f"none are left to {kind} on"):
+    with pytest.raises(InputError, match=f"leaves no row to {kind} on"):
         train_hf.train(words)

@@ -6,9 +6,9 @@ from transformers import TrainerControl, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformer_captioner.evaluation.plots import mean_of_epochs
-from qformer_captioner.training.arguments import CaptionTrainingArguments
 from qformer_captioner.training.ema import EMACallback
 from qformer_captioner.training.trainer import CaptionTrainer
+from qformer_captioner.training.training_arguments import CaptionTrainingArguments
 
 from ..fixtures import tiny
 
@@ -43,7 +43,7 @@ def test_evaluation_sees_the_average_and_training_its_own_weights_again():
     average = EMACallback(model, decay=0.9)
     before = model.weight.detach().clone()
     average.averages["weight"].fill_(7)
-    with average.in_place():
+    with average.averaged_weights():
         assert (model.weight == 7).all()
     assert torch.equal(model.weight, before)
 
@@ -68,8 +68,8 @@ def test_after_training_evaluation_sees_the_average_too(tmp_path):
     model = torch.nn.Linear(3, 2)
     average = EMACallback(model, decay=0.9)
     average.averages["weight"].fill_(7)
-    average.keep()
-    with average.in_place():
+    average.copy_to_model()
+    with average.averaged_weights():
         assert (model.weight == 7).all()
     assert (model.weight == 7).all()
 

@@ -1,0 +1,202 @@
+"""Checks of options that cannot work, before anything is loaded or written."""
+
+import math
+import os
+from pathlib import Path
+
+from transformers.trainer_utils import HubStrategy
+
+from ..common.arguments import check_at_least, check_one_of
+from ..common.errors import InputError
+from ..common.run_folder import is_complete
+from ..data.augmentation import check_image_augmentation
+from .arguments import DataArguments, ModelArguments, RunArguments
+from .scores import CAPTION_SCORES, SCENE_SCORES
+from .training_arguments import CaptionTrainingArguments
+
+
+def check_options(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    training_args: CaptionTrainingArguments,
+) -> None:
+    """Check all options of a training run.
+
+    Raises:
+        InputError: for an option whose value is not valid, or options that do not go together.
+    """
+    if data_args.dataset_name is None:
+        raise InputError(
+            "There is no data set to train on: give --dataset_name (a Hub id, a local folder or file, or scenes) or a "
+            "--recipe such as own_images. The recipe scenes needs no other option."
+        )
+    check_data(data_args, training_args.max_steps)
+    check_one_of(run_args, ("auto", "true", "false"), "include_backbones")
+    check_model(model_args)
+    check_learning_rates(model_args, training_args)
+    check_training(training_args)
+    check_best_model_score(training_args, draws_scenes(data_args))
+    check_publishing(training_args)
+
+
+def draws_scenes(args: DataArguments) -> bool:
+    """Return True if the run is evaluated on drawn scenes, whose captions are scored by the facts that they state."""
+    name = args.eval_dataset_name or (args.dataset_name or [""])[0]
+    return name == "scenes"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_data(args: DataArguments, max_steps: int) -> None:
+    """Check the options of the data.
+
+    Args:
+        args: the options.
+        max_steps: number of training steps, or -1 for a run that is measured in epochs.
+
+    Raises:
+        InputError: for an option whose value is not valid, or options that do not go together.
+    """
+    count, weights = len(args.dataset_name or []), args.dataset_weights
+    if weights is not None and (len(weights) != count or not all(0 < weight < math.inf for weight in weights)):
+        raise InputError(f"--dataset_weights must be {count} numbers above 0, one for each data set, not {weights}.")
+    if args.features is not None and (args.streaming or count > 1 or args.eval_dataset_name is not None):
+        raise InputError("--features works with one data set and without --streaming or --eval_dataset_name.")
+    if args.streaming:
+        check_streaming(args, max_steps)
+    if args.eval_dataset_name is None:
+        for name in ("dataset_config_name", "dataset_revision", "image_column", "caption_column", "image_folder"):
+            if getattr(args, f"eval_{name}") is not None:
+                raise InputError(f"--eval_{name} describes --eval_dataset_name, which is missing: add it.")
+    if args.eval_image_folder is not None and not os.path.isdir(args.eval_image_folder):
+        raise InputError(f"There is no folder of images {args.eval_image_folder!r} (--eval_image_folder).")
+    check_image_augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob)
+    check_at_least(args, 1, "captions_per_image", "max_train_samples", "max_eval_samples")
+    check_share(args, "train_val_split")
+    check_at_least(args, 2, "max_caption_length")  # a token and the end of the sequence
+    check_at_least(args, 0, "shuffle_buffer")
+
+
+def check_streaming(args: DataArguments, max_steps: int) -> None:
+    """Check that no option needs what a stream does not have: an end, or all of its rows at once.
+
+    Raises:
+        InputError: for the first option that does.
+    """
+    if max_steps < 1:
+        raise InputError("A stream has no end: give the number of training steps with --max_steps.")
+    if args.image_id_column is not None:
+        raise InputError("--image_id_column needs all rows of a data set at once: leave it out, or --streaming.")
+    if args.train_val_split is not None:
+        raise InputError(
+            "--train_val_split needs the number of rows, which a stream does not know: use --eval_dataset_name."
+        )
+
+
+def check_share(args: object, name: str) -> None:
+    """Check that an option is a number between 0 and 1, or `None`.
+
+    Raises:
+        InputError: if it is not.
+    """
+    value = getattr(args, name)
+    if value is not None and not 0 <= value <= 1:
+        raise InputError(f"--{name} must be between 0 and 1, not {value:g}.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_model(args: ModelArguments) -> None:
+    """Check the options of the model.
+
+    Raises:
+        InputError: for an option whose value is not valid, or options that do not go together.
+    """
+    check_at_least(args, 1, "lora_r")
+    check_share(args, "lora_dropout")
+    if args.lora_r is not None and not (args.freeze_vision_model and args.freeze_language_model):
+        raise InputError("--lora_r trains adapters on frozen backbones: leave out --freeze_... false.")
+    prompts = args.prompt or []
+    if len(prompts) > 1 and not all(prompt.strip() for prompt in prompts):
+        raise InputError("One of several prompts is empty: write some text in each --prompt.")
+    check_at_least(args, 2, "normalize_image_features_samples")  # one image has no variance
+    if args.load_in_4bit and args.load_in_8bit:
+        raise InputError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
+    check_one_of(args, ("nf4", "fp4"), "bnb_4bit_quant_type")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_learning_rates(model_args: ModelArguments, training_args: CaptionTrainingArguments) -> None:
+    """Check that no learning rate is given for a frozen backbone.
+
+    Raises:
+        InputError: if one is.
+    """
+    if model_args.vision_model_name_or_path is None or model_args.lora_r is not None:
+        return  # nothing is frozen by options, or adapters train on frozen weights
+    for part in ("vision_model", "language_model"):
+        if getattr(training_args, f"{part}_learning_rate") is not None and getattr(model_args, f"freeze_{part}"):
+            raise InputError(f"--{part}_learning_rate has no effect on a frozen backbone: add --freeze_{part} false.")
+
+
+def check_training(args: CaptionTrainingArguments) -> None:
+    """Check the numbers that the Trainer does not check itself.
+
+    Raises:
+        InputError: for an option whose value is not valid.
+    """
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise InputError(f"--ema_decay must lie between 0 and 1, not {args.ema_decay:g}.")
+    check_at_least(
+        args,
+        1,
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "generation_num_beams",
+        "generation_max_length",
+    )
+    check_at_least(args, 0, "dataloader_num_workers", "num_train_epochs", "learning_rate")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed must be between 0 and 2**32 - 1, not {args.seed}.")
+    if args.resume_from_checkpoint is not None and not is_complete(Path(args.resume_from_checkpoint)):
+        raise InputError(
+            f"There is no complete checkpoint in {args.resume_from_checkpoint!r} (--resume_from_checkpoint)."
+        )
+    if args.label_smoothing_factor:
+        raise InputError("--label_smoothing_factor does not work here: the captioner computes its own loss.")
+
+
+def check_best_model_score(args: CaptionTrainingArguments, scenes: bool) -> None:
+    """Check that evaluation computes the score that selects the best checkpoint.
+
+    Raises:
+        InputError: if it does not.
+    """
+    score, known = args.best_score_name, ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))
+    if score not in known:
+        raise InputError(f"--metric_for_best_model must be one of {', '.join(known)}, not {score!r}.")
+
+
+def check_publishing(args: CaptionTrainingArguments) -> None:
+    """Check that no checkpoint would be published: it holds pickles.
+
+    Raises:
+        InputError: if `--hub_strategy` asks for it.
+    """
+    strategy = HubStrategy(args.hub_strategy)
+    if args.push_to_hub and strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise InputError(
+            f"--hub_strategy {strategy.value} would publish checkpoints, which hold pickles: use every_save or end."
+        )

@@ -1,0 +1,106 @@
+"""The steps around the Trainer: build it, train, and write the folder that others open."""
+
+import pickle
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import TrainOutput
+
+from ..common.errors import InputError, one_line
+from ..common.logging import get_logger
+from ..data.collator import CaptionCollator
+from ..data.dataset import CaptionDataset
+from ..modeling_qformer import QFormerCaptioner
+from .data_setup import TrainingData
+from .lora import captioner_of
+from .model_setup import backbones_to_include
+from .run import TrainingRun
+from .run_facts import describe_run
+from .scores import scorer_for
+from .trainer import CaptionTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = get_logger(__name__)
+
+
+def build_trainer(
+    run: TrainingRun,
+    model: "QFormerCaptioner | PeftModel",
+    train_data: TrainingData,
+    eval_data: CaptionDataset | None,
+) -> CaptionTrainer:
+    """Return the trainer of a run.
+
+    Args:
+        run: the run.
+        model: the captioner, or the adapter on it.
+        train_data: the rows to train on.
+        eval_data: the rows to evaluate on, if there are any.
+
+    Raises:
+        InputError: if the Trainer refuses its options, for example a service to report to that is not installed.
+    """
+    captioner = captioner_of(model)
+    assert captioner.processor is not None, "build_model checks it"
+    try:
+        return CaptionTrainer(
+            model=model,
+            args=run.training_args,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            data_collator=CaptionCollator(captioner.processor, run.data_args.max_caption_length),
+            score=scorer_for(run.draws_scenes),
+            include_backbones=backbones_to_include(run, captioner),
+            facts=describe_run(run, model, train_data, eval_data),
+        )
+    except InputError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(one_line(error)) from error
+
+
+def fit(run: TrainingRun, trainer: CaptionTrainer) -> TrainOutput:
+    """Train from the beginning or from the checkpoint of the run, and return steps, loss and speed.
+
+    Raises:
+        InputError: if the checkpoint is damaged, or holds pickled objects.
+    """
+    if run.checkpoint is not None:
+        logger.info("Resuming from %s.", run.checkpoint)
+    try:
+        return trainer.train(resume_from_checkpoint=run.checkpoint)
+    except (pickle.UnpicklingError, SafetensorError) as error:  # torch's message advises to load it unsafely
+        raise InputError(
+            f"The checkpoint {run.checkpoint} is damaged, or holds more than tensors: delete it."
+        ) from error
+
+
+def finish(run: TrainingRun, trainer: CaptionTrainer, output: TrainOutput) -> str:
+    """Write the final folder, record the end of the run, and return a summary of time, speed and best score.
+
+    Every process calls this, because with FSDP and DeepSpeed each process holds a part of the weights.
+    """
+    weights = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    run.wait_for_everyone()
+    seconds, speed = output.metrics["train_runtime"], output.metrics["train_samples_per_second"]
+    score_name, best_score = run.training_args.best_score_name, trainer.state.best_metric
+    summary = f"{seconds / 60:.1f} minutes, {speed:.1f} images/s"
+    if best_score is not None:
+        summary += f", best {score_name} {best_score:.3f} after step {trainer.state.best_global_step}"
+    if run.is_main_process:
+        training = {"steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": seconds}
+        training["resumed"] = run.checkpoint is not None
+        trainer.save_final_model(run.output_dir, weights, training=training)
+        trainer.save_state()
+        run.folder.finish(
+            length=run.length,
+            summary=summary,
+            seconds=seconds,
+            images_per_second=speed,
+            best={score_name: best_score},
+        )
+    return summary

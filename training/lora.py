@@ -1,0 +1,123 @@
+"""LoRA adapters on the language model, and the captioner that they are put on."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..common.errors import InputError
+from ..common.logging import get_logger
+from ..modeling_qformer import QFormerCaptioner
+from .arguments import ModelArguments
+from .model_setup import backbones_to_include
+from .quantization import quantization_config
+from .run import TrainingRun
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = get_logger(__name__)
+
+
+def captioner_of(model: "QFormerCaptioner | PeftModel") -> QFormerCaptioner:
+    """Return the captioner that an adapter is on, and a captioner itself."""
+    if isinstance(model, QFormerCaptioner):
+        return model
+    captioner = model.get_base_model()
+    assert isinstance(captioner, QFormerCaptioner)
+    return captioner
+
+
+def add_adapters(run: TrainingRun, model: QFormerCaptioner) -> "PeftModel":
+    """Put adapters on the captioner of a run, whose weights are kept in the folder `base`.
+
+    An adapter is useless without the captioner that it was trained on. So a new captioner is saved before its language
+    model is quantised; an existing one is already in a folder or on the Hub.
+
+    Raises:
+        InputError: if the language model has no layers of the names that the options give.
+    """
+    quantization = quantization_config(model, run.model_args, run.run_args.include_backbones)
+    if run.model_args.model_name_or_path is None:
+        # peft writes down this path, and adapters are opened from other folders: so it is absolute.
+        base = (run.output_dir / "base").absolute()
+        if run.is_main_process:
+            save_base_model(model, base, backbones_to_include(run, model))
+        run.wait_for_everyone()
+        model = QFormerCaptioner.from_pretrained(base, load_vision_model=run.features is None)
+    if quantization is not None:
+        model.quantize_language_model(quantization)
+    return add_lora(model, run.model_args)
+
+
+def save_base_model(model: QFormerCaptioner, base: Path, include_backbones: bool | list[str]) -> None:
+    """Save the captioner that adapters are put on, unless an earlier part of the same run has saved it.
+
+    Args:
+        model: the captioner without adapters.
+        base: the folder to write. A kill leaves the whole folder or nothing.
+        include_backbones: which backbones to store with it, as in [`~QFormerCaptioner.save_pretrained`].
+    """
+    if base.exists():
+        return
+    unfinished = base.with_suffix(".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, include_backbones=include_backbones)
+    unfinished.rename(base)
+
+
+def add_lora(model: QFormerCaptioner, args: ModelArguments) -> "PeftModel":
+    """Put LoRA adapters on the language model. They are trained and saved with the Q-Former and the projection.
+
+    A quantised language model needs nothing else: peft's `prepare_model_for_kbit_training` would only convert frozen
+    weights to float32.
+
+    Args:
+        model: the captioner.
+        args: the options of the model.
+
+    Raises:
+        InputError: if the language model has no layers of the names that the options give.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    assert args.lora_r is not None
+    names = "|".join(map(re.escape, layers_to_adapt(model, args.lora_target_modules)))
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"language_model\..*\.({names})",
+        modules_to_save=["qformer", "language_projection"],
+    )
+    adapted = get_peft_model(model, config)
+    trainable, total = adapted.get_nb_trainable_parameters()
+    logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    return adapted
+
+
+def layers_to_adapt(model: QFormerCaptioner, target_modules: str | None) -> list[str]:
+    """Return the names of the layers that receive adapters.
+
+    Args:
+        model: the captioner.
+        target_modules: names with commas between them; by default peft's choice for the language model.
+
+    Raises:
+        InputError: if a name is not a layer of the language model, or peft has no choice for it.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    names = [name.strip() for name in (target_modules or "").split(",") if name.strip()]
+    if not names:
+        kind = model.language_model.config.model_type
+        if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise InputError(
+                f"peft has no default layers for a language model of type {kind!r}: name them with "
+                "--lora_target_modules."
+            )
+        return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
+    existing = {name.split(".")[-1] for name, _ in model.language_model.named_modules()}
+    if unknown := [name for name in names if name.split(".")[-1] not in existing]:
+        raise InputError(f"The language model has no layers named {' or '.join(unknown)} (--lora_target_modules).")
+    return names

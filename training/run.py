@@ -1,0 +1,153 @@
+"""One training run: everything that its options resolve to, before data and model are loaded."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..common.errors import InputError
+from ..common.run_folder import RunFolder
+from ..data.augmentation import Augmentation
+from ..data.feature_store import FeatureStore
+from ..data.skipped_rows import SkippedRows
+from .arguments import DataArguments, ModelArguments, RunArguments
+from .checks import check_options, draws_scenes
+from .training_arguments import CaptionTrainingArguments
+
+
+@dataclass
+class TrainingRun:
+    """What the steps of `train_hf.py` share.
+
+    Args:
+        model_args, data_args, run_args, training_args: the options.
+        changed_options: options whose values are not the defaults, for the model card.
+        folder: the output folder, which belongs to this run once [`~TrainingRun.claim_folder`] is called.
+        checkpoint: checkpoint to resume from, `None` for a new run.
+        features: precomputed image features to train on, `None` for images.
+        augmentation: random variation of the training rows.
+        skipped_rows: record of the rows that cannot be used.
+    """
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    run_args: RunArguments
+    training_args: CaptionTrainingArguments
+    changed_options: dict[str, object]
+    folder: RunFolder
+    checkpoint: str | None
+    features: FeatureStore | None
+    augmentation: Augmentation
+    skipped_rows: SkippedRows = field(default_factory=SkippedRows)
+
+    @property
+    def output_dir(self) -> Path:
+        """Return the path of the output folder."""
+        return self.training_args.output_folder
+
+    @property
+    def is_main_process(self) -> bool:
+        """Return True in the process that writes files."""
+        return self.training_args.process_index == 0
+
+    @property
+    def draws_scenes(self) -> bool:
+        """Return True if the run is evaluated on drawn scenes."""
+        return draws_scenes(self.data_args)
+
+    @property
+    def length(self) -> list[float]:
+        """Return the length that the options ask for: epochs, and steps (-1 if the epochs decide)."""
+        return [self.training_args.num_train_epochs, self.training_args.max_steps]
+
+    @property
+    def is_finished(self) -> bool:
+        """Return True if the output folder already holds this run, at least as long as the options ask for."""
+        finished = self.folder.finished
+        return finished is not None and self.length <= finished["length"]
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes of the run get here."""
+        self.training_args.distributed_state.wait_for_everyone()
+
+    def claim_folder(self) -> None:
+        """Make the output folder this run's. Nothing has been written or deleted before."""
+        self.wait_for_everyone()  # every process has read the folder as it was
+        if self.is_main_process:
+            self.folder.start()
+            self.skipped_rows.write_to(self.output_dir / "skipped_rows.jsonl")
+        self.wait_for_everyone()
+
+
+def resolve(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    run_args: RunArguments,
+    training_args: CaptionTrainingArguments,
+    changed_options: dict[str, object],
+) -> TrainingRun:
+    """Check the options, complete them, and open the output folder and the precomputed features that they name.
+
+    Args:
+        model_args, data_args, run_args, training_args: the options.
+        changed_options: options whose values are not the defaults.
+
+    Raises:
+        InputError: if an option is not valid, options do not go together, or the output folder holds another run.
+    """
+    features = None
+    if data_args.features is not None:
+        features = FeatureStore(data_args.features)
+        complete_from_features(features, model_args, data_args)
+    if draws_scenes(data_args) and training_args.metric_for_best_model == "cider":
+        training_args.metric_for_best_model = "facts"  # captions of scenes have no CIDEr
+    check_options(model_args, data_args, run_args, training_args)
+    settings = {**asdict(model_args), **asdict(data_args)}
+    folder = RunFolder(training_args.output_folder, settings, run_args.overwrite_output_dir)
+    return TrainingRun(
+        model_args=model_args,
+        data_args=data_args,
+        run_args=run_args,
+        training_args=training_args,
+        changed_options=changed_options,
+        folder=folder,
+        checkpoint=training_args.resume_from_checkpoint or folder.last_checkpoint,
+        features=features,
+        augmentation=Augmentation(
+            data_args.random_resized_crop_scale,
+            data_args.horizontal_flip_prob,
+            data_args.captions_per_image,
+            seed=training_args.seed,
+            sample_view=True,
+        ),
+    )
+
+
+def complete_from_features(store: FeatureStore, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Set the data set and the vision encoder that the options leave out to those of precomputed features.
+
+    Raises:
+        InputError: if other options need images or a vision encoder, which features replace.
+    """
+    if data_args.random_resized_crop_scale is not None or data_args.horizontal_flip_prob:
+        raise InputError(
+            "--random_resized_crop_scale and --horizontal_flip_prob change images, which --features replaces: give "
+            "them to precompute_features.py, together with --views."
+        )
+    if not model_args.freeze_vision_model or model_args.vision_config is not None:
+        raise InputError(
+            "--features replaces the vision encoder, which then cannot be trained: leave out --features, or "
+            "--freeze_vision_model false and --vision_config."
+        )
+    if data_args.dataset_name is None:
+        for option_name, key in (
+            ("dataset_name", "name"),
+            ("dataset_config_name", "config_name"),
+            ("dataset_revision", "revision"),
+            ("image_column", "image_column"),
+            ("image_folder", "image_folder"),
+        ):
+            if store.dataset[key] is not None:
+                setattr(data_args, option_name, [store.dataset[key]])
+        data_args.split_column = store.dataset["split_column"]
+    if model_args.language_model_name_or_path is not None and model_args.vision_model_name_or_path is None:
+        model_args.vision_model_name_or_path = store.vision_model_name_or_path
+        model_args.vision_model_revision = store.vision_model_revision

@@ -1,0 +1,44 @@
+"""The Trainer's arguments with a captioner's options and defaults."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from ..common.arguments import option
+from .arguments import CaptionTrainingOptions
+
+
+@dataclass
+class CaptionTrainingArguments(CaptionTrainingOptions, Seq2SeqTrainingArguments):  # type: ignore[misc]
+    """Arguments of [`CaptionTrainer`]: all of transformers' `Seq2SeqTrainingArguments` and [`CaptionTrainingOptions`].
+
+    `bf16=None` becomes `True` on GPUs that support bfloat16, unless `fp16` or `use_cpu` is set.
+
+    Example:
+
+    ```python
+    >>> CaptionTrainingArguments(output_dir="outputs/mine", use_cpu=True, ema_decay=0.999).learning_rate
+    0.0001
+    ```
+    """
+
+    remove_unused_columns: bool = option(False, "Remove columns that `forward` does not name. Ours holds the images.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            has_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = has_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+
+    @property
+    def output_folder(self) -> Path:
+        """Return the output folder. The Trainer has a default name for it."""
+        return Path(self.output_dir or "trainer_output")
+
+    @property
+    def best_score_name(self) -> str:
+        """Return the name of the score that selects the best checkpoint, without the prefix `eval_`."""
+        return (self.metric_for_best_model or "loss").removeprefix("eval_")
