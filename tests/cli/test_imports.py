@@ -30,7 +30,7 @@ def imports_of(*words: str) -> tuple[str, list[str]]:
     return "\n".join(printed), modules.split()
 
 
-@pytest.mark.parametrize("command", ["eval", "caption", "push"])
+@pytest.mark.parametrize("command", ["features", "eval", "caption", "push", "export"])
 def test_help_imports_no_large_library(command):
     printed, modules = imports_of(command, "--help")
     assert f"usage: qformer-captioner {command}" in printed

@@ -1,0 +1,58 @@
+"""Options of `precompute_features.py`. Nothing here imports torch, so that `--help` is quick."""
+
+from dataclasses import dataclass
+
+from ..common.arguments import option
+
+
+@dataclass
+class FeatureArguments:
+    """Options: the vision encoder, the data set, and how to store the features."""
+
+    vision_model_name_or_path: str = option(None, "Vision encoder (Hub id or folder). Required.", "model")
+    vision_model_revision: str | None = option(None, "Branch, tag or commit of the vision encoder.", "model")
+    compute_dtype: str = option(
+        "auto",
+        "Dtype of the forward pass: float32, bfloat16, float16 or auto. With auto it is bfloat16 on GPUs that support "
+        "it, and float32 elsewhere.",
+        "model",
+    )
+    dataset_name: str = option(None, "Data set (Hub id, folder or files). Required.", "data")
+    dataset_config_name: str | None = option(None, "Configuration of the data set.", "data")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of the data set on the Hub.", "data")
+    splits: list[str] | None = option(None, "Splits to compute features for; by default all.", "data")
+    split_column: str = option(
+        "split", "Column that names the split of each row, for data sets that keep all rows in one split.", "data"
+    )
+    image_column: str = option("image", "Column of images or of paths.", "data")
+    image_folder: str | None = option(
+        None, "Folder of the paths in the image column; by default the folder of the data set.", "data"
+    )
+    embeddings_column: str | None = option(
+        None, "Column of embeddings to store instead: lists [D], [N, D] or [1, N, D] in each row.", "data"
+    )
+    max_samples: int | None = option(
+        None, "Number of rows of each split to use, the first ones; by default all.", "data"
+    )
+    dataloader_num_workers: int = option(0, "Number of workers that open images, for each process.", "data")
+    train_split: str = option("train", "Split whose images get several views; those of others get one.", "augmentation")
+    views: int = option(
+        1, "Number of views of each training image: the whole image and random crops of it.", "augmentation"
+    )
+    random_resized_crop_scale: float | None = option(
+        None, "Lower bound of the share of the image's area that a random crop keeps.", "augmentation"
+    )
+    horizontal_flip_prob: float = option(
+        0.0, "Probability that a view other than the whole image is mirrored left to right.", "augmentation"
+    )
+    seed: int = option(0, "Random seed for crops and flips.", "augmentation")
+    dtype: str = option(
+        "float16", "Dtype of the stored features: float16, or float32, which takes twice the space.", "run"
+    )
+    batch_size: int = option(64, "Number of images in a forward pass.", "run")
+    rows_per_shard: int = option(
+        2048, "Number of rows in a file. An interrupted run repeats the files that it had not finished.", "run"
+    )
+    use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.", "run")
+    output_dir: str = option("outputs/features", "Folder to store the features in.", "run")
+    overwrite_output_dir: bool = option(False, "Delete the features that are in that folder.", "run")
