@@ -30,9 +30,9 @@ def main() -> None:
         things = Scene.from_json(row["scene"]).things
         if len(things) == 1:
             continue
-        seen = attention.see(model, row["image"])
-        maps = attention.look(model, seen, model.processor.encode_caption(row["caption"][0]))
-        patch_of = {(int(thing.y * seen.grid[0]), int(thing.x * seen.grid[1])): thing for thing in things}
+        image = attention.encode_image(model, row["image"])
+        maps = attention.attention_maps(model, image, model.processor.encode_caption(row["caption"][0]))
+        patch_of = {(int(thing.y * image.grid[0]), int(thing.x * image.grid[1])): thing for thing in things}
         for word in maps.words:
             for kind, results in pointed.items():
                 if word.text in (getattr(thing, kind) for thing in things):

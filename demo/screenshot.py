@@ -1,7 +1,10 @@
-"""A picture of the demo, made in a headless Chromium (`apt install chromium chromium-driver`, `pip install selenium`).
+"""Take a screenshot of the demo in a headless Chromium.
 
-python train_hf.py && python demo/screenshot.py --model outputs/scenes    # in a checkout with qformer-captioner
-python demo/screenshot.py --model ID --image picture.jpg --examples FOLDER
+    python demo/screenshot.py --model outputs/scenes
+    python demo/screenshot.py --model ID --image picture.jpg --examples FOLDER
+
+It needs `pip install selenium`, and Chromium with its driver (`apt install chromium chromium-driver`). Without --image
+it draws scenes, for which it needs the package qformer-captioner and a captioner from `python train_hf.py`.
 """
 
 import argparse
@@ -21,15 +24,24 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-PATIENCE = 120  # seconds for a captioner to load, or to caption
-DRAWN = "#{} figure img"  # of a sheet of maps
+TIMEOUT = 120  # seconds for a captioner to load, or to caption
+MAPS = "#{} figure img"  # selector of the maps of "words" or "queries"
 
 
 @contextmanager
 def serve(model: str, *options: str) -> Iterator[str]:
-    """Runs the demo on a free port; yields its address."""
+    """Run the demo on a free port, and yield its address.
+
+    Args:
+        model: folder or Hub id of a captioner.
+        options: more options of `app.py`.
+
+    Raises:
+        RuntimeError: if the demo does not start; the message holds its output.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,7 +50,7 @@ def serve(model: str, *options: str) -> Iterator[str]:
         process = subprocess.Popen(app, stdout=log, stderr=subprocess.STDOUT)
         try:
             address = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while not _answers(address):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -58,13 +70,13 @@ def _answers(address: str) -> bool:
 
 
 def find_browser() -> str | None:
-    """The Chromium or Chrome of this machine."""
+    """Return the path of Chromium or Chrome, or `None` if neither is installed."""
     return shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @contextmanager
 def open_browser(address: str, width: int = 1280, height: int = 1200) -> Iterator[WebDriver]:
-    """A headless Chromium that shows an address, once the page has been built."""
+    """Open an address in a headless Chromium, and yield the browser once the page has loaded."""
     options = webdriver.ChromeOptions()
     options.binary_location = find_browser()
     for flag in (
@@ -84,28 +96,28 @@ def open_browser(address: str, width: int = 1280, height: int = 1200) -> Iterato
         browser.quit()
 
 
-def wait_for(browser: WebDriver, selector: str, number: int = 1) -> list:
-    """The elements that a selector finds, as soon as there are so many of them.
+def wait_for(browser: WebDriver, selector: str, number: int = 1) -> list[WebElement]:
+    """Wait until a CSS selector finds a number of elements, and return them.
 
     Raises:
-        TimeoutException: if they do not come.
+        TimeoutException: if they do not appear within `TIMEOUT`.
     """
-    WebDriverWait(browser, PATIENCE).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, selector)) >= number)
+    WebDriverWait(browser, TIMEOUT).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, selector)) >= number)
     return browser.find_elements(By.CSS_SELECTOR, selector)
 
 
-def text_of(browser: WebDriver, part: str) -> str:
-    """What stands in a text box of the page."""
-    return browser.find_element(By.CSS_SELECTOR, f"#{part} textarea, #{part} input").get_property("value")
+def text_of(browser: WebDriver, element_id: str) -> str:
+    """Return the text in a text box of the page."""
+    return browser.find_element(By.CSS_SELECTOR, f"#{element_id} textarea, #{element_id} input").get_property("value")
 
 
 def upload(browser: WebDriver, path: str | os.PathLike) -> None:
-    """Drops a file on the page."""
+    """Upload an image file to the page."""
     browser.find_element(By.CSS_SELECTOR, "#image input[type=file]").send_keys(os.path.abspath(path))
 
 
 def draw_held_out(folder: Path, number: int = 12) -> list[Path]:
-    """Drawings such as the captioner of `make demo` has never seen."""
+    """Draw scenes that the captioner of `make demo` was not trained on, and return their paths."""
     from qformer_captioner.data.scenes import load_scenes
 
     paths = [folder / f"{i:02}.png" for i in range(number)]
@@ -115,11 +127,16 @@ def draw_held_out(folder: Path, number: int = 12) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a picture of the demo.")
-    parser.add_argument("--model", required=True, help="Hub id or folder")
-    parser.add_argument("--image", help="the image to caption; by default a drawing for the captioner of make demo")
-    parser.add_argument("--examples", help="folder of images to try; by default more of these drawings")
-    parser.add_argument("--output", default=str(Path(__file__).with_name("screenshot.png")))
+    """Serve the demo, caption an image, and save a screenshot."""
+    parser = argparse.ArgumentParser(description="Take a screenshot of the demo.")
+    parser.add_argument("--model", required=True, help="Folder or Hub id of a captioner.")
+    parser.add_argument("--image", help="Image to caption. By default a drawn scene for the captioner of `make demo`.")
+    parser.add_argument("--examples", help="Folder of example images. By default more drawn scenes.")
+    parser.add_argument(
+        "--output",
+        default=str(Path(__file__).with_name("screenshot.png")),
+        help="File to write. By default demo/screenshot.png.",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         image, examples = arguments.image, arguments.examples
@@ -127,13 +144,13 @@ def main() -> None:
             image, examples = draw_held_out(Path(folder))[9], examples or folder
         options = ["--examples", examples] if examples else []
         with serve(arguments.model, *options) as address, open_browser(address) as browser:
-            # Beams, to have captions to compare.
+            # Beam search, to have captions to compare.
             browser.find_elements(By.CSS_SELECTOR, "#search input")[-1].click()
             upload(browser, image)
-            wait_for(browser, DRAWN.format("queries"))
-            time.sleep(1)  # pictures fade in
+            wait_for(browser, MAPS.format("queries"))
+            time.sleep(1)  # images fade in
             height = browser.execute_script("return document.documentElement.scrollHeight")
-            browser.set_window_size(1280, height + 150)  # the window's frame counts, too
+            browser.set_window_size(1280, height + 150)  # the size includes the frame of the window
             time.sleep(1)
             browser.save_screenshot(arguments.output)
     Image.open(arguments.output).convert("RGB").save(arguments.output, optimize=True)
