@@ -291,7 +291,7 @@ def test_of_the_hub_commits_are_kept_and_another_one_is_refused(vision, tmp_path
         files = {path.name: path.read_bytes() for path in Path(vision).iterdir()}
         hub.files["model", "org/vision"] = files
         hub.files["dataset", "org/data"] = {"train.parquet": (data / "train.parquet").read_bytes()}
-        commits = [hub.commit(("model", "org/vision")), hub.commit(("dataset", "org/data"))]
+        commits = [hub.commit_sha(("model", "org/vision")), hub.commit_sha(("dataset", "org/data"))]
 
         def run(*words: str) -> subprocess.CompletedProcess:
             environment = ENVIRONMENT | hub.environment(tmp_path / "home")

@@ -275,7 +275,7 @@ def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(folder, tmp_pa
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     first, second = done.stdout.splitlines() or pytest.fail(done.stderr)
     assert first == "a dog" and "size=20x10" in second
-    assert [asked for asked in hub.asked if asked.endswith("/org/pictures/revision/v1")]
+    assert [request for request in hub.requests if request.endswith("/org/pictures/revision/v1")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

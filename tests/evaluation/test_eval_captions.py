@@ -383,7 +383,7 @@ def test_only_the_split_of_a_benchmark_is_fetched_from_the_hub(captioner, tmp_pa
             run, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, cwd=ROOT.parent
         )
     assert done.returncode == 0, done.stderr
-    assert not [request for request in hub.asked if request.startswith("GET") and "train" in request]
+    assert not [request for request in hub.requests if request.startswith("GET") and "train" in request]
     content = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert (content["images"], content["references"]) == (3, 6)
     assert content["prompt"] == "a photo of"

@@ -194,7 +194,7 @@ def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
         run = [sys.executable, "-c", program]
         done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == f"org/blip2 {hub.commit(('model', 'org/blip2'))}"
+        assert done.stdout.splitlines()[-1] == f"org/blip2 {hub.commit_sha(('model', 'org/blip2'))}"
     weights = torch.load(tmp_path / "weights.pt")
     assert all(torch.equal(weights[convert.our_name(name)], tensor) for name, tensor in model.state_dict().items())
 

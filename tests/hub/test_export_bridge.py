@@ -1,4 +1,4 @@
-"""The bridge as a file and as one graph: equal to what it was made of. Each test states one property."""
+"""The exported and the compiled bridge equal the bridge of the captioner."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ KINDS = {
     "a projection per query": dict(projection_per_query=True),
     "reads text": dict(use_qformer_text_input=True, vocab_size=tiny.WORDS, max_position_embeddings=20),
 }
-SIZES = [(2, 3), (1, 1), (5, 17)]  # images, features of each
+SIZES = [(2, 3), (1, 1), (5, 17)]  # number of images, features of each image
 
 
 def inputs(kind: str, images: int, features: int) -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def soft_prompt(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_program_of_torch_export_computes_the_same(kind, tmp_path):
+def test_a_program_of_torch_export_computes_the_same_soft_prompt(kind, tmp_path):
     model = tiny.captioner(**KINDS[kind])
     export_bridge(model, tmp_path / "bridge.pt2")
     program = torch.export.load(tmp_path / "bridge.pt2").module()
@@ -44,7 +44,7 @@ def test_a_program_of_torch_export_computes_the_same(kind, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*axis name.*:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_onnx_model_computes_the_same(kind, tmp_path):
+def test_an_onnx_model_computes_the_same_soft_prompt(kind, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs {package}: pip install 'qformer-captioner[onnx]'")
     import onnxruntime
@@ -56,12 +56,12 @@ def test_an_onnx_model_computes_the_same(kind, tmp_path):
         batch = inputs(kind, *size)
         (computed,) = session.run(["soft_prompt"], {name: tensor.numpy() for name, tensor in batch.items()})
         torch.testing.assert_close(torch.from_numpy(computed), soft_prompt(model, batch), atol=1e-5, rtol=0)
-    assert [file.name for file in tmp_path.iterdir()] == ["bridge.onnx"]  # weights included
+    assert [file.name for file in tmp_path.iterdir()] == ["bridge.onnx"]  # it includes the weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bridge_is_one_graph(kind):
-    """`fullgraph` refuses a break; the backend computes what was traced."""
+def test_the_bridge_compiles_to_one_graph(kind):
+    """`fullgraph` refuses graph breaks."""
     torch.compiler.reset()
     model = tiny.captioner(**KINDS[kind])
     bridge = torch.compile(Bridge(model), fullgraph=True, backend="eager", dynamic=True)
@@ -70,7 +70,7 @@ def test_the_bridge_is_one_graph(kind):
         torch.testing.assert_close(bridge(**batch), soft_prompt(model, batch), atol=1e-5, rtol=0)
 
 
-def test_gradients_pass_through_the_one_graph():
+def test_the_compiled_bridge_has_the_same_gradients():
     torch.compiler.reset()
     model = tiny.captioner()
     batch = inputs("plain", 2, 3)
@@ -84,7 +84,7 @@ def test_gradients_pass_through_the_one_graph():
     torch.testing.assert_close(*gradients)
 
 
-def test_export_writes_the_bridge_where_out_is_a_file(tmp_path, capsys):
+def test_export_writes_the_bridge_if_out_is_a_file(tmp_path, capsys):
     model = tiny.captioner()
     model.save_pretrained(tmp_path / "captioner")
     export(tmp_path / "captioner", tmp_path / "bridge.pt2")
@@ -95,6 +95,6 @@ def test_export_writes_the_bridge_where_out_is_a_file(tmp_path, capsys):
         export(tmp_path / "captioner", tmp_path / "bridge.pt2")
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_endings_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"ends in \.pt2 or \.onnx, not to '.*bridge\.pt'"):
         export_bridge(tiny.captioner(), tmp_path / "bridge.pt")

@@ -1,8 +1,10 @@
-"""The model card: what it says, that the Hub takes it, and that nothing in it can be more than text."""
+"""Model cards: their content, the check by the Hub, and the escaping of text."""
 
 import html
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from huggingface_hub import ModelCard
@@ -22,7 +24,7 @@ HOSTILE = (
 
 
 def facts(**changes) -> dict:
-    """Of a run between two models of the Hub, on a data set of the Hub."""
+    """Return the facts of a run with backbones and a data set of the Hub."""
     part = {"revision": "0" * 40, "trained": 0, "dtype": "float32", "on_hub": True}
     data = {"name": "org/data", "on_hub": True, "revision": "1" * 40, "split": "train"}
     return {
@@ -47,12 +49,12 @@ def facts(**changes) -> dict:
 
 
 def rows(card: str) -> list[list[str]]:
-    """The cells of its tables."""
+    """Return the cells of the tables of a card."""
     lines = [line for line in card.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def test_the_metadata_says_what_the_hub_files_a_model_under():
+def test_the_hub_accepts_the_metadata():
     text = render_card(facts())
     assert check_card(text)[0] == 200
     data = ModelCard(text).data
@@ -72,7 +74,17 @@ def test_the_metadata_says_what_the_hub_files_a_model_under():
     }
 
 
-def test_the_tables_say_what_was_trained_how_and_how_well():
+@pytest.mark.slow
+def test_rendering_a_card_imports_neither_torch_nor_peft_nor_datasets():
+    program = (
+        "import json, sys; from qformer_captioner.hub.model_card import render_card; "
+        "render_card(json.loads(sys.argv[1])); print({'torch', 'peft', 'datasets', 'bitsandbytes'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program, json.dumps(facts())]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_tables_show_parts_options_and_scores():
     cells = rows(render_card(facts()))
     assert ["qformer", "", "200", "200", "float32"] in cells
     assert ["**all**", "", "1,200", "200", ""] in cells
@@ -83,7 +95,7 @@ def test_the_tables_say_what_was_trained_how_and_how_well():
     assert ["weights", "after step 4, chosen by the best cider on this data set"] in cells
 
 
-def test_pictures_are_shown_where_they_are(tmp_path):
+def test_a_card_shows_the_pictures_that_exist(tmp_path):
     write_card(tmp_path, facts())
     assert "![" not in (tmp_path / "README.md").read_text()
     (tmp_path / "captions.png").touch()
@@ -105,7 +117,7 @@ def test_pictures_are_shown_where_they_are(tmp_path):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_whatever_comes_from_data_is_text(changes):
+def test_text_from_data_and_names_cannot_become_markup(changes):
     card = render_card(facts(**changes))
     ordinary = render_card(facts())
     assert check_card(card)[0] == 200
@@ -119,17 +131,17 @@ def test_whatever_comes_from_data_is_text(changes):
     assert all(link.startswith("https://huggingface.co/") for link in links)
 
 
-def test_escaped_text_reads_as_before():
+def test_escaped_text_renders_as_the_original():
     plain = re.sub(r"\\(.)", r"\1", escape("5 < 6 | *x* _y_ [z](w) `c`"))
     assert html.unescape(plain) == "5 < 6 | *x* _y_ [z](w) `c`"
 
 
-def test_options_name_no_folder_and_no_token(tmp_path):
+def test_options_show_neither_folders_nor_tokens(tmp_path):
     options = {"dataset_name": [str(tmp_path / "photos")], "hub_token": "hf_x", "output_dir": "out", "seed": 3}
     assert describe_options(options) == {"dataset_name": "photos", "seed": "3"}
 
 
-def test_of_an_adapter_what_trains_is_counted_once():
+def test_parameters_of_an_adapter_are_counted_once():
     model = tiny.captioner()
     whole = {part["name"]: part["total"] for part in describe_parts(model)}
     target = r"language_model\..*\.q_proj"
@@ -146,13 +158,13 @@ def test_of_an_adapter_what_trains_is_counted_once():
 # --- For a repository -------------------------------------------------------------------------------------------------
 
 
-def test_on_the_hub_the_usage_names_the_repository(tmp_path):
+def test_the_usage_example_loads_the_repository(tmp_path):
     write_card(tmp_path, facts(parts=[]))
     card = card_for_hub(tmp_path, "other/name")
     assert 'from_pretrained("other/name"' in card and "somebody" not in card
 
 
-def test_a_card_that_somebody_changed_stays(tmp_path):
+def test_a_card_that_somebody_changed_is_kept(tmp_path):
     write_card(tmp_path, facts(parts=[]))
     (tmp_path / "README.md").write_text(mine := "---\nlicense: mit\n---\nMine.\n")
     assert card_for_hub(tmp_path, "other/name") == mine
@@ -168,18 +180,18 @@ def test_a_card_that_somebody_changed_stays(tmp_path):
         ({"somebody/captioner": "mit"}, "mit"),
     ],
 )
-def test_a_licence_is_told_where_all_are_known(licenses, license):
+def test_the_licence_is_stated_if_those_of_all_backbones_are_known(licenses, license):
     assert ModelCard(render_card(facts(licenses=licenses))).data.license == license
 
 
-def test_the_captioner_below_adapters_sends_to_them(tmp_path):
+def test_the_card_of_a_base_links_to_its_adapter(tmp_path):
     write_card(tmp_path, facts(parts=[]))
     assert "adapter [me/lora](https://huggingface.co/me/lora)" in card_for_hub(
         tmp_path, "me/lora-base", adapter_id="me/lora"
     )
 
 
-def test_a_folder_without_a_run_has_a_card_of_what_is_in_it(tmp_path):
+def test_a_folder_without_a_run_gets_a_card_of_its_parts(tmp_path):
     model = tiny.captioner()
     model.save_pretrained(tmp_path)
     card = card_for_hub(tmp_path, "somebody/captioner", license="mit")
@@ -188,7 +200,7 @@ def test_a_folder_without_a_run_has_a_card_of_what_is_in_it(tmp_path):
     assert ["qformer", "", f"{size:,}", "", "float32"] in rows(card)
 
 
-def test_a_run_leaves_a_card_with_its_own_numbers(tmp_path):
+def test_a_run_writes_a_card_with_its_own_scores(tmp_path):
     small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     options = {
         "dataset_name": "scenes",
@@ -217,7 +229,7 @@ def test_a_run_leaves_a_card_with_its_own_numbers(tmp_path):
     assert str(tmp_path) not in card and "output" not in card
 
 
-def test_no_option_tells_where_files_are():
+def test_options_show_no_paths():
     options = {"dataset_name": ["../clients/acme/*.tar", "org/data"], "prompt": "a/b c"}
     shown = describe_options(options | {"image_folder": ["../gone/acme"]})
     assert shown == {"dataset_name": "*.tar, org/data", "image_folder": "acme", "prompt": "a/b c"}

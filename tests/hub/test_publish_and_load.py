@@ -266,7 +266,7 @@ def stranger(hub, published, tmp_path_factory) -> tuple[dict, dict]:
     for number in range(2):
         tiny.picture(number).save(folder / f"{number}.png")
     tiny.picture(0).save(folder / "image.png")
-    commits = {repo: hub.commit(("model", repo)) for repo in ("tester/adapter", "tester/adapter-base")}
+    commits = {repo: hub.commit_sha(("model", repo)) for repo in ("tester/adapter", "tester/adapter-base")}
     revisions = published["revisions"] | commits
     found = []
     for offline in (False, True):
@@ -274,9 +274,9 @@ def stranger(hub, published, tmp_path_factory) -> tuple[dict, dict]:
         usages = {repo: usage(hub, repo) for repo in repos}
         (folder / "stranger.json").write_text(json.dumps([DECODING, revisions, usages, offline]))
         environment = hub.environment(folder / "home") | ({"HF_HUB_OFFLINE": "1"} if offline else {})
-        asked = len(hub.asked)
+        asked = len(hub.requests)
         run(STRANGER, folder, environment, f"{offline}.json")
-        assert not offline or len(hub.asked) == asked
+        assert not offline or len(hub.requests) == asked
         found.append(json.loads((folder / f"{offline}.json").read_text()))
     return tuple(found)
 
@@ -360,9 +360,11 @@ def test_a_repository_holds_what_a_stranger_needs_and_nothing_else(hub, publishe
 
 
 def test_each_save_and_the_end_is_one_commit(hub, published):
-    titles = [title for repo, branch, title in hub.log if repo == ("model", "tester/trained")]
+    titles = [title for repo, branch, title in hub.commit_log if repo == ("model", "tester/trained")]
     assert titles == ["Training in progress, step 2", "Training in progress, step 4", "End of training"]
-    bases = [title for repo, branch, title in hub.log if repo == ("model", "tester/adapter-base") and branch == "main"]
+    bases = [
+        title for repo, branch, title in hub.commit_log if repo == ("model", "tester/adapter-base") and branch == "main"
+    ]
     assert bases == ["Training in progress, step 4"]  # the first failed; it does not change
 
 
@@ -377,7 +379,7 @@ def test_the_same_command_pushes_a_finished_run_again(published, folder):
 
 
 def test_an_unfinished_captioner_has_a_card_and_loads(hub, published):
-    first = next(files for (repo, _), files in hub.seen.items() if repo[1] == "tester/trained" and files)
+    first = next(files for (repo, _), files in hub.snapshots.items() if repo[1] == "tester/trained" and files)
     assert set(first) == CAPTIONER | PICTURES
     assert "has not finished yet" in first["README.md"].decode()
 
@@ -401,7 +403,7 @@ def test_the_card_of_a_run_names_its_origins(hub, published):
     assert card.data.base_model == ["org/vision", "org/language"]
     assert card.data.license is None  # of two backbones one does not say
     assert {result.metric_type for result in card.data.eval_results} == {"facts", "complete", "objects", "relations"}
-    assert hub.commit(("model", "org/vision")) in card.text
+    assert hub.commit_sha(("model", "org/vision")) in card.text
     adapter = ModelCard(hub.files["model", "tester/adapter"]["README.md"].decode())
     assert (adapter.data.library_name, adapter.data.base_model) == ("peft", ["tester/adapter-base"])
     assert adapter.data.get("base_model_relation") == "adapter"
@@ -414,7 +416,7 @@ def test_the_card_of_a_run_names_its_origins(hub, published):
 def test_what_fails_once_is_tried_again_and_done_once(hub, published, repo):
     assert repo.split("/")[1] not in published["messages"]
     assert set(hub.files["model", repo]) == CAPTIONER | PICTURES
-    assert [title for own, _, title in hub.log if own == ("model", repo)] == ["Upload captioner"]
+    assert [title for own, _, title in hub.commit_log if own == ("model", repo)] == ["Upload captioner"]
     assert any(repo in failure.pattern and not failure.times for failure in hub.failures)
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path):
     return tmp_path / "captioner"
 
 
-def test_a_captioner_and_an_adapter_on_one_can_be_published(folder, tmp_path):
+def test_a_captioner_and_an_adapter_can_be_published(folder, tmp_path):
     assert check_folder(folder) is None
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -49,7 +49,7 @@ def test_a_captioner_and_an_adapter_on_one_can_be_published(folder, tmp_path):
         ("run.json", b'{"finished": null}', "has not finished"),
     ],
 )
-def test_what_is_no_finished_captioner_is_refused(folder, file, content, message):
+def test_a_folder_without_a_finished_captioner_is_refused(folder, file, content, message):
     (folder / file).unlink(missing_ok=True)
     if content is not None:
         (folder / file).write_bytes(content)
@@ -64,7 +64,7 @@ def test_truncated_weights_are_refused(folder):
         check_folder(folder)
 
 
-def test_every_shard_must_be_there(folder):
+def test_a_missing_shard_is_refused(folder):
     QFormerCaptioner.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
     assert check_folder(folder) is None
     next(folder.glob("model-00002-of-*")).unlink()
@@ -72,7 +72,7 @@ def test_every_shard_must_be_there(folder):
         check_folder(folder)
 
 
-def test_a_backbone_that_only_this_machine_has_is_refused(tmp_path):
+def test_a_reference_to_a_local_backbone_is_refused(tmp_path):
     vision, language = tiny.save_vision(tmp_path / "vision"), tiny.save_language(tmp_path / "language")
     model = QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER)
     model.save_pretrained(tmp_path / "captioner")
@@ -85,7 +85,7 @@ def test_a_backbone_that_only_this_machine_has_is_refused(tmp_path):
     assert str(tmp_path) not in json.dumps(config)
 
 
-def test_only_what_belongs_to_a_captioner_is_published(folder):
+def test_only_the_files_of_a_captioner_are_published(folder):
     files = set(collect_files(folder, "a/b"))
     for name in (
         "optimizer.pt",
@@ -101,27 +101,27 @@ def test_only_what_belongs_to_a_captioner_is_published(folder):
     assert {"model.safetensors", "modeling_qformer.py", "processor_config.json", "README.md"} <= files
 
 
-def test_files_are_published_as_they_are(folder):
+def test_files_are_published_unchanged(folder):
     files = collect_files(folder, "a/b")
     assert load_file(files["model.safetensors"]).keys() == load_file(folder / "model.safetensors").keys()
     for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
         assert json.loads(files[name]) == json.loads((folder / name).read_text())
 
 
-def test_the_command_ends_in_one_sentence(monkeypatch, tmp_path):
+def test_a_missing_folder_ends_the_command_with_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["qformer-captioner", "push", str(tmp_path / "nothing"), "me/captioner"])
     with pytest.raises(SystemExit, match=f"^error: The folder '{tmp_path / 'nothing'}' does not exist.$"):
         cli.main()
 
 
-def test_what_cannot_be_read_is_one_line(monkeypatch, tmp_path):
+def test_an_unreadable_file_ends_the_command_with_one_line(monkeypatch, tmp_path):
     (tmp_path / "config.json").mkdir()
     monkeypatch.setattr(sys, "argv", ["qformer-captioner", "push", str(tmp_path), "me/captioner"])
     with pytest.raises(SystemExit, match="^error: [^\n]*config.json"):
         cli.main()
 
 
-def test_the_command_explains_itself(monkeypatch, capsys):
+def test_help_shows_an_example(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["qformer-captioner", "push", "--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -135,7 +135,7 @@ def test_the_command_explains_itself(monkeypatch, capsys):
         ({"include_backbones": "false"}, "leaves out backbones that only this machine has"),
     ],
 )
-def test_a_run_that_could_not_be_published_is_refused_before_it_starts(tmp_path, options, message):
+def test_a_run_that_could_not_be_published_does_not_start(tmp_path, options, message):
     options = {
         "dataset_name": "scenes",
         "max_train_samples": 4,
@@ -171,7 +171,7 @@ def test_a_run_that_could_not_be_published_is_refused_before_it_starts(tmp_path,
         ("modeling_qformer.py", None, "nobody could caption with it"),
     ],
 )
-def test_a_damaged_folder_ends_in_one_sentence(folder, file, content, message, monkeypatch):
+def test_a_damaged_folder_gets_one_sentence(folder, file, content, message, monkeypatch):
     monkeypatch.setattr(push, "open_repository", lambda repo_id, *_: repo_id)
     monkeypatch.setattr(push, "_commit", lambda *_: pytest.fail("published"))
     (folder / file).unlink(missing_ok=True)
@@ -181,7 +181,7 @@ def test_a_damaged_folder_ends_in_one_sentence(folder, file, content, message, m
         push.publish(folder, "me/captioner", license="mit")
 
 
-def test_parts_of_no_name_and_an_adapter_on_itself_end_in_one_sentence(folder):
+def test_unknown_backbones_and_an_adapter_on_itself_get_one_sentence(folder):
     config = json.loads((folder / "config.json").read_text())
     for referenced in (["evil"], 7):
         (folder / "config.json").write_text(json.dumps(config | {"referenced_backbones": referenced}))
@@ -194,17 +194,17 @@ def test_parts_of_no_name_and_an_adapter_on_itself_end_in_one_sentence(folder):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Error while uploading 'model.safetensors' to the Hub."), OSError("x")])
-def test_a_large_file_that_does_not_arrive_is_tried_again_and_one_sentence(error, monkeypatch):
-    """huggingface_hub raises a `RuntimeError` for it."""
+def test_a_failed_upload_is_repeated_and_then_reported(error, monkeypatch):
+    """huggingface_hub raises a `RuntimeError` if a large file does not arrive."""
     monkeypatch.setattr(push, "RETRY_DELAYS", (0, 0))
-    tried = []
+    attempts = []
 
     def request():
-        tried.append(1)
+        attempts.append(1)
         raise error
 
     with pytest.raises(
         InputError, match=f"'me/captioner' could not be published .{error}.; its branch has not changed"
     ):
         push._call_hub(request, "me/captioner")
-    assert len(tried) == 3
+    assert len(attempts) == 3
