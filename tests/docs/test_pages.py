@@ -174,8 +174,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_blocks_run(page, server, tmp_path, request):
-    if page.name in ("convert.md", "evaluation.md"):
-        pytest.skip("waits for changes to from_backbones and metrics/spaces")
+    if page.name == "convert.md":
+        pytest.skip("waits for from_backbones")
     blocks = [block for block in code_blocks(page.read_text()) if block.language in RUNNABLE and not block.not_run]
     if not blocks:
         return
