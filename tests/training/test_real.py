@@ -1,4 +1,4 @@
-"""Real photographs, a real vision encoder and a real tokenizer, where they are at hand."""
+"""A run on real photographs with a real vision encoder and a real tokenizer, where they are available."""
 
 import json
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(shared, tmp_path_factory):
-    """`train_hf.py` for a few steps: DINOv2-small (real) and a small GPT-2 (random weights, real tokenizer), frozen."""
+    """Train a few steps between two frozen backbones: DINOv2-small and a small GPT-2 with random weights."""
     folder = tmp_path_factory.mktemp("real")
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "gpt2")
     tokenizer.save_pretrained(folder / "gpt2")
@@ -38,18 +38,18 @@ def run(shared, tmp_path_factory):
     return folder / "run"
 
 
-def test_the_data_sets_own_split_column_is_used(run):
+def test_the_split_column_of_the_data_set_is_used(run):
     captions = [json.loads(line) for line in (run / "captions.jsonl").read_text().splitlines()]
     assert [len(row["references"]) for row in captions] == [5] * 4
 
 
-def test_checkpoints_hold_only_what_trains(run):
+def test_checkpoints_hold_trainable_weights_only(run):
     checkpoint = next(run.glob("checkpoint-*")) / "model.safetensors"
     trained = QFormerCaptioner.from_pretrained(run).num_parameters(only_trainable=True)
     assert checkpoint.stat().st_size < 4 * trained + 20_000
 
 
-def test_the_final_folder_includes_backbones_that_came_from_folders(run):
+def test_the_final_folder_stores_backbones_that_came_from_folders(run):
     config = json.loads((run / "config.json").read_text())
     assert config["referenced_backbones"] == []
     assert config["freeze_vision_model"] and config["freeze_language_model"]

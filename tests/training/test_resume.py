@@ -1,4 +1,4 @@
-"""Runs that are killed and go on, and runs of several processes: they end where an unbroken one of one process ends."""
+"""Killed runs that resume and runs of several processes end with the weights of an unbroken run of one process."""
 
 import json
 import os
@@ -17,13 +17,15 @@ from ..conftest import ROOT
 from ..fixtures import tiny
 from ..fixtures.processes import command_line, kill
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in another number of threads round differently
+pytestmark = pytest.mark.slow
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the order of a sum, and so its rounding, depends on it
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory):
-    """A folder with a vision encoder, a language model, pictures with captions, and the pictures' features."""
+    """Return a folder with a vision encoder, a language model, captioned pictures, and the features of the pictures."""
     folder = tmp_path_factory.mktemp("backbones")
     tiny.save_vision(folder / "vision")
     tiny.save_language(folder / "llama", max_position_embeddings=256)
@@ -42,8 +44,8 @@ def backbones(tmp_path_factory):
     return folder
 
 
-def command(folder, output_dir, batch_size: int = 4, **more) -> list[str]:
-    """Two epochs of six steps, with everything in it that draws random numbers but dropout."""
+def command(folder, output_dir, batch_size: int = 4, **changes) -> list[str]:
+    """Return the command line of two epochs of six steps, with every source of random numbers except dropout."""
     values = {
         "vision_model_name_or_path": folder / "vision",
         "language_model_name_or_path": folder / "llama",
@@ -65,7 +67,7 @@ def command(folder, output_dir, batch_size: int = 4, **more) -> list[str]:
         "generation_max_length": 6,
         "use_cpu": "true",
         "disable_tqdm": "true",
-    } | more
+    } | changes
     return command_line(**values)
 
 
@@ -83,19 +85,19 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_one(backbones, tmp_path, variant):
-    more = dict(VARIANTS[variant])
+def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_one(backbones, tmp_path, variant):
+    changes = dict(VARIANTS[variant])
     if variant == "features":
-        more["features"] = backbones / "features"
+        changes["features"] = backbones / "features"
     launcher = TWO if variant == "two processes" else []
 
     def run(name: str) -> list[str]:
-        return [sys.executable, *launcher, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / name, **more)]
+        return [sys.executable, *launcher, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / name, **changes)]
 
     if launcher:
         subprocess.run(run("unbroken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
     else:
-        train_hf.train(command(backbones, tmp_path / "unbroken", **more))
+        train_hf.train(command(backbones, tmp_path / "unbroken", **changes))
     process = subprocess.Popen(run("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     while not list((tmp_path / "broken").glob("checkpoint-*")):
         assert process.poll() is None, "the run ended before it was killed"
@@ -113,9 +115,9 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_weights_of_an_unbroken_on
 def test_two_processes_log_the_losses_of_one(backbones, tmp_path):
     train_hf.train(command(backbones, tmp_path / "one", batch_size=4))
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
-    words = [sys.executable, *launch, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "two", batch_size=2)]
-    done = subprocess.run(words, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("Trained in") == 1, "one process speaks"
+    run = [sys.executable, *launch, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "two", batch_size=2)]
+    done = subprocess.run(run, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("Trained in") == 1, "only the main process reports"
     for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
         one, two = (
             [
@@ -129,9 +131,9 @@ def test_two_processes_log_the_losses_of_one(backbones, tmp_path):
         torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=1e-5)
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(backbones, tmp_path, log):
-    words = command(backbones, tmp_path / "run", max_steps=4)
-    train_hf.train(words)
+def test_an_incomplete_checkpoint_is_skipped(backbones, tmp_path, log):
+    argv = command(backbones, tmp_path / "run", max_steps=4)
+    train_hf.train(argv)
     (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").write_text('{"best_met')
-    train_hf.train([*words, "--max_steps", "6"])
+    train_hf.train([*argv, "--max_steps", "6"])
     assert any(message.startswith("Resuming from") and "checkpoint-2" in message for message in log.messages)

@@ -1,4 +1,4 @@
-"""What the Trainer was taught: moving average, learning rates per part, recomputed activations, what it logs."""
+"""The Trainer of captioners: EMA, evaluation, learning rates of parts, activation checkpointing and its log."""
 
 import pytest
 import torch
@@ -14,62 +14,63 @@ from ..fixtures import tiny
 
 
 def arguments(tmp_path, **options) -> CaptionTrainingArguments:
-    never = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
-    return CaptionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **never, **options)
+    """Return training arguments without evaluation and checkpoints."""
+    defaults = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    return CaptionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **defaults, **options)
 
 
-# --- Moving average ---------------------------------------------------------------------------------------------------
+# --- EMA --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_average_follows_the_weights_as_the_formula_says(tmp_path):
+def test_the_ema_follows_its_formula(tmp_path):
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    average = EMACallback(model, decay=0.9)
+    ema = EMACallback(model, decay=0.9)
     expected = model.weight.detach().clone()
     state, control = TrainerState(), TrainerControl()
     for step in range(1, 101):
         with torch.no_grad():
             model.weight.normal_()
         state.global_step = step
-        average.on_step_end(arguments(tmp_path), state, control)
+        ema.on_step_end(arguments(tmp_path), state, control)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
-    assert list(average.averages) == ["weight"], "what is frozen has no average"
-    torch.testing.assert_close(average.averages["weight"], expected)
+    assert list(ema.averages) == ["weight"], "frozen weights have no average"
+    torch.testing.assert_close(ema.averages["weight"], expected)
 
 
-def test_evaluation_sees_the_average_and_training_its_own_weights_again():
+def test_the_averages_are_in_the_model_inside_the_with_block_only():
     model = torch.nn.Linear(3, 2)
-    average = EMACallback(model, decay=0.9)
+    ema = EMACallback(model, decay=0.9)
     before = model.weight.detach().clone()
-    average.averages["weight"].fill_(7)
-    with average.averaged_weights():
+    ema.averages["weight"].fill_(7)
+    with ema.averaged_weights():
         assert (model.weight == 7).all()
     assert torch.equal(model.weight, before)
 
 
-def test_a_saved_average_comes_back(tmp_path):
+def test_saved_averages_are_loaded(tmp_path):
     model = torch.nn.Linear(3, 2)
-    average, other = EMACallback(model, decay=0.9), EMACallback(model, decay=0.9)
-    average.averages["weight"].fill_(7)
-    average.save(tmp_path)
+    ema, other = EMACallback(model, decay=0.9), EMACallback(model, decay=0.9)
+    ema.averages["weight"].fill_(7)
+    ema.save(tmp_path)
     other.load(tmp_path)
     assert (other.averages["weight"] == 7).all()
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 99.0])
-def test_a_decay_outside_of_0_to_1_is_an_error(decay):
+def test_a_decay_that_is_not_between_0_and_1_is_an_error(decay):
     with pytest.raises(ValueError, match=f"--ema_decay must lie between 0 and 1, not {decay}"):
         EMACallback(torch.nn.Linear(1, 1), decay)
 
 
-def test_after_training_evaluation_sees_the_average_too(tmp_path):
-    """The average stays in the model, and is not exchanged for the last weights any more."""
+def test_the_averages_stay_in_the_model_after_training():
+    """An evaluation after training must not exchange them for the last weights."""
     model = torch.nn.Linear(3, 2)
-    average = EMACallback(model, decay=0.9)
-    average.averages["weight"].fill_(7)
-    average.copy_to_model()
-    with average.averaged_weights():
+    ema = EMACallback(model, decay=0.9)
+    ema.averages["weight"].fill_(7)
+    ema.copy_to_model()
+    with ema.averaged_weights():
         assert (model.weight == 7).all()
     assert (model.weight == 7).all()
 
@@ -78,7 +79,7 @@ def test_after_training_evaluation_sees_the_average_too(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["dataloader_persistent_workers", "dataloader_drop_last"])
-def test_evaluation_reads_the_rows_it_is_given_and_all_of_them(tmp_path, option):
+def test_evaluation_reads_all_rows_of_the_data_set_that_is_passed(tmp_path, option):
     args = arguments(tmp_path, **{option: True}, dataloader_num_workers=1, per_device_eval_batch_size=2)
     trainer = CaptionTrainer(
         model=tiny.captioner(), args=args, score=None, train_dataset=[], eval_dataset=[1, 2, 3], data_collator=list
@@ -91,7 +92,7 @@ def test_evaluation_reads_the_rows_it_is_given_and_all_of_them(tmp_path, option)
 # --- Learning rates ---------------------------------------------------------------------------------------------------
 
 
-def test_parts_have_their_learning_rates_and_biases_and_norms_no_weight_decay(tmp_path):
+def test_parts_have_their_learning_rates_and_no_weight_decay_on_biases_and_norms(tmp_path):
     model = tiny.captioner()
     args = arguments(
         tmp_path,
@@ -106,7 +107,7 @@ def test_parts_have_their_learning_rates_and_biases_and_norms_no_weight_decay(tm
     seen = {}
     for group in groups:
         for parameter in group["params"]:
-            assert parameter not in seen, "in two groups"
+            assert parameter not in seen, "the parameter is in two groups"
             seen[parameter] = (group["lr"], group["weight_decay"])
     rates = {"vision_model": 0.3, "language_model": 0.2, "qformer": 0.1, "language_projection": 0.5}
     for name, parameter in model.named_parameters():
@@ -118,11 +119,11 @@ def test_parts_have_their_learning_rates_and_biases_and_norms_no_weight_decay(tm
 
 
 @pytest.mark.parametrize("language", tiny.TEXT)
-def test_recomputed_activations_change_neither_loss_nor_gradients_of_a_frozen_language_model(language):
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(language):
     model = tiny.captioner(language=language)
     model.vision_model.requires_grad_(False)
     model.language_model.requires_grad_(False)
-    if language in ("opt", "bart"):  # whose layers drop out by themselves
+    if language in ("opt", "bart"):  # layers that read their own dropout rate
         for layer in model.language_model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 setattr(layer, {"opt": "dropout", "bart": "activation_dropout"}[language], 0.5)
@@ -141,7 +142,7 @@ def test_recomputed_activations_change_neither_loss_nor_gradients_of_a_frozen_la
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
 
 
-def test_layers_of_a_frozen_language_model_are_run_again_for_their_activations():
+def test_layers_of_a_frozen_language_model_are_recomputed_in_the_backward_pass():
     model = tiny.captioner()
     model.language_model.requires_grad_(False)
     model.activation_checkpointing_enable()
@@ -154,10 +155,10 @@ def test_layers_of_a_frozen_language_model_are_run_again_for_their_activations()
     assert len(calls) == 2
 
 
-# --- What is logged ---------------------------------------------------------------------------------------------------
+# --- Log --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_of_an_epoch_is_the_mean_of_what_was_logged_in_it():
+def test_the_loss_of_an_epoch_is_the_mean_of_its_logged_losses():
     history = [{"step": step, "epoch": step / 4, "loss": float(step)} for step in range(1, 9)]
     history.insert(4, {"step": 4, "epoch": 1.0, "eval_loss": 100.0})
     assert mean_of_epochs(history) == [(2.5, 2.5), (6.5, 6.5)]
