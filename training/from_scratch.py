@@ -1,4 +1,4 @@
-"""A captioner with nothing pretrained: the backbones from their configurations, the tokenizer from the captions."""
+"""Captioner without anything pretrained: backbones from their configurations, a tokenizer from the captions."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,13 @@ from ..processing_qformer import QFormerCaptionerProcessor
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the most frequent words, spaces kept, so that decoding gives back the text.
+    """Return a word-level tokenizer of the most frequent words.
+
+    Tokens keep their spaces, so decoding restores the text.
+
+    Args:
+        captions: the texts to count words in.
+        vocab_size: largest number of tokens, special tokens included.
 
     Example:
 
@@ -24,8 +30,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 8192) -> PreTrain
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<eos>", "<unk>"]
-    tokenizer.train_from_iterator(captions, trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special))
+    special_tokens = ["<pad>", "<eos>", "<unk>"]
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special_tokens)
+    tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>", unk_token="<unk>"
     )
@@ -34,41 +41,55 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 8192) -> PreTrain
 def build_from_scratch(
     vision_config: dict, text_config: dict, qformer_config: dict, captions: Iterable[str], prompt: str = ""
 ) -> QFormerCaptioner:
-    """A captioner with random weights, all of them trainable, and its processor.
+    """Return a captioner with random weights, all of them trainable, and with its processor.
 
     Args:
-        vision_config, text_config: `model_type` and sizes of the backbones. The vocabulary, the special tokens and the
-            size of the images follow from the captions and the vision encoder.
+        vision_config: `model_type` and sizes of the vision encoder. Its `image_size` is that of the processor.
+        text_config: `model_type` and sizes of the language model. The tokenizer sets its vocabulary and special tokens.
         qformer_config: fields of [`QFormerConfig`].
-        captions: to make the tokenizer from.
-        prompt: as in [`QFormerCaptionerProcessor`].
+        captions: training captions, from which the tokenizer is made.
+        prompt: text between image and caption, as in [`QFormerCaptionerProcessor`].
 
     Raises:
-        TypeError, ValueError: for a field that the Q-Former does not have, an unknown `model_type`, or sizes that do
-            not fit together.
+        TypeError: if the Q-Former does not have one of the fields.
+        ValueError: if a `model_type` does not exist, or sizes do not fit together.
+
+    Example:
+
+    ```python
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = build_from_scratch(
+    ...     {"model_type": "vit", "image_size": 32, "patch_size": 8, **sizes},
+    ...     {"model_type": "llama", **sizes},
+    ...     {"num_query_tokens": 4, **sizes},
+    ...     ["a red circle", "a blue star"],
+    ... )
+    >>> model.qformer.query_tokens.shape
+    torch.Size([1, 4, 16])
+    ```
     """
     tokenizer = train_tokenizer(captions)
-    language = AutoConfig.for_model(
+    text = AutoConfig.for_model(
         **text_config,
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    if language.is_encoder_decoder:
-        language.decoder_start_token_id = tokenizer.pad_token_id
-    vision = AutoConfig.for_model(**vision_config)
-    model = QFormerCaptioner(
-        QFormerCaptionerConfig(
-            vision_config=vision, text_config=language, qformer_config=QFormerConfig.from_fields(**qformer_config)
-        )
+    if text.is_encoder_decoder:
+        text.decoder_start_token_id = tokenizer.pad_token_id
+    config = QFormerCaptionerConfig(
+        vision_config=AutoConfig.for_model(**vision_config),
+        text_config=text,
+        qformer_config=QFormerConfig.from_fields(**qformer_config),
     )
+    model = QFormerCaptioner(config)
     side = model.vision_model.config.image_size
+    # Mean 1 maps white to zero, so that an empty patch holds its position only.
+    image_processor = ViTImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3
+    )
     model.processor = QFormerCaptionerProcessor(
-        # White becomes zero: nothing to see, nothing in the patch but its place.
-        ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3),
-        tokenizer,
-        prompt=prompt,
-        is_encoder_decoder=language.is_encoder_decoder,
+        image_processor, tokenizer, prompt=prompt, is_encoder_decoder=text.is_encoder_decoder
     )
     return model

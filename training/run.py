@@ -15,7 +15,7 @@ from .training_arguments import CaptionTrainingArguments
 
 @dataclass
 class TrainingRun:
-    """What the steps of `train_hf.py` share.
+    """Options and state that the steps of a training run share.
 
     Args:
         model_args, data_args, run_args, training_args: the options.

@@ -47,10 +47,10 @@ logger = get_logger(__name__)
 class CaptionTrainer(Seq2SeqTrainer):
     """Trainer of a [`QFormerCaptioner`] on captioned images.
 
-    **Evaluation** logs the loss with the right images (`eval_loss`), the loss with the images shuffled among the rows
-    (`eval_loss_shuffled`), and the scores of generated captions with right and with shuffled images, such as
-    `eval_cider` and `eval_cider_shuffled`. The difference shows how much the captioner uses the image. The captions and
-    two plots are written to the output folder (`evaluation_files.py`).
+    **Evaluation** logs the loss (`eval_loss`) and the scores of generated captions, such as `eval_cider`. It logs both
+    again with the images shuffled among the rows: `eval_loss_shuffled`, `eval_cider_shuffled`. The difference shows how
+    much the captioner uses the image. The captions and two plots are written to the output folder
+    (`evaluation_files.py`).
 
     **Loss.** With `args.bag_of_words_loss_weight` the [`BagOfWordsLoss`] is added in training, and the logged training
     loss is the sum. Each line of the log also has images per second, and memory in GB: the peak of the GPU, or without
