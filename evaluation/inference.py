@@ -53,7 +53,9 @@ def caption_images(
     Example:
 
     ```python
-    >>> model = AutoModel.from_pretrained("outputs/my_captioner", trust_remote_code=True)  # doctest: +SKIP
+    >>> from qformer_captioner import QFormerCaptioner
+    >>> from qformer_captioner.evaluation.benchmarks import load_benchmark
+    >>> model = QFormerCaptioner.from_pretrained("outputs/my_captioner")  # doctest: +SKIP
     >>> benchmark = load_benchmark("flickr30k_karpathy_test")  # doctest: +SKIP
     >>> captions = caption_images(model, benchmark, "outputs/flickr30k", num_beams=5)  # doctest: +SKIP
     ```

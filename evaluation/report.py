@@ -34,6 +34,8 @@ def write_report(
     Example:
 
     ```python
+    >>> from qformer_captioner.evaluation.caption_files import ReferenceSet
+    >>> from qformer_captioner.evaluation.scoring import score_captions
     >>> references = ReferenceSet({1: ["a dog runs"], 2: ["a cat sleeps"]})
     >>> scored = score_captions({1: "a dog runs", 2: "a cat"}, references)
     >>> write_report("report.html", scored, {"predictions": "results.json"})  # doctest: +SKIP

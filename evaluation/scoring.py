@@ -132,6 +132,8 @@ def score_captions(
     Example:
 
     ```python
+    >>> from qformer_captioner.evaluation.caption_files import ReferenceSet
+    >>> from qformer_captioner.evaluation.scoring import score_captions
     >>> references = ReferenceSet({1: ["a dog runs"], 2: ["a cat sleeps"]})
     >>> scored = score_captions({1: "a dog runs", 2: "a cat"}, references)
     >>> round(scored.scores["rouge_l"], 3)

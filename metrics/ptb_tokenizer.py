@@ -383,6 +383,7 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
     Example:
 
     ```python
+    >>> from qformer_captioner.metrics import tokenize
     >>> tokenize(["A man's kitchen, well-lit.", "They aren't (yet)!"])
     [['a', 'man', "'s", 'kitchen', 'well-lit'], ['they', 'are', "n't", '-lrb-', 'yet', '-rrb-']]
     ```
