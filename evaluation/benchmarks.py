@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..data.captions import captions_of
 from ..data.columns import with_nested_columns
 from ..data.images import folder_of_images, image_keys, locate, open_cell
@@ -251,8 +251,8 @@ def read_domains(url: str) -> dict[str, str]:
             return {image["open_images_id"]: image["domain"] for image in json.load(file)["images"]}
     except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"The domains of the images cannot be read from {url!r} ({error}). Check the network, or score the "
-            "captions with --predictions and --references once you have that file."
+            f"The domains of the images cannot be read from {url!r} ({one_line(error, 200)}). Check the network, or "
+            "score the captions with --predictions and --references once you have that file."
         ) from error
 
 

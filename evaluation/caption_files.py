@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 
 ImageId = int | str
 ID_KEYS = ("image_id", "id", "file_name")
@@ -335,4 +335,4 @@ def _is_list_of_strings(value: object) -> bool:
 def _refuse(path: str | os.PathLike, offenders: Iterable, describe: Callable[..., str]) -> None:
     if offenders := list(offenders):
         count = f" ({len(offenders)} in all)" if len(offenders) > 1 else ""
-        raise InputError(f"In {str(path)!r}, {describe(offenders[0])}{count}.")
+        raise InputError(f"In {str(path)!r}, {one_line(describe(offenders[0]), 300)}{count}.")

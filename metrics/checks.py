@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 
 
 def check_predictions(predictions: Sequence[str], num_images: int | None = None, allow_empty: bool = False) -> None:
@@ -60,4 +60,4 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
 def _refuse(offenders: list[int], describe: Callable[[int], str]) -> None:
     if offenders:
         others = f", and {len(offenders) - 1} more are like it" if len(offenders) > 1 else ""
-        raise InputError(f"{describe(offenders[0])}{others}.")
+        raise InputError(f"{one_line(describe(offenders[0]), 300)}{others}.")

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..processing_qformer import ImageInput, open_image
 from .checks import check_predictions, check_references
 
@@ -54,6 +54,7 @@ def clip_scores(
     Example:
 
     ```python
+    >>> from qformer_captioner.metrics import clip_scores
     >>> clip_scores(["dog.jpg"], ["a dog runs"], [["a dog is running"]])  # doctest: +SKIP
     {'clip_score': 0.7616, 'ref_clip_score': 0.8227}
     ```
@@ -93,7 +94,7 @@ class _ClipEncoder:
         except OSError as error:
             raise InputError(
                 f"The CLIP model {str(name_or_path)!r} cannot be loaded. Check its name, and that the Hub can be "
-                f"reached or the model is in the cache ({str(error).splitlines()[0]})."
+                f"reached or the model is in the cache ({one_line(error, 200)})."
             ) from error
         self.batch_size, self.device = batch_size, device
 

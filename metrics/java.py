@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from .checks import check_predictions, check_references
 from .ptb_tokenizer import tokenize
 
@@ -42,6 +42,7 @@ def java_scores(
     Example:
 
     ```python
+    >>> from qformer_captioner.metrics import java_scores
     >>> java_scores(["a dog runs"], [["a dog is running"]], metrics=["meteor"])  # doctest: +SKIP
     {'meteor': 0.31239469345701887}
     ```
@@ -63,7 +64,8 @@ def java_scores(
                 score, score_of_images = scorer().compute_score(reference_lines, prediction_lines)
         except Exception as error:  # a failed Java program shows as a broken pipe, a missing file, a bad number ...
             hint = " It needs Java 8 or 11, and the network when it first runs." if metric == "spice" else ""
-            raise InputError(f"{metric} could not be computed: its Java program failed ({error}).{hint}") from error
+            message = f"{metric} could not be computed: its Java program failed ({one_line(error, 300)}).{hint}"
+            raise InputError(message) from error
         scores[metric] = float(score)
         image_scores[metric] = [float(each["All"]["f"] if metric == "spice" else each) for each in score_of_images]
     if per_image:
