@@ -1,0 +1,30 @@
+"""Evaluation sets out of the rows of a data set."""
+
+import datasets
+import pytest
+from PIL import ImageColor
+
+from qformer_captioner.data.images import folder_of_images
+from qformer_captioner.data.loading import load_rows
+from qformer_captioner.evaluation.benchmarks import load_evaluation_set
+
+from ..fixtures.captioned_files import COLOURS, write_csv, write_pictures
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with a picture of each colour in `pictures/`."""
+    return write_pictures(tmp_path)
+
+
+def test_rows_that_name_the_same_file_are_captions_of_one_image(tmp_path):
+    rows = {"image": ["a.png", "b.png", "a.png", "c.png", "a.png"], "caption": ["one", "two", "three", "four", "five"]}
+    found = load_evaluation_set(datasets.Dataset.from_dict(rows), "image", "caption", row_per_caption=True)
+    assert found.references.captions == {0: ["one", "three", "five"], 1: ["two"], 3: ["four"]}
+
+
+def test_rows_of_a_file_become_an_evaluation_set(folder):
+    name = write_csv(folder / "rows.csv")
+    rows = load_rows(name)["train"]
+    found = load_evaluation_set(rows, "image", "caption", image_folder=folder_of_images(name, rows))
+    assert [found.open(image).getpixel((0, 0)) for image in found.row_of] == list(map(ImageColor.getrgb, COLOURS))
