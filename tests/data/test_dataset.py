@@ -1,4 +1,4 @@
-"""From data set to batch: columns, splits, unreadable rows, shuffled images, tensors."""
+"""Data sets of captioned images: columns, skipped rows, augmentation, shuffled images, batches."""
 
 import json
 
@@ -21,7 +21,7 @@ COLOURS = ["red", "green", "blue", "yellow"]
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """Six pictures of one colour each, two captions each; the last two are the split "dev"."""
+    """Return a folder of six one-colour pictures with two captions each. The last two are the split "dev"."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     rows = []
@@ -35,12 +35,13 @@ def image_folder(tmp_path):
 
 
 def captioned(rows, caption_column="captions", augmentation=None, **columns):
+    """Return the data set of rows."""
     source = CaptionSource("train", rows, caption_column=caption_column, **columns)
     return CaptionDataset(source, SkippedRows(), augmentation)
 
 
 @pytest.mark.parametrize("column", ["image", "captions"])
-def test_an_unknown_column_lists_the_columns_there_are(image_folder, tmp_path, column):
+def test_a_missing_column_is_answered_with_the_existing_ones(image_folder, tmp_path, column):
     rows = load_splits(str(image_folder))[0].rename_column(column, "other")
     with pytest.raises(InputError, match=f"no column '{column}'; its columns are .*'other'"):
         captioned(rows)
@@ -51,7 +52,7 @@ def test_a_caption_column_may_hold_strings(image_folder, tmp_path):
     assert captioned(rows, "text")[0]["captions"] == ["all red"]
 
 
-def test_a_damaged_image_is_skipped_written_down_and_replaced_by_the_next(image_folder, tmp_path):
+def test_a_damaged_image_is_recorded_and_replaced_by_the_next(image_folder, tmp_path):
     (image_folder / "1.png").write_bytes((image_folder / "1.png").read_bytes()[:50])
     data = captioned(load_splits(str(image_folder))[0])
     assert data[1]["captions"] == ["all blue", "a blue wall"]
@@ -64,7 +65,7 @@ def test_a_damaged_image_is_skipped_written_down_and_replaced_by_the_next(image_
 
 
 @pytest.mark.parametrize("torn", ['{"split": "train", "ro', '{"split": "train", "row": 7}', "\x80", "7\n[]\nnull"])
-def test_a_line_that_a_kill_cut_off_costs_no_other_line(tmp_path, torn):
+def test_a_line_that_was_cut_off_does_not_affect_other_lines(tmp_path, torn):
     path = tmp_path / "skipped_rows.jsonl"
     whole = json.dumps({"split": "train", "row": 0, "file": "0.png", "reason": "damaged"})
     path.write_text(f"{whole}\n{torn}")
@@ -77,7 +78,7 @@ def test_a_line_that_a_kill_cut_off_costs_no_other_line(tmp_path, torn):
     assert len(path.read_text().splitlines()) == 4 + len(torn.splitlines())
 
 
-def test_a_damaged_image_is_written_down_once_however_often_it_is_looked_at(image_folder, tmp_path):
+def test_a_damaged_image_is_recorded_once_however_often_it_is_opened(image_folder, tmp_path):
     (image_folder / "1.png").write_bytes(b"no image")
     data = captioned(load_splits(str(image_folder))[0])
     data.skipped.write_to(tmp_path / "skipped_rows.jsonl")
@@ -86,14 +87,14 @@ def test_a_damaged_image_is_written_down_once_however_often_it_is_looked_at(imag
     assert len((tmp_path / "skipped_rows.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_missing_image_file_is_skipped_too(tmp_path):
+def test_a_missing_image_file_is_skipped(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
     rows = {"image": [str(tmp_path / "gone.png"), str(tmp_path / "there.png")], "captions": [["one"], ["two"]]}
     data = captioned(datasets.Dataset.from_dict(rows))
     assert data[0]["captions"] == ["two"]
 
 
-def test_rows_without_a_caption_are_left_out_and_written_down(image_folder, tmp_path):
+def test_rows_without_a_caption_are_left_out_and_recorded(image_folder, tmp_path):
     rows = load_splits(str(image_folder))[0].map(
         lambda row, index: {"captions": ["", " "] if index == 2 else row["captions"]}, with_indices=True
     )
@@ -110,7 +111,7 @@ def test_rows_of_one_image_become_one_row_with_all_its_captions(image_folder):
     assert (len(data), len(data.skipped)) == (4, 0)
 
 
-def test_images_of_a_folder_tell_which_rows_belong_together(image_folder):
+def test_rows_of_the_same_image_file_become_one_row(image_folder):
     rows = load_splits(str(image_folder))[0]
     rows = datasets.concatenate_datasets([rows, rows.select([1]).map(lambda row: {"captions": ["more"]})])
     assert captioned(rows, image_id_column="image").references()[1] == ["all green", "a green wall", "more"]
@@ -121,25 +122,25 @@ def test_rows_without_an_image_id_stay_alone(image_folder):
     assert captioned(rows, image_id_column="image_id").references() == captioned(rows).references()
 
 
-def test_readable_leaves_out_damaged_images_from_the_start(image_folder, tmp_path):
+def test_drop_unreadable_drops_rows_with_damaged_images(image_folder, tmp_path):
     (image_folder / "0.png").write_bytes(b"no image")
     data = captioned(load_splits(str(image_folder))[0]).drop_unreadable()
     assert len(data) == 3
     assert data.references()[0] == data[0]["captions"] == ["all green", "a green wall"]
 
 
-@pytest.mark.parametrize("smallest", [0.2, 0.9])
-def test_a_random_crop_keeps_at_least_its_share_of_the_image(smallest):
-    random = torch.Generator().manual_seed(0)
-    crops = [random_crop(Image.new("RGB", (100, 80)), smallest, random) for _ in range(50)]
+@pytest.mark.parametrize("min_scale", [0.2, 0.9])
+def test_a_random_crop_keeps_at_least_the_given_share_of_the_area(min_scale):
+    generator = torch.Generator().manual_seed(0)
+    crops = [random_crop(Image.new("RGB", (100, 80)), min_scale, generator) for _ in range(50)]
     areas = [crop.width * crop.height / 8000 for crop in crops]
-    assert smallest - 0.02 < min(areas) <= max(areas) <= 1
+    assert min_scale - 0.02 < min(areas) <= max(areas) <= 1
     assert len(set(areas)) > 10
     assert all(0.7 < crop.width / crop.height < 1.4 for crop in crops)
 
 
 def epochs(data: CaptionDataset, number: int = 30) -> list[dict]:
-    """The first row as so many epochs show it."""
+    """Return the first row as the first epochs show it."""
     rows = []
     for epoch in range(number):
         data.set_epoch(epoch)
@@ -157,19 +158,19 @@ def test_prompts_are_drawn(image_folder):
     assert {row["prompt"] for row in epochs(data)} == {"a photo of", "it shows"}
 
 
-def test_what_a_row_shows_follows_from_seed_epoch_and_row_alone(image_folder):
+def test_augmentation_depends_on_seed_epoch_and_row_alone(image_folder):
     rows = load_splits(str(image_folder))[0]
     first, second, other = (
         captioned(rows, augmentation=Augmentation(0.3, 0.5, 1, ["a", "b"], seed=seed)) for seed in (0, 0, 1)
     )
-    second[1], second[2]  # rows in between, or another process's, change nothing
+    second[1], second[2]  # reading other rows in between changes nothing
     assert [str(row) for row in epochs(first)] != [str(row) for row in epochs(other)]
     for row, again in zip(epochs(first), epochs(second), strict=True):
         assert row["image"].tobytes() == again["image"].tobytes()
         assert (row["captions"], row["prompt"]) == (again["captions"], again["prompt"])
 
 
-def test_data_loading_processes_that_stay_see_the_next_epoch(image_folder):
+def test_persistent_workers_see_the_next_epoch(image_folder):
     data = captioned(
         load_splits(str(image_folder))[0], augmentation=Augmentation(prompts=[str(n) for n in range(1000)])
     )
@@ -181,7 +182,7 @@ def test_data_loading_processes_that_stay_see_the_next_epoch(image_folder):
     assert drawn[0] != drawn[1]
 
 
-def test_flip_mirrors_some_of_the_images(image_folder):
+def test_some_images_are_mirrored(image_folder):
     image = Image.new("RGB", (20, 10))
     image.paste("red", (0, 0, 5, 10))
     image.save(image_folder / "0.png")
@@ -190,7 +191,7 @@ def test_flip_mirrors_some_of_the_images(image_folder):
     assert drawn == {((255, 0, 0), (20, 10)), ((0, 0, 0), (20, 10))}
 
 
-def test_a_row_without_an_image_is_skipped_and_written_down(image_folder):
+def test_a_row_without_an_image_is_skipped_and_recorded(image_folder):
     rows = load_splits(str(image_folder))[0]
     whole = [
         {"image": image, "captions": captions} for image, captions in zip(rows["image"], rows["captions"], strict=True)
@@ -198,11 +199,11 @@ def test_a_row_without_an_image_is_skipped_and_written_down(image_folder):
     features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
     rows = datasets.Dataset.from_list([whole[0] | {"image": None}, *whole[1:]], features=features)
     data = captioned(rows)
-    assert data[0]["image"].size == (20, 10)  # the next one's
+    assert data[0]["image"].size == (20, 10)  # the image of the next row
     assert data.skipped.pending == [{"split": "train", "row": 0, "file": None, "reason": "The row has no image."}]
 
 
-def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):
+def test_shuffled_images_give_every_row_the_image_of_another(image_folder, tmp_path):
     data = captioned(load_splits(str(image_folder))[0])
     shuffled = ShuffledImages(data)
     for own, other in ((data[row], shuffled[row]) for row in range(len(data))):
@@ -211,7 +212,7 @@ def test_shuffling_gives_every_row_another_rows_image(image_folder, tmp_path):
     assert sorted(shuffled.image_of.values()) == list(range(len(data)))
 
 
-def test_labels_are_caption_ids_end_of_sequence_then_padding(image_folder, tmp_path):
+def test_labels_are_token_ids_end_of_sequence_and_padding(image_folder, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = build_from_scratch(
         {"model_type": "vit", "image_size": 16, "patch_size": 8, **sizes},

@@ -1,7 +1,7 @@
-"""What strangers write: images, names of files, captions and tables that mean harm.
+"""Hostile input from strangers: images, file names, captions and tables.
 
-Each ends in a message (`OSError`, `InputError`) or a skipped row. None hangs, fills the memory, or is read from outside
-of its folder: there lies a red canary, and whoever is seen to have read it has been let out.
+Each ends in an error (`OSError`, `InputError`) or a skipped row. None makes the process hang or fills the memory. No
+file outside the folder is read: a red picture lies there, the canary, and no row may show it.
 """
 
 import io
@@ -33,17 +33,18 @@ CANARY = (255, 0, 0)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """One part of a PNG file."""
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png(width: int, height: int, pixels: bytes = b"\0" * 100, more: bytes = b"") -> bytes:
-    """A PNG file that says it is of this size, whatever pixels it has."""
+    """Return a PNG file whose header states this size, whatever pixels it has."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 def saved(kind: str, mode: str = "RGB", **options) -> bytes:
+    """Return the file of a picture in a format of Pillow."""
     file = io.BytesIO()
     tiny.picture(mode=mode).save(file, kind, **options)
     return file.getvalue()
@@ -86,10 +87,10 @@ IMAGES = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_hostile_image_is_refused_by_name_and_fills_no_memory(name, tmp_path):
+def test_a_hostile_image_is_refused_by_name_and_does_not_fill_the_memory(name, tmp_path):
     path = tmp_path / "holiday.jpg"
     path.write_bytes(IMAGES[name])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, the most so far
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # peak so far, in kilobytes
     with pytest.raises(OSError, match=r"The image '.*holiday.jpg' cannot be read"):
         open_image(path)
     with pytest.raises(OSError, match=r"The image 'holiday.jpg' cannot be read"):
@@ -108,11 +109,11 @@ def test_a_hostile_image_is_refused_by_name_and_fills_no_memory(name, tmp_path):
         pytest.param(png(8, 8, b"\0" * 72, chunk(b"eXIf", b"MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 3000)), id="bad EXIF"),
     ],
 )
-def test_an_odd_image_is_an_image(content):
+def test_an_unusual_image_is_read(content):
     assert open_image(content).mode == "RGB"
 
 
-def test_a_pipe_a_folder_and_a_circle_of_links_are_no_images_and_nobody_waits(tmp_path):
+def test_pipes_folders_and_circular_links_are_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
@@ -128,7 +129,7 @@ def test_a_pipe_a_folder_and_a_circle_of_links_are_no_images_and_nobody_waits(tm
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with an image `good.png`, beside it the canary, to which two links lead."""
+    """Return a folder with an image `good.png`. Two links in it lead to the canary beside it."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Image.new("RGB", (8, 8), CANARY).save(tmp_path / "canary.png")
     folder = tmp_path / "stranger"
@@ -142,7 +143,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def readable_rows(name: Path, streaming: bool = False) -> tuple[list[dict], list[dict]]:
-    """The rows that can be read and the entries of those that are skipped, as training sees them."""
+    """Return the readable rows and the entries of the skipped ones, as training sees them."""
     train, _ = load_splits(str(name), streaming=streaming)
     image, caption = ("png", "txt") if name.suffix == ".tar" else ("image", "caption")
     skipped, images = SkippedRows(), folder_of_images(str(name), train)
@@ -191,12 +192,12 @@ def test_a_row_cannot_name_a_file_outside_its_folder(name, streaming, folder):
 
 
 @pytest.mark.parametrize("name", ["a link", "a link to a folder", "a pipe", "a circle of links"])
-def test_nor_can_the_metadata_of_a_folder_of_images(name, folder):
+def test_metadata_of_a_folder_cannot_name_a_file_outside_it(name, folder):
     rows = [{"file_name": each, "caption": "a picture"} for each in (NAMES[name], "good.png")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     try:
         found, skipped = readable_rows(folder)
-    except InputError as error:  # the library does not even list it
+    except InputError as error:  # `datasets` does not list the file
         assert "cannot be loaded" in str(error)
     else:
         assert [row["image"].tobytes() for row in found] == [tiny.picture().tobytes()]
@@ -236,7 +237,7 @@ def write_tar(path: Path, *members: tuple) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
-def test_members_of_an_archive_are_written_nowhere(streaming, folder):
+def test_members_of_an_archive_are_not_written_to_disk(streaming, folder):
     outside = folder.parent / "written.png"
     for number, name in enumerate(("../written", str(outside.with_suffix("")))):
         write_tar(folder / f"{number}.tar", (f"{name}.png", GOOD), (f"{name}.txt", b"a"))
@@ -247,7 +248,7 @@ def test_members_of_an_archive_are_written_nowhere(streaming, folder):
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE], ids=["link", "hard link", "device"]
 )
-def test_links_in_an_archive_lead_nowhere(kind, folder):
+def test_links_in_an_archive_are_not_followed(kind, folder):
     link = ("a.png", b"", kind, str(folder.parent / "canary.png"))
     write_tar(folder / "rows.tar", ("b.png", GOOD), ("b.txt", b"b"), link, ("a.txt", b"a"))
     try:
@@ -292,12 +293,12 @@ def test_a_caption_is_plain_text(name):
 
 
 @pytest.mark.parametrize("name", NO_CAPTIONS)
-def test_what_is_no_text_is_no_caption(name):
+def test_a_value_that_is_not_text_is_not_a_caption(name):
     assert captions_of(NO_CAPTIONS[name]) == captions_of([NO_CAPTIONS[name]]) == []
 
 
 @pytest.mark.parametrize("name", ["tiny", "t5", "gpt2"])
-def test_a_caption_cannot_speak_in_special_tokens(name, shared):
+def test_a_caption_cannot_contain_special_tokens(name, shared):
     processor = tiny.processor(is_encoder_decoder=name == "t5")
     if name != "tiny":
         processor.tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
@@ -311,7 +312,7 @@ def test_a_caption_cannot_speak_in_special_tokens(name, shared):
         assert not special & set(words)
 
 
-def test_a_caption_without_any_token_is_a_batch_all_the_same(shared):
+def test_a_caption_without_tokens_can_be_in_a_batch(shared):
     processor = tiny.processor(is_encoder_decoder=True)
     processor.tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "t5")
     rows = [{"image": tiny.picture(), "captions": ["\x01\x02"]}, {"image": tiny.picture(), "captions": ["a dog"]}]

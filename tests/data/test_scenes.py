@@ -1,4 +1,4 @@
-"""Scenes: the drawn data set and the judge of its captions. Each test states one property."""
+"""Scenes: the drawn data set, and the judge of its captions."""
 
 import hashlib
 import io
@@ -31,13 +31,14 @@ OTHER_SIZE = {"small": "large", "large": "small"}
 
 
 def captioned(scenes=SCENES):
+    """Return pairs of a caption and its scene."""
     return [
         (caption, scene) for i, scene in enumerate(scenes) for caption in write_scene_captions(scene, random.Random(i))
     ]
 
 
 def replaced(caption, table):
-    """The caption with each word looked up in `table`; `None` where it has none of them."""
+    """Return the caption with the words of `table` replaced, or `None` if it has no such word."""
     words = caption.replace(",", "").replace(":", "").split()
     return " ".join(table.get(word, word) for word in words) if set(words) & set(table) else None
 
@@ -77,7 +78,7 @@ def test_one_wrong_shape_is_wrong():
 
 
 @pytest.mark.parametrize("table", [DIRECTIONS, OTHER_SIZE])
-def test_swapped_relations_or_sizes_are_wrong_and_said_so(table):
+def test_swapped_relations_or_sizes_are_wrong_and_named(table):
     kind = "relation" if "left" in table else "size"
     tried = 0
     for caption, scene in captioned():
@@ -103,7 +104,7 @@ def test_naming_an_object_twice_is_wrong():
     assert not judge("a red star left of a red star", PAIR).right
 
 
-def test_naming_too_little_is_right_but_not_complete():
+def test_leaving_out_an_object_is_right_but_not_complete():
     verdict = judge("a picture of a red star", PAIR)
     assert verdict.right and not verdict.complete
 
