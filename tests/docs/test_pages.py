@@ -29,9 +29,7 @@ from ..conftest import ROOT
 from ..fixtures import tiny
 from ..fixtures.fork_server import ForkServer
 from ..fixtures.hub_server import Hub, files_of
-from ..fixtures.markdown import code_blocks
-
-pytestmark = pytest.mark.slow
+from ..fixtures.markdown import Block, code_blocks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = ("bash", "python")
@@ -44,6 +42,10 @@ FIRST_TRAINING = "qformer-captioner train --recipe own_images --dataset_name pho
 
 def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def blocks_to_run(page: Path) -> list[Block]:
+    return [block for block in code_blocks(page.read_text()) if block.language in RUNNABLE and not block.not_run]
 
 
 # --- Stand-ins --------------------------------------------------------------------------------------------------------
@@ -159,8 +161,10 @@ def test_the_index_lists_every_page():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_blocks_have_a_known_language(page):
-    for block in code_blocks(page.read_text()):
+def test_every_block_is_found_and_has_a_known_language(page):
+    blocks = code_blocks(page.read_text())
+    assert 2 * len(blocks) == page.read_text().count("```")
+    for block in blocks:
         assert block.language in RUNNABLE + DATA_LANGUAGES, f"{page_id(page)}:{block.line}"
 
 
@@ -172,17 +176,15 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file.read_text()), f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", filter(blocks_to_run, PAGES), ids=page_id)
 def test_blocks_run(page, server, tmp_path, request):
     if page.name == "convert.md":
         pytest.skip("waits for from_backbones")
-    blocks = [block for block in code_blocks(page.read_text()) if block.language in RUNNABLE and not block.not_run]
-    if not blocks:
-        return
     if page.name in AFTER_TRAINING:
         shutil.copytree(request.getfixturevalue("trained"), tmp_path, symlinks=True, dirs_exist_ok=True)
     else:
         make_files(tmp_path)
-    for block in blocks:
+    for block in blocks_to_run(page):
         done = server.run(block.language, block.source, tmp_path)
         assert done.returncode == 0, f"{page_id(page)}:{block.line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
