@@ -305,7 +305,7 @@ def test_every_recipe_describes_itself_and_has_existing_options(name):
         assert header.startswith("Data alone: ")
     else:
         assert all(word in header for word in ("Data: ", "Hardware: ", "Time: "))
-        assert "(estimated, not measured)" in header or "(measured, see the README)" in header
+        assert "(estimated, not measured)" in header or "(measured, see docs/results.md)" in header
     model, data, *_ = train_hf.parse_options(["--recipe", name, "--use_cpu"])
     assert data.dataset_name
     if name not in DATA:
