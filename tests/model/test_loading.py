@@ -1,7 +1,7 @@
 """Every way to open a captioner. Each test states one property.
 
-Two fresh processes do what this one cannot: one has this package and trusts nobody's code, the other has no package and
-no network (`WITH_PACKAGE`, `WITHOUT_PACKAGE`). Their findings are fixtures, an entry per check.
+Two fresh processes check what this one cannot. `WITH_PACKAGE` has the package and executes no code of a folder.
+`WITHOUT_PACKAGE` has neither the package nor a network. Their results are fixtures with one entry for each check.
 """
 
 import json
@@ -22,9 +22,9 @@ from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
 from ..fixtures import tiny
 
 ROOT = Path(__file__).parents[2]
-FORMS = ["referenced", "included", "adapter"]  # backbones by name, backbones beside it, LoRA adapter on the first
+FORMS = ["referenced", "included", "adapter"]  # backbones by reference, self-contained, LoRA adapter on "referenced"
 PARTS = ["vision_model", "qformer", "language_projection", "language_model"]
-COMMIT, EARLIER = "a" * 40, "b" * 40  # of everything in the cache that is made here; of an adapter alone
+COMMIT, EARLIER = "a" * 40, "b" * 40  # the commit of everything in the cache, and an earlier one of the adapter
 DECODING = dict(max_new_tokens=6, min_new_tokens=6, no_repeat_ngram_size=1)
 
 BEGINNING = """
@@ -55,7 +55,7 @@ WITH_PACKAGE = (
 sys.path.insert(0, sys.argv[3])
 if sys.argv[4] == "transformers first":
     from transformers import AutoConfig, AutoProcessor
-import tests.conftest  # maps the checkout, where it is not installed
+import tests.conftest  # makes the checkout importable if it is not installed
 import qformer_captioner
 
 findings["imports lightly"] = sys.argv[4] == "transformers first" or "transformers" not in sys.modules
@@ -150,18 +150,18 @@ print(json.dumps(findings))
 pytestmark = pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`:UserWarning")
 
 
-def run(program: str, *words, **environment) -> dict:
-    """What a fresh process finds out."""
+def run(program: str, *arguments, **environment) -> dict:
+    """Run a program in a fresh process and return the JSON of its last line."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)], env=own | environment, capture_output=True, text=True
+        [sys.executable, "-c", program, *map(str, arguments)], env=own | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def adapter_of(model: QFormerCaptioner):
-    """A LoRA adapter that has learnt something, and a Q-Former that has, too."""
+    """Return a LoRA adapter with a changed Q-Former, as if both had been trained."""
     layers = LoraConfig(
         r=2, target_modules=r"language_model\..*\.(q|v)_proj", modules_to_save=["qformer", "language_projection"]
     )
@@ -176,7 +176,7 @@ def adapter_of(model: QFormerCaptioner):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Folders of all `FORMS`, a picture, and a Hub cache that holds the same under `tester/`."""
+    """Folder with all `FORMS`, an image, and a Hub cache that holds the same captioners under `tester/`."""
     folder = tmp_path_factory.mktemp("captioners")
     vision, language = tiny.save_vision(folder / "vision"), tiny.save_language(folder / "language")
 
@@ -212,15 +212,15 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder) -> dict[str, str]:
-    """The caption of the picture in each form."""
+    """Map each form to the caption of the image."""
     return {
         form: AutoModel.from_pretrained(folder / form).caption(str(folder / "picture.png"), **DECODING)
         for form in FORMS
     }
 
 
-def test_the_adapter_says_something_else(expected):
-    """Or its tests could not fail."""
+def test_the_adapter_changes_the_caption(expected):
+    """Otherwise the tests of the adapter could not fail."""
     assert expected["included"] == expected["referenced"] != expected["adapter"]
 
 
@@ -229,18 +229,21 @@ def test_the_adapter_says_something_else(expected):
 
 @pytest.fixture(scope="module", params=["transformers first", "package first"])
 def with_package(request, folder) -> dict:
-    asked = json.dumps({"decoding": DECODING, "forms": FORMS, "earlier": EARLIER})
-    home = dict(HF_HOME=str(folder / "empty"))  # and no word of being offline
+    """Results of a fresh process that has the package."""
+    options = json.dumps({"decoding": DECODING, "forms": FORMS, "earlier": EARLIER})
+    home = dict(HF_HOME=str(folder / "empty"))  # without HF_HUB_OFFLINE
     if request.param == "package first":
         home = dict(HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
-    return run(WITH_PACKAGE, folder, asked, ROOT, request.param, **home)
+    return run(WITH_PACKAGE, folder, options, ROOT, request.param, **home)
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_transformers(with_package):
     assert with_package["imports lightly"]
 
 
-def test_our_own_classes_open_folders_without_trust_in_their_code(with_package):
+@pytest.mark.slow
+def test_the_installed_classes_open_folders_without_executing_their_code(with_package):
     assert with_package["classes"] == [
         "qformer_captioner.configuration_qformer",
         "qformer_captioner.modeling_qformer",
@@ -249,15 +252,17 @@ def test_our_own_classes_open_folders_without_trust_in_their_code(with_package):
     assert with_package["remote_copies"] == []
 
 
-def test_a_revision_of_an_adapter_is_none_of_its_captioner(with_package, expected):
+@pytest.mark.slow
+def test_a_revision_selects_the_adapter_and_not_its_captioner(with_package, expected):
     assert with_package["a_revision_of_an_adapter"] in (None, expected["adapter"])
 
 
+@pytest.mark.slow
 def test_folders_open_without_a_network(with_package, expected):
     assert with_package["captions"] == [expected[form] for form in FORMS]
 
 
-def test_a_q_former_by_itself_opens_too(tmp_path):
+def test_a_q_former_without_a_captioner_opens(tmp_path):
     qformer = QFormerModel(QFormerConfig(**tiny.QFORMER, encoder_hidden_size=8)).eval()
     qformer.save_pretrained(tmp_path)
     opened, features = AutoModel.from_pretrained(tmp_path), torch.randn(2, 5, 8)
@@ -270,10 +275,12 @@ def test_a_q_former_by_itself_opens_too(tmp_path):
 
 @pytest.fixture(scope="module")
 def without_package(folder) -> dict:
-    asked = json.dumps({"decoding": DECODING, "commit": COMMIT})
-    return run(WITHOUT_PACKAGE, folder, asked, HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
+    """Results of a fresh process that has neither the package nor a network."""
+    options = json.dumps({"decoding": DECODING, "commit": COMMIT})
+    return run(WITHOUT_PACKAGE, folder, options, HF_HOME=str(folder / "home"), HF_HUB_OFFLINE="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "form"),
     {
@@ -288,21 +295,22 @@ def test_opens_without_package_and_network(without_package, expected, check, for
     assert without_package[check] == expected[form]
 
 
-def test_a_backbone_that_is_not_in_the_cache_is_named_with_the_way_to_get_it(without_package):
+@pytest.mark.slow
+def test_the_error_for_a_backbone_that_is_not_cached_names_the_remedy(without_package):
     message = without_package["a_backbone_that_is_not_in_the_cache"].splitlines()
     message = next(line for line in message if line.startswith("OSError: The language model"))
     assert f"'tester/nowhere' (revision {COMMIT})" in message
     assert f"`hf download tester/nowhere --revision {COMMIT}`" in message
 
 
-# --- Where, and in which numbers --------------------------------------------------------------------------------------
+# --- Devices and dtypes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "device_map", ["auto", "cpu", torch.device("cpu"), {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str
 )
-def test_a_device_map_changes_nothing(folder, expected, form, device_map):
+def test_a_device_map_keeps_the_captions(folder, expected, form, device_map):
     model = AutoModel.from_pretrained(folder / form, device_map=device_map)
     assert {weight.device.type for weight in model.parameters()} == {"cpu"}
     assert model.caption(folder / "picture.png", **DECODING) == expected[form]
@@ -310,7 +318,7 @@ def test_a_device_map_changes_nothing(folder, expected, form, device_map):
 
 @pytest.mark.parametrize("form", ["referenced", "included"])
 @pytest.mark.parametrize("offloaded", [*([part] for part in PARTS), PARTS[:3]], ids=" ".join)
-def test_parts_on_disk_are_fetched_when_they_are_needed(folder, expected, tmp_path, form, offloaded):
+def test_offloaded_parts_are_loaded_when_they_are_used(folder, expected, tmp_path, form, offloaded):
     device_map = {part: "disk" if part in offloaded else "cpu" for part in PARTS}
     model = AutoModel.from_pretrained(folder / form, device_map=device_map, offload_folder=tmp_path)
     assert {weight.device.type for weight in model.qformer.parameters()} == {
@@ -320,29 +328,31 @@ def test_parts_on_disk_are_fetched_when_they_are_needed(folder, expected, tmp_pa
 
 
 @pytest.mark.parametrize("kilobytes", [10, 120, 180, 250])
-def test_little_memory_suffices(folder, expected, tmp_path, kilobytes):
-    """accelerate decides what fits: nothing, some layers, some parts."""
+def test_a_captioner_runs_with_little_memory(folder, expected, tmp_path, kilobytes):
+    """accelerate decides how much fits: nothing, some layers or some parts."""
     memory = {"cpu": f"{kilobytes}KB"}
     model = AutoModel.from_pretrained(
         folder / "referenced", device_map="auto", max_memory=memory, offload_folder=tmp_path
     )
     assert "disk" in model.hf_device_map.values()
-    assert not [name for name in model.hf_device_map if name.startswith("qformer.")]  # it reads its queries itself
+    assert not [
+        name for name in model.hf_device_map if name.startswith("qformer.")
+    ]  # it reads its queries outside of its layers
     assert model.caption(folder / "picture.png", **DECODING) == expected["referenced"]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16, "auto"], ids=str)
-def test_a_dtype_is_every_backbones(folder, form, dtype):
+def test_a_given_dtype_applies_to_both_backbones(folder, form, dtype):
     model = AutoModel.from_pretrained(folder / form, dtype=dtype)
-    wanted = torch.float32 if dtype == "auto" else torch.bfloat16 if "bfloat16" in str(dtype) else torch.float16
+    expected = torch.float32 if dtype == "auto" else torch.bfloat16 if "bfloat16" in str(dtype) else torch.float16
     for part in ("vision_model", "language_model"):
         weights = {name: weight.dtype for name, weight in getattr(model, part).named_parameters()}
-        assert {weights[name] for name in weights if ".lora_" not in name} == {wanted}, part
+        assert {weights[name] for name in weights if ".lora_" not in name} == {expected}, part
     assert model.caption(folder / "picture.png", **DECODING)
 
 
-def test_the_old_name_of_dtype_counts(folder):
+def test_torch_dtype_is_accepted_for_dtype(folder):
     model = AutoModel.from_pretrained(folder / "referenced", torch_dtype=torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
@@ -355,7 +365,7 @@ def bnb():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str)
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-def test_bits_go_with_a_device_and_a_dtype(bnb, folder, form, device_map, bits):
+def test_quantisation_combines_with_a_device_and_a_dtype(bnb, folder, form, device_map, bits):
     model = AutoModel.from_pretrained(
         folder / form,
         quantization_config=BitsAndBytesConfig(**{bits: True}),
@@ -369,7 +379,7 @@ def test_bits_go_with_a_device_and_a_dtype(bnb, folder, form, device_map, bits):
     assert model.caption(folder / "picture.png", **DECODING)
 
 
-def test_bits_are_not_spread_over_devices(bnb, folder):
+def test_a_quantised_captioner_is_not_spread_over_devices(bnb, folder):
     with pytest.raises(ValueError, match=r"on one device: give that as `device_map`, such as \"cuda:0\""):
         AutoModel.from_pretrained(
             folder / "referenced",
@@ -383,7 +393,7 @@ def test_bits_are_not_spread_over_devices(bnb, folder):
 
 @pytest.fixture(scope="module", params=FORMS)
 def piped(request, folder):
-    """A pipeline, and the captioner that it should agree with."""
+    """A pipeline, and the captioner with which it must agree."""
     return pipeline("image-text-to-text", model=str(folder / request.param)), AutoModel.from_pretrained(
         folder / request.param
     )

@@ -1,4 +1,4 @@
-"""Images, prompts and captions on their way to the model. Each test states one property."""
+"""Processor: images, prompts and captions become inputs of the model. Each test states one property."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ CAPTION = "a red circle above a blue star"
 
 
 def beginning_with_bos():
-    """A tokenizer that puts a token in front of every text, as Llama's does."""
+    """Return a tokenizer that puts a token in front of every text, as Llama's does."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
@@ -28,7 +28,7 @@ def beginning_with_bos():
 
 @pytest.fixture(scope="module")
 def make(request):
-    """Makes a processor: `make("gpt2")`, `make("t5", prompt="...")`."""
+    """Return a function that makes a processor: `make("gpt2")`, `make("t5", prompt="...")`."""
     real = {}  # read once
 
     def make(name: str, prompt: str = "") -> QFormerCaptionerProcessor:
@@ -52,7 +52,7 @@ every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 
 
 @every_tokenizer
-def test_a_caption_ends_with_one_end_of_sequence_and_reads_back(make, name):
+def test_a_caption_ends_with_one_end_of_sequence_and_decodes_to_itself(make, name):
     processor = make(name)
     ids = processor.encode_caption(CAPTION)
     end = processor.tokenizer.eos_token_id
@@ -62,8 +62,8 @@ def test_a_caption_ends_with_one_end_of_sequence_and_reads_back(make, name):
 
 @pytest.mark.parametrize("name", ["words", "bos", "gpt2"])
 @pytest.mark.parametrize("prompt", [None, "a star:"])
-def test_captions_of_decoder_only_models_begin_with_their_first_word(make, name, prompt):
-    """A token of the tokenizer's own would stand in the middle of the text."""
+def test_captions_of_decoder_only_models_have_no_special_token_but_the_last(make, name, prompt):
+    """A special token would be in the middle of the text."""
     processor = make(name)
     special = set(processor.tokenizer.all_special_ids)
     assert not special & set(processor.encode_caption("a star", prompt)[:-1])
@@ -71,8 +71,8 @@ def test_captions_of_decoder_only_models_begin_with_their_first_word(make, name,
 
 @every_tokenizer
 @pytest.mark.parametrize("prompt", ["A photo of", "A photo of "])
-def test_a_caption_goes_on_where_the_prompt_ends(make, name, prompt):
-    """With one space in between for a decoder-only model; for an encoder-decoder the caption is a text of its own."""
+def test_a_caption_continues_the_prompt(make, name, prompt):
+    """A decoder-only model gets one space in between. For an encoder-decoder the caption is a separate text."""
     processor = make(name)
     ids = processor.encode_caption(CAPTION, prompt)
     if processor.is_encoder_decoder:
@@ -80,12 +80,12 @@ def test_a_caption_goes_on_where_the_prompt_ends(make, name, prompt):
     else:
         whole = processor.decode(processor.tokenizer(prompt, add_special_tokens=False).input_ids + ids[:-1])
         expected = f"{prompt.strip()} {CAPTION}"
-        if name != "gpt2":  # the word-level tokenizers know none of these three words
+        if name != "gpt2":  # the words of the prompt are not in the vocabulary of the word-level tokenizers
             whole, expected = whole[-len(CAPTION) - 1 :], " " + CAPTION
         assert whole == expected
 
 
-def test_gpt2_learns_the_tokens_that_it_would_see_in_running_text(make):
+def test_gpt2_gets_the_tokens_of_running_text(make):
     processor = make("gpt2")
     caption = processor.encode_caption(CAPTION, "A photo of")[:-1]
     prompt = processor(text="A photo of").input_ids[0].tolist()
@@ -93,7 +93,7 @@ def test_gpt2_learns_the_tokens_that_it_would_see_in_running_text(make):
     assert processor.encode_caption(CAPTION)[:-1] == processor.tokenizer(CAPTION).input_ids
 
 
-def test_the_processors_own_prompt_counts_where_none_is_given(make):
+def test_the_prompt_of_the_processor_is_the_default(make):
     own, without = make("gpt2", prompt="A photo of"), make("gpt2")
     assert own.encode_caption(CAPTION) == without.encode_caption(CAPTION, "A photo of")
     assert own.encode_caption(CAPTION) != without.encode_caption(CAPTION)
@@ -110,8 +110,8 @@ def test_truncation_keeps_the_beginning_and_the_end_of_sequence(make, name):
     assert processor.encode_caption(CAPTION, max_length=len(whole) - 1) == [*whole[:-2], end]
 
 
-def test_a_caption_ends_where_it_ends_though_a_tokenizer_writes_its_language_behind():
-    """As mBART's does: "a dog </s> en_XX"."""
+def test_a_language_token_behind_the_end_of_sequence_is_removed():
+    """mBART encodes "a dog </s> en_XX"."""
     processor = tiny.processor(is_encoder_decoder=True)
     expected = processor.encode_caption("a red circle")
     special = [("</s>", processor.tokenizer.eos_token_id), ("en_XX", 5)]
@@ -138,7 +138,7 @@ def test_an_empty_caption_is_refused(make, name, caption):
 
 @pytest.mark.parametrize("name", ["words", "gpt2"])
 @pytest.mark.parametrize("text, rows", [(None, 1), ("", 1), (["", ""], 2)])
-def test_no_prompt_is_a_whole_number_tensor_of_width_zero(make, name, text, rows):
+def test_an_empty_prompt_is_an_integer_tensor_of_width_zero(make, name, text, rows):
     batch = make(name)(text=text)
     for key in ("input_ids", "attention_mask"):
         assert batch[key].shape == (rows, 0)
@@ -146,14 +146,14 @@ def test_no_prompt_is_a_whole_number_tensor_of_width_zero(make, name, text, rows
 
 
 @pytest.mark.parametrize("name, token", [("bos", "bos_token_id"), ("t5", "eos_token_id")])
-def test_no_prompt_is_what_the_tokenizer_makes_of_it(make, name, token):
+def test_an_empty_prompt_keeps_the_special_tokens_of_the_tokenizer(make, name, token):
     processor = make(name)
     assert processor(text="").input_ids.tolist() == [[getattr(processor.tokenizer, token)]]
 
 
 @every_tokenizer
-def test_prompts_are_padded_where_the_language_model_wants_it(make, name):
-    """In front for a decoder-only model, which writes on at the end; behind for an encoder."""
+def test_prompts_are_padded_on_the_side_that_the_language_model_needs(make, name):
+    """On the left for a decoder-only model, which continues at the end; on the right for an encoder."""
     processor = make(name)
     texts = ["a star", "a red circle above a blue star"]
     batch = processor(text=texts)
@@ -170,12 +170,12 @@ def test_an_empty_prompt_among_others_is_padding(make):
     assert batch.attention_mask.tolist() == [[0, 0], [1, 1]]
 
 
-def test_a_tokenizer_without_padding_gets_its_end_of_sequence(make):
+def test_a_tokenizer_without_padding_token_pads_with_its_end_of_sequence(make):
     tokenizer = make("gpt2").tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
 
 
-def test_one_prompt_serves_all_images(make):
+def test_one_prompt_applies_to_all_images(make):
     processor = make("words")
     pictures = [tiny.picture(0), tiny.picture(1), tiny.picture(2)]
     one, three = processor(pictures, "a star"), processor(pictures, ["a star"] * 3)
@@ -184,7 +184,7 @@ def test_one_prompt_serves_all_images(make):
 
 
 @pytest.mark.parametrize("text", [None, "", ["", ""]])
-def test_the_own_prompt_stands_in_for_none(make, text):
+def test_the_prompt_of_the_processor_replaces_an_empty_one(make, text):
     processor = make("words", prompt="a blue star")
     batch = processor([tiny.picture(0), tiny.picture(1)], text)
     assert batch.input_ids.tolist() == [processor.tokenizer("a blue star").input_ids] * 2
@@ -196,7 +196,7 @@ def test_a_wrong_number_of_prompts_is_refused(make, images, prompts):
         make("words")([tiny.picture()] * images, ["a star"] * prompts)
 
 
-def test_a_conversation_becomes_its_plain_text(make):
+def test_a_conversation_becomes_plain_text(make):
     message = [{"type": "image"}, {"type": "text", "text": "a blue"}, {"type": "text", "text": " star"}]
     assert make("words").apply_chat_template([{"role": "user", "content": message}]) == "a blue star"
 
@@ -205,8 +205,8 @@ def test_a_conversation_becomes_its_plain_text(make):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
-def test_pictures_of_every_kind_have_three_channels(make, mode):
-    """And show what Pillow shows of them."""
+def test_images_of_every_mode_have_three_channels(make, mode):
+    """The pixels equal those of Pillow's conversion to RGB."""
     picture = tiny.picture(mode=mode)
     pixels = make("words")(picture).pixel_values
     assert pixels.shape == (1, 3, tiny.SIDE, tiny.SIDE)
@@ -215,20 +215,20 @@ def test_pictures_of_every_kind_have_three_channels(make, mode):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_files_of_every_kind_have_three_channels(make, mode, tmp_path):
+def test_files_of_every_mode_have_three_channels(make, mode, tmp_path):
     tiny.picture(mode=mode).save(tmp_path / "noise.png")
     pixels = make("words")(tmp_path / "noise.png").pixel_values
     assert torch.equal(pixels, make("words")(tiny.picture(mode=mode)).pixel_values)
 
 
-def test_pictures_of_unequal_size_make_a_batch(make):
+def test_images_of_unequal_size_make_a_batch(make):
     sizes = [(40, 50), (300, 7), (1, 1)]
     pixels = make("words")([tiny.picture(size=size) for size in sizes]).pixel_values
     assert pixels.shape == (3, 3, tiny.SIDE, tiny.SIDE)
 
 
 def test_images_may_be_nested(make):
-    """Chat pipelines hand over a list for every message."""
+    """Pipelines pass one list for each chat message."""
     pictures = [tiny.picture(0), tiny.picture(1)]
     nested = make("words")([[pictures[0]], [pictures[1]]]).pixel_values
     assert torch.equal(nested, make("words")(pictures).pixel_values)
@@ -245,12 +245,31 @@ def test_options_reach_the_image_processor(make):
 
 def test_photographs_are_turned_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera on its side
+    exif[0x0112] = 6  # the orientation of a camera on its side
     tiny.picture(size=(40, 20)).save(tmp_path / "photo.jpg", exif=exif)
     assert open_image(tmp_path / "photo.jpg").size == (20, 40)
 
 
-def test_an_image_may_stand_in_its_url():
+def test_a_decoded_upright_rgb_image_is_not_copied():
+    picture = tiny.picture()
+    assert open_image(picture) is picture
+
+
+def test_a_decoded_image_with_an_exif_orientation_is_turned_upright():
+    picture, exif = tiny.picture(size=(40, 20)), Image.Exif()
+    exif[0x0112] = 6
+    picture.info["exif"] = exif.tobytes()
+    upright = open_image(picture)
+    assert upright.size == (20, 40)
+    assert open_image(upright) is upright
+
+
+def test_a_decoded_image_of_absurd_size_is_refused():
+    with pytest.raises(OSError, match="1 x 10000 pixels"):
+        open_image(Image.new("RGB", (1, 10_000)))
+
+
+def test_a_data_url_holds_its_image():
     buffer = io.BytesIO()
     tiny.picture().save(buffer, "PNG")
     opened = open_image("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
@@ -258,19 +277,19 @@ def test_an_image_may_stand_in_its_url():
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
-def test_a_missing_file_is_named(tmp_path, kind):
+def test_the_error_for_a_missing_file_names_it(tmp_path, kind):
     with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
         open_image(kind(tmp_path / "absent.jpg"))
 
 
-def test_a_folder_is_no_image(tmp_path):
+def test_a_folder_is_not_an_image(tmp_path):
     with pytest.raises(OSError, match=tmp_path.name):
         open_image(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty"])
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_a_damaged_file_is_named(tmp_path, damage, ending):
+def test_the_error_for_a_damaged_file_names_it(tmp_path, damage, ending):
     path = tmp_path / f"broken.{ending}"
     tiny.picture(size=(200, 200)).save(path)
     whole = path.read_bytes()
@@ -279,8 +298,8 @@ def test_a_damaged_file_is_named(tmp_path, damage, ending):
         open_image(path)
 
 
-def test_a_picture_that_was_opened_from_a_damaged_file_is_named(tmp_path):
-    """Pillow reads the pixels only when they are asked for."""
+def test_the_error_for_an_image_opened_from_a_damaged_file_names_it(tmp_path):
+    """Pillow decodes the pixels only when they are used."""
     path = tmp_path / "broken.png"
     tiny.picture(size=(200, 200)).save(path)
     path.write_bytes(path.read_bytes()[:5000])
@@ -292,7 +311,7 @@ def test_a_picture_that_was_opened_from_a_damaged_file_is_named(tmp_path):
 
 
 @every_tokenizer
-def test_a_saved_processor_does_the_same(make, name, tmp_path):
+def test_a_saved_processor_gives_equal_inputs(make, name, tmp_path):
     processor = make(name, prompt="a blue star on")
     processor.save_pretrained(tmp_path)
     loaded = QFormerCaptionerProcessor.from_pretrained(tmp_path)
@@ -307,7 +326,7 @@ def test_a_saved_processor_does_the_same(make, name, tmp_path):
     assert loaded.apply_chat_template(message) == "a star"
 
 
-def test_a_folder_without_a_processor_has_none(make, tmp_path):
+def test_a_processor_is_loaded_if_the_folder_has_one(make, tmp_path):
     assert QFormerCaptionerProcessor.from_folder_if_any(tmp_path) is None
     make("words", prompt="a star").save_pretrained(tmp_path)
     assert QFormerCaptionerProcessor.from_folder_if_any(tmp_path).prompt == "a star"
@@ -332,6 +351,6 @@ def test_the_chat_template_of_the_language_model_survives_saving(tmp_path):
     assert again.as_chat("What is this?") == "<user>What is this?<assistant>"
 
 
-def test_without_a_chat_template_there_is_no_turn():
+def test_a_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(ValueError, match="has no chat template: leave out --use_chat_template"):
         tiny.processor().as_chat("What is this?")
