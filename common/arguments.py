@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -218,7 +219,9 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             InputError: always.
         """
-        raise InputError(one_line(f"{message[:1].upper()}{message[1:]}"))
+        message = re.sub(r"^argument ([^/:]+)[^:]*:", r"\1:", message)  # one spelling of the option is enough
+        end = "" if message.endswith((".", "?")) else "."
+        raise InputError(one_line(f"{message[:1].upper()}{message[1:]}{end}"))
 
 
 def one_of(choices: Sequence[str], convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -226,7 +229,7 @@ def one_of(choices: Sequence[str], convert: Callable[[str], Any]) -> Callable[[s
 
     def parse(word: str) -> Any:
         if word not in choices:
-            raise argparse.ArgumentTypeError(f"must be {in_words(choices)}, not {word!r}.{did_you_mean(word, choices)}")
+            raise argparse.ArgumentTypeError(f"{word!r} is not {in_words(choices)}.{did_you_mean(word, choices)}")
         return convert(word)
 
     return parse
