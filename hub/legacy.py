@@ -173,7 +173,11 @@ def _read(path: str | os.PathLike) -> object:
 
 
 def _normalize(state_dict: object) -> dict[str, torch.Tensor]:
-    """Check that an object is a state dict of the old scripts; undo what scripts and `DataParallel` did differently."""
+    """Return a state dict of the old scripts without prefixes of `DataParallel`, and with queries `[1, Q, D]`.
+
+    Raises:
+        InputError: if the object is not a state dict of the old scripts.
+    """
     if not isinstance(state_dict, dict):
         raise InputError(f"The file holds a {type(state_dict).__name__}, not a state dict.")
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()):

@@ -1,8 +1,7 @@
-"""From here to the Hub and back, over HTTP and with its real client.
+"""The way of a captioner to the Hub and back, over HTTP and with the real client.
 
-One process with the package trains and pushes (`PUBLISHER`), another without it and with an empty cache loads by
-repository (`STRANGER`), a third the same from the cache alone. What they find are fixtures; each test states one
-property of it.
+`PUBLISHER` is a process that trains and publishes. `STRANGER` is a process without the package, first with an empty
+cache and then offline, that loads the repositories. Their findings are fixtures, and each test checks one of them.
 """
 
 import json
@@ -22,6 +21,8 @@ from ..fixtures import tiny
 from ..fixtures.hub_server import Failure, Hub, files_of
 from ..fixtures.processes import command_line
 
+pytestmark = pytest.mark.slow
+
 DECODING = dict(num_beams=2, max_new_tokens=6, min_new_tokens=6)
 TOKEN = "hf_test"
 
@@ -39,49 +40,49 @@ from qformer_captioner.hub.push import publish
 
 torch.set_num_threads(1)
 decoding, sizes, runs = json.load(open("publisher.json"))
-pictures = [Image.open(f"{{number}}.png") for number in range(2)]
-found = {{"captions": {{}}, "messages": {{}}, "revisions": {{}}}}
+images = [Image.open(f"{{number}}.png") for number in range(2)]
+findings = {{"captions": {{}}, "messages": {{}}, "revisions": {{}}}}
 
-def keep(name, model):
-    found["captions"][name] = model.eval().caption(pictures, **decoding)
+def keep_captions(name, model):
+    findings["captions"][name] = model.eval().caption(images, **decoding)
 
-def attempt(name, *args, **kwargs):
+def keep_message(name, *args, **kwargs):
     try:
         publish(*args, **kwargs)
     except InputError as error:
-        found["messages"][name] = str(error)
+        findings["messages"][name] = str(error)
 
-for words in runs:
-    train_hf.train(words)
-train_hf.train(runs[0])  # once more: it is finished, and pushed again
-keep("tester/trained", QFormerCaptioner.from_pretrained("trained"))
+for arguments in runs:
+    train_hf.train(arguments)
+train_hf.train(runs[0])  # a finished run is only pushed again
+keep_captions("tester/trained", QFormerCaptioner.from_pretrained("trained"))
 base = QFormerCaptioner.from_pretrained("adapter/base")
-keep("tester/adapter-base", base)
-keep("tester/adapter", PeftModel.from_pretrained(base, "adapter"))
+keep_captions("tester/adapter-base", base)
+keep_captions("tester/adapter", PeftModel.from_pretrained(base, "adapter"))
 publish("adapter", "tester/adapter", revision="v1")
 
 model = QFormerCaptioner.from_backbones("vision", "language", **sizes)
 torch.nn.init.normal_(model.language_projection.weight, std=0.2)
 model.processor.push_to_hub("tester/by-hand")
-found["revisions"]["tester/by-hand"] = model.push_to_hub("tester/by-hand").oid
-keep("tester/by-hand", model)
+findings["revisions"]["tester/by-hand"] = model.push_to_hub("tester/by-hand").oid
+keep_captions("tester/by-hand", model)
 with torch.no_grad():
     model.language_projection.weight.neg_()
 model.push_to_hub("tester/by-hand")
-keep("tester/by-hand, later", model)
+keep_captions("tester/by-hand, later", model)
 publish("trained", "tester/private", private=True)
 
-attempt("once", "trained", "tester/once")
-attempt("dropped", "trained", "tester/dropped")
-attempt("lost", "trained", "tester/lost")
+keep_message("once", "trained", "tester/once")
+keep_message("dropped", "trained", "tester/dropped")
+keep_message("lost", "trained", "tester/lost")
 with open("trained/captions.png", "ab") as file:
     file.write(b"more")
-attempt("down", "trained", "tester/once", revision="v2")
-attempt("forbidden", "trained", "tester/trained", token="hf_wrong")
-attempt("no name", "trained", "a/b/c")
-attempt("taken", "adapter", "tester/taken")
-attempt("public", "trained", "tester/trained", private=True)
-json.dump(found, open("published.json", "w"))
+keep_message("down", "trained", "tester/once", revision="v2")
+keep_message("forbidden", "trained", "tester/trained", token="hf_wrong")
+keep_message("no name", "trained", "a/b/c")
+keep_message("taken", "adapter", "tester/taken")
+keep_message("public", "trained", "tester/trained", private=True)
+json.dump(findings, open("published.json", "w"))
 """
 
 STRANGER = """
@@ -101,44 +102,40 @@ except ImportError:
 else:
     raise AssertionError("the package can be imported")
 decoding, revisions, usages, offline = json.load(open("stranger.json"))
-pictures = [Image.open(f"{number}.png") for number in range(2)]
+images = [Image.open(f"{number}.png") for number in range(2)]
 trust = dict(trust_remote_code=True)
 
 
 def captions(model):
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    return model.eval().caption(pictures, **decoding)
+    return model.eval().caption(images, **decoding)
 
 
 def loaded(repo, auto_class=AutoModel, **kwargs):
     return lambda: captions(auto_class.from_pretrained(repo, **trust, **kwargs))
 
 
-def peft():
+def adapter_by_peft():
     from peft import PeftModel
 
     base = AutoModel.from_pretrained("tester/adapter-base", **trust)
-    return captions_of_peft(PeftModel.from_pretrained(base, "tester/adapter"))
+    return PeftModel.from_pretrained(base, "tester/adapter").eval().caption(images, **decoding)
 
 
-def captions_of_peft(model):
-    return model.eval().caption(pictures, **decoding)
-
-
-def piped():
-    caption = pipeline(model="tester/trained", **trust)  # which task it is stands in the card
-    results = [caption(images=each, text="", return_full_text=False, generate_kwargs=decoding) for each in pictures]
+def captions_of_pipeline():
+    caption = pipeline(model="tester/trained", **trust)  # the card tells the task
+    results = [caption(images=image, text="", return_full_text=False, generate_kwargs=decoding) for image in images]
     return [result[0]["generated_text"].strip() for result in results]
 
 
-def in_two_parts():
+def model_and_processor():
     model = AutoModel.from_pretrained("tester/by-hand", **trust)
     processor = AutoProcessor.from_pretrained("tester/by-hand", **trust)
-    ids = model.generate(**processor(images=pictures, text=["", ""]), **decoding)
+    ids = model.generate(**processor(images=images, text=["", ""]), **decoding)
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def used(code):
+def output_of(code):
     def check():
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(code, {})
@@ -153,7 +150,7 @@ checks = {
     "config": lambda: AutoConfig.from_pretrained("tester/trained", **trust).model_type,
     "pinned": loaded("tester/by-hand", revision=revisions["tester/by-hand"]),
     "by_hand": loaded("tester/by-hand"),
-    "processor": in_two_parts,
+    "processor": model_and_processor,
     "adapter": loaded("tester/adapter"),
     "adapter_pinned": loaded(
         "tester/adapter",
@@ -163,28 +160,28 @@ checks = {
     "adapter_at_branch": loaded("tester/adapter", AutoModelForImageTextToText, revision="v1"),
     "adapter_processor": lambda: type(AutoProcessor.from_pretrained("tester/adapter", **trust)).__name__,
     "adapter_base": loaded("tester/adapter-base"),
-    "peft": peft,
+    "peft": adapter_by_peft,
     "private": loaded("tester/private"),
 }
 if not offline:
     checks |= {
-        "pipeline": piped,
+        "pipeline": captions_of_pipeline,
         "private_without_token": loaded("tester/private", token=False),
-        **{f"usage of {repo}": used(code) for repo, code in usages.items()},
+        **{f"usage of {repo}": output_of(code) for repo, code in usages.items()},
     }
-found = {}
+findings = {}
 for name, check in checks.items():
     try:
         with torch.no_grad():
-            found[name] = check()
+            findings[name] = check()
     except Exception as error:
-        found[name] = f"{type(error).__name__}: {error}" if name.startswith("private_") else traceback.format_exc()
-json.dump(found, open(sys.argv[1], "w"))
+        findings[name] = f"{type(error).__name__}: {error}" if name.startswith("private_") else traceback.format_exc()
+json.dump(findings, open(sys.argv[1], "w"))
 """
 
 
 def training(name: str, **options) -> list[str]:
-    """A command line that trains and pushes `tester/<name>`, its folder being `name`."""
+    """Return a command line that trains in the folder `name` and pushes to `tester/<name>`."""
     options = {
         "dataset_name": "scenes",
         "max_train_samples": 8,
@@ -208,12 +205,13 @@ def training(name: str, **options) -> list[str]:
     return command_line(**options)
 
 
-def run(program: str, folder: Path, environment: dict[str, str], *words: str) -> None:
+def run(program: str, folder: Path, environment: dict[str, str], *arguments: str) -> None:
+    """Run a program in a folder, and append its output to `output.txt`."""
     file = folder / "program.py"
     file.write_text(program)
     environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    run = [sys.executable, str(file), *words]
+    run = [sys.executable, str(file), *arguments]
     done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     (folder / "output.txt").open("a").write(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -235,7 +233,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(hub, folder) -> dict:
-    """What the publisher's models caption, what it was told where a push failed, and commits."""
+    """Findings of the publisher: captions of its models, messages of failed uploads, and commit hashes."""
     tiny.save_vision(folder / "vision")
     tiny.save_language(folder / "language", max_position_embeddings=256)
     hub.files["model", "org/vision"] = files_of(folder / "vision") | {"README.md": b"---\nlicense: mit\n---\n"}
@@ -246,7 +244,7 @@ def published(hub, folder) -> dict:
         Failure("PUT /large.*tester/dropped", "drop"),
         Failure("POST .*/tester/lost/commit", "lose"),
         Failure("POST .*/tester/once/commit/v2", 503, times=9),
-        Failure("POST .*/tester/adapter-base/commit/main", 500, times=3),  # of all that one save tries
+        Failure("POST .*/tester/adapter-base/commit/main", 500, times=3),  # all attempts of one save
     ]
     adapter = training("adapter", lora_r=2, vision_model_name_or_path="vision", seed=1, prompt="a blue")
     (folder / "publisher.json").write_text(json.dumps([DECODING, tiny.QFORMER, [training("trained"), adapter]]))
@@ -261,24 +259,24 @@ def usage(hub: Hub, repo: str) -> str:
 
 @pytest.fixture(scope="module")
 def stranger(hub, published, tmp_path_factory) -> tuple[dict, dict]:
-    """What another makes of the repositories, first with an empty cache, then offline."""
+    """Findings of the stranger, first with an empty cache, then offline."""
     folder = tmp_path_factory.mktemp("stranger")
     for number in range(2):
         tiny.picture(number).save(folder / f"{number}.png")
     tiny.picture(0).save(folder / "image.png")
     commits = {repo: hub.commit_sha(("model", repo)) for repo in ("tester/adapter", "tester/adapter-base")}
     revisions = published["revisions"] | commits
-    found = []
+    findings = []
     for offline in (False, True):
         repos = ("tester/trained", "tester/adapter", "tester/by-hand")
         usages = {repo: usage(hub, repo) for repo in repos}
         (folder / "stranger.json").write_text(json.dumps([DECODING, revisions, usages, offline]))
         environment = hub.environment(folder / "home") | ({"HF_HUB_OFFLINE": "1"} if offline else {})
-        asked = len(hub.requests)
+        num_requests = len(hub.requests)
         run(STRANGER, folder, environment, f"{offline}.json")
-        assert not offline or len(hub.requests) == asked
-        found.append(json.loads((folder / f"{offline}.json").read_text()))
-    return tuple(found)
+        assert not offline or len(hub.requests) == num_requests
+        findings.append(json.loads((folder / f"{offline}.json").read_text()))
+    return tuple(findings)
 
 
 # --- The round trip ---------------------------------------------------------------------------------------------------
@@ -304,28 +302,28 @@ def test_a_stranger_gets_the_same_captions(published, stranger, check, offline):
     assert stranger[offline][check] == published["captions"][LOADS[check]]
 
 
-def test_the_captions_are_worth_comparing(published):
+def test_different_models_and_images_have_different_captions(published):
     captions = published["captions"]
     assert len({tuple(own) for own in captions.values()}) == len(captions)
     assert all(first != second for first, second in captions.values())
 
 
-def test_a_pipeline_knows_its_task_from_the_card(published, stranger):
+def test_a_pipeline_reads_its_task_from_the_card(published, stranger):
     assert stranger[0]["pipeline"] == published["captions"]["tester/trained"]
 
 
-def test_configuration_and_the_adapters_processor_load(stranger):
+def test_the_configuration_and_the_processor_of_the_adapter_load(stranger):
     assert stranger[0]["config"] == "qformer_captioner"
     assert stranger[0]["adapter_processor"] == "QFormerCaptionerProcessor"
 
 
-def test_a_private_repository_wants_a_token(stranger):
+def test_a_private_repository_needs_a_token(stranger):
     assert "tester/private" in stranger[0]["private_without_token"]
     assert stranger[0]["private_without_token"].startswith("OSError")
 
 
 @pytest.mark.parametrize("repo", ["tester/trained", "tester/adapter", "tester/by-hand"])
-def test_the_three_lines_of_usage_run_as_they_stand(hub, stranger, repo):
+def test_the_usage_example_of_the_card_runs_unchanged(hub, stranger, repo):
     lines = [line for line in usage(hub, repo).splitlines() if line]
     assert len(lines) == 3 and f'"{repo}"' in lines[1]
     out = stranger[0][f"usage of {repo}"]
@@ -354,12 +352,12 @@ PICTURES = {"captions.png", "loss_curve.png"}
         ),
     ],
 )
-def test_a_repository_holds_what_a_stranger_needs_and_nothing_else(hub, published, repo, files):
-    """No pickle, no record of the run."""
+def test_a_repository_holds_exactly_the_files_that_a_stranger_needs(hub, published, repo, files):
+    """It holds neither pickles nor the record of the run."""
     assert set(hub.files["model", repo]) == files
 
 
-def test_each_save_and_the_end_is_one_commit(hub, published):
+def test_each_save_and_the_end_of_training_are_one_commit(hub, published):
     titles = [title for repo, branch, title in hub.commit_log if repo == ("model", "tester/trained")]
     assert titles == ["Training in progress, step 2", "Training in progress, step 4", "End of training"]
     bases = [
@@ -368,7 +366,7 @@ def test_each_save_and_the_end_is_one_commit(hub, published):
     assert bases == ["Training in progress, step 4"]  # the first failed; it does not change
 
 
-def test_a_save_that_cannot_be_pushed_does_not_stop_the_run(published, folder):
+def test_a_failed_push_does_not_stop_the_run(published, folder):
     out = (folder / "output.txt").read_text()
     assert "Step 2 is not on the Hub: 'tester/adapter-base' could not be published" in out
     assert "It is on the Hub as tester/adapter." in out
@@ -378,13 +376,13 @@ def test_the_same_command_pushes_a_finished_run_again(published, folder):
     assert (folder / "output.txt").read_text().count("It is on the Hub as tester/trained.") == 2
 
 
-def test_an_unfinished_captioner_has_a_card_and_loads(hub, published):
+def test_a_push_during_training_has_a_card(hub, published):
     first = next(files for (repo, _), files in hub.snapshots.items() if repo[1] == "tester/trained" and files)
     assert set(first) == CAPTIONER | PICTURES
     assert "has not finished yet" in first["README.md"].decode()
 
 
-def test_no_token_and_no_path_of_this_machine_leaves_it(hub, published, folder):
+def test_neither_tokens_nor_local_paths_are_published(hub, published, folder):
     for (_, repo), files in hub.files.items():
         for name, content in files.items():
             if repo.startswith("tester/"):
@@ -397,11 +395,11 @@ def test_no_token_and_no_path_of_this_machine_leaves_it(hub, published, folder):
     assert not (folder / "trained" / "push").exists()
 
 
-def test_the_card_of_a_run_names_its_origins(hub, published):
+def test_the_card_of_a_run_names_its_backbones(hub, published):
     card = ModelCard(hub.files["model", "tester/trained"]["README.md"].decode())
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
     assert card.data.base_model == ["org/vision", "org/language"]
-    assert card.data.license is None  # of two backbones one does not say
+    assert card.data.license is None  # one of the two backbones does not state its licence
     assert {result.metric_type for result in card.data.eval_results} == {"facts", "complete", "objects", "relations"}
     assert hub.commit_sha(("model", "org/vision")) in card.text
     adapter = ModelCard(hub.files["model", "tester/adapter"]["README.md"].decode())
@@ -413,19 +411,19 @@ def test_the_card_of_a_run_names_its_origins(hub, published):
 
 
 @pytest.mark.parametrize("repo", ["tester/once", "tester/dropped", "tester/lost"])
-def test_what_fails_once_is_tried_again_and_done_once(hub, published, repo):
+def test_a_request_that_fails_once_is_repeated_and_takes_effect_once(hub, published, repo):
     assert repo.split("/")[1] not in published["messages"]
     assert set(hub.files["model", repo]) == CAPTIONER | PICTURES
     assert [title for own, _, title in hub.commit_log if own == ("model", repo)] == ["Upload captioner"]
     assert any(repo in failure.pattern and not failure.times for failure in hub.failures)
 
 
-def test_a_wrong_name_and_a_wrong_token_are_one_sentence(published):
+def test_a_wrong_name_and_a_wrong_token_get_one_sentence(published):
     assert "'a/b/c' is not a valid repository id" in published["messages"]["no name"]
     assert "The Hub refuses 'tester/trained' (401): log in with `hf auth login`." in published["messages"]["forbidden"]
 
 
-def test_another_model_by_the_name_of_the_base_stays(hub, published):
+def test_another_model_under_the_name_of_the_base_is_not_replaced(hub, published):
     assert (
         "would be published as 'tester/taken-base', which already holds another model" in published["messages"]["taken"]
     )
@@ -433,11 +431,11 @@ def test_another_model_by_the_name_of_the_base_stays(hub, published):
     assert not hub.files["model", "tester/taken"]
 
 
-def test_what_everybody_sees_does_not_become_private_by_a_push(published):
+def test_a_push_does_not_make_a_public_repository_private(published):
     assert "'tester/trained' exists already and is public" in published["messages"]["public"]
 
 
-def test_a_hub_that_is_down_leaves_the_branch_as_it_was(hub, published):
+def test_a_failed_push_does_not_change_the_branch(hub, published):
     assert published["messages"]["down"] == (
         "'tester/once' could not be published (the Hub answered 503); its branch has not changed. Try again later."
     )
@@ -448,7 +446,7 @@ def test_a_hub_that_is_down_leaves_the_branch_as_it_was(hub, published):
 
 
 @pytest.mark.parametrize("repo", ["tester/trained", "tester/adapter"])
-def test_a_captioner_is_scored_by_its_name_on_the_hub(hub, published, tmp_path, repo):
+def test_a_captioner_is_scored_by_its_hub_id(hub, published, tmp_path, repo):
     folder = tmp_path / "pictures"
     folder.mkdir()
     rows = [{"file_name": f"{number}.png", "caption": "a red circle"} for number in range(2)]
@@ -465,7 +463,7 @@ def test_a_captioner_is_scored_by_its_name_on_the_hub(hub, published, tmp_path, 
     assert len(json.loads((folder / "scored" / "captions.json").read_text())) == 2
 
 
-def test_installed_our_classes_serve_without_remote_code(tmp_path):
+def test_the_installed_package_needs_no_remote_code(tmp_path):
     tiny.captioner().save_pretrained(tmp_path)
     for auto_class in (AutoModel, AutoModelForImageTextToText):
         assert type(auto_class.from_pretrained(tmp_path)) is QFormerCaptioner
