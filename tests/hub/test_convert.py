@@ -433,7 +433,7 @@ import json, re, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from transformers import Blip2Config, Blip2ForConditionalGeneration
-from qformer_captioner.captioning import convert
+from qformer_captioner.hub import convert
 language = dict(model_type="opt", hidden_size=512, word_embed_proj_dim=512, num_attention_heads=8, ffn_dim=2048)
 language |= dict(num_hidden_layers=16)
 config = Blip2Config(vision_config={VISION}, qformer_config={QFORMER}, text_config=language)

@@ -35,7 +35,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from PIL import Image
 from qformer_captioner import QFormerCaptioner, train_hf
-from qformer_captioner.captioning import InputError
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.push import publish
 
 torch.set_num_threads(1)
