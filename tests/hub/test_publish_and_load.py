@@ -36,8 +36,10 @@ from peft import PeftModel
 from PIL import Image
 from qformer_captioner import QFormerCaptioner, train_hf
 from qformer_captioner.common.errors import InputError
+from qformer_captioner.common.logging import setup_logging
 from qformer_captioner.hub.push import publish
 
+setup_logging()
 torch.set_num_threads(1)
 decoding, sizes, runs = json.load(open("publisher.json"))
 images = [Image.open(f"{{number}}.png") for number in range(2)]
@@ -369,11 +371,11 @@ def test_each_save_and_the_end_of_training_are_one_commit(hub, published):
 def test_a_failed_push_does_not_stop_the_run(published, folder):
     out = (folder / "output.txt").read_text()
     assert "Step 2 is not on the Hub: 'tester/adapter-base' could not be published" in out
-    assert "It is on the Hub as tester/adapter." in out
+    assert "is on the Hub as tester/adapter." in out
 
 
 def test_the_same_command_pushes_a_finished_run_again(published, folder):
-    assert (folder / "output.txt").read_text().count("It is on the Hub as tester/trained.") == 2
+    assert (folder / "output.txt").read_text().count("is on the Hub as tester/trained.") == 2
 
 
 def test_a_push_during_training_has_a_card(hub, published):
