@@ -370,7 +370,7 @@ def test_each_save_and_the_end_of_training_are_one_commit(hub, published):
 
 def test_a_failed_push_does_not_stop_the_run(published, folder):
     out = (folder / "output.txt").read_text()
-    assert "Step 2 is not on the Hub: 'tester/adapter-base' could not be published" in out
+    assert "Step 2 was not published: 'tester/adapter-base' could not be published" in out
     assert "is on the Hub as tester/adapter." in out
 
 
