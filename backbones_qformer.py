@@ -53,6 +53,13 @@ def is_quantized(module: nn.Module) -> bool:
     return getattr(module, "is_quantized", False)
 
 
+def embedding_weights(language_model: PreTrainedModel) -> torch.Tensor:
+    """Return the input embeddings of a language model, `[V, D]`."""
+    weights = language_model.get_input_embeddings().weight
+    assert isinstance(weights, torch.Tensor)
+    return weights
+
+
 class VisionModelPlaceholder(nn.Module):
     """Placeholder for the vision encoder when training on precomputed features; holds no weights.
 

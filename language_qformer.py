@@ -1,11 +1,11 @@
-"""How a language model, decoder-only or encoder-decoder, reads captions behind a prefix and goes on from one.
+"""How a language model continues a prefix, decoder-only or encoder-decoder: captions in training, `generate` in use.
 
-Several captions of an image cost what their own words cost: training packs them behind one prefix and makes logits
-where there are labels only, a few at a time; beams share what the language model remembers of the prefix. All of it is
-exact. The captioner in modeling_qformer.py makes the prefix and puts it together.
+The captions of an image share its prefix. Training packs them into one sequence behind it and computes logits at labels
+only, chunk by chunk. Generation fills the KV cache with the prefix once, and the beams of an image share it. Losses,
+gradients and captions are those of plain rows, up to rounding.
 
-In the shapes below B is images, K captions of an image, T tokens of a caption, S of the prefix, L places in a sequence,
-N places in all, D the language model's width, V its words.
+Shapes: B images, K captions of an image, T tokens of a caption. Q queries and P prompt tokens make S positions of a
+prefix. L positions of a sequence, N positions in total. D the width of the language model, V its vocabulary.
 """
 
 import copy
@@ -13,7 +13,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +23,66 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
 from transformers.utils import logging
 
+from .backbones_qformer import embedding_weights
+
 logger = logging.get_logger(__name__)
 
-MAX_LOGITS_PER_CHUNK = 2**23  # in float32, 32 MiB
+MAX_LOGITS_PER_CHUNK = 2**23  # 32 MiB in float32
+# Decoder-only model types whose captions may share a prefix. tests/model/test_prefix.py compares each with plain rows.
+PREFIX_SHARING_MODELS = (
+    "gemma", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen2", "qwen3",
+)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The prefix
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build_prefix(
+    language_model: PreTrainedModel,
+    soft_prompt: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join a soft prompt `[B, Q, D]` and a text prompt `[B, P]` to a prefix `[B, S, D]`, and return it with its mask.
+
+    Prompts may be padded on either side. The padding moves to where it cannot make a batch differ from single images:
+    in front of everything for a decoder, which continues at the end, and to the end for an encoder.
+
+    Raises:
+        ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts.
+    """
+    embeddings = embedding_weights(language_model)
+    # With a `device_map` the embeddings may be on another device. Offloaded ones come to the soft prompt.
+    device = soft_prompt.device if embeddings.is_meta else embeddings.device
+    prefix = soft_prompt.to(device, embeddings.dtype)  # [B, Q, D]
+    mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+    if input_ids is not None and input_ids.shape[1] > 0:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        prefix = torch.cat([prefix, embed_prompt(language_model, input_ids).to(device)], dim=1)  # [B, S, D]
+        mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+        order = mask.argsort(dim=1, stable=True, descending=language_model.config.is_encoder_decoder)
+        prefix, mask = select_positions(prefix, order), mask.gather(1, order)
+    queries, length = soft_prompt.shape[1], prefix.shape[1]
+    limit = getattr(language_model.config, "max_position_embeddings", None)
+    needed = max(length, max_new_tokens) if language_model.config.is_encoder_decoder else length + max_new_tokens
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"The language model accepts at most {limit} tokens, but there are {queries} queries, a prompt of "
+            f"{length - queries} and a caption of up to {max_new_tokens} tokens. Shorten the prompt or the caption."
+        )
+    return prefix, mask
+
+
+def embed_prompt(language_model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Embed the tokens of a prompt `[B, P]` as the language model does: `[B, P, D]`."""
+    embedded = language_model.get_input_embeddings()(input_ids)
+    if language_model.config.is_encoder_decoder:  # the encoders of Pegasus and Marian scale their embeddings
+        embedded = embedded * vars(language_model.get_encoder()).get("embed_scale", 1.0)
+    return embedded
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Captions behind a prefix
@@ -38,92 +95,95 @@ def encode_captions(
     prefix_mask: torch.Tensor,
     captions: torch.Tensor,
     generation_config: GenerationConfig,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """Read captions `[B, K, T]` of B images behind a prefix `[B, S, D]` with its mask `[B, S]`.
+    """Run captions `[B, K, T]` of B images behind a prefix `[B, S, D]` with mask `[B, S]` through the language model.
 
-    An encoder-decoder's decoder starts as `generation_config` says.
-
-    What is no label (-100) counts for nothing, be it padding on either side or in the middle of a caption.
+    Positions labelled -100 are ignored wherever they occur. `generation_config` gives the start token of the decoder of
+    an encoder-decoder. `kwargs` go to the decoder.
 
     Returns:
-        The decoder's hidden states where it predicts the captions' tokens, `[B*K*T, D]`.
+        Hidden states of the decoder that predict the tokens of the captions, `[B*K*T, D]`.
+
+    Raises:
+        ValueError: if the start token of an encoder-decoder is not known.
     """
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all that it knows
+    kwargs["use_cache"] = False  # each caption takes a single pass, whatever the caller asks for
+    order = (captions == -100).int().argsort(dim=2, stable=True)  # [B, K, T], ignored positions last
+    packed = captions.gather(2, order)
     if language_model.config.is_encoder_decoder:
         start = generation_config.decoder_start_token_id
-        read = partial(encode_with_encoder_decoder, start=generation_config.bos_token_id if start is None else start)
+        start = generation_config.bos_token_id if start is None else start
+        hidden_states = encode_with_encoder_decoder(language_model, prefix, prefix_mask, packed, start, **kwargs)
     elif captions.shape[1] > 1 and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
-        read = encode_with_shared_prefix
+        hidden_states = encode_with_shared_prefix(language_model, prefix, prefix_mask, packed, **kwargs)
     else:
-        read = encode_with_decoder_only
         if captions.shape[1] > 1:
             logger.warning_once(
-                f"A {language_model.config.model_type!r} cannot read several captions behind one prefix: it reads the "
-                "prefix once for each, which is as exact and takes longer."
+                f"A {language_model.config.model_type!r} language model cannot share a prefix among the captions of an "
+                "image. The prefix is repeated for each caption, which is as exact and takes longer."
             )
-    order = (captions == -100).int().argsort(dim=2, stable=True)  # words first, what is no label behind them
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes on all there is
-    kwargs["use_cache"] = False  # a caption is read at once, so whatever the caller says, there is nothing to remember
-    hidden_states = read(language_model, prefix, prefix_mask, captions.gather(2, order), **kwargs)
-    places = order.argsort(dim=2).flatten(0, 1)  # [B*K, T]
-    return take(hidden_states.reshape(*places.shape, -1), places).flatten(0, 1)
+        hidden_states = encode_with_decoder_only(language_model, prefix, prefix_mask, packed, **kwargs)
+    original = order.argsort(dim=2).flatten(0, 1)  # [B*K, T]
+    return select_positions(hidden_states.reshape(*original.shape, -1), original).flatten(0, 1)
 
 
 def encode_with_decoder_only(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """`[prefix, caption]` in one sequence, whose last `[B*K, T, D]` predict the caption."""
+    """Run a row `[prefix, caption]` for each caption `[B, K, T]`, and return the hidden states `[B*K, T, D]`."""
     number, length = captions.shape[1:]
-    inputs = captions.flatten(0, 1)[:, :-1]  # the last token predicts nothing
-    words = language_model.get_input_embeddings()(inputs.clamp(min=0))
+    inputs = captions.flatten(0, 1)[:, :-1]  # [B*K, T-1]; the last token predicts nothing
+    embedded = language_model.get_input_embeddings()(inputs.clamp(min=0))
     mask = torch.cat([prefix_mask.repeat_interleave(number, dim=0), (inputs != -100).long()], dim=1)
-    if takes(language_model, "position_ids"):
-        kwargs["position_ids"] = positions_of(mask)
-    output = decoder_of(language_model)(
-        inputs_embeds=torch.cat([prefix.repeat_interleave(number, dim=0), words], dim=1),
-        attention_mask=mask,
-        **kwargs,
-    )
+    if accepts(language_model, "position_ids"):
+        kwargs["position_ids"] = position_ids_of(mask)
+    embedded = torch.cat([prefix.repeat_interleave(number, dim=0), embedded], dim=1)
+    output = decoder_of(language_model)(inputs_embeds=embedded, attention_mask=mask, **kwargs)
     return output.last_hidden_state[:, -length:]
 
 
 def encode_with_shared_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """`[prefix, caption 1, ..., caption K]` in one sequence: the prefix is read once.
+    """Run one row `[prefix, caption 1, ..., caption K]` for each image, and return the hidden states `[B, K*T, D]`.
 
-    Each caption sees the prefix and itself, and its positions go on from the prefix, so nothing else changes. With
-    a prefix of three and the captions "a dog." and "the cat sleeps." (whose last token predicts nothing):
+    Each caption attends to the prefix and to itself, and its positions continue those of the prefix. The last token of
+    a caption predicts nothing. With a prefix of three positions and the captions "a dog." and "the cat sleeps.":
 
-        inputs      q  q  q  a  dog  the  cat  sleeps
-        owner       0  0  0  1   1    2    2     2
-        positions   0  1  2  3   4    3    4     5
+    ```
+    inputs      q  q  q  a  dog  the  cat  sleeps
+    caption     0  0  0  1   1    2    2     2
+    positions   0  1  2  3   4    3    4     5
+    ```
     """
     number, length = captions.shape[1:]
-    start, device = prefix.shape[1], prefix.device
-    needed = (captions[:, :, 1:] != -100).flatten(1)  # what has a label to predict, [B, K*(T-1)]
-    order, place = pack(needed)  # [B, W], [B, K*(T-1)]
+    prefix_length, device = prefix.shape[1], prefix.device
+    has_target = (captions[:, :, 1:] != -100).flatten(1)  # [B, K*(T-1)]
+    order, packed_position = pack(has_target)  # [B, W], [B, K*(T-1)]
     inputs = captions[:, :, :-1].flatten(1).gather(1, order)  # [B, W]
-    words = language_model.get_input_embeddings()(inputs.clamp(min=0))
-    real = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1).bool()  # [B, S+W]
-    owner = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
-    owner = torch.cat([torch.zeros_like(prefix_mask), owner], dim=1)  # 0 is the prefix, k the k-th caption
-    sees = ((owner[:, None, :] == 0) | (owner[:, :, None] == owner[:, None, :])).tril() & real[:, None, :]
-    # What sees nothing, padding in front, sees itself: a softmax over nothing is no number.
-    itself = torch.eye(sees.shape[-1], dtype=torch.bool, device=device)
-    sees |= itself & ~sees.any(dim=2, keepdim=True)  # [B, S+W, S+W]
-    positions = positions_of(prefix_mask)  # [B, S]
-    behind = torch.arange(1, length, device=device).repeat(number)[order]
-    kwargs["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], dim=1)
-    output = decoder_of(language_model)(
-        inputs_embeds=torch.cat([prefix, words], dim=1),
-        attention_mask=as_mask(language_model, sees[:, None], prefix.dtype),
-        **kwargs,
-    )
-    # The first word of every caption is predicted by the last position of the prefix.
-    before = start + place.unflatten(1, (number, length - 1))  # [B, K, T-1]
-    before = torch.cat([before.new_full((len(before), number, 1), start - 1), before], dim=2).flatten(1)
-    return take(output.last_hidden_state, before)  # [B, K*T, D]
+    embedded = language_model.get_input_embeddings()(inputs.clamp(min=0))
+
+    is_token = torch.cat([prefix_mask, (inputs != -100).to(prefix_mask)], dim=1).bool()  # [B, S+W]
+    caption = torch.arange(1, number + 1, device=device).repeat_interleave(length - 1)[order]
+    caption = torch.cat([torch.zeros_like(prefix_mask), caption], dim=1)  # [B, S+W]; 0 is the prefix
+    visible = (caption[:, None, :] == 0) | (caption[:, :, None] == caption[:, None, :])
+    visible = visible.tril() & is_token[:, None, :]  # [B, S+W, S+W]
+    # Padding in front attends to itself: a softmax over no position is NaN.
+    diagonal = torch.eye(visible.shape[-1], dtype=torch.bool, device=device)
+    visible |= diagonal & ~visible.any(dim=2, keepdim=True)
+
+    prefix_positions = position_ids_of(prefix_mask)  # [B, S]
+    offset = torch.arange(1, length, device=device).repeat(number)[order]
+    kwargs["position_ids"] = torch.cat([prefix_positions, prefix_positions[:, -1:] + offset], dim=1)
+    mask = attention_mask_of(language_model, visible[:, None], prefix.dtype)
+    embedded = torch.cat([prefix, embedded], dim=1)  # [B, S+W, D]
+    output = decoder_of(language_model)(inputs_embeds=embedded, attention_mask=mask, **kwargs)
+    # The last position of the prefix predicts the first token of every caption.
+    predicting = prefix_length + packed_position.unflatten(1, (number, length - 1))  # [B, K, T-1]
+    first = predicting.new_full((len(predicting), number, 1), prefix_length - 1)
+    return select_positions(output.last_hidden_state, torch.cat([first, predicting], dim=2).flatten(1))
 
 
 def encode_with_encoder_decoder(
@@ -132,294 +192,409 @@ def encode_with_encoder_decoder(
     prefix_mask: torch.Tensor,
     captions: torch.Tensor,
     start: int | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """The encoder reads the prefix once per image, the decoder writes each of its captions.
+    """Run the encoder once per image and the decoder on its captions, and return `[B, K*T, D]` or `[B*K, T, D]`.
 
-    A T5 writes them in one sequence, each of which sees itself alone, so that the decoder looks at the prefix once:
-    its positions count from word to word, so that nothing changes. Other decoders number them from the beginning.
+    The captions of an image share one sequence of a T5 decoder, in which each attends to itself. T5's positions are
+    relative, so they need no change. Other decoders number positions from the beginning: each caption gets a row.
     """
+    if start is None:
+        raise ValueError(
+            "The start token of the language model's decoder is not known: set `decoder_start_token_id` in the "
+            "captioner's generation configuration."
+        )
     number, length = captions.shape[1:]
     encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
-    # The decoder reads one place to the right, behind its start: the one that `generate` has, too. (mBART's own
-    # `prepare_decoder_input_ids_from_labels` would start with the last label, which is another.)
-    if start is None:
-        raise ValueError("The language model does not say how its decoder starts: set its `decoder_start_token_id`.")
+    # Inputs are labels, one position to the right, behind the start token that `generate` uses. (mBART's own
+    # `prepare_decoder_input_ids_from_labels` would start with the last label.)
     inputs = captions.clamp(min=0).roll(1, dims=2)  # [B, K, T]
     inputs[:, :, 0] = start
+    packed_position = None
     if number > 1 and language_model.config.model_type in ("t5", "mt5", "umt5"):
-        order, place = pack((captions != -100).flatten(1))  # [B, W], [B, K*T]
-        inputs = inputs.flatten(1).gather(1, order)
-        owner = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
-        sees = (owner[:, :, None] == owner[:, None, :]).tril()  # [B, W, W]
-        kwargs["attention_mask"] = as_mask(language_model, sees[:, None], prefix.dtype)
+        order, packed_position = pack((captions != -100).flatten(1))  # [B, W], [B, K*T]
+        inputs = inputs.flatten(1).gather(1, order)  # [B, W]
+        caption = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
+        visible = (caption[:, :, None] == caption[:, None, :]).tril()  # [B, W, W]
+        kwargs["attention_mask"] = attention_mask_of(language_model, visible[:, None], prefix.dtype)
     else:
-        place = None
         inputs = inputs.flatten(0, 1)  # [B*K, T]
         encoded = encoded.repeat_interleave(number, dim=0)
         prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
-    output = decoder_of(language_model)(
-        input_ids=inputs,
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=prefix_mask,
-        **kwargs,
-    )
-    return output.last_hidden_state if place is None else take(output.last_hidden_state, place)
+    hidden_states = decoder_of(language_model)(
+        input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=prefix_mask, **kwargs
+    ).last_hidden_state
+    return hidden_states if packed_position is None else select_positions(hidden_states, packed_position)
 
 
 def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:
-    """Whether the language model reads captions of an image behind one prefix as it would read them one by one.
+    """Return True if the captions of an image may share one sequence of `length` positions behind one prefix.
 
-    It must take a mask for every pair of positions, and numbers of positions; and its layers must attend to all of
-    `length` positions before, and to nothing else.
+    The model must accept a mask for each pair of positions and position ids, and each layer must attend to all
+    positions before. The tested model types do, unless their configuration asks for a window or another attention. The
+    reason for False is logged at the level `DEBUG`.
     """
-    config = language_model.config.get_text_config(decoder=True)  # of a language model with senses of its own
-    fields = vars(config)
-    window = getattr(config, "sliding_window", None) if fields.get("use_sliding_window", True) else None
-    return (
-        takes(language_model, "position_ids")
-        and config._attn_implementation in ("eager", "sdpa")
-        and not (window and window < length)
-        and not fields.get("attention_chunk_size")
-        and not fields.get("alibi")
-        and config.model_type != "gpt_neo"  # whose window counts places in the sequence, whatever the mask
-        and set(fields.get("layer_types") or ()) <= {"full_attention", "sliding_attention"}
-        and not any(mixer in name for name in fields for mixer in ("mamba", "conv", "ssm", "lru", "linear_attn"))
-    )
-
-
-def embed_prompt(language_model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Words of a prompt `[B, P]` as the language model would embed them by itself: `[B, P, D]`."""
-    words = language_model.get_input_embeddings()(input_ids)
-    if language_model.config.is_encoder_decoder:  # Pegasus' and Marian's encoders scale words behind their embedding
-        words = words * vars(language_model.get_encoder()).get("embed_scale", 1.0)
-    return words
+    config = language_model.config.get_text_config(decoder=True)  # of a multimodal language model
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    attention, layer_types = config._attn_implementation, set(getattr(config, "layer_types", None) or ())
+    reasons = {
+        f"the model type {config.model_type!r} is not tested": config.model_type not in PREFIX_SHARING_MODELS,
+        f"{attention!r} attention takes no mask of pairs": attention not in ("eager", "sdpa"),
+        f"the sliding window {window} is shorter than {length} positions": window is not None and 0 < window < length,
+        f"there are layers of the types {layer_types}": bool(layer_types - {"full_attention", "sliding_attention"}),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            logger.debug(f"The captions of an image do not share a prefix: {reason}.")
+            return False
+    return True
 
 
 def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
-    """What makes hidden states of words. `get_decoder` is ModernBERT's output layer, and all of Llama 4."""
+    """Return the module that maps embeddings to hidden states.
+
+    `get_decoder` returns the output layer of a ModernBERT and the whole of a Llama 4.
+    """
     decoder = language_model.get_decoder()
-    own = isinstance(decoder, PreTrainedModel) and decoder is not language_model
-    return decoder if own else language_model.model
+    return decoder if isinstance(decoder, PreTrainedModel) and decoder is not language_model else language_model.model
 
 
-def takes(language_model: PreTrainedModel, name: str) -> bool:
-    """Whether its decoder has such an input: BLOOM's no `position_ids`, Mamba's and RWKV's no `past_key_values`."""
+def accepts(language_model: PreTrainedModel, name: str) -> bool:
+    """Return True if the decoder has this argument. BLOOM has no `position_ids`, Mamba no `past_key_values`."""
     return name in inspect.signature(type(decoder_of(language_model)).forward).parameters
 
 
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """Places in the sequence, counted from the first that is no padding."""
+def position_ids_of(mask: torch.Tensor) -> torch.Tensor:
+    """Number the positions of each row `[B, L]` from its first token that is not padding."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def as_mask(language_model: PreTrainedModel, sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What may be seen, in the way that the language model's attention wants to hear it."""
-    if language_model.config._attn_implementation == "eager":  # which adds masks to its scores
-        return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
-    return sees
+def attention_mask_of(language_model: PreTrainedModel, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert a boolean mask `[B, 1, L, L]` to the form that the attention of the language model takes."""
+    if language_model.config._attn_implementation == "eager":  # adds masks to its scores
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    return visible
 
 
 def pack(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Close the gaps in rows `[B, L]`, bool: which places to keep `[B, W]`, W of the fullest row, and where each went.
+    """Close the gaps between the needed positions of each row `[B, L]`, bool.
 
-    The second, `[B, L]`, says something of the needed places alone.
+    Returns:
+        The positions to keep, `[B, W]` with W of the fullest row, and the new position of each old one, `[B, L]`. The
+        latter is meaningful at needed positions only.
     """
     order = needed.int().argsort(dim=1, descending=True, stable=True)
     width = min(needed.shape[1], max(1, int(needed.sum(dim=1).max())))
     return order[:, :width], order.argsort(dim=1).clamp(max=max(0, width - 1))
 
 
-def take(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Some places of every row: `[B, L, D]`, `[B, M]` -> `[B, M, D]`."""
-    return hidden_states.gather(1, places[..., None].expand(-1, -1, hidden_states.shape[-1]))
+def select_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Select positions of each row: `[B, L, D]`, `[B, M]` -> `[B, M, D]`."""
+    return hidden_states.gather(1, positions[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loss
+# Logits and loss
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class DecoderOutputStub(MoEModelOutputWithPastAndCrossAttentions):
-    """Hidden states, and nothing of all that language models look for beside them in what their decoder returns."""
+    """Output of a decoder with hidden states and nothing else, but with all fields that language models read."""
 
     cache_params: Cache | None = None  # Mamba, xLSTM
     state: list[torch.Tensor] | None = None  # RWKV
     shared_kv_states: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None  # Gemma 4
 
 
-def output_layer(language_model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a language model makes of its decoder's hidden states: from `[N, D]` to logits `[N, V]`.
+class LogitsHead:
+    """Map from hidden states of the decoder to logits, as the language model computes it: `[N, D]` -> `[N, V]`.
 
-    Between the two stands more than `lm_head`: T5 and Cohere scale, Gemma caps, BART adds a bias. So this is the
-    language model itself (its own modules, its own `forward`), but for a decoder that hands on what it is given.
+    Training needs logits at labels only, in chunks, so it cannot get hidden states and logits from one call of the
+    language model. `lm_head` alone would be wrong: T5 and Cohere scale, Gemma 2 caps, BART adds a bias. The head is
+    therefore a shallow clone of the language model, with the same modules and the same `forward`. The decoder of the
+    clone returns its inputs, so that only the steps after the decoder are left.
+
+    Args:
+        language_model: any model of `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from qformer_captioner.language_qformer import LogitsHead
+    >>> model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=1, n_head=4, vocab_size=100))
+    >>> LogitsHead(model)(torch.randn(5, 48)).shape
+    torch.Size([5, 100])
+    ```
     """
 
-    def shell(module: nn.Module) -> nn.Module:
-        """The same module, of which parts can be exchanged; without hooks, which wait for the whole of it."""
-        copied = copy.copy(module)
-        copied._modules = dict(module._modules)
-        copied._forward_hooks, copied._forward_pre_hooks = OrderedDict(), OrderedDict()
-        vars(copied).pop("forward", None)  # with a `device_map` accelerate's own, which belongs to the module
-        return copied
+    def __init__(self, language_model: PreTrainedModel):
+        self.language_model = language_model
+        decoder = decoder_of(language_model)
+        path = next(name for name, module in language_model.named_modules() if module is decoder)
+        self.clone = parent = shallow_clone(language_model)
+        *parents, last = path.split(".")
+        for name in parents:
+            parent._modules[name] = shallow_clone(parent.get_submodule(name))
+            parent = parent.get_submodule(name)
+        parent._modules[last] = shallow_clone(decoder)
+        vars(parent._modules[last])["forward"] = return_inputs
 
-    def hand_on(*args, inputs_embeds: torch.Tensor, **kwargs) -> DecoderOutputStub:
-        return DecoderOutputStub(last_hidden_state=inputs_embeds)
-
-    decoder = decoder_of(language_model)
-    *above, last = next(name for name, module in language_model.named_modules() if module is decoder).split(".")
-    headed = parent = shell(language_model)
-    for name in above:
-        parent._modules[name] = shell(parent._modules[name])
-        parent = parent._modules[name]
-    parent._modules[last] = shell(decoder)
-    parent._modules[last].forward = hand_on
-
-    def logits(hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = hidden_states[None]
-        inputs = {"inputs_embeds": hidden_states}
-        if language_model.config.is_encoder_decoder:
+        inputs: dict[str, Any] = {"inputs_embeds": hidden_states}
+        if self.language_model.config.is_encoder_decoder:
             inputs = {"decoder_inputs_embeds": hidden_states, "encoder_outputs": MoEModelOutput(hidden_states)}
-        return headed(**inputs, use_cache=False).logits[0]
+        return self.clone(**inputs, use_cache=False).logits[0]
 
-    return logits
+    def trainable_weights(self) -> list[nn.Parameter]:
+        """Return the trainable weights of the head, including those that it shares with the input embeddings."""
+        below = [decoder_of(self.language_model)]
+        if self.language_model.config.is_encoder_decoder:
+            below.append(self.language_model.get_encoder())
+        inside = {id(weight) for module in below for weight in module.parameters()}
+        inside -= {id(weight) for weight in self.language_model.get_output_embeddings().parameters()}
+        weights = self.language_model.parameters()
+        return [weight for weight in weights if weight.requires_grad and id(weight) not in inside]
 
 
-def output_weights(language_model: PreTrainedModel) -> list[nn.Parameter]:
-    """Those weights of it that train: none of the decoder (or encoder) but words that it shares with them."""
-    parts = [decoder_of(language_model)]
-    if language_model.config.is_encoder_decoder:
-        parts.append(language_model.get_encoder())
-    inside = {id(weight) for part in parts for weight in part.parameters()}
-    inside -= {id(weight) for weight in language_model.get_output_embeddings().parameters()}
-    return [weight for weight in language_model.parameters() if weight.requires_grad and id(weight) not in inside]
+def shallow_clone(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with the same parts, which can be replaced, and without its hooks."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()
+    vars(clone).pop("forward", None)  # accelerate's, with a `device_map`: it runs the hooks of the whole module
+    return clone
+
+
+def return_inputs(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> DecoderOutputStub:
+    """Stand in for the `forward` of a decoder."""
+    return DecoderOutputStub(last_hidden_state=inputs_embeds)
+
+
+def caption_loss(
+    language_model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor, skip_logits: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Compute the cross-entropy of tokens from the hidden states that predict them.
+
+    Args:
+        language_model: its head computes the logits.
+        hidden_states (`[N, D]`): of [`encode_captions`].
+        targets (`[N]`, long): token ids; positions labelled -100 are ignored.
+        skip_logits: compute the loss in chunks and never hold the logits of all positions. By default, do so if they
+            are more than `MAX_LOGITS_PER_CHUNK`.
+
+    Returns:
+        Sum of the losses in nats `[]`, the loss of each position `[N]` (no gradient), and logits `[N, V]` or `None`.
+    """
+    head, vocab_size = LogitsHead(language_model), language_model.config.vocab_size
+    if skip_logits is None:
+        skip_logits = targets.numel() * vocab_size > MAX_LOGITS_PER_CHUNK
+    if not skip_logits:
+        logits = head(hidden_states)
+        losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return losses.sum(), losses.detach(), logits
+    is_target = targets != -100
+    chunk_size = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
+    weights = head.trainable_weights() if torch.is_grad_enabled() else []
+    inputs = hidden_states[is_target], targets[is_target]
+    loss, losses = ChunkedCrossEntropy.apply(head, chunk_size, *inputs, *weights)
+    return loss, losses.new_zeros(len(targets)).masked_scatter(is_target, losses), None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy over a large vocabulary, a few positions at a time: `[N, D]` -> sum `[]` and each position's `[N]`.
+    """Cross-entropy over a large vocabulary, chunk by chunk: `[N, D]` -> sum `[]` and the loss of each position `[N]`.
 
-    Logits live until their losses and gradients are known, which is on the way forward already, so nothing is computed
-    twice (the idea of Liger Kernel, arXiv 2410.10989, here for any output layer). Only the sum has a gradient.
+    The forward pass computes the logits of a chunk, reduces them to losses and gradients, and frees them. Nothing is
+    computed twice. This is the idea of Liger Kernel (arXiv 2410.10989), here for any head. Only the sum has a gradient.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        words: Callable[[torch.Tensor], torch.Tensor],  # the output layer
-        positions: int,  # at a time
+        ctx: Any,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        chunk_size: int,  # positions
         hidden_states: torch.Tensor,  # [N, D]
         targets: torch.Tensor,  # [N]
-        *weights: torch.Tensor,  # those of the output layer that train
+        *weights: torch.Tensor,  # trainable weights of the head
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
-        gradients = [torch.zeros_like(each) for each in (hidden_states, *weights)] if any(ctx.needs_input_grad) else []
-        for start in range(0, len(targets), positions):
-            here = slice(start, start + positions)
-            with torch.set_grad_enabled(bool(gradients)):
-                inputs = [hidden_states[here].detach().requires_grad_(), *weights]
-                logits = words(inputs[0])  # [n, V]
-            scores = logits.detach().float().log_softmax(dim=-1)
-            losses[here] = -scores.gather(1, targets[here, None]).squeeze(1)
-            if gradients:
-                grad_output = scores.exp_()  # of the losses over the logits: softmax, less one at the target
-                grad_output[torch.arange(len(grad_output), device=grad_output.device), targets[here]] -= 1
-                gradients[0][here], *of_weights = torch.autograd.grad(
-                    logits, inputs, grad_output.to(logits.dtype), allow_unused=True, materialize_grads=True
+        needs_gradients = any(ctx.needs_input_grad)
+        gradients = [torch.zeros_like(tensor) for tensor in (hidden_states, *weights)] if needs_gradients else []
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            with torch.set_grad_enabled(needs_gradients):
+                inputs = [hidden_states[chunk].detach().requires_grad_(), *weights]
+                logits = head(inputs[0])  # [n, V]
+            log_probs = logits.detach().float().log_softmax(dim=-1)
+            losses[chunk] = -log_probs.gather(1, targets[chunk, None]).squeeze(1)
+            if needs_gradients:
+                # The gradient of a loss with respect to its logits: the softmax, less one at the target.
+                grad_logits = log_probs.exp_()
+                grad_logits[torch.arange(len(grad_logits), device=grad_logits.device), targets[chunk]] -= 1
+                gradients[0][chunk], *grad_weights = torch.autograd.grad(
+                    logits, inputs, grad_logits.to(logits.dtype), allow_unused=True, materialize_grads=True
                 )
-                for gradient, part in zip(gradients[1:], of_weights, strict=True):
-                    gradient += part
+                for total, gradient in zip(gradients[1:], grad_weights, strict=True):
+                    total += gradient
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx, of_sum: torch.Tensor, of_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_hidden_states, *of_weights = (of_sum * gradient for gradient in ctx.saved_tensors)
-        return None, None, of_hidden_states, None, *of_weights
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_sum, _ = grad_outputs
+        grad_hidden_states, *grad_weights = (grad_sum * gradient for gradient in ctx.saved_tensors)
+        return None, None, grad_hidden_states, None, *grad_weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Beams
+# Generation
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_generation_config(
+    defaults: GenerationConfig, given: GenerationConfig | None, options: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Combine decoding options into one configuration that counts the tokens of the caption alone.
+
+    `max_length` and `min_length` mean the length of the caption, as `max_new_tokens` and `min_new_tokens` do. An option
+    wins over the `given` configuration. Only the length falls back to the `defaults` of the captioner.
+
+    Returns:
+        The configuration, and the options that it does not have, which are arguments of the language model.
+    """
+    config, options = copy.deepcopy(defaults if given is None else given), dict(options)
+    for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = options.pop(length, None)
+        if value is not None:
+            options.setdefault(new_tokens, value)
+    model_kwargs = config.update(**options)
+    config.max_new_tokens = config.max_new_tokens or config.max_length or defaults.max_new_tokens
+    config.min_new_tokens = config.min_new_tokens or config.min_length
+    config.max_length = config.min_length = None
+    return config, model_kwargs
+
+
+def generate_from_prefix(
+    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, config: GenerationConfig, **kwargs
+) -> Any:
+    """Continue a prefix `[B, S, D]` by the language model's `generate`, which sees the prefix once for each image.
+
+    Returns:
+        Token ids of the captions, `[B * num_return_sequences, T]`, or an output object with these as `sequences`.
+    """
+    if can_prefill_prefix(language_model, prefix, config, kwargs):
+        num_copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        kwargs["past_key_values"] = prefill_shared_prefix(
+            language_model, prefix, prefix_mask, num_copies, config.max_new_tokens
+        )
+    kwargs |= {"inputs_embeds": prefix, "attention_mask": prefix_mask, "generation_config": config}
+    generated = language_model.generate(**kwargs)  # type: ignore[operator]
+    if not language_model.config.is_encoder_decoder:
+        return generated
+    if isinstance(generated, torch.Tensor):  # the start token of the decoder is not part of the caption
+        return generated[:, 1:]
+    generated.sequences = generated.sequences[:, 1:]
+    return generated
 
 
 def can_prefill_prefix(
-    language_model: PreTrainedModel, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict
+    language_model: PreTrainedModel, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether `generate` would begin with the memory of a prefix that we hand it, and none of its own."""
+    """Return True if `generate` can start from a KV cache that holds the prefix."""
     modes = (
         GenerationMode.GREEDY_SEARCH,
         GenerationMode.SAMPLE,
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
     )
-    use_cache = config.use_cache
-    if use_cache is None:  # it is up to the language model
-        use_cache = language_model.generation_config.use_cache
+    use_cache = language_model.generation_config.use_cache if config.use_cache is None else config.use_cache
     return (
         not language_model.config.is_encoder_decoder
-        and takes(language_model, "past_key_values")
+        and accepts(language_model, "past_key_values")
         and prefix.shape[1] > 1
         and use_cache is not False
         and config.cache_implementation is None
-        and not (config.output_attentions or config.output_hidden_states)  # which tell of the prefix, too
+        and not (config.output_attentions or config.output_hidden_states)  # those of the prefix are asked for, too
         and "past_key_values" not in kwargs
         and config.get_generation_mode(kwargs.get("assistant_model")) in modes
     )
 
 
 def prefill_shared_prefix(
-    language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, copies: int, room: int
+    language_model: PreTrainedModel,
+    prefix: torch.Tensor,
+    prefix_mask: torch.Tensor,
+    num_copies: int,
+    max_new_tokens: int,
 ) -> Cache | None:
-    """What the language model remembers of all but the last of a prefix, for each beam or sequence.
+    """Encode all but the last position of the prefix once, and return a KV cache that the beams of an image share.
 
-    Left to itself, `generate` would have it read the same prefix in every beam, as it does where this is `None`:
-    for a language model with a memory of its own kind (MiniMax, RecurrentGemma).
+    `num_copies` is the number of beams or sequences of an image. The result is `None` for a language model with a cache
+    of its own kind (MiniMax, RecurrentGemma): `generate` then encodes the prefix for every beam.
     """
-    inputs = {"position_ids": positions_of(prefix_mask)[:, :-1]} if takes(language_model, "position_ids") else {}
-    read = decoder_of(language_model)(
+    inputs = {"position_ids": position_ids_of(prefix_mask)[:, :-1]} if accepts(language_model, "position_ids") else {}
+    cache = decoder_of(language_model)(
         inputs_embeds=prefix[:, :-1], attention_mask=prefix_mask[:, :-1], use_cache=True, **inputs
     ).get("past_key_values")
-    if type(read) is not DynamicCache:
+    if type(cache) is not DynamicCache:
         return None
-    several = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)
-    for number, layer in enumerate(read.layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
-            read.layers[number] = SharedPrefixLayer(layer, copies, room)
-        else:  # of a window, of no single words, or of another layer
-            layer.reorder_cache(several)
-    return read
+    repeated = torch.arange(len(prefix), device=prefix.device).repeat_interleave(num_copies)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[index] = SharedPrefixLayer(layer.keys, layer.values, num_copies, max_new_tokens)
+        else:  # a sliding window, a state without positions, or the cache of another layer
+            layer.reorder_cache(repeated)  # type: ignore[arg-type]
+    return cache
 
 
 class SharedPrefixLayer(DynamicLayer):
-    """What a layer of the language model remembers of a prefix that the beams of an image share, and of their words.
+    """Cache layer of a prefix that the beams of an image share, with room for the tokens that each beam adds.
 
-    Room for the words is made once, and when beams change places only their words do. transformers' own layer copies
-    all that it remembers, prefix included, for every word, and again when beams change places.
+    The buffers for new tokens are allocated once, and beams that change places move their new tokens alone.
+    `DynamicLayer` copies the whole cache, prefix included, for every token and whenever beams change places.
+
+    Args:
+        keys, values: those of the prefix, `[B, heads, S, head_size]`.
+        num_copies: beams or sequences of each image.
+        max_new_tokens: tokens that a beam may add.
     """
 
-    def __init__(self, prefix: DynamicLayer, copies: int, room: int):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_copies: int, max_new_tokens: int):
         super().__init__()
-        self.lazy_initialization(prefix.keys, prefix.values)
-        self.prefix_length = prefix.get_seq_length()
+        self.lazy_initialization(keys, values)
+        self.prefix_length = keys.shape[-2]
 
-        def make_room(states: torch.Tensor) -> torch.Tensor:  # [B, heads, S, d] -> [B*copies, heads, S+room, d]
-            images, heads, length, size = states.shape
-            roomy = states.new_empty(images, copies, heads, length + room, size)
-            roomy[..., :length, :] = states[:, None]
-            return roomy.flatten(0, 1)
+        def allocate(states: torch.Tensor) -> torch.Tensor:
+            batch_size, heads, length, head_size = states.shape
+            buffer = states.new_empty(batch_size, num_copies, heads, length + max_new_tokens, head_size)
+            buffer[..., :length, :] = states[:, None]
+            return buffer.flatten(0, 1)  # [B*num_copies, heads, S+max_new_tokens, head_size]
 
-        self.roomy_keys, self.roomy_values = make_room(prefix.keys), make_room(prefix.values)
-        self.keys, self.values = (each[:, :, : self.prefix_length] for each in (self.roomy_keys, self.roomy_values))
+        self.key_buffer, self.value_buffer = allocate(keys), allocate(values)
+        self._expose(self.prefix_length)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        self.roomy_keys[:, :, start:end], self.roomy_values[:, :, start:end] = key_states, value_states
-        self.keys, self.values = self.roomy_keys[:, :, :end], self.roomy_values[:, :, :end]
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values `[B*num_copies, heads, n, head_size]`, and return all of them."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        self.key_buffer[:, :, start:end], self.value_buffer[:, :, start:end] = key_states, value_states
+        self._expose(end)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Give each beam the new tokens of the beam `beam_idx`; the prefix is the same for both."""
         for states in (self.keys, self.values):
-            words = states[:, :, self.prefix_length :]
-            words.copy_(words.index_select(0, beam_idx.to(words.device)))
+            new_states = states[:, :, self.prefix_length :]
+            new_states.copy_(new_states.index_select(0, beam_idx.to(new_states.device)))
+
+    def _expose(self, length: int) -> None:
+        self.keys, self.values = self.key_buffer[:, :, :length], self.value_buffer[:, :, :length]

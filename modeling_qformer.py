@@ -1,29 +1,33 @@
-"""A Q-Former, and the captioner that it makes of a vision encoder and a language model.
+# Long on purpose: the Q-Former and the captioner around it are one model, read from top to bottom in an evening.
+"""A Q-Former, and a captioner that joins a vision encoder and a language model with it.
 
-    image [B,3,H,W] -> vision_model -> [B,N,Dv] -> qformer -> [B,Q,Dq] -> language_projection -> [B,Q,D] soft prompt
-    soft prompt + prompt tokens -> language_model -> caption
+```
+image [B,3,H,W] -> vision_model -> [B,N,Dv] -> qformer -> [B,Q,Dq] -> language_projection -> [B,Q,D] soft prompt
+soft prompt + prompt tokens -> language_model -> caption
+```
 
-Read from top to bottom: the layers of the Q-Former, the Q-Former, the captioner (what it computes, what of it trains,
-how it is made of two pretrained models). How the language model reads is in language_qformer.py, how a captioner is
-loaded and saved in saving_qformer.py, how a CPU multiplies in linear_qformer.py. The Q-Former is BLIP-2's (Li et al.
-2023, arXiv 2301.12597); its parameters carry the names of transformers' `Blip2QFormerModel`.
+Read from top to bottom: the Q-Former and its layers, then the captioner. How a language model continues a prefix is in
+language_qformer.py, how a captioner is loaded and saved in saving_qformer.py. The Q-Former is BLIP-2's (Li et al. 2023,
+arXiv 2301.12597); its parameters have the names of transformers' `Blip2QFormerModel`.
 
-In the shapes below B is images, K captions of an image, N image tokens, Q queries, P prompt tokens, T caption tokens,
-V words of the vocabulary, and D, Dq, Dv the widths of the language model, the Q-Former and the vision encoder.
+Shapes: B images, K captions of an image, N image tokens, Q queries, P prompt tokens, T tokens of a caption. V is the
+size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q-Former and the vision encoder.
 """
 
 import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
-    BitsAndBytesConfig,
     GenerationConfig,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -40,6 +44,7 @@ from .backbones_qformer import (
     VisionModelPlaceholder,
     commit_of,
     dtype_of,
+    embedding_weights,
     is_frozen,
     is_quantized,
     language_model_from_config,
@@ -49,22 +54,19 @@ from .backbones_qformer import (
 )
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from .language_qformer import (
-    MAX_LOGITS_PER_CHUNK,
-    ChunkedCrossEntropy,
-    can_prefill_prefix,
-    embed_prompt,
+    build_prefix,
+    caption_loss,
     encode_captions,
-    output_layer,
-    output_weights,
-    prefill_shared_prefix,
+    generate_from_prefix,
+    resolve_generation_config,
 )
-from .processing_qformer import ImageInput, QFormerCaptionerProcessor, load_qformer_tokenizer
+from .processing_qformer import ImageInput, QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The Q-Former: BERT layers in which the queries also look at the image
+# The Q-Former: BERT layers in which the queries also attend to the image
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +80,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, the only one that also returns its weights. `attention_mask` is added to the scores."""
+    """Compute attention step by step, and return its weights, too. `attention_mask` is added to the scores."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -87,7 +89,7 @@ def eager_attention_forward(
 
 
 class QFormerMultiHeadAttention(nn.Module):
-    """The queries attend to themselves or, given `encoder_hidden_states`, to the image."""
+    """Multi-head attention of the queries to themselves or, given `encoder_hidden_states`, to the image."""
 
     def __init__(self, config: QFormerConfig, key_value_size: int):
         super().__init__()
@@ -95,7 +97,7 @@ class QFormerMultiHeadAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_size**-0.5
-        self.is_causal = False  # the attention interface asks
+        self.is_causal = False  # the attention interface reads it
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(key_value_size, config.hidden_size)
         self.value = nn.Linear(key_value_size, config.hidden_size)
@@ -128,7 +130,7 @@ class QFormerMultiHeadAttention(nn.Module):
 
 
 class QFormerOutput(nn.Module):
-    """What closes every sub-layer: projection, dropout, residual, layer norm (post-norm, as in BERT)."""
+    """End of every sub-layer: projection, dropout, residual, layer norm (post-norm, as in BERT)."""
 
     def __init__(self, config: QFormerConfig, input_size: int):
         super().__init__()
@@ -162,10 +164,10 @@ class QFormerIntermediate(nn.Module):
 
 
 class QFormerLayer(GradientCheckpointingLayer):
-    """Self-attention, every `cross_attention_frequency` layers cross-attention to the image, feed-forward.
+    """Self-attention, in every `cross_attention_frequency`-th layer cross-attention to the image, and feed-forward.
 
-    Words of a prompt, where the Q-Former reads any, stand behind the queries. They meet them in the self-attention, do
-    not look at the image, and have a feed-forward part of their own.
+    Tokens of a prompt, if the Q-Former reads one, follow the queries. They take part in self-attention, do not attend
+    to the image, and have their own feed-forward part.
     """
 
     def __init__(self, config: QFormerConfig, layer_index: int):
@@ -190,7 +192,7 @@ class QFormerLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
-        queries, words = hidden_states.tensor_split([self.num_query_tokens], dim=1)  # [B, Q, Dq], [B, P, Dq]
+        queries, prompt = hidden_states.tensor_split([self.num_query_tokens], dim=1)  # [B, Q, Dq], [B, P, Dq]
         if self.has_cross_attention:
             queries = self.crossattention(
                 queries,
@@ -199,9 +201,9 @@ class QFormerLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
         queries = self.output_query(self.intermediate_query(queries), queries)
-        if words.shape[1] == 0:
+        if prompt.shape[1] == 0:
             return queries
-        return torch.cat([queries, self.output(self.intermediate(words), words)], dim=1)
+        return torch.cat([queries, self.output(self.intermediate(prompt), prompt)], dim=1)
 
 
 class QFormerEncoder(nn.Module):
@@ -216,7 +218,7 @@ class QFormerEncoder(nn.Module):
 
 
 class QFormerEmbeddings(nn.Module):
-    """Words of a prompt, and their places in it."""
+    """Embeddings of the tokens of a prompt and of their positions."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
@@ -229,13 +231,15 @@ class QFormerEmbeddings(nn.Module):
 
 
 class QFormerModel(PreTrainedModel):
-    r"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1): learned queries that read an image.
+    r"""Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1): learned query tokens that attend to image features.
 
-    With `use_qformer_text_input` it is InstructBLIP's (arXiv 2305.06500): what the queries take from the image then
-    depends on a prompt.
+    With `use_qformer_text_input=True` it is InstructBLIP's (arXiv 2305.06500): a prompt decides which features the
+    queries select.
 
-    The queries are a parameter of this module, so whatever saves the module (an adapter's `modules_to_save`, say)
-    saves them too.
+    The query tokens are a parameter of this module, so everything that saves the module saves them, too.
+
+    Args:
+        config ([`QFormerConfig`]): its sizes.
 
     Example:
 
@@ -252,7 +256,7 @@ class QFormerModel(PreTrainedModel):
     config: QFormerConfig
     base_model_prefix = "qformer"
     main_input_name = "encoder_hidden_states"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_attention_backend = True
     _supports_sdpa = True
@@ -279,29 +283,62 @@ class QFormerModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            # Queries that start equal stay equal: transformers' BLIP-2 starts them at zero, LAVIS at this.
+            # Equal queries would stay equal. transformers' BLIP-2 starts them at zero, LAVIS draws them like this.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
 
-    @torch.no_grad()
-    def standardize(self, encoder_hidden_states: torch.Tensor) -> None:
-        """Let a fresh Q-Former see how images differ from the mean image: what they share is most of their features.
+    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
+        """Return the embeddings of the prompt, or `None` for a Q-Former without text input."""
+        return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
 
-        A value of cross-attention is `W ((x - mean) / std) + b` from then on, folded into its weights, with mean and
-        standard deviation of images' mean features.
+    @torch.no_grad()
+    def normalize_image_features(self, encoder_hidden_states: torch.Tensor) -> None:
+        """Fold the normalisation of image features into the value weights of cross-attention.
+
+        All images have most of their features in common, which hides the differences from a new Q-Former. Afterwards
+        a value is `W ((x - mean) / std) + b`. Both statistics are taken over the mean features of the given images.
 
         Args:
-            encoder_hidden_states (`[B, N, Dv]`, float): features of some hundred images.
+            encoder_hidden_states (`[B, N, Dv]`, float): features of a few hundred images.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from qformer_captioner import QFormerConfig, QFormerModel
+        >>> qformer = QFormerModel(QFormerConfig(num_hidden_layers=2, encoder_hidden_size=384))
+        >>> qformer.normalize_image_features(torch.randn(100, 257, 384))
+        ```
         """
         images = encoder_hidden_states.float().mean(dim=1)  # [B, Dv]
-        for layer in self.encoder.layer:
-            if layer.has_cross_attention:
-                value = layer.crossattention.attention.value
-                value.weight.div_(images.std(dim=0).clamp(min=1e-4).to(value.weight))
-                value.bias.sub_(value.weight @ images.mean(dim=0).to(value.weight))
+        for attention in self._cross_attentions():
+            value = attention.value
+            value.weight.div_(images.std(dim=0).clamp(min=1e-4).to(value.weight))
+            value.bias.sub_(value.weight @ images.mean(dim=0).to(value.weight))
 
-    def get_input_embeddings(self) -> nn.Embedding | None:
-        """Of the prompt's words. Without text there are none: the queries are the input."""
-        return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
+    @torch.no_grad()
+    def resize_image_features(self, encoder_hidden_size: int) -> None:
+        """Make the Q-Former accept image features of another width, by new key and value weights in cross-attention.
+
+        Args:
+            encoder_hidden_size (`int`): width of the features, Dv.
+        """
+        if encoder_hidden_size == self.config.encoder_hidden_size:
+            return
+        logger.warning(
+            f"The Q-Former attended to image features of width {self.config.encoder_hidden_size} and now gets features "
+            f"of width {encoder_hidden_size}: {2 * len(self._cross_attentions())} of its weights start fresh."
+        )
+        self.config.encoder_hidden_size = encoder_hidden_size
+        for attention in self._cross_attentions():
+            for linear in (attention.key, attention.value):
+                weight = linear.weight.new_empty(linear.out_features, encoder_hidden_size)
+                linear.weight = nn.Parameter(weight.normal_(std=self.config.initializer_range))
+                linear.in_features = encoder_hidden_size
+
+    def _cross_attentions(self) -> list[QFormerMultiHeadAttention]:
+        modules = self.encoder.named_modules()
+        attentions = [(name, module) for name, module in modules if isinstance(module, QFormerMultiHeadAttention)]
+        return [module for name, module in attentions if name.endswith("crossattention.attention")]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -313,91 +350,59 @@ class QFormerModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Read images.
+        """Let the query tokens attend to the features of images.
 
         Args:
             encoder_hidden_states (`[B, N, Dv]`, float): features of the images; cast to the Q-Former's dtype.
-            encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature to look at, 0 for padding.
-            input_ids, attention_mask (`[B, P]`, long, *optional*): a prompt in the Q-Former's own words, where it reads
-                text; 1 for a word, 0 for padding, which stands behind the words.
-            kwargs: `output_hidden_states` and `output_attentions` (the latter with eager attention) as everywhere.
+            encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+            input_ids (`[B, P]`, long, *optional*): a prompt in tokens of the Q-Former's own tokenizer, padded on the
+                right. Requires `use_qformer_text_input=True`.
+            attention_mask (`[B, P]`, long, *optional*): 1 for a token of the prompt, 0 for padding.
+            kwargs: `output_hidden_states`, and `output_attentions` with eager attention.
 
         Returns:
-            `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, the first query's).
+            An output with `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, of the first query).
 
         Raises:
-            ValueError: if the features do not have the width that the Q-Former was made for, or for a prompt that it
-                cannot read.
+            ValueError: if the features have another width than `config.encoder_hidden_size`, or if the Q-Former cannot
+                read the prompt.
         """
         width = encoder_hidden_states.shape[-1]
         if width != self.config.encoder_hidden_size:
             raise ValueError(
-                f"The image features are {width} wide, but this Q-Former was made for width "
-                f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained on."
+                f"The image features have width {width}, but this Q-Former accepts width "
+                f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained with."
             )
         encoder_hidden_states = encoder_hidden_states.to(self.query_tokens.dtype)
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]
         hidden_states = queries if input_ids is None else torch.cat([queries, self._embed_prompt(input_ids)], dim=1)
         hidden_states = self.dropout(self.layernorm(hidden_states))  # [B, Q+P, Dq]
+        masks: dict[str, Any] = {}  # in the form that the attention implementation takes
         if attention_mask is not None:
-            seen = torch.cat([attention_mask.new_ones(queries.shape[:2]), attention_mask], dim=1)
-            attention_mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=seen
+            attention_mask = torch.cat([attention_mask.new_ones(queries.shape[:2]), attention_mask], dim=1)
+            masks["attention_mask"] = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
         if encoder_attention_mask is not None:
-            encoder_attention_mask = create_bidirectional_mask(
+            masks["encoder_attention_mask"] = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=queries,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
             )
-        queries = self.encoder(
-            hidden_states,
-            encoder_hidden_states,
-            attention_mask=attention_mask,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
-        )[:, : queries.shape[1]]
+        queries = self.encoder(hidden_states, encoder_hidden_states, **masks, **kwargs)[:, : queries.shape[1]]
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
-
-    def load_pretrained(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take over the weights of another Q-Former, and warn of all that it cannot give.
-
-        Raises:
-            ValueError: for a tensor of another shape, other than what looks at the features of another vision encoder.
-        """
-        own = self.state_dict()
-        looks = "crossattention.attention.key.weight", "crossattention.attention.value.weight"
-        fits = {name: tensor for name, tensor in weights.items() if name in own and tensor.shape == own[name].shape}
-        wrong = [name for name in weights if name in own and name not in fits and not name.endswith(looks)]
-        if wrong:
-            raise ValueError(
-                f"The pretrained Q-Former has {wrong[0]!r} of shape {tuple(weights[wrong[0]].shape)}, but "
-                f"{tuple(own[wrong[0]].shape)} was asked for ({len(wrong)} tensors differ). Leave out the fields that "
-                "the checkpoint decides."
-            )
-        self.load_state_dict(fits, strict=False)
-        if fresh := [name for name in own if name not in fits]:
-            logger.warning(
-                f"{len(fresh)} of {len(own)} tensors of the Q-Former start fresh, from {fresh[0]!r} on: the pretrained "
-                "one has none that fit."
-            )
-        if dropped := [name for name in weights if name not in own]:
-            logger.warning(
-                f"{len(dropped)} of {len(weights)} tensors of the pretrained Q-Former are left out, from "
-                f"{dropped[0]!r} on: this one has no such part."
-            )
 
     def _embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         if not self.config.use_qformer_text_input:
             raise ValueError(
-                "This Q-Former reads no text: leave out `qformer_input_ids`, or make a Q-Former with "
+                "This Q-Former does not read prompts: leave out `qformer_input_ids`, or build a Q-Former with "
                 "`use_qformer_text_input=True`."
             )
         if input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"The prompt is {input_ids.shape[1]} tokens long, but the Q-Former reads at most "
-                f"{self.config.max_position_embeddings}. Shorten it."
+                f"The prompt has {input_ids.shape[1]} tokens, but the Q-Former reads at most "
+                f"{self.config.max_position_embeddings}. Shorten the prompt."
             )
         return self.embeddings(input_ids)
 
@@ -408,10 +413,10 @@ class QFormerModel(PreTrainedModel):
 
 
 class ProjectionPerQuery(nn.Module):
-    """From queries `[B, Q, Dq]` to a soft prompt `[B, Q, D]`, each query by weights of its own.
+    """Linear projection of queries `[B, Q, Dq]` to a soft prompt `[B, Q, D]` with weights of its own for each query.
 
-    With one projection for all of them, whatever a frozen language model asks of one token of its prompt the others
-    learn, too: after a few dozen steps they are nearly the same token, in which the image drowns.
+    If all queries share one projection, they also share its gradients. With a frozen language model they become nearly
+    the same vector after a few dozen steps, and the soft prompt hardly depends on the image.
     """
 
     def __init__(self, num_query_tokens: int, in_features: int, out_features: int, dtype: torch.dtype):
@@ -425,27 +430,34 @@ class ProjectionPerQuery(nn.Module):
 
 @dataclass
 class QFormerCaptionerOutput(ModelOutput):
-    """What a captioner returns.
+    """Output of a captioner.
 
     Args:
-        loss (`[]`, float32, *optional*): mean cross-entropy in nats over the caption tokens, if there were labels.
-        losses (`[B]` or `[B, K]`, float32, *optional*): nats of each caption, summed over its tokens; no gradient.
-        logits (`[B, T, V]` or `[B, K, T, V]`, *optional*): scores of the word at each label; without labels, of the
-            first word. `None` if they were skipped (`skip_logits`).
-        soft_prompt (`[B, Q, D]`): what the language model read in place of the image.
+        loss (`[]`, float32, *optional*): mean cross-entropy of the caption tokens in nats, with labels.
+        losses (`[B]` or `[B, K]`, float32, *optional*): cross-entropy of each caption in nats, summed over its tokens;
+            without gradient.
+        logits (`[B, T, V]` or `[B, K, T, V]`, *optional*): logits at each label; without labels, at the first token of
+            a caption (T = 1). `None` if they were skipped (`skip_logits`).
+        soft_prompt (`[B, Q, D]`): representation of the image that the language model attends to.
     """
 
-    loss: torch.FloatTensor | None = None
-    losses: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    soft_prompt: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    soft_prompt: torch.Tensor | None = None
 
 
 class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
-    r"""A vision encoder, a Q-Former and a language model that captions what the encoder sees.
+    r"""Image captioner: a vision encoder, a Q-Former and a language model.
 
-    Built from two pretrained models with [`~QFormerCaptioner.from_backbones`], from a folder or the Hub with
-    `from_pretrained`, or with random weights from a [`QFormerCaptionerConfig`].
+    [`~QFormerCaptioner.from_backbones`] joins two pretrained models. `from_pretrained` loads a captioner from a folder
+    or the Hub. The constructor makes one with random weights from a [`QFormerCaptionerConfig`].
+
+    Args:
+        config ([`QFormerCaptionerConfig`]): configuration of all parts.
+        vision_model (`PreTrainedModel`, *optional*): vision encoder; by default a new one.
+        qformer ([`QFormerModel`], *optional*): Q-Former; by default a new one.
+        language_model (`PreTrainedModel`, *optional*): language model; by default a new one.
 
     Example:
 
@@ -461,19 +473,20 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     config: QFormerCaptionerConfig
     base_model_prefix = "captioner"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["QFormerModel"]  # small; of the backbones theirs count
+    _no_split_modules = ["QFormerModel"]  # small; those of the backbones are added
     _keep_in_fp32_modules = ["qformer", "language_projection"]  # float16 overflows there (LAVIS issue 267)
 
     def __init__(
         self,
         config: QFormerCaptionerConfig,
         vision_model: PreTrainedModel | VisionModelPlaceholder | None = None,
+        qformer: QFormerModel | None = None,
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
@@ -481,26 +494,31 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         def dtype(part: str) -> torch.dtype:
             return getattr(torch, config.dtypes[part]) if config.dtypes else torch.get_default_dtype()
 
+        qformer_config = cast(QFormerConfig, config.qformer_config)  # a dict before the configuration is complete
         if vision_model is None:
-            vision_model = vision_model_from_config(config.vision_config, dtype("vision_model"))
+            vision_config = cast(PreTrainedConfig, config.vision_config)
+            vision_model = vision_model_from_config(vision_config, dtype("vision_model"))
         if language_model is None:
-            language_model = language_model_from_config(config.text_config, dtype("language_model"))
+            text_config = cast(PreTrainedConfig, config.text_config)
+            language_model = language_model_from_config(text_config, dtype("language_model"))
         untie_t5_head(language_model)
+        if qformer is None:
+            qformer = QFormerModel._from_config(qformer_config, dtype=dtype("qformer"))
         config.vision_config, config.text_config = vision_model.config, language_model.config
         self.vision_model = vision_model
-        self.qformer = QFormerModel._from_config(config.qformer_config, dtype=dtype("qformer"))
-        # The words' width is not always `hidden_size`: OPT-350m reads words of 512 into a model of 1024.
-        word_size = language_model.get_input_embeddings().weight.shape[-1]
-        sizes = (config.qformer_config.hidden_size, word_size)
+        self.qformer = qformer
+        # The embeddings may be narrower than `hidden_size`: OPT-350m has embeddings of 512 and a width of 1024.
+        sizes = (qformer_config.hidden_size, embedding_weights(language_model).shape[-1])
+        self.language_projection: nn.Linear | ProjectionPerQuery
         if config.projection_per_query:
-            queries = config.qformer_config.num_query_tokens
+            queries = qformer_config.num_query_tokens
             self.language_projection = ProjectionPerQuery(queries, *sizes, dtype=dtype("language_projection"))
         else:
             self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
         self.language_model = language_model
         self.post_init()
-        self.loss_type = None  # the Trainer must count all labels: ours are not shifted
-        # One set of decoding defaults, ours: those of a chat model would sample.
+        self.loss_type = None  # type: ignore[assignment]  # the Trainer would count shifted labels
+        # The captioner has its own decoding defaults: those of a chat model would sample.
         self.generation_config.max_new_tokens = 50
         self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
         self._freeze()
@@ -514,7 +532,11 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the vision encoder: `[B, 3, H, W]` -> `[B, N, Dv]`, without a graph where it is frozen."""
+        """Run the vision encoder: `[B, 3, H, W]` -> `[B, N, Dv]`. A frozen encoder records no graph.
+
+        Raises:
+            ValueError: if the captioner was loaded without its vision encoder.
+        """
         # requires_grad_(False) is not enough: gradient checkpointing makes the input of the encoder require gradients.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
             return self.vision_model(pixel_values.to(dtype_of(self.vision_model))).last_hidden_state
@@ -526,17 +548,20 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Turn images `[B, 3, H, W]`, or their features `[B, N, Dv]`, into what the language model reads: `[B, Q, D]`.
+        """Return the soft prompt `[B, Q, D]` of images `[B, 3, H, W]` or of their features `[B, N, Dv]`.
+
+        Args:
+            pixel_values (`[B, 3, H, W]`, float): images; or
+            image_embeds (`[B, N, Dv]`, float): their features.
+            qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): prompt in tokens of the Q-Former.
 
         Raises:
-            ValueError: if not exactly one of the two is given, if the features have another width, or if the Q-Former
-                gets a prompt (`qformer_input_ids`, `[B, P']`) and reads no text.
+            ValueError: if not exactly one of the two is given, or the Q-Former does not accept the features or the
+                prompt.
         """
         if (pixel_values is None) == (image_embeds is None):
-            raise ValueError(
-                "Give either `pixel_values` (images) or `image_embeds` (features of images), and not both."
-            )
-        if image_embeds is None:
+            raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
+        if pixel_values is not None:
             image_embeds = self.get_image_features(pixel_values)
         queries = self.qformer(image_embeds, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask)
         return self.language_projection(queries.last_hidden_state)
@@ -546,41 +571,19 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         soft_prompt: torch.Tensor,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        room_for: int = 0,
+        max_new_tokens: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What stands in front of the caption: soft prompt and prompt, embedded `[B, Q+P, D]`, and its mask `[B, Q+P]`.
+        """Return the prefix `[B, Q+P, D]`, which is the soft prompt followed by the embedded prompt, and its mask.
 
-        Prompts may be padded on either side. Padding ends up where it cannot make a batch differ from single images:
-        in front of everything for a decoder, which writes on at the end, and behind it for an encoder.
+        Args:
+            soft_prompt (`[B, Q, D]`): soft prompt of the images.
+            input_ids, attention_mask (`[B, P]`, long, *optional*): prompts, padded on either side.
+            max_new_tokens (`int`, defaults to 0): tokens of the caption, to check the total length.
 
         Raises:
-            ValueError: if the prefix, with `room_for` more words of caption, is longer than the language model allows.
+            ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts.
         """
-        words = self.language_model.get_input_embeddings()
-        # Under a `device_map` the words may be on another device; offloaded ones come to the soft prompt.
-        device = soft_prompt.device if words.weight.is_meta else words.weight.device
-        prefix = soft_prompt.to(device, words.weight.dtype)  # [B, Q, D]
-        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-        if input_ids is not None and input_ids.shape[1] > 0:
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            prompt = embed_prompt(self.language_model, input_ids).to(device)
-            prefix = torch.cat([prefix, prompt], dim=1)
-            mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
-            order = mask.argsort(dim=1, stable=True, descending=self.config.is_encoder_decoder)
-            prefix = prefix.gather(1, order[..., None].expand_as(prefix))
-            mask = mask.gather(1, order)
-
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        needed = max(prefix.shape[1], room_for) if self.config.is_encoder_decoder else prefix.shape[1] + room_for
-        if limit is not None and needed > limit:
-            queries = self.config.qformer_config.num_query_tokens
-            raise ValueError(
-                f"The language model reads at most {limit} tokens, but {queries} queries, a prompt of "
-                f"{prefix.shape[1] - queries} and a caption of up to {room_for} tokens were asked for. Shorten the "
-                "prompt or the caption."
-            )
-        return prefix, mask
+        return build_prefix(self.language_model, soft_prompt, input_ids, attention_mask, max_new_tokens)
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
@@ -598,70 +601,54 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs,
     ) -> QFormerCaptionerOutput:
-        """Score captions. The batch is the same whatever the language model.
+        """Compute the loss of captions. The batch is the same for decoder-only and encoder-decoder language models.
 
         Args:
             pixel_values (`[B, 3, H, W]`, float): images; or
-            image_embeds (`[B, N, Dv]`, float): features of images, computed before.
-            input_ids, attention_mask (`[B, P]`, long, *optional*): the prompt only.
-            qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): the prompt in the Q-Former's own
-                words, where it reads text.
-            labels (`[B, T]` or `[B, K, T]`, long, *optional*): one caption or K captions of each image,
-                end-of-sequence included, padded with -100. The image is encoded once for all of them.
-            num_items_in_batch (*optional*): divide the summed loss by this instead of by the number of caption tokens,
-                so that gradient accumulation weighs every token alike. The Trainer passes it.
-            skip_logits (`bool`, *optional*): return no logits, and compute the loss without ever holding those of all
-                tokens. By default where there are labels and the logits would take more than 32 MiB in float32.
-            kwargs: `return_dict` as everywhere in transformers; the rest is passed on to the language model's decoder.
+            image_embeds (`[B, N, Dv]`, float): their precomputed features.
+            input_ids, attention_mask (`[B, P]`, long, *optional*): the prompt without the caption.
+            qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): the prompt in tokens of the
+                Q-Former, if it reads prompts.
+            labels (`[B, T]` or `[B, K, T]`, long, *optional*): one caption or K captions of each image with
+                end-of-sequence tokens. Positions labelled -100 are ignored. The image is encoded once for all captions.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the summed loss, by default the number
+                of caption tokens. The Trainer passes it, so that gradient accumulation weighs all tokens equally.
+            skip_logits (`bool`, *optional*): return no logits, and compute the loss without ever holding all of them.
+                Defaults to `True` if they would take more than 32 MiB in float32. Ignored without labels.
+            kwargs: `return_dict`, and arguments of the language model's decoder.
+
+        Returns:
+            A [`QFormerCaptionerOutput`].
 
         Raises:
-            ValueError: for features of the wrong width, or more tokens than the language model allows.
+            ValueError: if the features have the wrong width, or prefix and caption are too long.
         """
-        room_for = 1 if labels is None else labels.shape[-1]
-        soft_prompt = self.get_soft_prompt(
-            pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask
-        )  # [B, Q, D]
-        prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, room_for)  # [B, Q+P, D]
+        max_new_tokens = 1 if labels is None else labels.shape[-1]
+        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
+        prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, max_new_tokens)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
         hidden_states = encode_captions(
             self.language_model, prefix, prefix_mask, captions, self.generation_config, **kwargs
         )  # [B*K*T, D]
-
-        words = output_layer(self.language_model)
-        vocabulary = self.language_model.config.vocab_size
-        if skip_logits is None:
-            skip_logits = labels is not None and targets.numel() * vocabulary > MAX_LOGITS_PER_CHUNK
-        if not skip_logits:
-            logits = words(hidden_states)
+        skip_logits = False if labels is None else skip_logits
+        loss, losses, logits = caption_loss(self.language_model, hidden_states, targets.flatten(), skip_logits)
+        logits = None if logits is None else logits.view(*targets.shape, -1)
         if labels is None:
-            return QFormerCaptionerOutput(logits=logits.view(*targets.shape, -1), soft_prompt=soft_prompt)
-
-        real = targets.flatten() != -100
-        if skip_logits:
-            weights = output_weights(self.language_model) if torch.is_grad_enabled() else []
-            loss, own = ChunkedCrossEntropy.apply(
-                words,
-                max(1, MAX_LOGITS_PER_CHUNK // vocabulary),
-                hidden_states[real],
-                targets.flatten()[real],
-                *weights,
-            )
-            losses = own.new_zeros(len(real)).masked_scatter(real, own)
-        else:
-            losses = nn.functional.cross_entropy(logits.float(), targets.flatten(), reduction="none")
-            loss = losses.sum()
+            return QFormerCaptionerOutput(logits=logits, soft_prompt=soft_prompt)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != -100).sum().clamp(min=1)
         return QFormerCaptionerOutput(
-            loss=loss / (real.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
-            losses=losses.detach().view(targets.shape).sum(dim=-1),
-            logits=None if skip_logits else logits.view(*targets.shape, -1),
+            loss=loss / num_items_in_batch,
+            losses=losses.view(targets.shape).sum(dim=-1),
+            logits=logits,
             soft_prompt=soft_prompt,
         )
 
     # --- Captioning ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         pixel_values: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
@@ -673,60 +660,44 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
-        """Write captions, with every decoding option of transformers' `generate`.
+        """Generate the token ids of captions, with every decoding option of transformers' `generate`.
 
         Args:
             pixel_values, input_ids, attention_mask, image_embeds, qformer_input_ids, qformer_attention_mask: as in
                 `forward`.
-            labels: ignored, so that a training batch can be passed as it is.
-            generation_config, kwargs: as everywhere in transformers (`num_beams`, `do_sample`, ...). `max_length` and
-                `min_length` count the tokens of the caption, like `max_new_tokens` and `min_new_tokens`.
+            labels: ignored, so that a training batch can be passed unchanged.
+            generation_config (`GenerationConfig`, *optional*): defaults to `self.generation_config`.
+            kwargs: options such as `num_beams` and `do_sample`. `max_length` and `min_length` count the tokens of the
+                caption, as `max_new_tokens` and `min_new_tokens` do.
 
         Returns:
-            `[B * num_return_sequences, T]` token ids of the captions alone, or with `return_dict_in_generate` the usual
-            output object, whose `sequences` are these.
+            Token ids of the captions alone, `[B * num_return_sequences, T]`. With `return_dict_in_generate=True`, an
+            output object of transformers with these as `sequences`.
+
+        Raises:
+            ValueError: as `forward` does.
         """
-        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        if kwargs.get("max_length") is not None:
-            config.max_new_tokens = kwargs.pop("max_length")
-        if kwargs.get("min_length") is not None:
-            config.min_new_tokens = kwargs.pop("min_length")
-        kwargs = config.update(**kwargs)  # what is left is for the language model
-        config.max_new_tokens = config.max_new_tokens or config.max_length or self.generation_config.max_new_tokens
-        config.max_length = None
-        config.min_new_tokens, config.min_length = config.min_new_tokens or config.min_length, None
+        config, model_kwargs = resolve_generation_config(self.generation_config, generation_config, kwargs)
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
-        if can_prefill_prefix(self.language_model, prefix, config, kwargs):
-            copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-            kwargs["past_key_values"] = prefill_shared_prefix(
-                self.language_model, prefix, prefix_mask, copies, config.max_new_tokens
-            )
-        generated = self.language_model.generate(
-            inputs_embeds=prefix, attention_mask=prefix_mask, generation_config=config, **kwargs
-        )
-        if self.config.is_encoder_decoder:  # its decoder's start token is no part of the caption
-            if isinstance(generated, torch.Tensor):
-                return generated[:, 1:]
-            generated.sequences = generated.sequences[:, 1:]
-        return generated
+        return generate_from_prefix(self.language_model, prefix, prefix_mask, config, **model_kwargs)
 
     def caption(
         self, images: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str] | None = None, **generation
     ) -> str | list[str]:
-        r"""Caption one image or several.
+        r"""Caption one image or a list of images.
 
         Args:
             images: a PIL image, a path or a URL, or a list of these.
-            prompt (`str` or list of `str`, *optional*): text that the caption follows; by default the processor's own.
+            prompt (`str` or list of `str`, *optional*): text that the caption continues; defaults to the processor's.
             generation: options of `generate`, such as `num_beams=5`.
 
         Returns:
-            A string for one image, a list of strings for a list (and for several `num_return_sequences`).
+            A string for one image, and a list of strings for a list or with `num_return_sequences` above 1.
 
         Raises:
-            OSError: for an image that is missing or cannot be read; the message names it.
-            ValueError: if the model was built without a processor.
+            OSError: if an image is missing or cannot be read; the message names it.
+            ValueError: if the captioner has no processor.
 
         Example:
 
@@ -738,43 +709,59 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         if self.processor is None:
             raise ValueError(
                 "This captioner has no processor. Set `model.processor = QFormerCaptionerProcessor(image_processor, "
-                "tokenizer)`, or load the model from a folder that holds one."
+                "tokenizer)`, or load the captioner from a folder with a processor."
             )
-        several = isinstance(images, (list, tuple))
-        if several and not images:
+        is_batch = isinstance(images, (list, tuple))
+        if is_batch and not images:
             return []
-        # Where a part is offloaded, whatever reads the inputs fetches them from anywhere.
+        # Offloaded parts move their inputs themselves.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         inputs = self.processor(images=images, text=prompt).to(device)
         captions = self.processor.batch_decode(self.generate(**inputs, **generation), skip_special_tokens=True)
         captions = [caption.strip() for caption in captions]
-        return captions if several or len(captions) > 1 else captions[0]
+        return captions if is_batch or len(captions) > 1 else captions[0]
 
-    # --- What trains --------------------------------------------------------------------------------------------------
+    # --- Trainable and frozen parts -----------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> "QFormerCaptioner":
-        """As `nn.Module.train`, but frozen backbones stay in evaluation mode: no dropout where nothing learns."""
+        """Set the mode as `nn.Module.train` does, but keep frozen backbones in evaluation mode, without dropout."""
         super().train(mode)
         for part in self.frozen_backbones():
             getattr(self, part).eval()
         if self.language_model.is_activation_checkpointing:
-            # transformers recomputes activations of layers in training mode only. A layer's own flag does nothing else,
-            # its children stay in evaluation mode; but some layers drop out by themselves (OPT, BART): not those.
+            # transformers recomputes the activations of a layer only while the layer itself is in training mode. That
+            # mode changes nothing else, unless the layer applies dropout itself (OPT, BART): these are left out.
             for layer in self.language_model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    own = [rate for name, rate in vars(layer).items() if "dropout" in name]
-                    layer.training = mode and not any(own)
+                    dropouts = [rate for name, rate in vars(layer).items() if "dropout" in name]
+                    layer.training = mode and not any(dropouts)
         return self
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As everywhere in transformers, on the language model: words and output layer are all its own."""
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:  # type: ignore[override]
+        """Resize the vocabulary of the language model, as `PreTrainedModel.resize_token_embeddings` does."""
         return self.language_model.resize_token_embeddings(*args, **kwargs)
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the numbers of trainable parameters and of all parameters, as `PeftModel` does."""
+        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return trainable, self.num_parameters()
+
     def print_trainable_parameters(self) -> None:
-        """Print one line per part: parameters, how many of them train, dtype."""
+        """Print a line for each part with its parameters, its trainable parameters and its dtype.
+
+        Example:
+
+        ```python
+        >>> model.print_trainable_parameters()  # doctest: +SKIP
+        vision_model              22,056,576 parameters               0 trainable  float32
+        qformer                    9,547,008 parameters       9,547,008 trainable  float32
+        language_projection          221,760 parameters         221,760 trainable  float32
+        language_model           134,515,008 parameters               0 trainable  float32
+        ```
+        """
         for name, part in self.named_children():
             total = sum(parameter.numel() for parameter in part.parameters())
-            if is_quantized(part):  # several to the byte
+            if isinstance(part, PreTrainedModel) and is_quantized(part):  # an element holds several weights
                 total = part.num_parameters()
             trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
             dtype = str(dtype_of(part)).removeprefix("torch.")
@@ -787,46 +774,45 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         cls,
         vision: str | os.PathLike,
         language: str | os.PathLike,
+        *,
         vision_revision: str | None = None,
         language_revision: str | None = None,
+        qformer: QFormerModel | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         freeze_vision_model: bool = True,
         freeze_language_model: bool = True,
+        load_vision_model: bool = True,
         dtype: str | torch.dtype = "auto",
         prompt: str = "",
-        qformer: str | os.PathLike | None = None,
-        qformer_revision: str | None = None,
-        qformer_tokenizer: str | os.PathLike | None = None,
-        load_vision_model: bool = True,
         projection_per_query: bool = False,
-        quantization_config: BitsAndBytesConfig | None = None,
         **qformer_fields,
     ) -> "QFormerCaptioner":
-        r"""Put a Q-Former between two pretrained models: a fresh one, or a pretrained one with a fresh projection.
+        r"""Join two pretrained models by a new Q-Former or a given one, and by a new projection.
 
         Args:
             vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
-            vision_revision, language_revision (`str`, *optional*): branch, tag or commit on the Hub.
-            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): train only the Q-Former.
-            dtype (`str` or `torch.dtype`, defaults to `"auto"`): of the backbones; "auto" is each one's own. The
-                Q-Former and the projection are always float32.
-            prompt (`str`, defaults to `""`): text between the queries and the caption, where a call gives none.
-            qformer (`str`, *optional*): Hub id or folder of a checkpoint to take the Q-Former out of: a BLIP-2, an
-                InstructBLIP, a captioner or Q-Former of ours, or a BERT (whose layers then begin with BERT's weights).
-                What does not fit, such as the sight of another vision encoder, starts fresh; a warning says so.
-            qformer_revision (`str`, *optional*): its branch, tag or commit.
-            qformer_tokenizer (`str`, *optional*): Hub id or folder of the tokenizer of a Q-Former that reads text
-                (`use_qformer_text_input=True`); by default the one that came with `qformer`, else BERT's.
+            vision_revision, language_revision (`str`, *optional*): branches, tags or commits on the Hub.
+            qformer ([`QFormerModel`], *optional*): pretrained Q-Former, which becomes a part of the captioner. Load one
+                with `qformer_captioner.hub.convert.load_qformer`. If it was trained with image features of another
+                width, its cross-attention starts from new weights and a warning says so.
+            qformer_tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of a Q-Former that reads the prompt
+                (`use_qformer_text_input=True`).
+            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): train without the backbone.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
-                its precomputed features; [`~QFormerCaptioner.load_vision_model`] fetches it later.
-            projection_per_query (`bool`, defaults to `False`): give each query a projection of its own.
-            quantization_config (`BitsAndBytesConfig`, *optional*): put the frozen language model into 4 or 8 bits
-                ([`~QFormerCaptioner.quantize_language_model`]).
-            qformer_fields: fields of [`QFormerConfig`], such as `num_query_tokens=16`.
+                precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): dtype of frozen backbones; "auto" is the dtype that
+                each was saved in. All trainable parts are float32.
+            prompt (`str`, defaults to `""`): default text between the image and the caption.
+            projection_per_query (`bool`, defaults to `False`): give each query its own projection.
+            qformer_fields: fields of the [`QFormerConfig`] of a new Q-Former, such as `num_query_tokens=16`.
+
+        Returns:
+            The captioner in evaluation mode, with its processor.
 
         Raises:
-            OSError: if a backbone cannot be fetched.
-            ValueError: if the pretrained Q-Former cannot be read, or has other sizes than the fields say.
-            TypeError: for a keyword that is not a field of [`QFormerConfig`].
+            OSError: if a backbone cannot be fetched; the message names it.
+            TypeError: for a keyword that is not a field of [`QFormerConfig`], or fields beside a given `qformer`.
+            ValueError: if a Q-Former that reads the prompt has no `qformer_tokenizer`.
 
         Example:
 
@@ -836,23 +822,28 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         ... )  # doctest: +SKIP
         ```
         """
-        weights = None
-        if qformer is not None:
-            try:
-                from qformer_captioner.hub.convert import load_qformer  # does not travel to the Hub
-            except ImportError as error:
-                raise ImportError("To begin with a pretrained Q-Former, pip install qformer-captioner.") from error
-            pretrained_fields, weights = load_qformer(qformer, qformer_revision)
-            qformer_fields = {**pretrained_fields, **qformer_fields}
-        qformer_config = QFormerConfig.from_fields(**qformer_fields)
+        if qformer is not None and qformer_fields:
+            raise TypeError(f"`qformer` has its sizes already: pass {sorted(qformer_fields)} to `load_qformer`.")
+        qformer_config = QFormerConfig.from_fields(**qformer_fields) if qformer is None else qformer.config
+        if qformer_config.use_qformer_text_input and qformer_tokenizer is None:
+            raise ValueError(
+                "The Q-Former reads the prompt: pass its tokenizer as `qformer_tokenizer`, such as "
+                '`AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")`.'
+            )
         vision_model = load_backbone(
             "vision_model", os.fspath(vision), vision_revision, dtype, load_weights=load_vision_model
         )
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
+        assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
+        # Of its decoding defaults the special tokens are kept: a chat model ends at one of several tokens.
+        defaults = cast(GenerationConfig, language_model.generation_config).to_dict().items()
+        special_tokens = {name: value for name, value in defaults if name.endswith("_token_id") and value is not None}
+        if qformer is not None:
+            qformer.float().resize_image_features(vision_model.config.hidden_size)
         config = QFormerCaptionerConfig(
-            # Copies: a composite config resets the attention implementation of the configs that it is made of.
+            # Copies: a composite configuration resets the attention implementation of its parts.
             vision_config=copy.deepcopy(vision_model.config),
-            qformer_config=qformer_config,
+            qformer_config=copy.deepcopy(qformer_config),
             text_config=copy.deepcopy(language_model.config),
             vision_model_name_or_path=vision_model.config.name_or_path,
             vision_model_revision=commit_of(vision, vision_revision),
@@ -862,35 +853,27 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             freeze_language_model=freeze_language_model,
             projection_per_query=projection_per_query,
         )
-        # Of the language model's decoding defaults we take over the special tokens: a chat model ends on several.
-        own = language_model.generation_config.to_dict()
-        special_tokens = {name: own[name] for name in own if name.endswith("_token_id") and own[name] is not None}
-        model = cls(config, vision_model=vision_model, language_model=language_model)
-        for part in BACKBONES:
-            if not is_frozen(getattr(model, part)):
-                getattr(model, part).float()  # what trains needs more digits than bfloat16 has
+        model = cls(config, vision_model=vision_model, qformer=qformer, language_model=language_model)
         model.generation_config.update(**special_tokens)
-        # Queries start three times as loud as words. A frozen language model listens to much louder ones, too, and
-        # training makes them so; but from random ones it would first have to recover.
-        words = model.language_model.get_input_embeddings().weight
-        std = 3 * words.float().std().item() / config.qformer_config.hidden_size**0.5
-        nn.init.normal_(model.language_projection.weight, std=std)
-        if weights is not None:
-            model.qformer.load_pretrained(weights)
         model.processor = QFormerCaptionerProcessor.from_backbones(
             vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
         )
-        if qformer_config.use_qformer_text_input:
-            model.processor.qformer_tokenizer = load_qformer_tokenizer(
-                qformer_tokenizer, qformer, qformer_revision, qformer_config.vocab_size
-            )
+        model.processor.qformer_tokenizer = qformer_tokenizer
+        model._fit_to_backbones()
         model._keep_by_reference(model.frozen_backbones())
         model._take_fingerprints(BACKBONES)
-        if quantization_config is not None:
-            model.quantize_language_model(quantization_config)
-        model.eval()
-        model.print_trainable_parameters()
-        return model
+        return model.eval()
+
+    @torch.no_grad()
+    def _fit_to_backbones(self) -> None:
+        """Convert trainable backbones to float32, and fit the norm of the soft prompt to the embeddings."""
+        for part in BACKBONES:
+            if not is_frozen(getattr(self, part)):
+                getattr(self, part).float()  # bfloat16 is too coarse for the updates of training
+        # Soft-prompt vectors start with three times the norm of embeddings. Training makes it much larger, which even a
+        # frozen language model accepts. Random vectors of such a norm would first have to be unlearned.
+        embedding_std = embedding_weights(self.language_model).float().std().item()
+        nn.init.normal_(self.language_projection.weight, std=3 * embedding_std / self.qformer.config.hidden_size**0.5)
 
 
 QFormerCaptioner.register_for_auto_class("AutoModel")

@@ -41,7 +41,7 @@ class ClipCapMapper(nn.Module):
 
 def put_ours(model: QFormerCaptioner, features: torch.Tensor) -> None:
     """The Q-Former and projections that the captioner came with, fitted to the features of the training images."""
-    model.qformer.standardize(features)
+    model.qformer.normalize_image_features(features)
 
 
 def put_old_scripts(

@@ -17,6 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,7 +84,7 @@ def our_bert_names(name: str) -> list[str]:
     return [name]
 
 
-def qformer_fields(config: PreTrainedConfig) -> dict[str, object]:
+def qformer_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields of a configuration that [`QFormerConfig`] has, too."""
     fields = config.to_dict()
     return {name: fields[name] for name in QFormerConfig.field_names() if name in fields}
@@ -94,22 +95,70 @@ def qformer_fields(config: PreTrainedConfig) -> dict[str, object]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_qformer(source: str | os.PathLike, revision: str | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Load the Q-Former of a checkpoint: BLIP-2, InstructBLIP, a captioner or Q-Former of this package, or BERT.
+def load_qformer(source: str | os.PathLike, revision: str | None = None, **fields) -> QFormerModel:
+    """Load the Q-Former of a checkpoint, to train it between other backbones.
 
-    BERT has neither queries nor cross-attention, and BLIP-2 has no text side, so their weights are not complete.
+    The checkpoint is a BLIP-2, an InstructBLIP, a captioner or Q-Former of this package, or a BERT, which has neither
+    queries nor cross-attention. Parts that the checkpoint does not have start from new weights, and a warning says so.
 
     Args:
         source: folder or Hub id.
         revision: branch, tag or commit on the Hub.
+        fields: fields of [`QFormerConfig`] that the checkpoint does not decide, such as `num_query_tokens` for a BERT.
 
     Returns:
-        Fields for a [`QFormerConfig`], and weights by the names of a [`QFormerModel`].
+        The Q-Former, for `QFormerCaptioner.from_backbones(..., qformer=...)`.
 
     Raises:
-        InputError: for a checkpoint of another architecture, or one that cannot be read.
+        InputError: for a checkpoint of another architecture, one that cannot be read, or one of other shapes than the
+            fields ask for.
+        TypeError: for a keyword that is not a field of [`QFormerConfig`].
+
+    Example:
+
+    ```python
+    >>> qformer = load_qformer("Salesforce/blip2-opt-2.7b")  # doctest: +SKIP
+    >>> qformer.query_tokens.shape  # doctest: +SKIP
+    torch.Size([1, 32, 768])
+    ```
     """
     checkpoint = Checkpoint(source, revision)
+    stored_fields, names = _qformer_in(checkpoint)
+    tensors = checkpoint.read(set(names.values()))
+    weights = {ours: tensors[theirs] for ours, theirs in names.items()}
+    qformer = QFormerModel(QFormerConfig.from_fields(**stored_fields | fields))
+    expected = qformer.state_dict()
+    misfits = [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
+    if misfits:
+        raise InputError(
+            f"The pretrained Q-Former has {misfits[0]!r} of shape {tuple(weights[misfits[0]].shape)}, but the fields "
+            f"ask for {tuple(expected[misfits[0]].shape)} ({len(misfits)} tensors differ). Leave out the fields that "
+            "the checkpoint decides."
+        )
+    missing, unexpected = qformer.load_state_dict(weights, strict=False)
+    if missing:
+        logger.warning(
+            "%d of %d tensors of the Q-Former start fresh, such as %r: the pretrained one does not have them.",
+            len(missing),
+            len(expected),
+            missing[0],
+        )
+    if unexpected:
+        logger.warning(
+            "%d of %d tensors of the pretrained Q-Former are left out, such as %r: the new one has no such part.",
+            len(unexpected),
+            len(weights),
+            unexpected[0],
+        )
+    return qformer.eval()
+
+
+def _qformer_in(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the fields of the [`QFormerConfig`] in a checkpoint, and its tensors by the names of a [`QFormerModel`].
+
+    Raises:
+        InputError: if the checkpoint has no Q-Former.
+    """
     config = checkpoint.config
     if config.model_type == "bert":
         fields, names = qformer_fields(config), _names_in_bert(checkpoint)
@@ -125,9 +174,7 @@ def load_qformer(source: str | os.PathLike, revision: str | None = None) -> tupl
             f"{checkpoint.source!r} is a {config.model_type!r} and has no Q-Former: give a BLIP-2, an InstructBLIP, a "
             "captioner of this package, or a BERT."
         )
-    fields["use_qformer_text_input"] = "embeddings.word_embeddings.weight" in names
-    tensors = checkpoint.read(set(names.values()))
-    return fields, {ours: tensors[theirs] for ours, theirs in names.items()}
+    return fields | {"use_qformer_text_input": "embeddings.word_embeddings.weight" in names}, names
 
 
 def _names_in_bert(checkpoint: Checkpoint) -> dict[str, str]:

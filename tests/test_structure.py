@@ -37,7 +37,7 @@ def module_of(file: Path) -> str:
 
 def room_of(module: str) -> str | None:
     """Return the room of a module. The package's own `__init__.py` is in no room: it imports lazily from all."""
-    if module.endswith("_qformer"):
+    if module.endswith("_qformer") and "." not in module:
         return "travelling files"
     if module in SCRIPTS:
         return "scripts"

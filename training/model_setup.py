@@ -4,18 +4,24 @@ import itertools
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from ..common.errors import UNUSABLE, InputError, one_line
+from ..common.logging import get_logger
+from ..configuration_qformer import QFormerConfig
 from ..data.collator import CaptionCollator
+from ..hub.convert import load_qformer
 from ..modeling_qformer import QFormerCaptioner
-from ..processing_qformer import QFormerCaptionerProcessor
+from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
 from .arguments import ModelArguments
 from .data_setup import TrainingData
 from .from_scratch import build_from_scratch
 from .quantization import quantization_config
 from .run import TrainingRun
+
+logger = get_logger(__name__)
 
 
 def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
@@ -116,7 +122,7 @@ def load_captioner(
 
 def join_backbones(args: ModelArguments, load_vision_model: bool) -> QFormerCaptioner:
     """Put a Q-Former between two pretrained backbones."""
-    return QFormerCaptioner.from_backbones(
+    model = QFormerCaptioner.from_backbones(
         str(args.vision_model_name_or_path),
         str(args.language_model_name_or_path),
         vision_revision=args.vision_model_revision,
@@ -127,11 +133,35 @@ def join_backbones(args: ModelArguments, load_vision_model: bool) -> QFormerCapt
         prompt=args.prompt[0] if args.prompt else "",
         load_vision_model=load_vision_model,
         projection_per_query=args.projection_per_query,
-        qformer=args.qformer_name_or_path,
-        qformer_revision=args.qformer_revision,
-        qformer_tokenizer=args.qformer_tokenizer,
-        **parse_config(args.qformer_config, "qformer_config"),
+        **qformer_options(args),
     )
+    trainable, total = model.get_nb_trainable_parameters()
+    logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    return model
+
+
+def qformer_options(args: ModelArguments) -> dict[str, Any]:
+    """Return the options of [`QFormerCaptioner.from_backbones`] that say which Q-Former joins the backbones.
+
+    Args:
+        args: the options of the model.
+
+    Raises:
+        InputError: if the pretrained Q-Former cannot be read or has other sizes than the options ask for.
+        OSError: if the Q-Former reads the prompt and its tokenizer cannot be loaded.
+    """
+    fields = parse_config(args.qformer_config, "qformer_config")
+    if args.qformer_name_or_path is None:
+        options, config = fields, QFormerConfig.from_fields(**fields)
+    else:
+        qformer = load_qformer(args.qformer_name_or_path, args.qformer_revision, **fields)
+        options, config = {"qformer": qformer}, qformer.config
+    if config.use_qformer_text_input:
+        tokenizer = load_qformer_tokenizer(
+            args.qformer_tokenizer, args.qformer_name_or_path, args.qformer_revision, config.vocab_size
+        )
+        options = {**options, "qformer_tokenizer": tokenizer}
+    return options
 
 
 def load_existing(name: str, load_vision_model: bool) -> QFormerCaptioner:
@@ -200,7 +230,7 @@ def normalize_image_features(
         features.append(image_embeds)
     if sum(map(len, features)) < 2:
         raise InputError("--normalize_image_features_samples needs at least two training images.")
-    model.qformer.standardize(torch.cat(features))
+    model.qformer.normalize_image_features(torch.cat(features))
 
 
 def backbones_to_include(run: TrainingRun, model: QFormerCaptioner) -> bool | list[str]:

@@ -20,11 +20,14 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
 )
+from transformers.utils import logging
 
 from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub import convert
+from qformer_captioner.hub.convert import load_qformer
 from qformer_captioner.hub.legacy import LegacyCaptioner
+from qformer_captioner.processing_qformer import load_qformer_tokenizer
 from qformer_captioner.training.from_scratch import train_tokenizer
 
 from ..fixtures import tiny
@@ -232,7 +235,7 @@ def test_eager_and_sdpa_agree_padded_features_and_mixed_prompts_included(reads_t
 
 def test_a_q_former_without_text_refuses_a_prompt(tmp_path):
     model = tiny.captioner()
-    with pytest.raises(ValueError, match="reads no text.*use_qformer_text_input"):
+    with pytest.raises(ValueError, match="does not read prompts.*use_qformer_text_input"):
         model(tiny.images(), qformer_input_ids=torch.ones(3, 2, dtype=torch.long))
 
 
@@ -259,7 +262,7 @@ def bert(tmp_path) -> str:
 def test_the_q_former_of_a_blip2_goes_in_front_of_another_language_model(backbones, tmp_path):
     model = source("blip2", "opt")
     model.save_pretrained(tmp_path / "source")
-    ours = QFormerCaptioner.from_backbones(*backbones, qformer=tmp_path / "source")
+    ours = QFormerCaptioner.from_backbones(*backbones, qformer=load_qformer(tmp_path / "source"))
     features = torch.randn(2, 5, 24)  # the vision encoders are equally wide
     queries = model.query_tokens.expand(2, -1, -1)
     expected = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
@@ -273,7 +276,11 @@ def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_
     tiny.image_processor().save_pretrained(tmp_path / "source")
     words = " ".join(f"word{i} word{i}" for i in range(60))
     train_tokenizer([words], vocab_size=50).save_pretrained(tmp_path / "source" / "qformer_tokenizer")
-    ours = QFormerCaptioner.from_backbones(tmp_path / "source", backbones[1], qformer=tmp_path / "source")
+    qformer = load_qformer(tmp_path / "source")
+    tokenizer = load_qformer_tokenizer(None, tmp_path / "source", None, qformer.config.vocab_size)
+    ours = QFormerCaptioner.from_backbones(
+        tmp_path / "source", backbones[1], qformer=qformer, qformer_tokenizer=tokenizer
+    )
     batch = inputs("instructblip")
     features = model.vision_model(batch["pixel_values"]).last_hidden_state
     torch.testing.assert_close(ours.get_image_features(batch["pixel_values"]), features, atol=1e-6, rtol=0)
@@ -282,7 +289,7 @@ def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_
     assert torch.equal(loaded(**batch).logits, ours(**batch).logits)
 
 
-def test_another_vision_encoder_is_seen_afresh_and_a_warning_says_so(backbones, tmp_path, caplog):
+def test_cross_attention_to_another_vision_encoder_starts_fresh_with_a_warning(backbones, tmp_path, caplog):
     model = source("blip2", "opt")
     model.config.vision_config.hidden_size = model.config.qformer_config.encoder_hidden_size = 40
     for layer in (0, 2):
@@ -290,25 +297,36 @@ def test_another_vision_encoder_is_seen_afresh_and_a_warning_says_so(backbones, 
         attention.key, attention.value = nn.Linear(40, 32), nn.Linear(40, 32)
     model.vision_model = nn.Identity()
     model.save_pretrained(tmp_path / "source")
-    fields, weights = convert.load_qformer(tmp_path / "source")
-    assert fields["encoder_hidden_size"] == 40
-    from transformers.utils import logging
-
+    qformer = load_qformer(tmp_path / "source")
+    assert qformer.config.encoder_hidden_size == 40
+    expected = {name: weight.clone() for name, weight in qformer.state_dict().items()}
     logging.enable_propagation()
-    ours = QFormerCaptioner.from_backbones(*backbones, qformer=tmp_path / "source")
+    ours = QFormerCaptioner.from_backbones(*backbones, qformer=qformer)
     logging.disable_propagation()
-    assert "4 of" in caplog.text and "start fresh" in caplog.text
-    assert torch.equal(ours.qformer.query_tokens, weights["query_tokens"])
+    assert "4 of its weights start fresh" in caplog.text
+    for name, weight in ours.qformer.state_dict().items():
+        if name.endswith(("crossattention.attention.key.weight", "crossattention.attention.value.weight")):
+            assert weight.shape == (32, tiny.VISION_WIDTH) and weight.std() > 0.01
+        else:
+            assert torch.equal(weight, expected[name]), name
 
 
 def test_fields_that_contradict_the_checkpoint_are_refused(backbones, tmp_path):
     source("blip2", "opt").save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match=r"'query_tokens' of shape \(1, 4, 32\), but \(1, 9, 32\) was asked for"):
-        QFormerCaptioner.from_backbones(*backbones, qformer=tmp_path / "source", num_query_tokens=9)
+    with pytest.raises(InputError, match=r"'query_tokens' of shape \(1, 4, 32\), but the fields ask for \(1, 9, 32\)"):
+        load_qformer(tmp_path / "source", num_query_tokens=9)
+    with pytest.raises(TypeError, match=r"pass \['num_query_tokens'\] to `load_qformer`"):
+        QFormerCaptioner.from_backbones(*backbones, qformer=load_qformer(tmp_path / "source"), num_query_tokens=9)
+
+
+def captioner_from_bert(backbones: tuple[str, str], bert: str) -> QFormerCaptioner:
+    qformer = load_qformer(bert, num_query_tokens=3)
+    tokenizer = load_qformer_tokenizer(bert, None, None, vocab_size=13)
+    return QFormerCaptioner.from_backbones(*backbones, qformer=qformer, qformer_tokenizer=tokenizer)
 
 
 def test_bert_gives_its_layers_to_queries_and_words(backbones, bert):
-    ours = QFormerCaptioner.from_backbones(*backbones, qformer=bert, num_query_tokens=3)
+    ours = captioner_from_bert(backbones, bert)
     theirs = BertModel.from_pretrained(bert)
     layer, other = ours.qformer.encoder.layer[1], theirs.encoder.layer[1]
     assert torch.equal(layer.attention.attention.query.weight, other.attention.self.query.weight)
@@ -322,16 +340,22 @@ def test_bert_gives_its_layers_to_queries_and_words(backbones, bert):
 
 def test_a_fresh_q_former_that_reads_text_takes_the_tokenizer_it_is_given(backbones, bert):
     fields = tiny.QFORMER | dict(use_qformer_text_input=True, vocab_size=13)
-    ours = QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=bert, **fields)
+    tokenizer = load_qformer_tokenizer(bert, None, None, vocab_size=13)
+    ours = QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=tokenizer, **fields)
     assert ours.processor(images=tiny.picture(), text="a b")["qformer_input_ids"].tolist() == [[2, 5, 6, 3]]
+    with pytest.raises(ValueError, match="The Q-Former reads the prompt: pass its tokenizer as `qformer_tokenizer`"):
+        QFormerCaptioner.from_backbones(*backbones, **fields)
+
+
+def test_a_tokenizer_that_does_not_fit_the_q_former_is_refused(bert):
     with pytest.raises(OSError, match="cannot be loaded from '/nowhere': name one with `qformer_tokenizer`"):
-        QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer="/nowhere", **fields)
+        load_qformer_tokenizer("/nowhere", None, None, vocab_size=13)
     with pytest.raises(OSError, match="cannot be loaded from .*it has 13 tokens"):
-        QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=bert, **fields | {"vocab_size": 99})
+        load_qformer_tokenizer(bert, None, None, vocab_size=99)
 
 
 def test_the_q_formers_tokenizer_is_saved_and_loaded(backbones, bert, tmp_path):
-    ours = QFormerCaptioner.from_backbones(*backbones, qformer=bert, num_query_tokens=3)
+    ours = captioner_from_bert(backbones, bert)
     ours.save_pretrained(tmp_path / "ours", include_backbones=True)
     loaded = QFormerCaptioner.from_pretrained(tmp_path / "ours")
     picture = tiny.picture()
@@ -355,8 +379,7 @@ def test_of_a_retrieval_model_the_q_former_and_the_heads_are_kept(backbones, tmp
     assert torch.equal(qformer.embeddings.word_embeddings.weight, model.embeddings.word_embeddings.weight)
     heads = load_file(tmp_path / "ours" / "stage_1_heads.safetensors")
     assert torch.equal(heads["itm_head.weight"], model.itm_head.weight)
-    _, weights = convert.load_qformer(tmp_path / "ours")
-    assert torch.equal(weights["query_tokens"], model.query_tokens)
+    assert torch.equal(load_qformer(tmp_path / "ours").query_tokens, model.query_tokens)
 
 
 # --- Checkpoints that cannot be converted -----------------------------------------------------------------------------

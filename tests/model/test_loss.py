@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, modeling_qformer
-from qformer_captioner.language_qformer import decoder_of, output_layer
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language_qformer
+from qformer_captioner.language_qformer import LogitsHead, decoder_of
 
 from ..fixtures import tiny
 
@@ -89,7 +89,7 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
         lambda module, inputs, output: hidden_states.append(output.last_hidden_state)
     )
     expected = model(input_ids=ids, **inputs).logits
-    torch.testing.assert_close(output_layer(model)(hidden_states[0][0]), expected[0])
+    torch.testing.assert_close(LogitsHead(model)(hidden_states[0][0]), expected[0])
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
@@ -99,7 +99,7 @@ def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, 
     model.language_model.requires_grad_(not frozen)
     expected_loss, expected = loss_and_gradients(model, **batch(), skip_logits=False)
     monkeypatch.setattr(
-        modeling_qformer, "MAX_LOGITS_PER_CHUNK", 23 * tiny.WORDS
+        language_qformer, "MAX_LOGITS_PER_CHUNK", 23 * tiny.WORDS
     )  # 23 of the 24 positions, and then one
     loss, gradients = loss_and_gradients(model, **batch())
     torch.testing.assert_close(loss, expected_loss)
@@ -112,7 +112,7 @@ def test_in_chunks_an_adapter_on_the_output_layer_learns_the_same(monkeypatch):
     config = LoraConfig(r=2, target_modules=r"language_model\.(lm_head|.*\.q_proj)", init_lora_weights=False)
     model = get_peft_model(tiny.captioner(), config).eval()
     expected_loss, expected = loss_and_gradients(model, **batch())
-    monkeypatch.setattr(modeling_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
+    monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
     loss, gradients = loss_and_gradients(model, **batch())
     torch.testing.assert_close(loss, expected_loss)
     assert any("lm_head" in name for name in gradients)
@@ -125,7 +125,7 @@ def test_no_array_of_logits_is_larger_than_the_limit(language, monkeypatch):
     model = captioner(language)
     model.requires_grad_(False)
     model.qformer.requires_grad_(True)
-    monkeypatch.setattr(modeling_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
+    monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
     with Largest() as largest:
         loss_and_gradients(model, **batch())
     assert largest.elements == 4 * tiny.WORDS
@@ -137,7 +137,7 @@ def test_no_array_of_logits_is_larger_than_the_limit(language, monkeypatch):
 def test_logits_are_skipped_where_they_would_be_large_and_never_without_labels(monkeypatch):
     model = captioner("llama")
     assert model(**batch()).logits is not None
-    monkeypatch.setattr(modeling_qformer, "MAX_LOGITS_PER_CHUNK", 30 * tiny.WORDS)
+    monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 30 * tiny.WORDS)
     assert model(**batch()).logits is None
     assert model(**{**batch(), "labels": None}).logits is not None
     assert model(**batch(), skip_logits=False).logits.shape == (3, 2, 6, tiny.WORDS)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language_qformer, modeling_qformer
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language_qformer
 
 from ..fixtures import tiny
 
@@ -135,7 +135,7 @@ def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
         model(**batch())
     finally:
         logger.removeHandler(handler)
-    assert [line for line in said if "cannot read several captions behind one prefix" in line] == said
+    assert [line for line in said if "cannot share a prefix among the captions" in line] == said
     assert len(said) == 1
     one_by_one = [
         model(**{**batch(), "labels": batch()["labels"][:, caption], "num_items_in_batch": 1}).loss
@@ -223,7 +223,7 @@ def test_the_prefix_is_read_once_for_each_image(prompt, options):
 @pytest.mark.parametrize("options", [dict(use_cache=False), dict(use_cache=False, num_beams=3)])
 def test_without_a_cache_the_language_model_gets_none(options, monkeypatch):
     model, inputs = captioner("llama"), tiny.batch()
-    monkeypatch.setattr(modeling_qformer, "prefill_shared_prefix", None)
+    monkeypatch.setattr(language_qformer, "prefill_shared_prefix", None)
     assert model.generate(**inputs, max_new_tokens=3, **options).shape == (3, 3)
 
 

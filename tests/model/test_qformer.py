@@ -178,7 +178,7 @@ def test_standardized_values_see_how_an_image_differs_from_the_mean_one():
     values = [layer.crossattention.attention.value for layer in model.encoder.layer if layer.has_cross_attention]
     images = features.mean(dim=1)
     expected = [value((images - images.mean(dim=0)) / images.std(dim=0)) for value in values]
-    model.standardize(features)
+    model.normalize_image_features(features)
     assert len(values) == 1
     for value, before in zip(values, expected, strict=True):
         torch.testing.assert_close(value(images), before, rtol=1e-4, atol=1e-4)
