@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from benchmarks import bridges
-from benchmarks.bridge_data import Captioned, batches, other_images
-from benchmarks.bridge_models import check_bridge, trained_parameters
 from qformer_captioner import QFormerCaptioner
 from qformer_captioner.hub.legacy import LegacyCaptioner
 from qformer_captioner.training.bag_of_words import BagOfWordsLoss
 
+from ...benchmarks import bridges
+from ...benchmarks.bridge_data import Captioned, batches, other_images
+from ...benchmarks.bridge_models import check_bridge, trained_parameters
 from ..fixtures import tiny
 
 LENGTH = {"ours": 8, "old scripts": 16, "ClipCap": 10}
