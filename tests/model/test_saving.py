@@ -306,7 +306,6 @@ def test_a_folder_holds_all_files_that_open_it(folders, folder):
         "configuration_qformer.py",
         "backbones_qformer.py",
         "language_qformer.py",
-        "linear_qformer.py",
         "modeling_qformer.py",
         "processing_qformer.py",
         "saving_qformer.py",
