@@ -38,13 +38,15 @@ class BagOfWordsLoss:
     def __init__(self, captions: Iterable[list[int]], embeddings: torch.Tensor, min_count: int = 5):
         token_sets = [set(caption) for caption in captions]
         counts = Counter(token for tokens in token_sets for token in tokens)
-        self.tokens = torch.tensor(sorted(token for token, count in counts.items() if count >= min_count))  # [W]
+        frequent = sorted(token for token, count in counts.items() if count >= min_count)
+        self.tokens = torch.tensor(frequent, dtype=torch.long)  # [W], empty if there are few captions
         frequency = torch.tensor([counts[token] / len(token_sets) for token in self.tokens.tolist()])
         self.prior = torch.logit(frequency.clamp(1e-4, 1 - 1e-4))  # [W]
         self.embedding_norm = embeddings.detach().float().norm(dim=-1).mean()
         self.embeddings = embeddings.detach()[self.tokens.to(embeddings.device)].float()  # [W, D]
         # A query equal to the embedding of a token raises its exponent by about 10.
-        self.scale = 10 / self.embeddings.square().sum(dim=-1).mean()
+        # Without tokens the mean is NaN, which would make the gradients NaN.
+        self.scale = (10 / self.embeddings.square().sum(dim=-1).mean()).nan_to_num()
 
     def __call__(self, soft_prompt: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss, summed over tokens and averaged over images.

@@ -73,3 +73,10 @@ def test_the_loss_is_computed_on_the_device_of_the_soft_prompt(loss):
     with torch.device("meta"):  # the device of a tensor that is created without naming one
         value = loss(prompt, caption)
     assert value.device.type == "cpu"
+
+
+def test_the_loss_of_captions_without_frequent_tokens_is_zero():
+    prompt = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = BagOfWordsLoss([[DOG, 1], [CAT, 2]], EMBEDDINGS)(prompt, torch.tensor([[DOG, 1], [CAT, 2]]))
+    loss.backward()
+    assert loss == 0 and torch.equal(prompt.grad, torch.zeros_like(prompt))
