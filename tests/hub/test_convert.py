@@ -179,6 +179,7 @@ def test_backbones_by_reference_load_from_the_checkpoint(kind, text, tmp_path):
     torch.testing.assert_close(ours(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
     model = source("blip2", "opt")
     model.save_pretrained(tmp_path / "source")
@@ -449,6 +450,7 @@ def test_a_sharded_checkpoint_converts_into_shards(sharded, tmp_path, monkeypatc
         assert torch.equal(ours.state_dict()[convert.our_name(name)], tensor)
 
 
+@pytest.mark.slow
 def test_converting_holds_few_tensors_in_memory(tmp_path):
     """Peak memory of a process that converts 200 MB, 20 MB at a time: far below the checkpoint's size."""
     program = f"""
@@ -513,7 +515,7 @@ def old_weights(vision_width: int, width: int, layers: int = 3, queries: int = 1
 
 
 def old_mathematics(w: dict[str, torch.Tensor], image: torch.Tensor, heads: int) -> torch.Tensor:
-    """What the scripts computed, written out."""
+    """Compute the soft prompt of the old scripts without their modules."""
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]

@@ -1,6 +1,7 @@
 """Checks of a folder before anything is uploaded."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ from qformer_captioner.hub.layout import check_folder
 from qformer_captioner.hub.push import collect_files
 
 from ..fixtures import tiny
+from ..fixtures.hub_server import Hub
 from ..fixtures.processes import command_line
 
 
@@ -208,3 +210,17 @@ def test_a_failed_upload_is_repeated_and_then_reported(error, monkeypatch):
     ):
         push._call_hub(request, "me/captioner")
     assert len(attempts) == 3
+
+
+@pytest.mark.slow
+def test_pushing_imports_neither_peft_nor_bitsandbytes_nor_datasets(folder, tmp_path):
+    program = (
+        "import sys; from qformer_captioner.hub.push import publish; print(publish(sys.argv[1], 'captioner')); "
+        "print({'peft', 'bitsandbytes', 'datasets', 'evaluate'} & {*sys.modules})"
+    )
+    with Hub() as hub:
+        command = [sys.executable, "-c", program, str(folder)]
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["tester/captioner", "set()"], done.stderr
+    assert "gemm" not in done.stderr
