@@ -196,7 +196,7 @@ def test_options_that_cannot_work_end_in_one_message(folder, monkeypatch, option
 
 
 def test_a_model_that_is_not_a_captioner_is_refused(folder, monkeypatch):
-    with pytest.raises(SystemExit, match="holds a CLIPVisionModel and no captioner"):
+    with pytest.raises(SystemExit, match="holds a CLIPVisionModel, not a captioner"):
         run(monkeypatch, "caption", str(folder / "images" / "b.png"), *options_for(folder, "vision"))
 
 
