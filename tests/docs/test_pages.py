@@ -179,8 +179,6 @@ def test_links_lead_somewhere(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", list(filter(blocks_to_run, PAGES)), ids=page_id)
 def test_blocks_run(page, server, tmp_path, request):
-    if page.name == "convert.md":
-        pytest.skip("waits for from_backbones")
     if page.name in AFTER_TRAINING:
         shutil.copytree(request.getfixturevalue("trained"), tmp_path, symlinks=True, dirs_exist_ok=True)
     else:
