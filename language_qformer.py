@@ -30,7 +30,9 @@ logger = logging.get_logger(__name__)
 MAX_LOGITS_PER_CHUNK = 2**23  # 32 MiB in float32
 # Decoder-only model types whose captions may share a prefix. tests/model/test_prefix.py compares each with plain rows.
 PREFIX_SHARING_MODELS = (
-    "gemma", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "phi", "phi3", "qwen2", "qwen3",
+    "codegen", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
+    "gptj", "granite", "granitemoe", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,9 +281,7 @@ def attention_mask_of(language_model: PreTrainedModel, visible: torch.Tensor, dt
 def pack(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Close the gaps between the needed positions of each row `[B, L]`, bool.
 
-    Returns:
-        The positions to keep, `[B, W]` with W of the fullest row, and the new position of each old one, `[B, L]`. The
-        latter is meaningful at needed positions only.
+    Return the positions to keep, `[B, W]` with W of the fullest row, and the new position of each needed one, `[B, L]`.
     """
     order = needed.int().argsort(dim=1, descending=True, stable=True)
     width = min(needed.shape[1], max(1, int(needed.sum(dim=1).max())))

@@ -11,6 +11,9 @@ from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language
 
 from ..fixtures import tiny
 
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+GPT = dict(n_embd=tiny.TEXT_WIDTH, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+GPT |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 OTHERS = {
     "qwen3": dict(model_type="qwen3", **tiny.LLAMA, head_dim=12),
     "mistral": dict(model_type="mistral", **tiny.LLAMA, sliding_window=64),
@@ -19,6 +22,21 @@ OTHERS = {
     "gpt_neox": dict(model_type="gpt_neox", **tiny.LLAMA),
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, sliding_window=64),
     "mixtral": dict(model_type="mixtral", **tiny.LLAMA, num_local_experts=4),
+    "gemma3_text": dict(model_type="gemma3_text", **tiny.LLAMA, head_dim=12, sliding_window=64),
+    "cohere2": dict(model_type="cohere2", **tiny.LLAMA, sliding_window=64),
+    "olmo3": dict(model_type="olmo3", **tiny.LLAMA, sliding_window=64),
+    "glm": dict(model_type="glm", **tiny.LLAMA, head_dim=12),
+    "glm4": dict(model_type="glm4", **tiny.LLAMA, head_dim=12),
+    "granitemoe": dict(model_type="granitemoe", **tiny.LLAMA, num_local_experts=4),
+    "qwen2_moe": dict(model_type="qwen2_moe", **tiny.LLAMA, **EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": dict(model_type="qwen3_moe", **tiny.LLAMA, **EXPERTS, head_dim=12),
+    "gptj": dict(model_type="gptj", **GPT, rotary_dim=8),
+    "codegen": dict(model_type="codegen", **GPT, rotary_dim=8),
+    "gpt_bigcode": dict(model_type="gpt_bigcode", **GPT),
+    **{
+        name: dict(model_type=name, **tiny.LLAMA)
+        for name in ("cohere", "granite", "nemotron", "olmo", "olmo2", "smollm3", "starcoder2")
+    },
     "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
     "minimax": dict(model_type="minimax", **tiny.LLAMA, head_dim=12, num_local_experts=4)
     | dict(layer_types=["linear_attention", "full_attention"]),
@@ -29,7 +47,20 @@ OTHERS = {
     "umt5": dict(model_type="umt5", **tiny.T5, initializer_factor=2.0),
 }
 T5_KINDS = ["t5", "flan-t5", "mt5", "umt5"]
-SHARING = ["llama", "qwen2", "gpt2", "opt", "gemma", "qwen3", "mistral", "phi", "phi3", "gpt_neox", "gemma2", "mixtral"]
+FAMILIES = [
+    "llama",
+    "qwen2",
+    "gpt2",
+    "opt",
+    "gemma",
+    "qwen3",
+    "mistral",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "gemma2",
+    "mixtral",
+]
 
 
 def captioner(language: str, **fields) -> QFormerCaptioner:
@@ -67,7 +98,7 @@ def losses_and_gradients(model: QFormerCaptioner) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("language", SHARING)
+@pytest.mark.parametrize("language", language_qformer.PREFIX_SHARING_MODELS)
 def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, monkeypatch):
     model = captioner(language)
     if language == "gemma2" and attention == "sdpa":
@@ -75,13 +106,30 @@ def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, 
     model.set_attn_implementation(attention)
     assert language_qformer.shares_prefix(model.language_model, 20)
     loss, logits, gradients = losses_and_gradients(model)
-    monkeypatch.setattr(language_qformer, "shares_prefix", lambda language_model, length: False)
+    monkeypatch.setattr(language_qformer, "PREFIX_SHARING_MODELS", ())
     expected_loss, expected_logits, expected = losses_and_gradients(model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("language", "fields", "length", "reason"),
+    [
+        ("bloom", {}, 20, "the model type 'bloom' is not tested"),
+        ("mistral", {"sliding_window": 8}, 20, "the sliding window 8 is shorter than 20 positions"),
+        ("olmo3", {"layer_types": ["full_attention", "linear_attention"]}, 20, "layers of the types"),
+    ],
+)
+def test_the_reason_not_to_share_a_prefix_is_logged(language, fields, length, reason, monkeypatch):
+    model = captioner(language, **({} if language == "olmo3" else fields)).language_model
+    vars(model.config).update(fields)
+    messages: list[str] = []
+    monkeypatch.setattr(language_qformer.logger, "debug", messages.append)
+    assert not language_qformer.shares_prefix(model, length)
+    assert len(messages) == 1 and reason in messages[0]
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "t5"])
@@ -104,7 +152,7 @@ def test_captions_may_be_padded_on_either_side(language):
     torch.testing.assert_close(padded_left.logits[left != -100], padded_right.logits[right != -100])
 
 
-@pytest.mark.parametrize("language", SHARING)
+@pytest.mark.parametrize("language", FAMILIES)
 def test_the_language_model_reads_one_sequence_per_image_without_padding_between_captions(language):
     model = captioner(language)
     read = []
@@ -189,7 +237,7 @@ def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
 @pytest.mark.parametrize(
     "options", [dict(num_beams=1), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=0.5)]
 )
-@pytest.mark.parametrize("language", [*SHARING, "bloom", "gpt_neo", "minimax"])
+@pytest.mark.parametrize("language", [*FAMILIES, "bloom", "gpt_neo", "minimax"])
 def test_beams_behind_one_prefix_write_what_beams_that_read_their_own_write(language, options):
     model = captioner(language, **({"sliding_window": 8} if language in ("mistral", "gemma2") else {}))
     inputs = {name: tensor for name, tensor in tiny.batch().items() if name != "labels"}
