@@ -1,0 +1,30 @@
+"""Captioners that the tests of a module share. The tests read them and do not change them."""
+
+import pytest
+
+from ..fixtures import tiny
+
+PAIRS = [
+    ("clip", "t5"),
+    ("vit", "flan-t5"),
+    ("siglip", "bart"),
+    ("dinov2", "llama"),
+    ("clip", "gpt2"),
+    ("siglip", "opt"),
+    ("dinov2", "qwen2"),
+    ("clip", "gemma"),
+    ("vit", "bloom"),
+]
+ONE_OF_EACH_KIND = [("clip", "bart"), ("dinov2", "llama")]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def model(request):
+    """Captioner of each pair of a vision encoder and a language model."""
+    return tiny.captioner(*request.param)
+
+
+@pytest.fixture(scope="module", params=ONE_OF_EACH_KIND, ids="-".join)
+def either(request):
+    """Captioner with an encoder-decoder, and one with a decoder-only language model."""
+    return tiny.captioner(*request.param)
