@@ -1,4 +1,4 @@
-"""Captioners that the tests of a module share. The tests read them and do not change them."""
+"""Captioners and backbones that the tests of a module share. The tests read them and do not change them."""
 
 import pytest
 
@@ -28,3 +28,13 @@ def model(request):
 def either(request):
     """Captioner with an encoder-decoder, and one with a decoder-only language model."""
     return tiny.captioner(*request.param)
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """Folder with a vision encoder and two language models."""
+    folder = tmp_path_factory.mktemp("backbones")
+    tiny.save_vision(folder / "vision")
+    tiny.save_language(folder / "llama", max_position_embeddings=256)
+    tiny.save_language(folder / "t5", "t5")
+    return folder

@@ -1,4 +1,4 @@
-"""LoRA on the language model: what trains, what is saved, and that it captions the same in every form."""
+"""LoRA on the language model: trainable parts, saved files, and equal captions in every form."""
 
 import json
 
@@ -19,7 +19,7 @@ from ..fixtures.processes import command_line
 
 
 def words(folder, output_dir, language="llama", **options) -> list[str]:
-    """A command line that trains LoRA adapters between two tiny pretrained backbones for four steps."""
+    """Return a command line that trains LoRA adapters between two tiny pretrained backbones for four steps."""
     options = {
         "dataset_name": "scenes",
         "max_train_samples": 16,
@@ -41,25 +41,15 @@ def words(folder, output_dir, language="llama", **options) -> list[str]:
     return command_line(**options)
 
 
-@pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
-    """A folder with a vision encoder and two language models."""
-    folder = tmp_path_factory.mktemp("backbones")
-    tiny.save_vision(folder / "vision")
-    tiny.save_language(folder / "llama", max_position_embeddings=256)
-    tiny.save_language(folder / "t5", "t5")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["llama", "t5"])
 def run(request, backbones, tmp_path_factory):
-    """The folder of a finished run."""
+    """Folder of a finished run."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
     train_hf.train(words(backbones, folder, request.param))
     return folder
 
 
-def test_gradients_reach_adapters_q_former_and_projection_and_nothing_else(backbones, tmp_path):
+def test_gradients_reach_adapters_q_former_and_projection_only(backbones, tmp_path):
     args = train_hf.parse_options(words(backbones, tmp_path / "run"))[0]
     model = add_lora(load_captioner(args, []), args).train()
     batch = tiny.batch()
@@ -122,7 +112,7 @@ def test_an_adapter_opens_on_a_captioner_that_refers_to_its_backbones(backbones,
 
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM", "SEQ_2_SEQ_LM"])
 @pytest.mark.parametrize("language", ["llama", "t5"])
-def test_whichever_task_peft_is_told_scores_and_captions_are_the_same(language, task):
+def test_the_task_type_of_peft_changes_neither_loss_nor_captions(language, task):
     model, batch = tiny.captioner(language=language), tiny.batch()
     loss, written = model(**batch).loss, model.generate(**batch, max_new_tokens=4)
     config = LoraConfig(r=2, task_type=task, target_modules=r"language_model\..*(q_proj|\.q)$")
@@ -150,10 +140,10 @@ def test_two_adapters_on_one_base_can_be_swapped(run, tmp_path):
     assert not torch.allclose(logits["second"][0], logits["first"][0], atol=1e-3)
 
 
-def test_a_run_that_goes_on_ends_like_an_unbroken_one(backbones, tmp_path):
+def test_a_resumed_run_ends_like_an_unbroken_one(backbones, tmp_path):
     train_hf.train(words(backbones, tmp_path / "whole", num_train_epochs=2))
     half = words(backbones, tmp_path / "halves", num_train_epochs=2, max_steps=-1)
-    # Stopped half-way: its schedule is that of the whole.
+    # It stopped half-way, with the schedule of the whole run.
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     train_hf.train([*half, "--resume_from_checkpoint", str(checkpoint)])
     whole, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
@@ -168,12 +158,12 @@ def test_a_run_that_goes_on_ends_like_an_unbroken_one(backbones, tmp_path):
         ({"lora_r": 0}, "--lora_r must be at least 1, not 0"),
     ],
 )
-def test_what_cannot_be_adapted_is_named(backbones, tmp_path, options, message):
+def test_layers_that_cannot_be_adapted_are_named(backbones, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         train_hf.train(words(backbones, tmp_path / "run", **options))
 
 
-def test_layers_to_adapt_may_be_named_with_spaces_between(backbones, tmp_path):
+def test_names_of_layers_may_have_spaces_between(backbones, tmp_path):
     args = train_hf.parse_options(words(backbones, tmp_path, lora_target_modules="q_proj, v_proj"))[0]
     model = add_lora(load_captioner(args, []), args)
     adapted = {name.split(".lora_A.")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_A." in name}
@@ -186,7 +176,7 @@ def test_the_adapter_opens_from_any_folder(run, monkeypatch, tmp_path):
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "base")
 
 
-def test_an_adapter_is_captioned_with_as_any_captioner(run, tmp_path):
+def test_eval_captions_accepts_an_adapter(run, tmp_path):
     from qformer_captioner import eval_captions
 
     rows = [{"file_name": f"{number}.png", "caption": "a star"} for number in range(2)]
@@ -201,8 +191,8 @@ def test_an_adapter_is_captioned_with_as_any_captioner(run, tmp_path):
     assert written == AutoModel.from_pretrained(run).caption(pictures, num_beams=1, max_new_tokens=6)
 
 
-def test_an_adapter_on_a_captioner_by_a_relative_name_opens_from_any_folder(backbones, monkeypatch, tmp_path):
-    """Seen from elsewhere, `mine/captioner` would be a repository of somebody's on the Hub, with code of his."""
+def test_an_adapter_on_a_captioner_of_a_relative_path_opens_from_any_folder(backbones, monkeypatch, tmp_path):
+    """From another folder, `mine/captioner` would be a repository on the Hub with code of a stranger."""
     parts = str(backbones / "vision"), str(backbones / "llama")
     QFormerCaptioner.from_backbones(*parts, **tiny.QFORMER).save_pretrained(tmp_path / "mine" / "captioner")
     monkeypatch.chdir(tmp_path)

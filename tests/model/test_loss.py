@@ -1,4 +1,4 @@
-"""Logits are made at the labels only, and for a large vocabulary a few positions at a time: loss and gradients stay."""
+"""Logits are computed at labels only, and in chunks for a large vocabulary, with equal losses and gradients."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from qformer_captioner.language_qformer import LogitsHead, decoder_of
 
 from ..fixtures import tiny
 
-OTHERS = {  # between hidden states and logits: a scale, a cap, a factor, a bias, layers; heads that look for more
+OTHERS = {  # between hidden states and logits: a scale, a cap, a factor, a bias, layers, heads with more inputs
     "cohere": dict(model_type="cohere", **tiny.LLAMA, logit_scale=0.3),
     "gemma2": dict(model_type="gemma2", **tiny.LLAMA, head_dim=12, final_logit_softcapping=2.0),
     "granite": dict(model_type="granite", **tiny.LLAMA, logits_scaling=3.0),
@@ -50,7 +50,7 @@ def captioner(language: str) -> QFormerCaptioner:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Three images with two captions each of different lengths; one lacks its second."""
+    """Return three images with two captions of different lengths; the last image has one caption."""
     labels = torch.full((3, 2, 6), -100)
     generator = torch.Generator().manual_seed(3)
     for image, caption, length in [(0, 0, 5), (0, 1, 2), (1, 0, 3), (1, 1, 5), (2, 0, 4)]:
@@ -67,7 +67,7 @@ def loss_and_gradients(model: torch.nn.Module, **inputs) -> tuple[torch.Tensor, 
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest array whose last dimension is the vocabulary, other than the output layer's weight."""
+    """Mode that records the largest array of logits: its last dimension is the vocabulary, and it is not a weight."""
 
     elements = 0
 
@@ -80,7 +80,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("language", [*tiny.TEXT, *OTHERS])
-def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(language):
+def test_the_logits_head_computes_the_logits_of_the_language_model(language):
     model = captioner(language).language_model
     ids = torch.tensor([[5, 9, 17, 4]])
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
@@ -94,7 +94,7 @@ def test_the_output_layer_makes_of_hidden_states_what_the_language_model_makes(l
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("language", [*tiny.TEXT, "gemma2", "cohere", "bert", "modernbert-decoder", "llama4_text"])
-def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, monkeypatch):
+def test_loss_and_gradients_in_chunks_are_those_of_all_logits(language, frozen, monkeypatch):
     model = captioner(language)
     model.language_model.requires_grad_(not frozen)
     expected_loss, expected = loss_and_gradients(model, **batch(), skip_logits=False)
@@ -108,7 +108,7 @@ def test_in_chunks_loss_and_gradients_are_those_of_all_logits(language, frozen, 
         assert (gradients[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
 
 
-def test_in_chunks_an_adapter_on_the_output_layer_learns_the_same(monkeypatch):
+def test_an_adapter_on_the_output_layer_has_the_same_gradients_in_chunks(monkeypatch):
     config = LoraConfig(r=2, target_modules=r"language_model\.(lm_head|.*\.q_proj)", init_lora_weights=False)
     model = get_peft_model(tiny.captioner(), config).eval()
     expected_loss, expected = loss_and_gradients(model, **batch())
@@ -131,10 +131,10 @@ def test_no_array_of_logits_is_larger_than_the_limit(language, monkeypatch):
     assert largest.elements == 4 * tiny.WORDS
     with Largest() as largest:
         loss_and_gradients(model, **batch(), skip_logits=False)
-    assert largest.elements == 3 * 2 * 6 * tiny.WORDS  # of the labels, none of prompt and image
+    assert largest.elements == 3 * 2 * 6 * tiny.WORDS  # at labels, and not at the prompt
 
 
-def test_logits_are_skipped_where_they_would_be_large_and_never_without_labels(monkeypatch):
+def test_logits_are_skipped_if_there_are_many_and_labels(monkeypatch):
     model = captioner("llama")
     assert model(**batch()).logits is not None
     monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 30 * tiny.WORDS)
@@ -155,15 +155,15 @@ def test_the_nats_of_each_caption_add_up_to_the_loss(skip_logits):
     assert not output.losses.requires_grad
 
 
-def test_no_caption_at_all_is_a_loss_of_zero_in_chunks_too():
+def test_a_batch_without_captions_has_a_loss_of_zero_in_chunks():
     inputs = batch() | {"labels": torch.full((3, 2, 6), -100)}
     loss, gradients = loss_and_gradients(captioner("llama"), **inputs, skip_logits=True)
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients.values())
 
 
-def test_where_nothing_learns_no_gradient_is_computed(monkeypatch):
+def test_without_grad_no_gradient_is_computed(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", None)
-    model = captioner("llama")  # all of it trains
+    model = captioner("llama")  # all parts are trainable
     with torch.no_grad():
         assert model(**batch(), skip_logits=True).loss > 0

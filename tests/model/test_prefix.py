@@ -1,4 +1,4 @@
-"""Several captions behind one prefix: what is computed is what plain rows compute."""
+"""Several captions behind one prefix: losses, gradients and captions equal those of plain rows."""
 
 import logging
 
@@ -77,7 +77,7 @@ def captioner(language: str, **fields) -> QFormerCaptioner:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Three images with prompts of different lengths and four captions each, one of which one image lacks."""
+    """Return three images with prompts of different lengths and four captions each, the second image with three."""
     inputs = tiny.batch()
     labels = torch.full((3, 4, 7), -100)
     generator = torch.Generator().manual_seed(3)
@@ -133,7 +133,7 @@ def test_the_reason_not_to_share_a_prefix_is_logged(language, fields, length, re
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "t5"])
-def test_what_is_no_label_in_front_or_in_the_middle_counts_for_nothing(language):
+def test_ignored_labels_may_occur_anywhere(language):
     model, inputs = captioner(language), batch()
     inputs["labels"][0, 2, 1] = inputs["labels"][1, 1, :2] = inputs["labels"][2, 0, 0] = -100
     together = model(**inputs).losses
@@ -153,38 +153,38 @@ def test_captions_may_be_padded_on_either_side(language):
 
 
 @pytest.mark.parametrize("language", FAMILIES)
-def test_the_language_model_reads_one_sequence_per_image_without_padding_between_captions(language):
+def test_an_image_is_one_sequence_without_padding_between_captions(language):
     model = captioner(language)
-    read = []
+    shapes = []
     model.language_model.get_decoder().register_forward_pre_hook(
-        lambda module, args, inputs: read.append(inputs["inputs_embeds"].shape[:2]), with_kwargs=True
+        lambda module, args, inputs: shapes.append(inputs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
     model(**batch())
     prefix = tiny.QUERIES + tiny.batch()["input_ids"].shape[1]
-    real = batch()["labels"] != -100
-    words = real.sum(dim=(1, 2)) - real.any(dim=2).sum(dim=1)  # the last of each caption predicts nothing
-    assert read == [(3, prefix + words.max())]  # and no padding in the image that has most of them
+    is_label = batch()["labels"] != -100
+    inputs = is_label.sum(dim=(1, 2)) - is_label.any(dim=2).sum(dim=1)  # the last token of a caption predicts nothing
+    assert shapes == [(3, prefix + inputs.max())]  # the image with the most tokens has no padding
 
 
 @pytest.mark.parametrize(
     ("language", "fields"),
     [("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("bloom", {}), ("gpt_neo", {})],
 )
-def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
+def test_other_models_get_plain_rows_and_one_warning(language, fields):
     model = captioner(language, **fields)
-    said = []
+    messages = []
     logger = transformers_logging.get_logger("qformer_captioner.language_qformer")
-    type(logger).warning_once.cache_clear()  # or another test may have had it said
+    type(logger).warning_once.cache_clear()  # another test may have logged it
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger.addHandler(handler)
     try:
         output = model(**batch())
         model(**batch())
     finally:
         logger.removeHandler(handler)
-    assert [line for line in said if "cannot share a prefix among the captions" in line] == said
-    assert len(said) == 1
+    assert [line for line in messages if "cannot share a prefix among the captions" in line] == messages
+    assert len(messages) == 1
     one_by_one = [
         model(**{**batch(), "labels": batch()["labels"][:, caption], "num_items_in_batch": 1}).loss
         for caption in range(4)
@@ -195,7 +195,7 @@ def test_one_that_cannot_reads_plain_rows_and_says_so_once(language, fields):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("language", [*T5_KINDS, "bart", "mbart"])
-def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(language, attention):
+def test_an_encoder_decoder_computes_the_same_caption_by_caption(language, attention):
     model = captioner(language)
     model.set_attn_implementation(attention)
     loss, _, gradients = losses_and_gradients(model)
@@ -215,20 +215,20 @@ def test_an_encoder_decoder_computes_what_it_computes_caption_by_caption(languag
 @pytest.mark.parametrize("language", ["t5", "bart", "mbart"])
 def test_training_starts_the_decoder_where_generation_does(language):
     model, inputs = captioner(language), tiny.batch()
-    model.generation_config.decoder_start_token_id = 7  # as a file of decoding defaults may say, and nothing else
+    model.generation_config.decoder_start_token_id = 7  # a file of decoding defaults may be the only place that has it
     written = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     torch.testing.assert_close(model(**inputs).logits[:, 0], written.logits[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("language", T5_KINDS)
-def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
+def test_the_decoder_of_a_t5_gets_each_image_once(language):
     model = captioner(language)
-    looked = []
+    batch_sizes = []
     model.language_model.get_decoder().register_forward_pre_hook(
-        lambda module, args, inputs: looked.append(inputs["encoder_hidden_states"].shape[0]), with_kwargs=True
+        lambda module, args, inputs: batch_sizes.append(inputs["encoder_hidden_states"].shape[0]), with_kwargs=True
     )
     model(**batch())
-    assert looked == [3]
+    assert batch_sizes == [3]
 
 
 # --- Beams and samples ------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_the_decoder_of_a_t5_looks_at_each_image_once(language):
     "options", [dict(num_beams=1), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2, length_penalty=0.5)]
 )
 @pytest.mark.parametrize("language", [*FAMILIES, "bloom", "gpt_neo", "minimax"])
-def test_beams_behind_one_prefix_write_what_beams_that_read_their_own_write(language, options):
+def test_beams_that_share_a_prefix_write_the_same_captions(language, options):
     model = captioner(language, **({"sliding_window": 8} if language in ("mistral", "gemma2") else {}))
     inputs = {name: tensor for name, tensor in tiny.batch().items() if name != "labels"}
     options = dict(options, max_new_tokens=6, return_dict_in_generate=True, output_scores=True)
@@ -253,23 +253,23 @@ def test_beams_behind_one_prefix_write_what_beams_that_read_their_own_write(lang
 
 @pytest.mark.parametrize("options", [dict(num_beams=4), dict(do_sample=True, num_return_sequences=4), {}])
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "no prompt"])
-def test_the_prefix_is_read_once_for_each_image(prompt, options):
+def test_the_prefix_is_encoded_once_for_each_image(prompt, options):
     model, inputs = captioner("llama"), tiny.batch()
     inputs = {name: inputs[name] for name in ("pixel_values", *(["input_ids", "attention_mask"] if prompt else []))}
-    read = []
+    shapes = []
     model.language_model.get_decoder().register_forward_pre_hook(
         lambda module, args, given: (
-            read.append(given["inputs_embeds"].shape[:2]) if given.get("inputs_embeds") is not None else None
+            shapes.append(given["inputs_embeds"].shape[:2]) if given.get("inputs_embeds") is not None else None
         ),
         with_kwargs=True,
     )
     model.generate(**inputs, max_new_tokens=3, **options)
     prefix = tiny.QUERIES + (inputs["input_ids"].shape[1] if prompt else 0)
-    assert read == [(3, prefix - 1), (3 * (4 if options else 1), 1)]
+    assert shapes == [(3, prefix - 1), (3 * (4 if options else 1), 1)]
 
 
 @pytest.mark.parametrize("options", [dict(use_cache=False), dict(use_cache=False, num_beams=3)])
-def test_without_a_cache_the_language_model_gets_none(options, monkeypatch):
+def test_use_cache_false_gives_the_language_model_no_cache(options, monkeypatch):
     model, inputs = captioner("llama"), tiny.batch()
     monkeypatch.setattr(language_qformer, "prefill_shared_prefix", None)
     assert model.generate(**inputs, max_new_tokens=3, **options).shape == (3, 3)

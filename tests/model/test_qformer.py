@@ -1,4 +1,4 @@
-"""The Q-Former by itself. Each test states one property."""
+"""The Q-Former alone. Each test states one property."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def features(number: int = 2, width: int = WIDTH) -> torch.Tensor:
 
 @pytest.mark.parametrize("frequency, depth", [(1, 1), (1, 3), (2, 2), (2, 5), (3, 4)])
 def test_equals_blip2_in_outputs_and_gradients(frequency, depth):
-    """With transformers' parameters copied one-to-one by name; the queries go into theirs as an input."""
+    """Parameters have the same names on both sides. The queries are an input of transformers' Q-Former."""
     ours = make_qformer(cross_attention_frequency=frequency, num_hidden_layers=depth)
     sizes = dict(cross_attention_frequency=frequency, num_hidden_layers=depth, encoder_hidden_size=WIDTH)
     sizes = {name: value for name, value in (tiny.QFORMER | sizes).items() if name != "num_query_tokens"}
@@ -35,25 +35,25 @@ def test_equals_blip2_in_outputs_and_gradients(frequency, depth):
     queries.requires_grad_(True)
 
     image = features()
-    mine = ours(image, output_hidden_states=True)
+    actual = ours(image, output_hidden_states=True)
     reference = theirs(query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=image, output_hidden_states=True)
-    assert len(mine.hidden_states) == len(reference.hidden_states) == depth + 1
-    torch.testing.assert_close(mine.last_hidden_state, reference.last_hidden_state)
-    torch.testing.assert_close(mine.pooler_output, reference.pooler_output)
-    torch.testing.assert_close(mine.hidden_states, reference.hidden_states)
+    assert len(actual.hidden_states) == len(reference.hidden_states) == depth + 1
+    torch.testing.assert_close(actual.last_hidden_state, reference.last_hidden_state)
+    torch.testing.assert_close(actual.pooler_output, reference.pooler_output)
+    torch.testing.assert_close(actual.hidden_states, reference.hidden_states)
 
-    direction = torch.randn_like(mine.last_hidden_state)
-    (mine.last_hidden_state * direction).sum().backward()
+    direction = torch.randn_like(actual.last_hidden_state)
+    (actual.last_hidden_state * direction).sum().backward()
     (reference.last_hidden_state * direction).sum().backward()
     torch.testing.assert_close(ours.query_tokens.grad, queries.grad)
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, msg=name)
 
 
-@pytest.mark.parametrize("frequency, looking", [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
-def test_queries_look_at_the_image_every_so_many_layers_from_the_first(frequency, looking):
+@pytest.mark.parametrize("frequency, expected", [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
+def test_every_nth_layer_from_the_first_has_cross_attention(frequency, expected):
     layers = make_qformer(cross_attention_frequency=frequency, num_hidden_layers=5).encoder.layer
-    assert [index for index, layer in enumerate(layers) if hasattr(layer, "crossattention")] == looking
+    assert [index for index, layer in enumerate(layers) if hasattr(layer, "crossattention")] == expected
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -61,9 +61,9 @@ def test_eager_attention_equals_sdpa(masked):
     model = make_qformer()
     mask = torch.tensor([[1] * LENGTH, [1] * 4 + [0] * (LENGTH - 4)]) if masked else None
     assert model.config._attn_implementation == "sdpa"
-    fast = model(features(), mask).last_hidden_state
+    sdpa = model(features(), mask).last_hidden_state
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(features(), mask).last_hidden_state, fast)
+    torch.testing.assert_close(model(features(), mask).last_hidden_state, sdpa)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -79,26 +79,26 @@ def test_masked_image_features_are_as_if_absent(attention, dtype):
     assert not torch.allclose(masked[1], model(image).last_hidden_state[1], atol=1e-3)
 
 
-def test_fresh_queries_answer_differently():
-    """Queries that start equal would stay equal for ever. The default initializer is small, the difference is not."""
-    answers = make_qformer(initializer_range=0.02).forward(features()).last_hidden_state[0]
-    distances = torch.cdist(answers, answers) + torch.eye(len(answers)) * 9
+def test_new_queries_have_different_outputs():
+    """Equal queries would stay equal. The outputs differ much, although the default standard deviation is small."""
+    outputs = make_qformer(initializer_range=0.02).forward(features()).last_hidden_state[0]
+    distances = torch.cdist(outputs, outputs) + torch.eye(len(outputs)) * 9
     assert distances.min() > 0.1
 
 
-def test_fresh_queries_have_the_configured_spread():
+def test_new_queries_have_the_configured_standard_deviation():
     model = make_qformer(num_query_tokens=100, initializer_range=0.3)
     assert model.query_tokens.std().item() == pytest.approx(0.3, rel=0.1)
     assert model.query_tokens.mean().item() == pytest.approx(0, abs=0.03)
 
 
 def test_queries_depend_on_the_image():
-    answers = make_qformer()(features()).last_hidden_state
-    assert not torch.allclose(answers[0], answers[1], atol=1e-2)
+    outputs = make_qformer()(features()).last_hidden_state
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
 
 
 def test_order_of_image_features_does_not_matter():
-    """The Q-Former has no positions of its own; those are in the features."""
+    """The Q-Former adds no positions; the features contain them."""
     model, image = make_qformer(), features()
     torch.testing.assert_close(model(image.flip(1)).last_hidden_state, model(image).last_hidden_state)
 
@@ -108,9 +108,9 @@ def test_attention_maps_of_queries_and_of_image(frequency):
     model = make_qformer(num_hidden_layers=3, cross_attention_frequency=frequency)
     model.set_attn_implementation("eager")
     output = model(features(), output_attentions=True)
-    looking = 3 if frequency == 1 else 2
+    cross_attentions = 3 if frequency == 1 else 2
     assert [tuple(x.shape) for x in output.attentions] == [(2, 4, tiny.QUERIES, tiny.QUERIES)] * 3
-    assert [tuple(x.shape) for x in output.cross_attentions] == [(2, 4, tiny.QUERIES, LENGTH)] * looking
+    assert [tuple(x.shape) for x in output.cross_attentions] == [(2, 4, tiny.QUERIES, LENGTH)] * cross_attentions
     for weights in (*output.attentions, *output.cross_attentions):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, tiny.QUERIES))
 
@@ -149,9 +149,9 @@ def test_impossible_sizes_are_refused(fields, message):
 
 def test_features_of_another_dtype_are_cast():
     model = make_qformer()
-    answer = model(features().bfloat16()).last_hidden_state
-    assert answer.dtype == torch.float32
-    torch.testing.assert_close(answer, model(features().bfloat16().float()).last_hidden_state)
+    output = model(features().bfloat16()).last_hidden_state
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, model(features().bfloat16().float()).last_hidden_state)
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -171,7 +171,7 @@ def test_saved_equals_loaded(tmp_path):
     assert torch.equal(loaded(features()).last_hidden_state, model(features()).last_hidden_state)
 
 
-def test_standardized_values_see_how_an_image_differs_from_the_mean_one():
+def test_normalized_image_features_are_folded_into_the_values():
     model = QFormerModel(QFormerConfig(**tiny.QFORMER, encoder_hidden_size=tiny.VISION_WIDTH)).eval()
     torch.manual_seed(0)
     features = 5 + 3 * torch.randn(40, 6, tiny.VISION_WIDTH)
@@ -182,3 +182,21 @@ def test_standardized_values_see_how_an_image_differs_from_the_mean_one():
     assert len(values) == 1
     for value, before in zip(values, expected, strict=True):
         torch.testing.assert_close(value(images), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_resizing_image_features_replaces_the_weights_that_read_them(frequency):
+    model = make_qformer(cross_attention_frequency=frequency)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.resize_image_features(WIDTH + 8)
+    assert model(features(width=WIDTH + 8)).last_hidden_state.shape == (2, tiny.QUERIES, tiny.QFORMER_WIDTH)
+    replaced = {name for name, weight in model.state_dict().items() if weight.shape != before[name].shape}
+    assert len(replaced) == 2 * (2 if frequency == 1 else 1)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if name not in replaced)
+
+
+def test_resizing_image_features_to_the_same_width_changes_nothing():
+    model = make_qformer()
+    expected = model(features()).last_hidden_state
+    model.resize_image_features(WIDTH)
+    assert torch.equal(model(features()).last_hidden_state, expected)

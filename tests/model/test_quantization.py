@@ -1,4 +1,4 @@
-"""A language model in 4 or 8 bits: what is quantised, that gradients pass, in which forms it is saved and opened."""
+"""Language models in 4 or 8 bits: quantised layers, gradients, saving and loading."""
 
 import json
 
@@ -25,7 +25,7 @@ BATCH = tiny.batch()
 PROMPT = {name: value for name, value in BATCH.items() if name != "labels"}
 
 
-# Four words and no special tokens: trained on captions that it has few words for, a tiny model writes "unknown".
+# Four tokens, and no special ones: a tiny model that knows few words of its captions writes "unknown".
 WRITING = dict(max_new_tokens=4, min_new_tokens=4, suppress_tokens=tiny.tokenizer().all_special_ids)
 
 
@@ -48,13 +48,13 @@ def quantized_layers(model: torch.nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
-def test_the_language_model_alone_is_quantised_but_for_its_words_and_output_layer(backbones, bits, language):
+def test_layers_of_the_language_model_are_quantised_except_its_output_layer(backbones, bits, language):
     layers = quantized_layers(captioner(backbones, language, bits))
     assert layers and all(name.startswith("language_model.") for name in layers)
     assert not [name for name in layers if "lm_head" in name or name.endswith(".wo")]  # T5's `wo` overflows first
 
 
-def test_gradients_pass_as_well_after_an_evaluation(backbones, bits):
+def test_gradients_are_the_same_after_an_evaluation(backbones, bits):
     model = captioner(backbones, bits=bits)
     gradients = []
     for _ in range(2):
@@ -67,8 +67,8 @@ def test_gradients_pass_as_well_after_an_evaluation(backbones, bits):
     assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
 
 
-def test_four_bits_compute_what_their_weights_say(backbones):
-    """Loss and gradients are those of a model of plain layers with the same rounded weights."""
+def test_four_bits_compute_with_their_dequantised_weights(backbones):
+    """Plain layers with the same rounded weights give the same loss and gradients."""
     model = captioner(backbones, bits=BitsAndBytesConfig(**BITS["4 bits"]))
     results = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_four_bits_compute_what_their_weights_say(backbones):
 
 
 @pytest.mark.parametrize("included", [False, True])
-def test_a_saved_captioner_opens_in_bits_or_without(backbones, bits, tmp_path, included):
+def test_a_saved_captioner_opens_quantised_or_not(backbones, bits, tmp_path, included):
     captioner(backbones).save_pretrained(tmp_path, include_backbones=included)
     expected, quantized = (captioner(backbones, bits=each).eval()(**BATCH).logits for each in (None, bits))
     for each, logits in ((None, expected), (bits, quantized)):
@@ -94,14 +94,14 @@ def test_a_saved_captioner_opens_in_bits_or_without(backbones, bits, tmp_path, i
     assert not torch.equal(expected, quantized)
 
 
-def test_eight_bits_say_nearly_what_all_bits_say(backbones):
+def test_eight_bits_have_nearly_the_same_logits(backbones):
     whole, eight = (captioner(backbones, bits=each) for each in (None, BitsAndBytesConfig(**BITS["8 bits"])))
     alike = torch.cosine_similarity(whole(**BATCH).logits, eight(**BATCH).logits, dim=-1)
     assert alike.mean() > 0.99
     assert all(eight.caption([tiny.picture(0), tiny.picture(1)], **WRITING))
 
 
-def test_a_quantised_captioner_saves_names_and_no_bits(backbones, bits, tmp_path):
+def test_a_quantised_captioner_saves_names_instead_of_quantised_weights(backbones, bits, tmp_path):
     model = captioner(backbones, bits=bits)
     model.save_pretrained(tmp_path)
     assert {name.split(".")[0] for name in load_file(tmp_path / "model.safetensors")} == {
@@ -113,14 +113,14 @@ def test_a_quantised_captioner_saves_names_and_no_bits(backbones, bits, tmp_path
         model.save_pretrained(tmp_path / "all", include_backbones=True)
 
 
-def test_parameters_in_bits_count_as_many_as_they_are(backbones, bits, capsys):
+def test_quantised_parameters_are_counted_as_before(backbones, bits, capsys):
     captioner(backbones).print_trainable_parameters()
     expected = capsys.readouterr().out
     captioner(backbones, bits=bits).print_trainable_parameters()
     assert capsys.readouterr().out == expected
 
 
-def test_a_language_model_that_trains_is_not_quantised(backbones, bits):
+def test_a_trainable_language_model_is_not_quantised(backbones, bits):
     model = QFormerCaptioner.from_backbones(
         backbones / "vision", backbones / "llama", freeze_language_model=False, **tiny.QFORMER
     )
@@ -129,7 +129,7 @@ def test_a_language_model_that_trains_is_not_quantised(backbones, bits):
 
 
 @pytest.mark.parametrize(("language", "option"), [("llama", "load_in_4bit"), ("t5", "load_in_8bit")])
-def test_qlora_opens_in_bits_and_without_and_merges_without(backbones, tmp_path, language, option):
+def test_qlora_opens_quantised_or_not_and_merges(backbones, tmp_path, language, option):
     run = tmp_path / "run"
     train_hf.train(words(backbones, run, language, **{option: "true"}))
     trained = load_file(run / "adapter_model.safetensors")
@@ -151,7 +151,7 @@ def test_qlora_opens_in_bits_and_without_and_merges_without(backbones, tmp_path,
     assert all(model.caption([tiny.picture(0), tiny.picture(1)], **WRITING))
 
 
-def test_qlora_goes_on_as_if_it_had_never_stopped(backbones, tmp_path):
+def test_qlora_resumes_as_if_it_had_never_stopped(backbones, tmp_path):
     train_hf.train(words(backbones, tmp_path / "whole", num_train_epochs=2, load_in_4bit="true"))
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     half = words(backbones, tmp_path / "halves", num_train_epochs=2, load_in_4bit="true")
@@ -160,7 +160,7 @@ def test_qlora_goes_on_as_if_it_had_never_stopped(backbones, tmp_path):
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-def test_without_adapters_the_q_former_learns_to_talk_to_the_bits(backbones, tmp_path):
+def test_without_adapters_the_q_former_trains_with_a_quantised_model(backbones, tmp_path):
     options = words(backbones, tmp_path / "run", load_in_4bit="true")
     at = options.index("--lora_r")
     train_hf.train([*options[:at], *options[at + 2 :]])
@@ -178,7 +178,7 @@ def test_without_adapters_the_q_former_learns_to_talk_to_the_bits(backbones, tmp
         ({"freeze_language_model": "false"}, "--lora_r trains adapters on frozen backbones"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused_before_the_run_starts(backbones, tmp_path, options, message):
+def test_impossible_quantisation_is_refused_before_the_run_starts(backbones, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         train_hf.train(words(backbones, tmp_path / "run", load_in_4bit="true", **options))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A captioner whose vision encoder is left out of memory, because its features come precomputed."""
+"""Captioners without their vision encoder in memory, for training on precomputed features."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from ..fixtures.processes import command_line
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A vision encoder, a language model, pictures with captions, and captioners that refer to both or hold them."""
+    """Folder with backbones, captioned pictures, and captioners that hold their backbones or keep them by reference."""
     folder = tmp_path_factory.mktemp("captioners")
     tiny.save_vision(folder / "vision")
     tiny.save_language(folder / "llama", max_position_embeddings=256)
@@ -37,17 +37,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def answers(model: QFormerCaptioner, **looks) -> torch.Tensor:
+def logits_of(model: QFormerCaptioner, **image) -> torch.Tensor:
     batch = {name: value for name, value in tiny.batch().items() if name != "pixel_values"}
-    return model.eval()(**looks, **batch).logits
+    return model.eval()(**image, **batch).logits
 
 
 @pytest.mark.parametrize("form", ["referring", "including"])
-def test_it_answers_features_as_the_whole_one_answers_images(folder, form):
+def test_features_give_the_logits_of_their_images(folder, form):
     whole = QFormerCaptioner.from_pretrained(folder / form)
     without = QFormerCaptioner.from_pretrained(folder / form, load_vision_model=False)
     features = whole.get_image_features(tiny.images())
-    assert torch.equal(answers(without, image_embeds=features), answers(whole, pixel_values=tiny.images()))
+    assert torch.equal(logits_of(without, image_embeds=features), logits_of(whole, pixel_values=tiny.images()))
 
 
 def test_it_has_no_weights_of_the_vision_encoder(folder):
@@ -70,16 +70,16 @@ def test_the_vision_encoder_can_be_fetched_later(folder):
 
 
 @pytest.mark.parametrize("included", [True, False, ["vision_model"]])
-def test_what_it_saves_is_whole(folder, tmp_path, included):
+def test_it_saves_a_whole_captioner(folder, tmp_path, included):
     whole = QFormerCaptioner.from_pretrained(folder / "referring")
     without = QFormerCaptioner.from_pretrained(folder / "referring", load_vision_model=False)
     without.save_pretrained(tmp_path, include_backbones=included)
     loaded = QFormerCaptioner.from_pretrained(tmp_path)
-    expected = answers(whole, pixel_values=tiny.images())
-    assert torch.equal(answers(loaded, pixel_values=tiny.images()), expected)
+    expected = logits_of(whole, pixel_values=tiny.images())
+    assert torch.equal(logits_of(loaded, pixel_values=tiny.images()), expected)
 
 
-def test_one_without_a_name_to_fetch_cannot_be_left_out(tmp_path):
+def test_a_vision_encoder_that_cannot_be_fetched_cannot_be_left_out(tmp_path):
     tiny.captioner().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has a vision encoder of its own and cannot be loaded without it"):
         QFormerCaptioner.from_pretrained(tmp_path, load_vision_model=False)
@@ -153,11 +153,11 @@ def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, m
         ({"freeze_vision_model": "false"}, "--features replaces the vision encoder, which then cannot be trained"),
         ({"eval_split": "train", "vision_model_name_or_path": "{folder}/other"}, "not of"),
         ({"train_split": "validation"}, "no split 'validation'"),
-        ({"dataset_name": "{folder}/reversed"}, "those of other images, or in another order, from row 0 on"),
+        ({"dataset_name": "{folder}/reversed"}, "belong to other images, or to another order, from row 0 on"),
         ({"eval_dataset_name": "{folder}/pictures"}, "--features works with one data set"),
     ],
 )
-def test_what_does_not_go_with_features_is_one_sentence(folder, tmp_path, options, message):
+def test_options_that_contradict_features_are_named(folder, tmp_path, options, message):
     tiny.save_vision(folder / "other", "vit")
     if not (folder / "reversed").exists():
         shutil.copytree(folder / "pictures", folder / "reversed")
@@ -177,7 +177,7 @@ def test_a_data_set_that_has_moved_keeps_its_features(folder, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_fresh_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
+def test_a_new_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
     precompute(folder, tmp_path / "features")
     own = {"vision_model_name_or_path": None, "num_train_epochs": 1}
     train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
@@ -187,7 +187,7 @@ def test_a_fresh_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_what_trains_and_loads_by_itself(folder, tmp_path):
+def test_a_checkpoint_holds_trainable_parts_and_loads_alone(folder, tmp_path):
     train_hf.train(command(folder, tmp_path / "run", num_train_epochs=1, include_backbones="false"))
     checkpoint = tmp_path / "run" / "checkpoint-4"
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
@@ -196,7 +196,7 @@ def test_a_checkpoint_holds_what_trains_and_loads_by_itself(folder, tmp_path):
 
 
 def test_a_checkpoint_of_clip_and_llama_3b_is_under_2_percent_of_the_whole():
-    """In bytes of the recipe's shapes: the backbones in bfloat16, what trains in float32."""
+    """Count bytes of the recipe's shapes, with backbones in bfloat16 and trainable parts in float32."""
     args = train_hf.parse_options(["--recipe", "clip_llama"])[0]
     llama = dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24)
     llama |= dict(num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, model_type="llama")
