@@ -1,1 +1,1 @@
-"""How fast ours is beside what a user would run instead: `python -m benchmarks.metrics`, and so on."""
+"""Speed and memory of this package next to its alternatives: `python -m benchmarks.metrics`, and so on."""

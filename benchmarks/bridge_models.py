@@ -1,8 +1,8 @@
-"""The bridges that benchmarks/bridges.py compares: what stands between the frozen vision encoder and language model.
+"""The bridges of benchmarks/bridges.py, each between the same frozen vision encoder and language model.
 
-Each one takes the place of `qformer` and `language_projection` in a [`QFormerCaptioner`], so everything behind the soft
-prompt (loss, generation, evaluation) is the same code. The functions `put_...` put a fresh one there, where one of ours
-begins with statistics of the training images' features `[R, N, Dv]`.
+A bridge takes the place of `qformer` and `language_projection` in a [`QFormerCaptioner`]. Loss, generation and
+evaluation are therefore the same code for all. Each function `install_...` puts a new bridge into a captioner. It gets
+the features of the training images, `[R, N, Dv]`, whose mean and variance initialise our Q-Former.
 """
 
 import torch
@@ -13,84 +13,110 @@ from qformer_captioner import QFormerCaptioner
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.legacy import LegacyQFormer
 
-# As in recipes/flickr8k.yaml.
-OURS = dict(num_query_tokens=8, hidden_size=384, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=6)
-OURS |= dict(cross_attention_frequency=1, initializer_range=0.05)
-OURS |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+OUR_QFORMER = dict(  # as in recipes/flickr8k.yaml
+    num_query_tokens=8,
+    hidden_size=384,
+    intermediate_size=1536,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    cross_attention_frequency=1,
+    initializer_range=0.05,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 
 
 class ClipCapMapper(nn.Module):
-    """ClipCap's MLP (Mokady et al. 2021, arXiv 2111.09734): one image vector `[B, Dv]` to k prefix tokens `[B, k, D]`.
+    """ClipCap's MLP, from one image vector `[B, Dv]` to k prefix tokens `[B, k, D]`.
 
-    The image vector is the first of the features, which is the class token of DINOv2, CLIP and ViT.
+    The image vector is the first of the image features: the class token of DINOv2, CLIP and ViT.
+
+    Source: Mokady et al. 2021, arXiv 2111.09734.
+
+    Args:
+        vision_size: width Dv of the image features.
+        text_size: width D of the language model.
+        num_prefix_tokens: number k of prefix tokens.
     """
 
-    def __init__(self, vision_width: int, width: int, num_prefix_tokens: int = 10):
+    def __init__(self, vision_size: int, text_size: int, num_prefix_tokens: int = 10):
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
-        hidden = width * num_prefix_tokens // 2
+        hidden_size = text_size * num_prefix_tokens // 2
         self.mlp = nn.Sequential(
-            nn.Linear(vision_width, hidden), nn.Tanh(), nn.Linear(hidden, width * num_prefix_tokens)
+            nn.Linear(vision_size, hidden_size), nn.Tanh(), nn.Linear(hidden_size, text_size * num_prefix_tokens)
         )
 
     def forward(self, encoder_hidden_states: torch.Tensor, **prompt) -> BaseModelOutput:
-        """As a [`QFormerModel`] is called; it reads no prompt."""
+        """Return the prefix tokens, in the output of a [`QFormerModel`]. The prompt is ignored."""
         prefix = self.mlp(encoder_hidden_states[:, 0].float())
         return BaseModelOutput(last_hidden_state=prefix.unflatten(-1, (self.num_prefix_tokens, -1)))
 
 
-def put_ours(model: QFormerCaptioner, features: torch.Tensor) -> None:
-    """The Q-Former and projections that the captioner came with, fitted to the features of the training images."""
+def install_our_qformer(model: QFormerCaptioner, features: torch.Tensor) -> None:
+    """Keep the Q-Former that the captioner has, and normalise the features of the training images in it."""
     model.qformer.normalize_image_features(features)
 
 
-def put_old_scripts(
+def install_legacy_qformer(
     model: QFormerCaptioner, features: torch.Tensor, num_layers: int = 3, num_attention_heads: int = 16
 ) -> None:
-    """The Q-Former that this package's predecessors trained: no residual connections, queries drawn with variance 1."""
-    width, vision_width = _widths(model)
-    model.qformer = LegacyQFormer(16, width, num_layers, num_attention_heads, vision_width)
+    """Install the Q-Former of this package's old scripts: no residual connections, query tokens of variance 1."""
+    text_size, vision_size = backbone_sizes(model)
+    model.qformer = LegacyQFormer(16, text_size, num_layers, num_attention_heads, vision_size)
     nn.init.normal_(model.qformer.query_tokens)
-    model.language_projection = nn.Linear(width, width)
+    model.language_projection = nn.Linear(text_size, text_size)
 
 
-def put_clipcap(model: QFormerCaptioner, features: torch.Tensor) -> None:
-    """ClipCap's MLP, which writes in the language model's width at once."""
-    kind = model.config.vision_config.model_type
-    if "siglip" in kind:
-        raise InputError(f"ClipCap's MLP reads an image's class token, and a {kind!r} has none: take another encoder.")
-    width, vision_width = _widths(model)
-    model.qformer = ClipCapMapper(vision_width, width)
+def install_clipcap(model: QFormerCaptioner, features: torch.Tensor) -> None:
+    """Install ClipCap's MLP, whose output already has the width of the language model.
+
+    Raises:
+        InputError: if the vision encoder has no class token.
+    """
+    model_type = model.config.vision_config.model_type
+    if "siglip" in model_type:
+        raise InputError(
+            f"ClipCap's MLP reads a class token, which {model_type!r} lacks: choose another --vision_model."
+        )
+    text_size, vision_size = backbone_sizes(model)
+    model.qformer = ClipCapMapper(vision_size, text_size)
     model.language_projection = nn.Identity()
 
 
-def _widths(model: QFormerCaptioner) -> tuple[int, int]:
+def backbone_sizes(model: QFormerCaptioner) -> tuple[int, int]:
+    """Return the width D of the language model and the width Dv of the image features."""
     return model.get_input_embeddings().weight.shape[1], model.config.vision_config.hidden_size
 
 
-def trained_parameters(model: QFormerCaptioner) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: QFormerCaptioner) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def check_bridge(model: QFormerCaptioner, image_embeds: torch.Tensor, labels: torch.Tensor) -> None:
-    """See that a comparison would be fair: a finite soft prompt of the right shape, and gradients where they belong.
+    """Check that a comparison is fair: the soft prompt has the right shape and is finite, and only the bridge trains.
+
+    Args:
+        model: captioner with a bridge.
+        image_embeds: image features `[B, N, Dv]`.
+        labels: captions `[B, T]`.
 
     Raises:
-        RuntimeError: if not.
+        RuntimeError: if one of these does not hold.
     """
     output = model.train()(image_embeds=image_embeds, labels=labels)
     images, queries, width = output.soft_prompt.shape
-    if (images, width) != (len(image_embeds), _widths(model)[0]) or not queries:
-        raise RuntimeError(f"The soft prompt has the shape {tuple(output.soft_prompt.shape)}.")
+    if (images, width) != (len(image_embeds), backbone_sizes(model)[0]) or not queries:
+        raise RuntimeError(f"The soft prompt must be [B, Q, D], but its shape is {tuple(output.soft_prompt.shape)}.")
     if not output.soft_prompt.isfinite().all() or not output.loss.isfinite():
         raise RuntimeError("The soft prompt or the loss is not finite.")
     output.loss.backward()
     bridge = {name for name, _ in model.named_parameters() if name.startswith(("qformer.", "language_projection."))}
-    if set(trained_parameters(model)) != bridge:
-        raise RuntimeError("What trains is not the bridge.")
-    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
-    moved = {name for name, grad in grads.items() if grad is not None and grad.any()}
-    # A bias of the keys raises all scores of a softmax alike: its gradient is zero but for rounding.
-    if wrong := {name for name in moved ^ bridge if not name.endswith("key.bias")}:
-        raise RuntimeError(f"The gradient reaches too much or too little: {sorted(wrong)[0]!r}.")
+    if set(trainable_parameters(model)) != bridge:
+        raise RuntimeError("The trainable parameters are not those of the bridge.")
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    reached = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
+    # The bias of the keys does not change the softmax, so its gradient is zero or rounding.
+    if wrong := sorted(name for name in reached ^ bridge if not name.endswith("key.bias")):
+        raise RuntimeError(f"The gradient must reach all of the bridge and nothing else: {wrong[0]!r} is different.")
     model.zero_grad()

@@ -1,23 +1,25 @@
-"""Bridges between the same frozen models: our Q-Former, the old scripts' Q-Former, ClipCap's MLP.
+"""Bridges between the same frozen models: our Q-Former, the old scripts' Q-Former and ClipCap's MLP.
 
-python -m benchmarks.bridges --dataset_name flickr8k --vision_model dinov2-small --language_model smollm2
+    python -m benchmarks.bridges --dataset_name flickr8k --vision_model dinov2-small --language_model smollm2
 
-All of them are trained on the same features, the same batches in the same order, for the same number of steps, with the
-same optimizer, each at three learning rates on the first seed. The one with the best CIDEr on the evaluation split is
-run again with the other seeds. There are two objectives: the captions' loss alone, and the captions' loss with a little
-of the bag-of-words loss. Ours are trained with it, the other two as their authors did; a second part of
-the table gives every bridge the other objective.
+All bridges train on the same features and batches, in the same order, for the same number of steps, with the same
+optimizer. Each trains at three learning rates on the first seed. The rate with the best CIDEr on the evaluation split
+is then used for the other seeds.
 
-One line of JSON per finished run goes into benchmarks/results/bridges.jsonl. The same command goes on after a kill; a
-run that has its line is not repeated, so take the line out when you change a recipe.
+There are two objectives: the loss of the captions alone, and with a small bag-of-words loss added. Ours trains with it,
+the other two without, as their authors did. A second table gives each bridge the other objective.
+
+Each finished run adds a line of JSON to benchmarks/results/bridges.jsonl, and is not repeated. A killed command
+therefore continues where it stopped. Delete the lines of a bridge after you change it.
 """
 
 import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,33 +29,38 @@ from qformer_captioner import QFormerCaptioner
 from qformer_captioner.metrics import References
 from qformer_captioner.training.bag_of_words import BagOfWordsLoss
 
-from .bridge_data import Captioned, batches, load_data, other_images, pad
-from .bridge_models import OURS, check_bridge, put_clipcap, put_old_scripts, put_ours, trained_parameters
-from .common import RESULTS, machine, write_result
+from .bridge_data import CaptionedFeatures, draw_batches, load_data, pad_labels, shuffled_rows
+from .bridge_models import (
+    OUR_QFORMER,
+    check_bridge,
+    install_clipcap,
+    install_legacy_qformer,
+    install_our_qformer,
+    trainable_parameters,
+)
+from .common import RESULTS_DIR, machine_facts, new_figure, save_figure, write_result
 
-BRIDGES = {"ours": put_ours, "old scripts": put_old_scripts, "ClipCap": put_clipcap}
-TITLES = {
-    "ours": "our Q-Former",
-    "old scripts": "the old scripts' Q-Former",
-    "ClipCap": "ClipCap's MLP",
-}
-OBJECTIVES = {"words": "captions and words", "captions": "captions"}
-OWN_OBJECTIVE = {"ours": "words", "old scripts": "captions", "ClipCap": "captions"}
+BRIDGES = {"ours": install_our_qformer, "old scripts": install_legacy_qformer, "ClipCap": install_clipcap}
+TITLES = {"ours": "our Q-Former", "old scripts": "the old scripts' Q-Former", "ClipCap": "ClipCap's MLP"}
+# An objective is "words" or "captions", in the results as well: with the bag-of-words loss and without.
+OBJECTIVES = {"words": "captions and bag of words", "captions": "captions"}
+AUTHORS_OBJECTIVE = {"ours": "words", "old scripts": "captions", "ClipCap": "captions"}
+OTHER_OBJECTIVE = {"ours": "captions", "old scripts": "words", "ClipCap": "words"}
 LEARNING_RATES = {
     "ours": [2e-3, 4e-3, 8e-3],
     "old scripts": [1e-4, 3e-4, 1e-3],
     "ClipCap": [3e-4, 1e-3, 3e-3],
 }
-# Of the learning rate, for all but the projection. A Q-Former that learns faster unlearns the image first: at the start
-# whatever depends on it is noise to the language model, and layer norms let the queries drown it.
-QFORMER_SHARE = {"ours": 1 / 40, "old scripts": 1.0, "ClipCap": 1.0}
-WORD_LOSS_WEIGHT = 0.05
-BEAMS, LONGEST = 3, 20
+# Factor of the learning rate for everything but the projection. At a high rate our Q-Former first unlearns the image:
+# features are noise to the language model at the start, and the layer norms let the query tokens suppress them.
+QFORMER_LR_FACTOR = {"ours": 1 / 40, "old scripts": 1.0, "ClipCap": 1.0}
+BAG_OF_WORDS_WEIGHT = 0.05
+NUM_BEAMS, MAX_NEW_TOKENS = 3, 20
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a line of results is the result of."""
+    """Settings of one training run. A line of results begins with them."""
 
     bridge: str
     objective: str
@@ -66,202 +73,294 @@ class Run:
     language_model: str
 
 
+# --- One run ----------------------------------------------------------------------------------------------------------
+
+
 def build(
     bridge: str, seed: int, vision_model: str, language_model: str, features: torch.Tensor, dtype: str = "bfloat16"
 ) -> QFormerCaptioner:
-    """A captioner with a fresh bridge, which may begin with statistics of images' features `[R, N, Dv]`."""
+    """Return a captioner with a new bridge.
+
+    Args:
+        bridge: name of the bridge.
+        seed: random seed of its weights.
+        vision_model: folder or Hub id of the vision encoder.
+        language_model: folder or Hub id of the language model.
+        features: features of the training images, `[R, N, Dv]`, from which a bridge may be initialised.
+        dtype: data type of the frozen models.
+    """
     set_seed(seed)
     model = QFormerCaptioner.from_backbones(
-        vision_model, language_model, dtype=dtype, projection_per_query=bridge == "ours", **OURS
+        vision_model, language_model, dtype=dtype, projection_per_query=bridge == "ours", **OUR_QFORMER
     )
     BRIDGES[bridge](model, features)
     return model
 
 
-def train(model: QFormerCaptioner, data: Captioned, words: BagOfWordsLoss, run: Run) -> None:
-    """The loop that all bridges go through."""
-    parameters = trained_parameters(model)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [parameter],
-                "lr": run.learning_rate * (QFORMER_SHARE[run.bridge] if name.startswith("qformer.") else 1.0),
-                "weight_decay": 0.05 if parameter.ndim > 1 else 0.0,
-            }
-            for name, parameter in parameters.items()
-        ],
-        betas=(0.9, 0.98),
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, run.steps // 10, run.steps)
+def create_optimizer(model: QFormerCaptioner, run: Run) -> torch.optim.AdamW:
+    """Return AdamW with one group for each parameter. Only matrices have weight decay."""
+    groups = [
+        {
+            "params": [parameter],
+            "lr": run.learning_rate * (QFORMER_LR_FACTOR[run.bridge] if name.startswith("qformer.") else 1.0),
+            "weight_decay": 0.05 if parameter.ndim > 1 else 0.0,
+        }
+        for name, parameter in trainable_parameters(model).items()
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+def train(model: QFormerCaptioner, data: CaptionedFeatures, bag_of_words: BagOfWordsLoss | None, run: Run) -> None:
+    """Train the bridge of a captioner. This loop is the same for all bridges.
+
+    Args:
+        model: captioner with a bridge.
+        data: training images.
+        bag_of_words: auxiliary loss, which the objective "captions" does not use.
+        run: settings of the run.
+    """
+    optimizer = create_optimizer(model, run)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, run.steps // 10, run.steps)
+    parameters = list(trainable_parameters(model).values())
     model.train()
-    start, logged = time.time(), []
-    for step, batch in enumerate(batches(data, run.batch_size, run.steps, run.seed)):
-        output = model(image_embeds=batch.images, labels=batch.labels)
+    start, losses = time.time(), []
+    for step, batch in enumerate(draw_batches(data, run.batch_size, run.steps, run.seed), start=1):
+        output = model(image_embeds=batch.image_embeds, labels=batch.labels)
         loss = output.loss
         if run.objective == "words":
-            loss = loss + WORD_LOSS_WEIGHT * words(output.soft_prompt, batch.all_labels)
+            loss = loss + BAG_OF_WORDS_WEIGHT * bag_of_words(output.soft_prompt, batch.all_labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
         optimizer.zero_grad()
-        logged.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == run.steps:
-            print(f"  step {step + 1}: {statistics.mean(logged[-50:]):.3f}, {time.time() - start:.0f} s", flush=True)
+        losses.append(loss.item())
+        if step % 50 == 0 or step == run.steps:
+            print(f"  step {step}: {statistics.mean(losses[-50:]):.3f}, {time.time() - start:.0f} s", flush=True)
 
 
 @torch.no_grad()
-def evaluate(model: QFormerCaptioner, data: Captioned, batch_size: int = 8) -> dict[str, float]:
-    """CIDEr of the captions, and the loss of each image's first caption, with right and with shuffled images."""
+def evaluate(model: QFormerCaptioner, data: CaptionedFeatures, batch_size: int = 8) -> dict[str, Any]:
+    """Return the CIDEr of generated captions and the loss of first captions, with right and with shuffled images."""
     model.eval()
     captions: list[str] = []
-    losses = {"loss": 0.0, "loss_shuffled": 0.0}
-    others, tokens = other_images(data), 0
+    shuffled = shuffled_rows(data)
+    losses, num_tokens = {"loss": 0.0, "loss_shuffled": 0.0}, 0
     for start in range(0, len(data), batch_size):
         rows = list(range(start, min(start + batch_size, len(data))))
-        labels = pad([data.ids[row][:1] for row in rows])[:, 0]
-        number = int((labels != -100).sum())
-        tokens += number
-        for name, images in (("loss", rows), ("loss_shuffled", [others[row] for row in rows])):
-            losses[name] += number * model(image_embeds=data.features[images, 0].float(), labels=labels).loss.item()
-        images = data.features[rows, 0].float()
-        ids = model.generate(image_embeds=images, num_beams=BEAMS, max_new_tokens=LONGEST)
-        captions += [text.strip() for text in model.processor.batch_decode(ids, skip_special_tokens=True)]
+        labels = pad_labels([data.token_ids[row][:1] for row in rows])[:, 0]
+        batch_tokens = int((labels != -100).sum())
+        num_tokens += batch_tokens
+        for name, image_rows in (("loss", rows), ("loss_shuffled", [shuffled[row] for row in rows])):
+            image_embeds = data.features[image_rows, 0].float()
+            losses[name] += batch_tokens * model(image_embeds=image_embeds, labels=labels).loss.item()
+        image_embeds = data.features[rows, 0].float()
+        token_ids = model.generate(image_embeds=image_embeds, num_beams=NUM_BEAMS, max_new_tokens=MAX_NEW_TOKENS)
+        captions += [text.strip() for text in model.processor.batch_decode(token_ids, skip_special_tokens=True)]
     references = References(data.captions)
-    shuffled = [captions[row] for row in others]
     return {
         "cider": references.score(captions, allow_empty=True)["cider"],
-        "cider_shuffled": references.score(shuffled, allow_empty=True)["cider"],
-        **{name: loss / tokens for name, loss in losses.items()},
+        "cider_shuffled": references.score([captions[row] for row in shuffled], allow_empty=True)["cider"],
+        **{name: loss / num_tokens for name, loss in losses.items()},
         "different_captions": len(set(captions)),
         "examples": captions[:5],
     }
 
 
-def finished_runs(file: Path) -> dict[Run, dict]:
-    """The results that are there already."""
+# --- All runs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """Models and data that all runs share, and the file of their results.
+
+    Args:
+        options: options of the command line.
+        train_data: training images.
+        eval_data: evaluation images.
+        bag_of_words: auxiliary loss.
+    """
+
+    options: argparse.Namespace
+    train_data: CaptionedFeatures
+    eval_data: CaptionedFeatures
+    bag_of_words: BagOfWordsLoss
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> "Comparison":
+        """Load the models, compute the features and prepare the bag-of-words loss."""
+        model = QFormerCaptioner.from_backbones(
+            options.vision_model, options.language_model, dtype="bfloat16", **OUR_QFORMER
+        )
+        train_data, eval_data = load_data(
+            model, options.dataset_name, options.image_column, options.caption_column, options.views, options.features
+        )
+        captions = [caption for captions in train_data.token_ids for caption in captions]
+        bag_of_words = BagOfWordsLoss(captions, model.get_input_embeddings().weight)
+        return cls(options, train_data, eval_data, bag_of_words)
+
+    @property
+    def results_file(self) -> Path:
+        return RESULTS_DIR / f"{self.options.results}.jsonl"
+
+    def build(self, bridge: str, seed: int) -> QFormerCaptioner:
+        models = self.options.vision_model, self.options.language_model
+        return build(bridge, seed, *models, self.train_data.features[:, 0])
+
+    def check_bridges(self) -> None:
+        """Check each bridge on a batch (see [`check_bridge`])."""
+        batch = next(draw_batches(self.train_data, self.options.batch_size, 1, 0))
+        for bridge in BRIDGES:
+            check_bridge(self.build(bridge, 0), batch.image_embeds, batch.labels)
+
+    def results_of(self, bridge: str, objective: str) -> list[dict[str, Any]]:
+        """Return the results of a bridge: all learning rates on the first seed, and the best rate on the others."""
+        first_seed, *other_seeds = self.options.seeds
+        rates = self.options.learning_rates or LEARNING_RATES[bridge]
+        results = [self.result_of(bridge, objective, rate, first_seed) for rate in rates]
+        best = best_learning_rate(results)
+        return results + [self.result_of(bridge, objective, best, seed) for seed in other_seeds]
+
+    def result_of(self, bridge: str, objective: str, learning_rate: float, seed: int) -> dict[str, Any]:
+        """Return the result of a run. A run that is not in the file of results yet is trained and added to it."""
+        options = self.options
+        names = [Path(name).name for name in (options.dataset_name, options.vision_model, options.language_model)]
+        run = Run(bridge, objective, learning_rate, seed, options.steps, options.batch_size, *names)
+        if run not in finished_runs(self.results_file):
+            print(f"\n{run}", flush=True)
+            write_result(options.results, asdict(run) | self.train_and_evaluate(run))
+        return finished_runs(self.results_file)[run]
+
+    def train_and_evaluate(self, run: Run) -> dict[str, Any]:
+        model = self.build(run.bridge, run.seed)
+        start = time.process_time()  # of all threads, so other processes on the machine do not count
+        train(model, self.train_data, self.bag_of_words, run)
+        cpu_minutes = (time.process_time() - start) / 60
+        scores = evaluate(model, self.eval_data)
+        print(f"CIDEr {scores['cider']:.4f}, loss {scores['loss']:.3f} (shuffled {scores['loss_shuffled']:.3f})")
+        return {
+            **scores,
+            "train_images": len(self.train_data),
+            "dev_images": len(self.eval_data),
+            "parameters": sum(parameter.numel() for parameter in trainable_parameters(model).values()),
+            "cpu_minutes": cpu_minutes,
+            **machine_facts("qformer-captioner", "torch", "transformers"),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def finished_runs(file: Path) -> dict[Run, dict[str, Any]]:
+    """Read the results of earlier runs. A missing file has none."""
     lines = file.read_text().splitlines() if file.exists() else []
     results = [json.loads(line) for line in lines]
-    fields = Run.__dataclass_fields__
-    return {Run(**{name: result[name] for name in fields}): result for result in results}
+    return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}
 
 
-def table(results: list[dict], objective_of: dict[str, str]) -> str:
-    """Markdown: a row for each bridge trained by the objective given, at its best learning rate."""
+# --- Table and figure -------------------------------------------------------------------------------------------------
+
+
+def select(results: list[dict[str, Any]], bridge: str, objective: str) -> list[dict[str, Any]]:
+    return [result for result in results if (result["bridge"], result["objective"]) == (bridge, objective)]
+
+
+def best_learning_rate(results: list[dict[str, Any]]) -> float:
+    """Return the learning rate with the best CIDEr on the first seed, on which all of them were tried."""
+    first_seed = min(result["seed"] for result in results)
+    candidates = [result for result in results if result["seed"] == first_seed]
+    return max(candidates, key=lambda result: result["cider"])["learning_rate"]
+
+
+def format_table(results: list[dict[str, Any]], objectives: dict[str, str]) -> str:
+    """Return a Markdown table with a row for each bridge at its best learning rate.
+
+    Args:
+        results: results of all runs.
+        objectives: objective of each bridge.
+    """
     lines = [
         "| bridge | trained parameters | objective | steps | best learning rate | dev CIDEr x 100, mean | each seed "
         "| loss: right images | shuffled | CPU minutes of training |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for bridge, objective in objective_of.items():
-        own = [each for each in results if (each["bridge"], each["objective"]) == (bridge, objective)]
-        if not own:
-            continue
-        rate = best_rate(own)
-        own = sorted((each for each in own if each["learning_rate"] == rate), key=lambda each: each["seed"])
-
-        def mean(name: str, own: list[dict] = own) -> float:
-            return statistics.mean(each[name] for each in own)
-
-        seeds = ", ".join(f"{100 * each['cider']:.1f}" for each in own)
-        lines.append(
-            f"| {TITLES[bridge]} | {own[0]['parameters'] / 1e6:.1f} M | {OBJECTIVES[objective]} | {own[0]['steps']} "
-            f"| {rate:g} | {100 * mean('cider'):.1f} | {seeds} | {mean('loss'):.3f} | {mean('loss_shuffled'):.3f} "
-            f"| {mean('cpu_minutes'):.1f} |"
-        )
+    for bridge, objective in objectives.items():
+        selected = select(results, bridge, objective)
+        if selected:
+            lines.append(format_row(selected))
     return "\n".join(lines)
 
 
-def best_rate(results: list[dict]) -> float:
-    """The learning rate with the best CIDEr on the first seed, which is the one that all of them were tried on."""
-    first = min(each["seed"] for each in results)
-    return max((each for each in results if each["seed"] == first), key=lambda each: each["cider"])["learning_rate"]
+def format_row(results: list[dict[str, Any]]) -> str:
+    """Return the row of the table for the results of one bridge and one objective."""
+    rate = best_learning_rate(results)
+    seeds = sorted((result for result in results if result["learning_rate"] == rate), key=lambda result: result["seed"])
+    names = ("cider", "loss", "loss_shuffled", "cpu_minutes")
+    mean = {name: statistics.mean(result[name] for result in seeds) for name in names}
+    first = seeds[0]
+    ciders = ", ".join(f"{100 * result['cider']:.1f}" for result in seeds)
+    return (
+        f"| {TITLES[first['bridge']]} | {first['parameters'] / 1e6:.1f} M | {OBJECTIVES[first['objective']]} "
+        f"| {first['steps']} | {rate:g} | {100 * mean['cider']:.1f} | {ciders} | {mean['loss']:.3f} "
+        f"| {mean['loss_shuffled']:.3f} | {mean['cpu_minutes']:.1f} |"
+    )
 
 
-def draw(results: list[dict], file: Path) -> None:
-    """CIDEr by learning rate: every run of every bridge."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(OBJECTIVES), figsize=(9, 3.5), sharey=True, layout="constrained")
+def plot(results: list[dict[str, Any]], name: str) -> None:
+    """Draw the CIDEr of every run over its learning rate, and a line through the best run of each rate."""
+    figure, axes = new_figure(len(OBJECTIVES), 9, 3.5, sharey=True)
     for axis, (objective, title) in zip(axes, OBJECTIVES.items(), strict=True):
         for number, bridge in enumerate(BRIDGES):
-            own = [each for each in results if (each["bridge"], each["objective"]) == (bridge, objective)]
-            rates = sorted({each["learning_rate"] for each in own})
-            best = [max(each["cider"] for each in own if each["learning_rate"] == rate) for rate in rates]
-            axis.plot(rates, [100 * cider for cider in best], color=f"C{number}", alpha=0.4)
-            points = [(each["learning_rate"], 100 * each["cider"]) for each in own]
-            axis.scatter(*zip(*points, strict=True), color=f"C{number}", label=TITLES[bridge]) if points else None
+            runs = [(run["learning_rate"], 100 * run["cider"]) for run in select(results, bridge, objective)]
+            if not runs:
+                continue
+            best = [(rate, max(cider for other, cider in runs if other == rate)) for rate in sorted(dict(runs))]
+            axis.plot(*zip(*best, strict=True), color=f"C{number}", alpha=0.4)
+            axis.scatter(*zip(*runs, strict=True), color=f"C{number}", label=TITLES[bridge])
         axis.set(title=f"objective: {title}", xlabel="learning rate", xscale="log")
-        axis.grid(alpha=0.3)
     axes[0].set(ylabel="dev CIDEr x 100", ylim=(0, None))
     axes[0].legend()
-    figure.savefig(file, dpi=110)
+    save_figure(figure, name)
+
+
+# --- Command ----------------------------------------------------------------------------------------------------------
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--dataset_name", required=True, help="Folder or Hub id of captioned images.")
+    add("--image_column", default="image", help="Name of the column of images.")
+    add("--caption_column", default="captions", help="Name of the column of captions.")
+    add("--vision_model", default="facebook/dinov2-small", help="Folder or Hub id of the vision encoder.")
+    add(
+        "--language_model",
+        default="HuggingFaceTB/SmolLM2-135M-Instruct",
+        help="Folder or Hub id of the language model.",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Random seeds. The first chooses the learning rate.")
+    add("--bridges", nargs="+", choices=list(BRIDGES), default=list(BRIDGES), help="Bridges to train.")
+    add("--learning_rates", type=float, nargs="+", help="Learning rates of all bridges. By default each has three.")
+    add("--steps", type=int, default=400, help="Number of training steps.")
+    add("--batch_size", type=int, default=8, help="Number of images in a batch.")
+    add("--views", type=int, default=6, help="Number of random crops of each training image.")
+    add("--only_own_objective", action="store_true", help="Skip the second table, with the other objectives.")
+    add("--features", default="outputs/bridges_features.pt", help="File that caches the image features.")
+    add("--results", default="bridges", help="Name of the files in benchmarks/results.")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dataset_name", required=True, help="folder or Hub id of captioned images")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="captions")
-    parser.add_argument("--vision_model", default="facebook/dinov2-small")
-    parser.add_argument("--language_model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bridges", nargs="+", choices=list(BRIDGES), default=list(BRIDGES))
-    parser.add_argument("--learning_rates", type=float, nargs="+", help="of every bridge; by default each has its own")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--views", type=int, default=6, help="random crops of each training image")
-    parser.add_argument("--only_own_objective", action="store_true", help="leave the second part of the table out")
-    parser.add_argument("--features", default="outputs/bridges_features.pt", help="file to keep the features in")
-    parser.add_argument("--results", default="bridges", help="name of the file in benchmarks/results")
-    options = parser.parse_args()
-
-    models = options.vision_model, options.language_model
-    model = QFormerCaptioner.from_backbones(*models, dtype="bfloat16", **OURS)
-    data, dev = load_data(
-        model, options.dataset_name, options.image_column, options.caption_column, options.views, options.features
-    )
-    words = BagOfWordsLoss([ids for own in data.ids for ids in own], model.get_input_embeddings().weight)
-    for bridge in BRIDGES:
-        model = build(bridge, 0, *models, data.features[:, 0])
-        batch = next(batches(data, options.batch_size, 1, 0))
-        check_bridge(model, batch.images, batch.labels)
-
-    names = [Path(name).name for name in (options.dataset_name, *models)]
-    file = RESULTS / f"{options.results}.jsonl"
-
-    def result_of(*what) -> dict:
-        run = Run(*what, options.steps, options.batch_size, *names)
-        done = finished_runs(file)
-        if run not in done:
-            print(f"\n{run}", flush=True)
-            model = build(run.bridge, run.seed, *models, data.features[:, 0])
-            start = time.process_time()  # all threads together, whatever else the machine does
-            train(model, data, words, run)
-            minutes = (time.process_time() - start) / 60
-            scores = evaluate(model, dev)
-            parameters = sum(each.numel() for each in trained_parameters(model).values())
-            sizes = {"train_images": len(data), "dev_images": len(dev), "parameters": parameters}
-            facts = machine("qformer-captioner", "torch", "transformers") | {"threads": torch.get_num_threads()}
-            write_result(options.results, asdict(run) | scores | sizes | {"cpu_minutes": minutes} | facts)
-            print(f"CIDEr {scores['cider']:.4f}, loss {scores['loss']:.3f} (shuffled {scores['loss_shuffled']:.3f})")
-        return finished_runs(file)[run]
-
-    first, *others = options.seeds
-    other_objective = {name: "captions" if own == "words" else "words" for name, own in OWN_OBJECTIVE.items()}
-    parts = {"Each by its own recipe": OWN_OBJECTIVE, "Each by the other objective": other_objective}
+    options = parse_options()
+    comparison = Comparison.from_options(options)
+    comparison.check_bridges()
+    parts = [("With the objectives of the authors", AUTHORS_OBJECTIVE)]
+    if not options.only_own_objective:
+        parts.append(("With the other objectives", OTHER_OBJECTIVE))
     results, tables = [], []
-    for title, objective_of in list(parts.items())[: 1 if options.only_own_objective else None]:
+    for title, objectives in parts:
         for bridge in options.bridges:
-            objective, rates = objective_of[bridge], options.learning_rates or LEARNING_RATES[bridge]
-            tried = [result_of(bridge, objective, rate, first) for rate in rates]
-            rate = best_rate(tried)
-            results += tried + [result_of(bridge, objective, rate, seed) for seed in others]
-        tables.append(f"{title}\n\n{table(results, objective_of)}")
-        draw(results, RESULTS / f"{options.results}.png")
+            results += comparison.results_of(bridge, objectives[bridge])
+        tables.append(f"{title}\n\n{format_table(results, objectives)}")
+        plot(results, options.results)
         print("\n" + "\n\n".join(tables), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: alternating repetitions, facts of the machine, a line of JSON per result."""
+"""Shared parts of the benchmarks: timing in turn, facts about the machine, memory, result files and figures."""
 
 import json
 import math
@@ -6,74 +6,133 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS_DIR = Path(__file__).parent / "results"
 
 
-def alternate(repetitions: int, **sides: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turn (A B A B ...) behind a warm-up each: a slow spell hits all of them."""
+def time_in_turn(repetitions: int, **sides: Callable[[], object]) -> dict[str, list[float]]:
+    """Time all sides in turn (A B A B ...), after one warm-up run of each.
+
+    A slow spell of the machine then affects every side alike.
+
+    Args:
+        repetitions: number of timed runs of each side.
+        sides: the function to time, by name of the side.
+
+    Returns:
+        The seconds of each timed run, by name of the side.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repetition in range(repetitions + 1):
         for name, run in sides.items():
             start = time.perf_counter()
             run()
-            if torch.accelerator.is_available():  # which goes on by itself
+            if torch.accelerator.is_available():  # its kernels run asynchronously
                 torch.accelerator.synchronize()
-            if repetition:
+            if repetition > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, median and largest."""
+def summarize(values: list[float]) -> dict[str, float]:
+    """Return the smallest, the median and the largest value."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def machine(*packages: str) -> dict[str, object]:
-    """Processor, cores, Python, and the versions of the packages that were measured."""
+def time_ratios(times: dict[str, dict[str, float]], baseline: str) -> dict[str, float]:
+    """Return how many times as fast as the baseline each side is, from summaries of seconds."""
+    return {name: times[baseline]["median"] / summary["median"] for name, summary in times.items()}
+
+
+def machine_facts(*packages: str) -> dict[str, Any]:
+    """Return processor, number of cores, GPU, Python version and the versions of the measured packages."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        processor = next(
-            (line.split(": ")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")),
-            processor,
-        )
-    facts = {"processor": processor, "cores": os.cpu_count(), "python": platform.python_version()}
+        model_name = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
+        processor = model_name[1] if model_name else processor
+    facts: dict[str, Any] = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts | {package: version(package) for package in packages}
 
 
-def write_result(name: str, result: dict[str, object]) -> None:
-    """Append a result to `benchmarks/results/<name>.jsonl`."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as lines:
-        lines.write(json.dumps(result) + "\n")
+def resident_memory() -> float:
+    """Return the resident memory of this process in MB (Linux)."""
+    return _process_status_mb("VmRSS")
 
 
-def memory(kind: str) -> float:
-    """Of this process, in MB (Linux): what it has (`VmRSS`), or has had at the most (`VmHWM`)."""
-    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+def peak_memory() -> float:
+    """Return the largest resident memory that this process has had, in MB (Linux)."""
+    return _process_status_mb("VmHWM")
 
 
-def operations(run: Callable[[], object]) -> float:
-    """Floating-point operations of the matrix products in a run, forward and backward, in units of 1e9."""
-    of_linear = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
-    with FlopCounterMode(display=False, custom_mapping=of_linear) as counter:
+def _process_status_mb(field: str) -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].removesuffix("kB")) / 1024
+
+
+def count_gflop(run: Callable[[], object]) -> float:
+    """Return the floating-point operations of the matrix products in a run, forward and backward, in units of 1e9."""
+    onednn_linear = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+    with FlopCounterMode(display=False, custom_mapping=onednn_linear) as counter:
         run()
     return counter.get_total_flops() / 1e9
 
 
 def matrix_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """The most that this machine multiplies, in 1e9 operations per second: large square matrices, the best of 5."""
+    """Return the GFLOP/s at which this machine multiplies large square matrices, the best of 5 runs."""
     size = 2048 if device == "cpu" else 8192
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
-    best = min(alternate(5, product=lambda: left @ right)["product"])
-    return 2 * size**3 / best / 1e9
+    seconds = time_in_turn(5, product=lambda: left @ right)["product"]
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def run_worker(benchmark: str, *arguments: object) -> dict[str, float]:
+    """Take one measurement in a fresh process, with `python -m benchmarks.<benchmark> --worker <arguments>`.
+
+    Returns:
+        The JSON object in the last line that the process prints.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--worker", *map(str, arguments)]
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def write_result(name: str, result: dict[str, Any]) -> None:
+    """Append a result to `benchmarks/results/<name>.jsonl`."""
+    RESULTS_DIR.mkdir(exist_ok=True)
+    with (RESULTS_DIR / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def new_figure(columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """Return a matplotlib figure of `width` x `height` inches, which needs no display, and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", **options)
+
+
+def save_figure(figure: Any, name: str) -> None:
+    """Draw a grid on all axes of a matplotlib figure and write it to `benchmarks/results/<name>.png`."""
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+    RESULTS_DIR.mkdir(exist_ok=True)
+    figure.savefig(RESULTS_DIR / f"{name}.png", dpi=110)

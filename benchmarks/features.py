@@ -1,20 +1,22 @@
-"""Features on disk: rows a second of ours beside what a user would keep them in instead, from a warm page cache.
+"""Reading image features from disk with our feature store and with its alternatives, from a warm page cache.
 
-python -m benchmarks.features [--rows 4000] [--repetitions 5]
+    python -m benchmarks.features [--rows 4000] [--repetitions 5]
 
-Rows are [50 x 768] in float16 (CLIP ViT-B/32), read in shuffled batches on one core. It first checks that all sides
-give the same rows, then times epochs in turn; then it reads more and more rows of a store of 1,000,000, which is files
-of nothing but a hole, to show how memory grows. h5py takes part where it is installed. Needs 2 GB of disk for a while.
+Rows are `[50, 768]` in float16, as from CLIP ViT-B/32, and are read in shuffled batches on one core. All sides must
+give the same rows before their epochs are timed in turn. Reading more and more rows of a store of 1,000,000 then shows
+how memory grows. The files of that store are sparse. h5py takes part if it is installed. The benchmark needs 2 GB of
+disk.
 """
 
 import argparse
 import importlib.util
+import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,206 +26,253 @@ from qformer_captioner.data.feature_store import FeatureStore, finish_store
 from qformer_captioner.data.features import SplitFeatures
 from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 
-from .common import RESULTS, alternate, machine, memory, spread, write_result
+from .common import (
+    machine_facts,
+    new_figure,
+    peak_memory,
+    resident_memory,
+    run_worker,
+    save_figure,
+    summarize,
+    time_in_turn,
+    write_result,
+)
 
 SHAPE = (50, 768)
-BATCHES = (64, 256, 1024)
-Read = Callable[[list[int]], torch.Tensor]
+BATCH_SIZES = (64, 256, 1024)
+ROWS_IN_LARGE_STORE = 1_000_000
+LARGE_STORE_SIDES = ("ours", "numpy memmap")
+
+ReadRows = Callable[[list[int]], torch.Tensor]  # row numbers to features [B, N, Dv]
+Rates = dict[str, dict[str, dict[str, float]]]  # by batch size and side: summary of rows per second
 
 
-def layout_of(folder: Path, rows: int) -> SplitLayout:
+def make_layout(folder: Path, rows: int) -> SplitLayout:
     return SplitLayout(folder / "train", rows, rows_per_shard=2048, views=1, shape=SHAPE, dtype="float16")
 
 
-def opened(folder: Path, layout: SplitLayout) -> SplitFeatures:
+def finish_and_open(folder: Path, layout: SplitLayout) -> SplitFeatures:
+    """Complete a store whose shards are written, and open its split."""
     finish_store(folder, VisionFingerprint("made up", None, None, {}), {}, {"train": layout})
     return FeatureStore(folder).split("train")
 
 
-# --- The sides: each writes the same rows its own way, and returns what reads a batch of them -------------------------
+# --- The sides: each writes features `[R, N, Dv]` to a folder, and returns a function that reads rows from it ---------
 
 
-def ours(folder: Path, rows: np.ndarray) -> Read:
-    layout = layout_of(folder, len(rows))
+def feature_store(folder: Path, features: np.ndarray) -> ReadRows:
+    layout = make_layout(folder, len(features))
     for shard in layout.shards:
-        layout.write(shard, [FeatureBatch(rows[layout.rows_of(shard), None], [])])
-    return opened(folder, layout).read
+        layout.write(shard, [FeatureBatch(features[layout.rows_of(shard), None], [])])
+    return finish_and_open(folder, layout).read
 
 
-def numpy_memmap(folder: Path, rows: np.ndarray) -> Read:
-    np.save(folder / "features.npy", rows)
+def numpy_memmap(folder: Path, features: np.ndarray) -> ReadRows:
+    np.save(folder / "features.npy", features)
     array = np.load(folder / "features.npy", mmap_mode="r")
-    return lambda batch: torch.from_numpy(array[batch])
+    return lambda rows: torch.from_numpy(array[rows])
 
 
-def safetensors_mmap(folder: Path, rows: np.ndarray) -> Read:
+def safetensors_mmap(folder: Path, features: np.ndarray) -> ReadRows:
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    save_file({"features": rows}, folder / "features.safetensors")
+    save_file({"features": features}, folder / "features.safetensors")
     tensor = safe_open(folder / "features.safetensors", framework="pt").get_slice("features")
-    return lambda batch: torch.stack([tensor[row] for row in batch])
+    return lambda rows: torch.stack([tensor[row] for row in rows])
 
 
-def datasets_array2d(folder: Path, rows: np.ndarray) -> Read:
+def datasets_array2d(folder: Path, features: np.ndarray) -> ReadRows:
     from datasets import Array2D, Dataset, Features, load_from_disk
 
-    def each():
-        for row in rows:
+    def examples() -> Iterator[dict[str, np.ndarray]]:
+        for row in features:
             yield {"features": row}
 
-    features = Features({"features": Array2D(shape=SHAPE, dtype="float16")})
-    made = Dataset.from_generator(each, features=features, cache_dir=str(folder / "cache"))
-    made.save_to_disk(folder / "data")
-    made.cleanup_cache_files()
-    data = load_from_disk(folder / "data").with_format("torch")
-    return lambda batch: data[batch]["features"]
+    schema = Features({"features": Array2D(shape=SHAPE, dtype="float16")})
+    dataset = Dataset.from_generator(examples, features=schema, cache_dir=str(folder / "cache"))
+    dataset.save_to_disk(folder / "data")
+    dataset.cleanup_cache_files()
+    saved = load_from_disk(folder / "data").with_format("torch")
+    return lambda rows: saved[rows]["features"]
 
 
-def a_file_each(folder: Path, rows: np.ndarray) -> Read:
-    for row, features in enumerate(rows):
-        torch.save(torch.from_numpy(features.copy()), folder / f"{row}.pt")
-    return lambda batch: torch.stack([torch.load(folder / f"{row}.pt") for row in batch])
+def file_per_row(folder: Path, features: np.ndarray) -> ReadRows:
+    for number, row in enumerate(features):
+        torch.save(torch.from_numpy(row.copy()), folder / f"{number}.pt")
+    return lambda rows: torch.stack([torch.load(folder / f"{row}.pt") for row in rows])
 
 
-def h5(folder: Path, rows: np.ndarray) -> Read:
+def hdf5(folder: Path, features: np.ndarray) -> ReadRows:
     import h5py
 
     with h5py.File(folder / "features.h5", "w") as file:
-        file["features"] = rows
-    data = h5py.File(folder / "features.h5")["features"]
-    return lambda batch: torch.from_numpy(np.stack([data[row] for row in batch]))  # h5py wants sorted rows otherwise
+        file["features"] = features
+    dataset = h5py.File(folder / "features.h5")["features"]
+    return lambda rows: torch.from_numpy(np.stack([dataset[row] for row in rows]))  # a list of rows must be sorted
 
 
-SIDES = {
-    "ours": ours,
+SIDES: dict[str, Callable[[Path, np.ndarray], ReadRows]] = {
+    "ours": feature_store,
     "numpy memmap": numpy_memmap,
     "safetensors": safetensors_mmap,
     "datasets Array2D": datasets_array2d,
-    "a .pt file each": a_file_each,
+    "a .pt file each": file_per_row,
 }
+if importlib.util.find_spec("h5py"):
+    SIDES["h5py"] = hdf5
 
 
-def speed(number: int, repetitions: int, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows a second by batch size and side."""
-    rows = np.random.default_rng(0).standard_normal((number, *SHAPE), dtype=np.float32).astype(np.float16)
-    sides = SIDES | ({"h5py": h5} if importlib.util.find_spec("h5py") else {})
+# --- Speed ------------------------------------------------------------------------------------------------------------
+
+
+def write_sides(features: np.ndarray, folder: Path) -> dict[str, ReadRows]:
+    """Write features `[R, N, Dv]` with every side, and check that all of them read the same rows.
+
+    Raises:
+        SystemExit: if a side reads other rows.
+    """
     readers = {}
-    for name, write in sides.items():
-        own = folder / name.replace(" ", "_")
-        own.mkdir()
-        readers[name] = write(own, rows)
-    some = np.random.default_rng(1).permutation(number)[:256].tolist()
+    for name, write in SIDES.items():
+        side_folder = folder / name.replace(" ", "_")
+        side_folder.mkdir()
+        readers[name] = write(side_folder, features)
+    sample = np.random.default_rng(1).permutation(len(features))[:256].tolist()
     for name, read in readers.items():
-        if not np.array_equal(read(some).numpy(), rows[some]):
-            raise SystemExit(f"{name} gives other rows: no timing.")
-    print(f"All sides give the same {len(some)} of {number:,} rows.")
-    del rows
+        if not np.array_equal(read(sample).numpy(), features[sample]):
+            raise SystemExit(f"All sides must read the same rows, and {name} does not. Nothing was measured.")
+    print(f"All sides give the same {len(sample)} of {len(features):,} rows.")
+    return readers
 
-    results = {}
-    for size in BATCHES:
-        order = np.random.default_rng(2).permutation(number)
-        batches = [order[start : start + size].tolist() for start in range(0, number - size + 1, size)]
 
-        def epoch(read: Read, batches=batches) -> None:
-            for batch in batches:
-                read(batch)
+def read_epoch(read: ReadRows, batches: list[list[int]]) -> None:
+    for batch in batches:
+        read(batch)
 
-        runs = {name: (lambda read=read: epoch(read)) for name, read in readers.items()}
-        seconds = alternate(repetitions, **runs)
-        count = len(batches) * size
-        results[str(size)] = {name: spread([count / each for each in values]) for name, values in seconds.items()}
-        for name, rates in results[str(size)].items():
-            ratio = results[str(size)]["ours"]["median"] / rates["median"]
-            span = f"({rates['min']:,.0f} to {rates['max']:,.0f})"
-            print(f"batches of {size:>4}  {name:<17} {rates['median']:>9,.0f} rows/s  {span:<22} {ratio:6.2f} x")
+
+def measure_rates(readers: dict[str, ReadRows], num_rows: int, repetitions: int) -> Rates:
+    """Time epochs in shuffled order in turn, for each batch size."""
+    results: Rates = {}
+    for batch_size in BATCH_SIZES:
+        order = np.random.default_rng(2).permutation(num_rows)
+        starts = range(0, num_rows - batch_size + 1, batch_size)
+        batches = [order[start : start + batch_size].tolist() for start in starts]
+        epochs = {name: partial(read_epoch, read, batches) for name, read in readers.items()}
+        rows_read = len(batches) * batch_size
+        rates = {
+            name: summarize([rows_read / second for second in seconds])
+            for name, seconds in time_in_turn(repetitions, **epochs).items()
+        }
+        for name, rate in rates.items():
+            ratio = rates["ours"]["median"] / rate["median"]
+            span = f"({rate['min']:,.0f} to {rate['max']:,.0f})"
+            print(f"batches of {batch_size:>4}  {name:<17} {rate['median']:>9,.0f} rows/s  {span:<22} {ratio:6.2f} x")
+        results[str(batch_size)] = rates
     return results
+
+
+def measure_speed(num_rows: int, repetitions: int) -> Rates:
+    """Return the rows per second of each batch size and side, for a store of `num_rows` random rows."""
+    features = np.random.default_rng(0).standard_normal((num_rows, *SHAPE), dtype=np.float32).astype(np.float16)
+    with tempfile.TemporaryDirectory() as folder:
+        readers = write_sides(features, Path(folder))
+        del features  # leaves the memory to the page cache
+        return measure_rates(readers, num_rows, repetitions)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def growth(folder: Path, rows: int = 1_000_000) -> list[dict[str, float]]:
-    """MB above a process that has read nothing, by how many rows it reads: at the most, and what it keeps of files."""
-    layout = layout_of(folder, rows)
+def write_sparse_store(folder: Path, num_rows: int) -> None:
+    """Write a store whose files are sparse: their rows are zeros that take no space on disk."""
+    layout = make_layout(folder, num_rows)
     for shard in layout.shards:
         layout.write(shard, [])
         os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard))
-    opened(folder, layout)
+    finish_and_open(folder, layout)
+
+
+def memmap_reader(layout: SplitLayout) -> ReadRows:
+    """Return a function that reads the files of a store as memory maps of numpy."""
+    arrays = [np.load(layout.path(shard), mmap_mode="r") for shard in layout.shards]
+
+    def read(rows: list[int]) -> torch.Tensor:
+        positions = [divmod(row, layout.rows_per_shard) for row in rows]
+        return torch.from_numpy(np.stack([arrays[shard][position, 0] for shard, position in positions]))
+
+    return read
+
+
+def read_in_this_process(side: str, num_rows: int, folder: Path) -> dict[str, float]:
+    """Read random rows of a store, and return how far memory rises at most, in MB."""
+    features = FeatureStore(folder).split("train")
+    read = features.read if side == "ours" else memmap_reader(features.layout)
+    before = resident_memory()
+    rows = np.random.default_rng(3).integers(len(features), size=num_rows)
+    for start in range(0, num_rows, 250):
+        read(rows[start : start + 250].tolist())
+    return {"mb": peak_memory() - before}
+
+
+def measure_memory() -> list[dict[str, Any]]:
+    """Return the MB that reading takes, by side and number of rows. Each figure is from a fresh process."""
     results = []
-    for side in ("ours", "numpy memmap"):
-        for read in (1_000, 5_000, 10_000, 20_000):
-            run = [sys.executable, "-m", "benchmarks.features", "--one", side, str(read), str(folder)]
-            peak = float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
-            results.append({"side": side, "rows_read": read, "mb": peak})
-            print(f"{side:<13} {read:>7,} of {rows:,} rows read: {peak:7.1f} MB more than before")
+    with tempfile.TemporaryDirectory() as folder:
+        write_sparse_store(Path(folder), ROWS_IN_LARGE_STORE)
+        for side in LARGE_STORE_SIDES:
+            for num_rows in (1_000, 5_000, 10_000, 20_000):
+                mb = run_worker("features", side, num_rows, folder)["mb"]
+                results.append({"side": side, "rows_read": num_rows, "mb": mb})
+                print(f"{side:<13} {num_rows:>7,} of {ROWS_IN_LARGE_STORE:,} rows read: {mb:7.1f} MB more than before")
     return results
 
 
-def read_one(side: str, number: int, folder: Path) -> None:
-    features = FeatureStore(folder).split("train")
-    layout = features.layout
-    if side == "ours":
-        read = features.read
-    else:
-        maps = [np.load(layout.path(shard), mmap_mode="r") for shard in layout.shards]
-
-        def read(batch: list[int]) -> torch.Tensor:
-            places = [divmod(row, layout.rows_per_shard) for row in batch]
-            return torch.from_numpy(np.stack([maps[shard][place, 0] for shard, place in places]))
-
-    before = memory("VmRSS")
-    order = np.random.default_rng(3).integers(len(features), size=number)
-    for start in range(0, number, 250):
-        read(order[start : start + 250].tolist())
-    print(memory("VmHWM") - before)
+# --- Figure and command -----------------------------------------------------------------------------------------------
 
 
-def draw(rates: dict[str, dict[str, dict[str, float]]], rows: list[dict[str, float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+def plot(rates: Rates, memory: list[dict[str, Any]]) -> None:
+    """Draw the rows per second of each side, and memory over the number of rows that were read."""
+    figure, (rates_axis, memory_axis) = new_figure(2, 9, 3.2)
     sides = list(next(iter(rates.values())))
-    for place, (size, own) in enumerate(rates.items()):
-        values = [own[side]["median"] / 1000 for side in sides]
-        errors = [[abs(own[side][end] / 1000 - own[side]["median"] / 1000) for side in sides] for end in ("min", "max")]
-        axes[0].barh(np.arange(len(sides)) + 0.27 * (place - 1), values, 0.25, xerr=errors, label=f"batches of {size}")
-    axes[0].axvline(80, color="grey", linestyle=":", linewidth=1)
-    axes[0].set(yticks=range(len(sides)), yticklabels=sides, xlabel="thousand rows of [50 x 768] float16 a second")
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
-    for side in ("ours", "numpy memmap"):
-        own = [row for row in rows if row["side"] == side]
-        axes[1].plot([row["rows_read"] for row in own], [row["mb"] for row in own], marker="o", label=side)
-    axes[1].set(xlabel="rows read, of 1,000,000", ylabel="MB more than before", xlim=(0, None), ylim=(0, None))
-    axes[1].legend(fontsize=8)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(RESULTS / "features.png", dpi=110)
+    for number, (batch_size, summaries) in enumerate(rates.items()):
+        low, median, high = (
+            np.array([summaries[side][name] for side in sides]) / 1000 for name in ("min", "median", "max")
+        )
+        positions = np.arange(len(sides)) + 0.27 * (number - 1)
+        errors = [median - low, high - median]
+        rates_axis.barh(positions, median, 0.25, xerr=errors, label=f"batches of {batch_size}")
+    rates_axis.axvline(80, color="grey", linestyle=":", linewidth=1)
+    rates_axis.set(yticks=range(len(sides)), yticklabels=sides, xlabel="thousand rows of [50 x 768] float16 per second")
+    rates_axis.invert_yaxis()
+    rates_axis.legend(fontsize=8)
+    for side in LARGE_STORE_SIDES:
+        points = [(row["rows_read"], row["mb"]) for row in memory if row["side"] == side]
+        memory_axis.plot(*zip(*points, strict=True), marker="o", label=side)
+    memory_axis.set(xlabel="rows read, of 1,000,000", ylabel="MB more than before", xlim=(0, None), ylim=(0, None))
+    memory_axis.legend(fontsize=8)
+    save_figure(figure, "features")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, default=4_000, help="Number of rows in the stores whose speed is measured.")
+    parser.add_argument("--repetitions", type=int, default=5, help="Number of timed epochs of each side.")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # side, rows, folder: see run_worker
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", type=int, default=4_000)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_options()
     torch.set_num_threads(1)
-    if options.one:
-        read_one(options.one[0], int(options.one[1]), Path(options.one[2]))
+    if options.worker:
+        side, num_rows, folder = options.worker
+        print(json.dumps(read_in_this_process(side, int(num_rows), Path(folder))))
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory() as folder:
-        rates = speed(options.rows, options.repetitions, Path(folder))
-    with tempfile.TemporaryDirectory() as folder:
-        rows = growth(Path(folder))
-    RESULTS.mkdir(exist_ok=True)
-    draw(rates, rows)
-    facts = machine("qformer-captioner", "torch", "numpy", "datasets", "safetensors")
-    write_result("features", facts | {"rows": options.rows, "shape": SHAPE, "rows_per_second": rates, "memory": rows})
+    rates, memory = measure_speed(options.rows, options.repetitions), measure_memory()
+    plot(rates, memory)
+    facts = machine_facts("qformer-captioner", "torch", "numpy", "datasets", "safetensors")
+    write_result("features", facts | {"rows": options.rows, "shape": SHAPE, "rows_per_second": rates, "memory": memory})
 
 
 if __name__ == "__main__":

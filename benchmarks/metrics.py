@@ -1,47 +1,63 @@
-"""Caption scores: ours beside pycocoevalcap's, from raw text to BLEU, ROUGE-L and CIDEr.
+"""Caption scores from this package and from pycocoevalcap, from raw text to BLEU, ROUGE-L and CIDEr.
 
-python -m benchmarks.metrics [--predictions results.json --references annotations.json] [--repetitions 5]
+    python -m benchmarks.metrics [--predictions results.json --references annotations.json] [--repetitions 5]
 
-Needs the extra [java] and a Java runtime. Without files it scores captions made up of common words, 5,000 images with 5
-references each. It first checks that both sides give the same scores, then times them in turn; then it scores 5,000 to
-50,000 images, to show how time and memory grow.
+Needs the extra [java] and a Java runtime. Without files it scores 5,000 images with 5 references each, whose captions
+are made of random words. Both sides must give the same scores before they are timed in turn. Scoring 5,000 to 50,000
+images then shows how time and memory grow.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import random
 import statistics
-import subprocess
-import sys
 import time
+from typing import Any
 
 from qformer_captioner.evaluation.caption_files import images_to_score, read_predictions, read_references
 from qformer_captioner.metrics import References
 
-from .common import RESULTS, alternate, machine, memory, spread, write_result
+from .common import (
+    machine_facts,
+    new_figure,
+    peak_memory,
+    resident_memory,
+    run_worker,
+    save_figure,
+    summarize,
+    time_in_turn,
+    time_ratios,
+    write_result,
+)
 
-KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+GROWTH_IMAGES = (5_000, 10_000, 20_000, 50_000)
+SPECIAL_WORDS = ["man's", "black-and-white", "doesn't", "(left)", '"stop"', "12:30", "St. Paul", "1/2", "$5", "U.S."]
 
 
-def made_up_corpus(images: int, references: int = 5) -> tuple[list[str], list[list[str]]]:
-    """Captions of 8 to 14 words, a few words common and thousands rare, one in twenty with more than plain words."""
-    draw = random.Random(0)
+def random_corpus(images: int, references_per_image: int = 5) -> tuple[list[str], list[list[str]]]:
+    """Return a prediction and the references of each image, always the same ones.
+
+    Captions have 8 to 14 words. A few words are frequent and thousands are rare. One caption in twenty has a word
+    with punctuation or digits.
+    """
+    generator = random.Random(0)
     letters = "abcdefghijklmnoprstuvwy"
-    words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(12_000)]
-    weights = [1 / (rank + 3) for rank in range(len(words))]
-    odd = ["man's", "black-and-white", "doesn't", "(left)", '"stop"', "12:30", "St. Paul", "1/2", "$5", "U.S."]
+    vocabulary = ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(12_000)]
+    frequencies = [1 / (rank + 3) for rank in range(len(vocabulary))]
 
-    def caption() -> str:
-        chosen = draw.choices(words, weights, k=draw.randint(8, 14))
-        if draw.random() < 0.05:
-            chosen[draw.randrange(len(chosen))] = draw.choice(odd)
-        return " ".join(chosen).capitalize() + "."
+    def random_caption() -> str:
+        words = generator.choices(vocabulary, frequencies, k=generator.randint(8, 14))
+        if generator.random() < 0.05:
+            words[generator.randrange(len(words))] = generator.choice(SPECIAL_WORDS)
+        return " ".join(words).capitalize() + "."
 
-    theirs = [[caption() for _ in range(references)] for _ in range(images)]
-    # A prediction shares its first half with a reference, as good captions do.
-    ours = [" ".join(own[0].split()[:5] + own[1].split()[5:]) for own in theirs]
-    return ours, theirs
+    references = [[random_caption() for _ in range(references_per_image)] for _ in range(images)]
+    # A prediction begins like a reference, as those of a good captioner do.
+    predictions = [" ".join(texts[0].split()[:5] + texts[1].split()[5:]) for texts in references]
+    return predictions, references
 
 
 def pycocoevalcap_scores(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -52,45 +68,69 @@ def pycocoevalcap_scores(predictions: list[str], references: list[list[str]]) ->
 
     with contextlib.redirect_stdout(io.StringIO()):
         tokenizer = PTBTokenizer()
-        theirs = tokenizer.tokenize({i: [{"caption": text} for text in own] for i, own in enumerate(references)})
-        ours = tokenizer.tokenize({i: [{"caption": text}] for i, text in enumerate(predictions)})
-        bleu, _ = Bleu(4).compute_score(theirs, ours)
-        rouge, _ = Rouge().compute_score(theirs, ours)
-        cider, _ = Cider().compute_score(theirs, ours)
-    return dict(zip(KEYS, [*bleu, rouge, cider], strict=True))
+        expected = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in enumerate(references)})
+        predicted = tokenizer.tokenize({i: [{"caption": text}] for i, text in enumerate(predictions)})
+        bleu, _ = Bleu(4).compute_score(expected, predicted)
+        rouge, _ = Rouge().compute_score(expected, predicted)
+        cider, _ = Cider().compute_score(expected, predicted)
+    return dict(zip(SCORES, [*bleu, rouge, cider], strict=True))
 
 
-def growth(repetitions: int) -> list[dict[str, float]]:
-    """Seconds (mean of two) and memory of a fresh process for each number of images."""
+def check_equal(predictions: list[str], references: list[list[str]]) -> float:
+    """Check that both sides give the same scores to 1e-12, and return the largest difference.
+
+    Raises:
+        SystemExit: if a difference is larger.
+    """
+    expected, scores = pycocoevalcap_scores(predictions, references), References(references).score(predictions)
+    difference = max(abs(expected[name] - scores[name]) for name in SCORES)
+    print(f"{len(predictions)} images, {sum(map(len, references))} references; largest difference {difference:.1e}")
+    if difference > 1e-12:
+        raise SystemExit("Both sides must give the same scores, and they do not. Nothing was measured.")
+    return difference
+
+
+def measure_times(predictions: list[str], references: list[list[str]], repetitions: int) -> dict[str, Any]:
+    """Time pycocoevalcap, our scores, and our scores for references that were prepared before."""
+    prepared = References(references)
+    seconds = time_in_turn(
+        repetitions,
+        pycocoevalcap=lambda: pycocoevalcap_scores(predictions, references),
+        ours=lambda: References(references).score(predictions),
+        again=lambda: prepared.score(predictions),
+    )
+    times = {name: summarize(values) for name, values in seconds.items()}
+    ratios = time_ratios(times, "pycocoevalcap")
+    for name, summary in times.items():
+        span = f"({summary['min']:.3f} to {summary['max']:.3f})"
+        print(f"{name:<14} {summary['median']:7.3f} s  {span}  {ratios[name]:5.1f} x")
+    return {"seconds": times, "ratio_first": ratios["ours"], "ratio_again": ratios["again"]}
+
+
+def score_in_this_process(images: int) -> dict[str, float]:
+    """Score a random corpus once. Return the seconds, and in MB the memory with the captions and the peak."""
+    predictions, references = random_corpus(images)
+    captions_mb = resident_memory()
+    start = time.perf_counter()
+    References(references).score(predictions)
+    return {"seconds": time.perf_counter() - start, "captions_mb": captions_mb, "peak_mb": peak_memory()}
+
+
+def measure_growth(repetitions: int) -> list[dict[str, float]]:
+    """Return the median seconds and memory of fresh processes for each number of images."""
     rows = []
-    for images in (5_000, 10_000, 20_000, 50_000):
-        run = [sys.executable, "-m", "benchmarks.metrics", "--one", str(images)]
-        outputs = [subprocess.run(run, check=True, capture_output=True, text=True).stdout for _ in range(repetitions)]
-        seconds, before, peak = (
-            statistics.median(column) for column in zip(*(map(float, text.split()) for text in outputs), strict=True)
-        )
-        rows.append({"images": images, "seconds": seconds, "captions_mb": before, "peak_mb": peak})
-        print(
-            f"{images:>7} images: {seconds:6.2f} s, at most {peak - before:5.0f} MB more than the captions themselves"
-        )
+    for images in GROWTH_IMAGES:
+        runs = [run_worker("metrics", images) for _ in range(repetitions)]
+        medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        rows.append({"images": images} | medians)
+        above = medians["peak_mb"] - medians["captions_mb"]
+        print(f"{images:>7} images: {medians['seconds']:6.2f} s, peak {above:5.0f} MB above the captions")
     return rows
 
 
-def score_one(images: int) -> None:
-    predictions, references = made_up_corpus(images)
-    before = memory("VmRSS")
-    start = time.perf_counter()
-    References(references).score(predictions)
-    print(time.perf_counter() - start, before, memory("VmHWM"))
-
-
-def draw(rows: list[dict[str, float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
+def plot_growth(rows: list[dict[str, float]]) -> None:
+    """Draw seconds and memory over the number of images."""
+    figure, axes = new_figure(2, 8, 3)
     images = [row["images"] for row in rows]
     for axis, values, label in (
         (axes[0], [row["seconds"] for row in rows], "seconds, raw text to scores"),
@@ -98,58 +138,44 @@ def draw(rows: list[dict[str, float]]) -> None:
     ):
         axis.plot(images, values, marker="o")
         axis.set(xlabel="images with 5 references", ylabel=label, xlim=(0, None), ylim=(0, None))
-        axis.grid(alpha=0.3)
-    figure.savefig(RESULTS / "metrics.png", dpi=110)
+    save_figure(figure, "metrics")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--predictions", help="Predicted captions, as a COCO results JSON file.")
+    parser.add_argument("--references", help="Reference captions, as a COCO annotation JSON file.")
+    parser.add_argument("--repetitions", type=int, default=5, help="Number of timed runs of each side.")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # number of images: see run_worker
+    return parser.parse_args()
+
+
+def read_captions(predictions_file: str, references_file: str) -> tuple[list[str], list[list[str]]]:
+    """Read the captions of the images that both files have."""
+    references, predictions = read_references(references_file), read_predictions(predictions_file)
+    images = images_to_score(predictions, references, allow_missing=True)
+    return [predictions[image] for image in images], [references.captions[image] for image in images]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--predictions", help="COCO results JSON")
-    parser.add_argument("--references", help="COCO annotation JSON")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        score_one(options.one)
+    options = parse_options()
+    if options.worker:
+        print(json.dumps(score_in_this_process(options.worker)))
         return
     if options.predictions:
-        theirs, ours = read_references(options.references), read_predictions(options.predictions)
-        images = images_to_score(ours, theirs, allow_missing=True)
-        predictions, references = [ours[image] for image in images], [theirs.captions[image] for image in images]
+        predictions, references = read_captions(options.predictions, options.references)
     else:
-        predictions, references = made_up_corpus(5_000)
-
-    expected, found = pycocoevalcap_scores(predictions, references), References(references).score(predictions)
-    difference = max(abs(expected[key] - found[key]) for key in KEYS)
-    print(f"{len(predictions)} images, {sum(map(len, references))} references; largest difference {difference:.1e}")
-    if difference > 1e-12:
-        raise SystemExit("The two sides do not compute the same thing: no timing.")
-
-    ready = References(references)
-    seconds = alternate(
-        options.repetitions,
-        pycocoevalcap=lambda: pycocoevalcap_scores(predictions, references),
-        ours=lambda: References(references).score(predictions),
-        again=lambda: ready.score(predictions),
-    )
-    medians = {name: spread(values)["median"] for name, values in seconds.items()}
-    for name, values in seconds.items():
-        times = spread(values)
-        ratio = medians["pycocoevalcap"] / medians[name]
-        print(f"{name:<14} {times['median']:7.3f} s  ({times['min']:.3f} to {times['max']:.3f})  {ratio:5.1f} x")
-    rows = growth(min(options.repetitions, 2))
-    draw(rows)
+        predictions, references = random_corpus(5_000)
     result = {
         "images": len(predictions),
         "references": sum(map(len, references)),
         "captions": "files" if options.predictions else "made up",
-        "difference": difference,
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratio_first": medians["pycocoevalcap"] / medians["ours"],
-        "ratio_again": medians["pycocoevalcap"] / medians["again"],
-        "growth": rows,
+        "difference": check_equal(predictions, references),
+        **measure_times(predictions, references, options.repetitions),
+        "growth": measure_growth(min(options.repetitions, 2)),
     }
-    write_result("metrics", machine("qformer-captioner", "pycocoevalcap", "numpy") | result)
+    plot_growth(result["growth"])
+    write_result("metrics", machine_facts("qformer-captioner", "pycocoevalcap", "numpy") | result)
 
 
 if __name__ == "__main__":
