@@ -1,4 +1,4 @@
-"""qformer-captioner: a Q-Former that lets a frozen language model see.
+"""qformer-captioner: image captioning with a Q-Former between a frozen vision encoder and a frozen language model.
 
 The root of the repository is this package and is also what a Hub repository holds. This file imports lazily: torch
 takes seconds to import, and the files that travel to the Hub (`*_qformer.py`) must work without it.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .modeling_qformer import QFormerModel as QFormerModel
     from .processing_qformer import QFormerCaptionerProcessor as QFormerCaptionerProcessor
 
-__version__ = "0.1.0"  # pyproject.toml reads it here
+__version__ = "0.1.0"  # pyproject.toml reads the version from here
 
 _MODULES = {  # public name: the module that defines it
     "QFormerCaptioner": "modeling_qformer",
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
-if __name__ == "qformer_captioner":  # pytest imports this file under the name of the checkout's folder, too
+if __name__ == "qformer_captioner":  # pytest also imports this file, under the name of the checkout's folder
     from .hub.auto_classes import register_with_transformers
 
     register_with_transformers()

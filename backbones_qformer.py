@@ -1,7 +1,7 @@
 """The pretrained models on both sides of the Q-Former: a vision encoder and a language model.
 
-This file fetches a backbone from the Hub or a folder, takes it out of another captioner, and quantises it.
-saving_qformer.py decides whether a captioner saves the weights of a backbone or keeps it by reference.
+This file loads a backbone from the Hub, from a folder or from a BLIP-2 checkpoint, and quantises it. saving_qformer.py
+decides whether a captioner saves the weights of a backbone or keeps it by reference.
 """
 
 import copy
@@ -30,7 +30,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .configuration_qformer import is_hub_id
 
 BACKBONES = ("vision_model", "language_model")
-CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers that hold backbones under the same names
+CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers whose backbones have the same two names
 MAX_LAYERS = 1000
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def load_language_model(
 def load_backbone_of_captioner(
     part: str, name_or_path: str, config: PreTrainedConfig, dtype: str | torch.dtype | None, **download: Any
 ) -> PreTrainedModel:
-    """Load a backbone out of a BLIP-2 or InstructBLIP of transformers.
+    """Load a backbone from a BLIP-2 or InstructBLIP checkpoint of transformers.
 
     Raises:
         OSError: if the checkpoint lacks a weight of the backbone.
@@ -210,7 +210,7 @@ def check_number_of_layers(config: PreTrainedConfig) -> None:
     """Refuse a configuration that would take hours to build.
 
     Raises:
-        OSError: if any field counts more than a thousand layers.
+        OSError: if any field asks for more than a thousand layers.
     """
     configs = [config.to_dict()]
     while configs:
@@ -237,7 +237,7 @@ def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:
 
 
 def vision_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a vision encoder with random weights. `AutoModel` does not know the one of BLIP-2."""
+    """Return a vision encoder with random weights. `AutoModel` does not support the vision encoder of BLIP-2."""
     if config.model_type == Blip2VisionConfig.model_type:
         return Blip2VisionModel._from_config(config, dtype=dtype)
     return AutoModel.from_config(config, dtype=dtype)
@@ -252,11 +252,11 @@ def language_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> 
 
 
 def untie_t5_head(language_model: PreTrainedModel) -> None:
-    """Give T5 v1.1 and Flan-T5 an output layer of their own again. Do nothing to other models.
+    """Untie the output layer of T5 v1.1 and Flan-T5 from the input embedding. Do nothing to other models.
 
-    These models have one. Since huggingface/transformers#42815, `T5Config` forces `tie_word_embeddings=True` and keeps
-    the original value as `scale_decoder_outputs=False`. `tie_weights()`, which the Trainer and FSDP call, would
-    therefore silently replace the output layer by the input embedding.
+    These models were trained with an untied output layer. Since huggingface/transformers#42815, `T5Config` forces
+    `tie_word_embeddings=True` and keeps the original value as `scale_decoder_outputs=False`. `tie_weights()`, which the
+    Trainer and FSDP call, would therefore silently replace the output layer with the input embedding.
     """
     if getattr(language_model.config, "scale_decoder_outputs", True):
         return
@@ -304,7 +304,7 @@ def quantize(
         quantization_config=quantization_config,
         device_map=None if device is None else {"": device},
     )
-    # Folders do not record the quantisation: they keep the language model by reference.
+    # Saved folders do not record the quantisation, because they keep the language model by reference.
     del quantized.config.quantization_config
     quantized.config.name_or_path = config.name_or_path
     quantized.generation_config = language_model.generation_config

@@ -55,7 +55,7 @@ class QFormerConfig(PreTrainedConfig):
 
     Raises:
         StrictDataclassClassValidationError: if a size is not positive, or if `hidden_size` is not a multiple of
-            `num_attention_heads`. It is how transformers wraps a `ValueError`.
+            `num_attention_heads`. transformers wraps a `ValueError` in this type.
 
     Example:
 
@@ -204,8 +204,8 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         if self.pad_token_id is None:  # the Trainer pads gathered captions with it
             self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
         if getattr(self, "auto_map", None) is None:
-            # A class can register itself for a single Auto class. This map lets folders open with all four in a process
-            # that does not have this package.
+            # A class can register itself for a single Auto class. This map lets all four open a folder in a process
+            # that has not imported this package.
             self.auto_map = {
                 "AutoConfig": "configuration_qformer.QFormerCaptionerConfig",
                 "AutoModel": "modeling_qformer.QFormerCaptioner",

@@ -40,13 +40,13 @@ logger = get_logger(__name__)
 
 @dataclass
 class EvaluationRun:
-    """Everything that a run resolved before it scores.
+    """Captions, references and images to score, and where to write the results.
 
     Args:
         captions: the caption of each image.
         references: the references of the images.
         open_image: function that opens an image by its id, if the images are available.
-        facts: what makes the scores reproducible.
+        facts: facts that make the scores reproducible, such as hashes and revisions.
         output: JSON file for the scores.
         report: HTML file for the report.
     """
@@ -68,7 +68,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     Raises:
         InputError: for options, files or data that cannot be used.
         OSError: for an image that cannot be read.
-        ValueError: for options of `generate` that do not go together.
+        ValueError: for options of `generate` that contradict each other.
     """
     scoring, captioning = parse_arguments(arguments)
     run = read_files(scoring) if captioning.model is None else caption_data_set(captioning, scoring)
@@ -105,7 +105,7 @@ def open_in_folder(references: ReferenceSet, folder: Path) -> OpenImage:
     """Return a function that opens an image in a folder, by its file name or id.
 
     Raises:
-        InputError: if there is no such folder.
+        InputError: if the folder does not exist.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}: give the folder of the images with --image_folder.")
@@ -119,7 +119,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     """Caption a benchmark or data set in all processes of the run, and write captions and references.
 
     Returns:
-        The run, or `None` in all processes but the main one, and if only a server has the references.
+        The captions to score. `None` in every process but the main one, and for a benchmark with hidden references.
     """
     from qformer_captioner.evaluation.captioning_run import caption_all, resolve_run
 
@@ -177,7 +177,7 @@ def score(run: EvaluationRun, scoring: ScoringArguments) -> ScoredCaptions:
 
 
 def write_results(run: EvaluationRun, scored: ScoredCaptions, scoring: ScoringArguments) -> None:
-    """Print the table of scores, and write the JSON file and the report with what makes the scores reproducible."""
+    """Print the table of scores, and write the JSON file and the report with the facts of the run."""
     if "note" in run.facts:
         print(run.facts["note"])
     print(scored.table())
@@ -201,7 +201,7 @@ def write_results(run: EvaluationRun, scored: ScoredCaptions, scoring: ScoringAr
 
 
 def main() -> None:
-    # `generate` raises ValueError for options that do not go together.
+    # `generate` raises ValueError for options that contradict each other.
     run_command(evaluate, expected=(ValueError, OSError))
 
 

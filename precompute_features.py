@@ -9,7 +9,7 @@ r"""Run a vision encoder once over a data set, and store the features of the ima
         --dataset_name shirsh10mall/Image_Captioning_GCC_Embeddings --embeddings_column image_embeddings
 
 `train_hf.py --features outputs/features` then trains without the vision encoder. An interrupted run resumes when the
-same command is given again. Embeddings that a data set already holds can be stored, too, without a vision encoder.
+same command is given again. Embeddings that a data set already holds can also be stored, without a vision encoder.
 """
 
 from qformer_captioner.common.command import run_command
@@ -20,16 +20,16 @@ from qformer_captioner.data.feature_arguments import FeatureArguments
 def precompute(words: list[str]) -> None:
     """Compute the features that a command line asks for, and store them (`data/feature_store.py`).
 
-    Each step checks what it needs before anything is computed. The processes of a distributed run share the missing
-    shards. A shard is written as a whole or not at all, so an interrupted run resumes with the next one. The index is
-    written last: it turns a folder of shards into a store.
+    All checks run before anything is computed. The processes of a distributed run share the missing shards. A shard is
+    written as a whole or not at all, so an interrupted run resumes with the next one. The index is written last. A
+    folder without an index is not yet a feature store.
 
     Args:
         words: the command line.
 
     Raises:
-        InputError: if options contradict each other, or something that they name cannot be used. Also if the folder
-            holds another run, the disk is too small, or no row of a split can be used.
+        InputError: if options contradict each other, or a model, data set or column that they name cannot be used. Also
+            if the folder holds another run, the disk is too small, or no row of a split can be used.
         OSError: if the folder cannot be written.
 
     Example:
@@ -41,14 +41,14 @@ def precompute(words: list[str]) -> None:
     """
     (args,) = OptionParser((FeatureArguments,), __doc__ or "").parse(words)
 
-    # These import torch and datasets, which takes seconds: `--help` does not wait for them.
+    # These modules import torch and datasets, which takes seconds, so `--help` runs before these imports.
     from qformer_captioner.data.feature_run import claim_folder, finish, resolve, write_shards
 
     run = resolve(args)
     run_folder = claim_folder(run)
     write_shards(run)
     run.state.wait_for_everyone()
-    run.state.destroy_process_group()  # all processes but the main one end here
+    run.state.destroy_process_group()  # every process but the main one ends here
     if run_folder is not None:
         finish(run, run_folder)
 

@@ -24,7 +24,7 @@ QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 ImageInput = str | os.PathLike | Image.Image
 
-# Chat messages become their plain text: the language model is prompted to caption, not to converse.
+# This template reduces chat messages to their text, because the language model captions and does not converse.
 PLAIN_TEXT_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -50,7 +50,8 @@ print(model.caption("image.png"))
 The code is under Apache-2.0; weights follow the terms of the models and data that they come from.
 """
 
-# Images may come from anybody. Pillow opens many more formats, and runs the code inside some of them (PostScript).
+# Images may come from untrusted sources. Pillow opens many more formats, and executes code in some of them
+# (PostScript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 MAX_PIXELS = 2**27  # half a gigabyte in memory; cameras with 100 megapixels need less.
 MAX_ASPECT_RATIO = 200  # a 1 x 10,000 image needs gigabytes once its shorter side has 224 pixels.
@@ -62,7 +63,7 @@ MAX_BYTES = 2**28  # size limit of a downloaded image.
 
 
 def open_image(image: ImageInput | bytes, name: str | None = None) -> Image.Image:
-    """Open an image as upright RGB. A decoded PIL image that is upright RGB already is returned as it is.
+    """Open an image as upright RGB. A decoded PIL image that is already upright RGB is returned unchanged.
 
     Args:
         image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path, URL (`http`, `https` or `data`), content of a
@@ -109,7 +110,7 @@ def is_local_path(image: ImageInput | bytes) -> TypeGuard[str | os.PathLike]:
 
 
 def image_file(image: str | os.PathLike | bytes) -> str | os.PathLike | io.BytesIO:
-    """Return what Pillow opens: the path, or a file in memory with the content of a URL or bytes."""
+    """Return a path, or an in-memory file with the content of a URL or of bytes, for Pillow to open."""
     if isinstance(image, str) and image.startswith(("http:", "https:")):
         image = fetch(image)
     elif isinstance(image, str) and image.startswith("data:"):
@@ -121,7 +122,7 @@ def as_upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB and apply its EXIF orientation, unless it is decoded upright RGB already.
 
     Raises:
-        ValueError: if its size would exhaust the memory, here or when an image processor resizes the shorter side.
+        ValueError: if its size would exhaust the memory, when it is decoded or when an image processor resizes it.
     """
     longer, shorter = max(image.size), min(image.size)
     if longer * shorter > MAX_PIXELS or longer > MAX_ASPECT_RATIO * shorter:
@@ -129,7 +130,7 @@ def as_upright_rgb(image: Image.Image) -> Image.Image:
             f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} pixels and an aspect ratio of "
             f"{MAX_ASPECT_RATIO} are allowed"
         )
-    # A training image comes from the data set upright. Other classes, such as `JpegImageFile`, decode their file late.
+    # Training images are already upright. Subclasses such as `JpegImageFile` may not be decoded yet.
     is_decoded_rgb = type(image) is Image.Image and image.mode == "RGB"
     if is_decoded_rgb and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image
@@ -153,7 +154,7 @@ def fetch(url: str) -> bytes:
 
 
 def flatten_images(images: Any) -> list[ImageInput]:
-    """Return one flat list: pipelines pass the images of chat messages as nested lists."""
+    """Flatten nested lists of images, in which pipelines pass the images of chat messages."""
     if not isinstance(images, (list, tuple)):
         return [images]
     return [image for entry in images for image in flatten_images(entry)]
@@ -188,7 +189,7 @@ def load_qformer_tokenizer(
         name, revision = name or "google-bert/bert-base-uncased", None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder, trust_remote_code=False)
-        # If its files are missing, transformers silently makes a tokenizer of a handful of tokens.
+        # If its files are missing, transformers silently creates a tokenizer of a few tokens.
         if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
             raise ValueError(
                 f"it has {len(tokenizer)} tokens and pads with {tokenizer.pad_token}; the Q-Former has {vocab_size} "
@@ -206,7 +207,7 @@ class PushWithCard(PushToHubMixin):
     """Mixin whose `push_to_hub` writes a model card that shows how to use the repository.
 
     transformers creates a card with empty sections, "[More Information Needed]", for every new repository. Its
-    `push_to_hub` has no argument for another card, so the mixin replaces that one before the upload.
+    `push_to_hub` has no argument for a card, so the mixin replaces that card before the upload.
     """
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -231,12 +232,12 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     Args:
         image_processor: image processor of the vision encoder.
         tokenizer: tokenizer of the language model. Without a padding token it pads with the end-of-sequence token,
-            because attention masks tell padding from text.
+            because attention masks mark the padding.
         chat_template (`str`, *optional*): template of `apply_chat_template`; by default the plain text of the messages.
         prompt (`str`, defaults to `""`): default text between the image and the caption.
-        is_encoder_decoder (`bool`, defaults to `False`): whether the language model is an encoder-decoder. Its prompts
-            are padded on the right, and its captions get the special tokens of the tokenizer. Prompts of a decoder-only
-            model are padded on the left, and its captions only get the end-of-sequence token.
+        is_encoder_decoder (`bool`, defaults to `False`): whether the language model is an encoder-decoder. If it is,
+            prompts are padded on the right, and captions get the special tokens of the tokenizer. For a decoder-only
+            model, prompts are padded on the left, and captions get only the end-of-sequence token.
         language_chat_template (`str`, *optional*): chat template of the language model for
             [`~QFormerCaptionerProcessor.as_chat`]; defaults to the tokenizer's.
 
@@ -265,7 +266,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         if chat_template is None:
             chat_template = PLAIN_TEXT_TEMPLATE
-        # In a saved folder our template replaces the tokenizer's, which is therefore kept here.
+        # In a saved folder our template replaces the tokenizer's own, so this argument keeps the tokenizer's.
         template_of_tokenizer = tokenizer.chat_template if tokenizer.chat_template != chat_template else None
         self.language_chat_template = language_chat_template or template_of_tokenizer
         self.prompt = prompt
@@ -286,7 +287,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     def from_pretrained(  # type: ignore[override]  # takes the options of the Hub as keywords only
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> "QFormerCaptionerProcessor":
-        """Load a processor as `ProcessorMixin.from_pretrained` does, and the Q-Former's tokenizer if there is one."""
+        """Load a processor as `ProcessorMixin.from_pretrained` does, and the Q-Former's tokenizer if it was saved."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         file = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
@@ -337,8 +338,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         )
         if processor_file is None:
             return None
-        # This class may run from the code of a Hub folder. Then the user has trusted that code, and the tokenizer must
-        # not ask again. The class of the installed package executes no code of a folder.
+        # This class may run from the code of a Hub folder. The user has then trusted that code, and loading the
+        # tokenizer must not ask again. The class of the installed package executes no code of a folder.
         trusted = cls.__module__.startswith("transformers_modules.")
         return cls.from_pretrained(folder, trust_remote_code=trusted, **hub_kwargs)
 
@@ -350,7 +351,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Turn images and prompts into a batch of padded torch tensors.
+        """Convert images and prompts to a batch of padded torch tensors.
 
         Args:
             images (PIL image, path or URL, or a list of these, *optional*): images to caption.
@@ -433,7 +434,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     def encode_caption(self, caption: str, prompt: str | None = None, max_length: int | None = None) -> list[int]:
         """Return the token ids that the model should generate for a caption, end-of-sequence included.
 
-        Special tokens inside the text are removed, so that a caption can neither end early nor imitate another speaker.
+        Special tokens inside the text are removed, so that a caption can neither end early nor imitate a chat turn.
 
         Args:
             caption (`str`): text of the caption.
@@ -459,15 +460,15 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         # `split_special_tokens` below is not enough: the vocabulary of T5 also has "</s>" as an ordinary token.
         caption = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), " ", caption).strip()
         if max_length is not None:
-            caption = caption[: 100 * max_length]  # otherwise megabytes of text would be tokenised each time
+            caption = caption[: 100 * max_length]  # a very long text would otherwise be tokenised in full
         prompt = prompt or self.prompt
         if not self.is_encoder_decoder and prompt and not prompt[-1].isspace():
-            caption = " " + caption  # the caption continues the prompt, and tokenizers distinguish " a" from "a"
+            caption = " " + caption  # the caption follows the prompt, and tokenizers distinguish " a" from "a"
         ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder, split_special_tokens=True)[
             "input_ids"
         ]
         end = self.tokenizer.eos_token_id
-        if end in ids:  # mBART puts a language token behind it, with which its decoder starts
+        if end in ids:  # mBART adds a language token after it, which starts its decoder
             ids = ids[: ids.index(end)]
         return [*ids[: max_length - 1 if max_length else None], end]
 

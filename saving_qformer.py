@@ -1,6 +1,6 @@
-"""Loading and saving of captioners: a folder holds the weights of its backbones or keeps them by reference.
+"""Loading and saving of captioners, whose folders hold the weights of the backbones or keep them by reference.
 
-modeling_qformer.py builds on the class of this file and holds what a captioner computes.
+modeling_qformer.py subclasses the class of this file and defines the computation.
 """
 
 import copy
@@ -67,10 +67,10 @@ class BackboneFingerprint:
         return cls({name: (weight.shape, first_row_and_column(weight)) for name, weight in weights.items()})
 
     def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Return True if the given weights have the values of the fingerprint, in whichever dtype they are now.
+        """Return True if the given weights have the values of the fingerprint, whatever their dtype is.
 
         Args:
-            weights: by the name inside the backbone. Missing and offloaded weights are not compared.
+            weights: weights by their name inside the backbone. Missing and offloaded weights are not compared.
         """
         return all(
             weights[name].shape == shape
@@ -87,11 +87,11 @@ def first_row_and_column(weight: torch.Tensor) -> torch.Tensor:
 
 
 class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
-    """Base class that loads and saves a captioner and knows which of its backbones are kept by reference.
+    """Base class that loads and saves a captioner, and records which of its backbones are kept by reference.
 
     A folder may leave out a frozen backbone that can be fetched by its name and commit, which are in the configuration.
-    `config.referenced_backbones` lists these backbones. A backbone that no longer has the weights of that name, for
-    example because an adapter was merged into it, is always saved.
+    `config.referenced_backbones` lists these backbones. A backbone whose weights have changed, for example because an
+    adapter was merged into it, is always saved.
 
     Subclasses set `vision_model` and `language_model`, and their constructor accepts both as keywords.
     """
@@ -111,11 +111,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     # --- Backbones ----------------------------------------------------------------------------------------------------
 
     def frozen_backbones(self) -> list[str]:
-        """Return the names of the backbones without a trainable parameter."""
+        """Return the names of the backbones that have no trainable parameters."""
         return [part for part in BACKBONES if is_frozen(getattr(self, part))]
 
     def local_backbones(self) -> list[str]:
-        """Return the names of the backbones that were loaded from a local folder, which nobody else can fetch.
+        """Return the names of the backbones that were loaded from a local folder and that others cannot fetch.
 
         A quantised language model is left out: its original weights are not in memory, so it cannot be saved.
         """
@@ -196,9 +196,9 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             self._fingerprints[part] = BackboneFingerprint.of(getattr(self, part))
 
     def _keep_by_reference(self, parts: Sequence[str]) -> None:
-        """Let folders leave out the weights of these backbones by default."""
+        """Leave the weights of these backbones out of saved folders by default."""
         self.config.referenced_backbones = list(parts)
-        # The Trainer compares the weights that it misses in a checkpoint with this attribute.
+        # The Trainer compares the keys that a checkpoint lacks with this attribute.
         self._keys_to_ignore_on_save = self._keys_of(parts, self.state_dict())
 
     def _keys_of(self, parts: Sequence[str], weights: Iterable[str]) -> set[str]:
@@ -227,7 +227,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
                 precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
             quantization_config (`BitsAndBytesConfig`, *optional*): quantise the language model
-                ([`~QFormerCaptioner.quantize_language_model`]). `device_map` then names a single device.
+                ([`~QFormerCaptioner.quantize_language_model`]). `device_map` must then be a single device.
             model_args, kwargs: passed to `PreTrainedModel.from_pretrained` (`device_map`, `revision`, `token`, ...).
 
         Returns:
@@ -260,11 +260,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, hub_kwargs)
         # With a `state_dict` no file of the folder is read.
         loaded = super().from_pretrained(source if kwargs.get("state_dict") is None else None, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with `output_loading_info=True`
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
 
         model._freeze()
         model._keep_by_reference(config.referenced_backbones or [])
-        # A trainable backbone may have other weights than its name stands for, so it has no fingerprint.
+        # A trainable backbone may differ from the pretrained model of its name, so it has no fingerprint.
         model._take_fingerprints(part for part in BACKBONES if getattr(config, f"freeze_{part}"))
         if quantization_config is not None:
             model.quantize_language_model(quantization_config, device)
@@ -312,11 +312,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         load_vision_model: bool,
         hub_kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Fetch the backbones that are not in the folder, and join their weights to those of the folder.
+        """Fetch the backbones that are not in the folder, and add their weights to those of the folder.
 
         Returns:
-            The arguments `state_dict` and, without the vision encoder, `vision_model` of `from_pretrained`. Nothing for
-            a folder that holds all weights: transformers then reads the files itself.
+            The arguments `state_dict` and, without the vision encoder, `vision_model` of `from_pretrained`. For a
+            folder that holds all weights, no arguments: transformers then reads the files itself.
         """
         parts = set(config.referenced_backbones or [])
         if not load_vision_model:
@@ -351,7 +351,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         available: int,
         vision_model: VisionModelPlaceholder | None = None,
     ) -> None:
-        """Refuse a configuration that needs many more weights than there are: transformers would draw the rest.
+        """Refuse a configuration that needs many more weights than are available. The rest would be random.
 
         Raises:
             OSError: if it needs more than twice the number of available weights.
@@ -368,15 +368,16 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     def _load_companions(
         self, source: str | os.PathLike, generation_config: GenerationConfig | None, hub_kwargs: dict[str, Any]
     ) -> None:
-        """Load the generation configuration and the processor that a folder holds beside the weights."""
-        if generation_config is None:  # transformers ignores a damaged file silently, so read it here
+        """Load the generation configuration and the processor that are saved next to the weights."""
+        if generation_config is None:  # transformers silently ignores a damaged file, so read it here
             self.generation_config = GenerationConfig.from_pretrained(source, **hub_kwargs)
         self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
-        # peft writes one of these into adapter folders, transformers the other into configurations.
+        # peft writes `name_or_path` into adapter folders, and transformers writes `config.name_or_path` into
+        # configurations.
         self.name_or_path = self.config.name_or_path = os.fspath(source)
 
     def _load_adapter(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
-        """Load an adapter and, if its folder holds one, its processor: it may have been trained with another prompt."""
+        """Load an adapter and, if its folder holds one, its processor, which may have another prompt."""
         self.load_adapter(adapter, adapter_kwargs=hub_kwargs)
         processor = QFormerCaptionerProcessor.from_folder_if_any(adapter, **hub_kwargs)
         if processor is not None:
@@ -404,9 +405,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             state_dict (`dict[str, torch.Tensor]`, *optional*): weights to save, by default those of the model.
             include_backbones (`bool` or list of `str`, *optional*): `True` saves the weights of both backbones, a list
                 such as `["language_model"]` those of the named ones. The other frozen backbones are kept by reference
-                if they have a name to fetch them by. By default the folder keeps what the captioner was loaded with: a
-                captioner from `from_backbones` keeps both frozen backbones by reference. Trained backbones are always
-                saved.
+                if their names can be fetched. By default the choice of loading is kept: a captioner from
+                `from_backbones` keeps both frozen backbones by reference. Trained backbones are always saved.
             args, kwargs: passed to `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
 
         Raises:
@@ -424,7 +424,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         included = self._backbones_to_include(include_backbones)
         if "vision_model" in included:
             self.load_vision_model()
-        weights = self.state_dict() if state_dict is None else state_dict  # FSDP and DeepSpeed gather them beforehand
+        weights = self.state_dict() if state_dict is None else state_dict  # gathered by FSDP and DeepSpeed
         if any(".base_layer." in name for name in weights) and not self._hf_peft_config_loaded:
             raise ValueError(
                 "There are adapters on the captioner that loading would not find: save the `PeftModel`, or call its "
@@ -466,7 +466,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         return list(include_backbones)
 
     def _backbones_to_reference(self, included: Sequence[str], weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """Return the frozen backbones that a folder can leave out: their names stand for the weights that they have.
+        """Return the frozen backbones that a folder can keep by reference, because their weights have not changed.
 
         Raises:
             ValueError: if a quantised language model would have to be saved.
@@ -484,7 +484,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         return referenced
 
     def _matches_name(self, part: str, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Return True if a backbone has the weights that were fetched by its name, as far as that can be known."""
+        """Return True if a backbone still has the weights of its name, as far as the fingerprint shows."""
         if is_quantized(getattr(self, part)):
             return True
         prefix = f"{part}."
@@ -507,7 +507,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
 
     @contextmanager
     def _temporary(self, config: QFormerCaptionerConfig, keys_to_ignore: Iterable[str] | None) -> Iterator[None]:
-        """Give `PreTrainedModel` another configuration and other keys to save, and restore those of the model."""
+        """Replace the configuration and the keys to save inside a `with` block, and restore them after it."""
         kept = self.config, self._keys_to_ignore_on_save
         self.config, self._keys_to_ignore_on_save = config, set(keys_to_ignore or ())
         try:

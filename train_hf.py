@@ -28,7 +28,7 @@ from qformer_captioner.training.arguments import (
     RunArguments,
 )
 
-# torch, the Trainer and the steps of a run are imported once the options are known, so that `--help` is quick.
+# torch, the Trainer and the steps of a run are imported after the options are parsed, so that `--help` is quick.
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -41,18 +41,18 @@ logger = get_logger(__name__)
 
 
 def train(argv: list[str]) -> None:
-    """Train the captioner that a command line describes, and write a folder that others can open.
+    """Train the captioner that a command line describes, and write a folder that others can load.
 
-    A run that is already finished in the output folder is left as it is. Nothing is written before the data and the
-    captioner are loaded and tried on one row. Training then starts, or resumes from the last checkpoint. In a
-    distributed run every process calls this function.
+    A finished run in the output folder is not repeated. Nothing is written before the data and the captioner are loaded
+    and one row has been tried. Training then starts, or resumes from the last checkpoint. In a distributed run, every
+    process calls this function.
 
     Args:
         argv: the command line without the name of the program. Without arguments the recipe is `scenes`.
 
     Raises:
-        InputError: if options do not go together, something they name cannot be loaded, the output folder holds another
-            run, or the Hub refuses the captioner.
+        InputError: if options contradict each other, a model or data set cannot be loaded, the output folder holds
+            another run, or the Hub refuses the captioner.
         OSError: if the output folder cannot be written.
 
     Example:
@@ -109,7 +109,7 @@ def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunAr
 
 
 def expand_recipes(argv: list[str]) -> tuple[OptionParser, list[str]]:
-    """Return the parser of all options, and the command line behind the options of its recipes.
+    """Return the parser of all options, and the command line preceded by the options of its recipes.
 
     Like the examples of transformers, `train_hf.py recipe.yaml` takes a file. Without arguments the recipe is `scenes`.
     """
@@ -124,7 +124,7 @@ def expand_recipes(argv: list[str]) -> tuple[OptionParser, list[str]]:
 
 
 def option_parser(training_options: type[CaptionTrainingOptions]) -> OptionParser:
-    """Return the parser of our options and, with `CaptionTrainingArguments`, of the Trainer's."""
+    """Return the parser of this package's options and, through `CaptionTrainingArguments`, of the Trainer's."""
     return OptionParser((ModelArguments, DataArguments, RunArguments, training_options), __doc__, help_all=True)
 
 
@@ -134,7 +134,7 @@ def option_parser(training_options: type[CaptionTrainingOptions]) -> OptionParse
 
 
 def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
-    """Say what the run has made, and publish it with `--push_to_hub`.
+    """Log where the captioner is and how to use it, and publish it with `--push_to_hub`.
 
     Raises:
         InputError: if the Hub refuses it.
@@ -156,7 +156,7 @@ def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
 
 
 def report_finished(run: "TrainingRun") -> None:
-    """Say what a finished run has left, and publish it with `--push_to_hub`: the Hub may have failed at the end.
+    """Log that the run is already finished, and publish it with `--push_to_hub`, in case an earlier upload failed.
 
     Raises:
         InputError: if the Hub refuses it.

@@ -1,4 +1,4 @@
-"""Options of commands: how they are declared, checked, and found again after a typing error or under a former name.
+"""Declaration and checks of the options of commands, with suggestions for mistyped and former names.
 
 Nothing here imports torch or transformers, so that `--help` is quick. [`OptionParser`] in `option_parser.py` turns
 dataclasses of options into a command line.
@@ -14,11 +14,11 @@ from typing import Any, NoReturn
 
 from .errors import InputError, one_line
 
-# The groups of `--help`, in the order in which it shows them.
+# The groups of `--help`, in order.
 TRAINER = "transformers' Trainer"
 GROUPS = ("model", "data", "augmentation", "objective", "generation", "scoring", "run", TRAINER)
 
-# Options and recipe fields that had another name, and the name that they have now.
+# Former names of options and recipe fields, and their current names.
 FORMER_NAMES = {
     "flip": "horizontal_flip_prob",
     "smallest_crop": "random_resized_crop_scale",
@@ -82,7 +82,7 @@ def check_at_least(options: object, minimum: float, *names: str) -> None:
 
 
 def check_one_of(options: object, choices: Sequence[str], *names: str) -> None:
-    """Check that options have one of several values. Options that are `None` pass.
+    """Check that options have accepted values. Options that are `None` pass.
 
     Args:
         options: dataclass or namespace of options.
@@ -106,7 +106,7 @@ def in_words(choices: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return a question with the nearest known name, after a space, or nothing if no name is near.
+    """Return " Did you mean ...?" with the nearest known name, or an empty string if no name is near.
 
     Args:
         name: what the user typed.
@@ -142,7 +142,7 @@ def unknown_name(what: str, name: str, known: Iterable[str], prefix: str = "") -
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Formatter that shows one spelling of each option, its default if it has one, and examples as they are written."""
+    """Help formatter that shows one spelling of each option, its default if it has one, and examples unchanged."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -155,7 +155,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser that wants options written out in full and answers a mistake with an [`InputError`].
+    """Parser that does not accept abbreviated options, and raises an [`InputError`] for a mistake.
 
     Args:
         args, kwargs: as for `argparse.ArgumentParser`.
@@ -169,7 +169,7 @@ class CommandParser(argparse.ArgumentParser):
     def add_argument(  # type: ignore[override]
         self, *names: str, group: str | None = None, choices: Iterable[Any] | None = None, **kwargs: Any
     ) -> argparse.Action:
-        """Add an argument as `argparse` does, except that a mistyped choice is answered with the nearest one.
+        """Add an argument as `argparse` does. The error for a mistyped choice suggests the nearest one.
 
         Args:
             names: positional name or option names.
@@ -183,7 +183,7 @@ class CommandParser(argparse.ArgumentParser):
         if group is None:
             action = super().add_argument(*names, **kwargs)
         else:
-            if not self.groups:  # all at once, because the help shows groups in the order of their creation
+            if not self.groups:  # all at once, because the help shows groups in the order in which they were created
                 self.groups = {title: self.add_argument_group(title) for title in GROUPS}
             action = self.groups[group].add_argument(*names, **kwargs)
         if action.option_strings and kwargs.get("action") != "help":
@@ -201,10 +201,10 @@ class CommandParser(argparse.ArgumentParser):
         return options
 
     def refuse(self, unknown: Sequence[str]) -> None:
-        """Raise the error for words that no argument takes.
+        """Raise an error if there are arguments that the parser does not know.
 
         Raises:
-            InputError: if there are any.
+            InputError: if there are unknown arguments.
         """
         if not unknown:
             return
@@ -225,7 +225,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def one_of(choices: Sequence[str], convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a `type` for `add_argument` that accepts some words, and names the nearest one for any other."""
+    """Return a `type` for `add_argument` that accepts the given words, and suggests the nearest one for any other."""
 
     def parse(word: str) -> Any:
         if word not in choices:

@@ -1,4 +1,4 @@
-"""What every command does around its work: set up logging, and turn errors into one line and an exit status."""
+"""Frame of every command: logging, one-line error messages and the exit status."""
 
 import sys
 from collections.abc import Callable
@@ -20,8 +20,8 @@ def run_command(
 
     Args:
         command: function that takes the command line after the program's name.
-        expected: errors that name something the user can change.
-        interrupted: message for somebody who stops the command with Ctrl-C.
+        expected: types of errors that the user can correct.
+        interrupted: message to print after Ctrl-C.
 
     Raises:
         SystemExit: after an expected error or Ctrl-C.

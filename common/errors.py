@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and texts that are safe to print."""
+"""Errors that a user can correct, and text that is safe to print."""
 
 import os
 import unicodedata
@@ -19,7 +19,7 @@ UNUSABLE = (
 
 
 class InputError(ValueError):
-    """Error for something that the user gave. The message is one sentence that names it and the remedy."""
+    """Error for a mistake in the user's input. The message is one sentence that names the mistake and the remedy."""
 
 
 def one_line(error: object, max_length: int = 400) -> str:
@@ -45,13 +45,13 @@ def cannot_use(name: object, error: Exception) -> InputError:
 
     Args:
         name: folder or Hub id of the captioner.
-        error: what transformers raised.
+        error: the error that transformers raised.
     """
     return InputError(f"The captioner {str(name)!r} cannot be used: {one_line(error)}")
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Check that a file can be written, before the work whose result it receives.
+    """Check that an output file can be written, before the computation starts.
 
     Args:
         path: the file to write.
@@ -66,7 +66,7 @@ def check_output(path: str | os.PathLike) -> None:
 
 
 def printable(text: object) -> str:
-    """Escape the control characters of a text that others wrote, so that a terminal shows them and obeys none.
+    """Escape the control characters of untrusted text, so that a terminal shows them instead of executing them.
 
     Line breaks and tabs stay. So do zero-width joiners, which some scripts and emoji need.
 

@@ -1,4 +1,4 @@
-"""Files that a killed process must not leave half-written, and JSON lines that it may have cut off."""
+"""Atomic writing of files, and reading of JSON-lines files whose last line may be cut off."""
 
 import contextlib
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and move what was written there to `path` at the end.
+    """Yield a temporary path in the same folder, and move the file written there to `path` at the end.
 
-    A kill leaves the old file and a file whose name ends in `.tmp`. An exception leaves the old file alone.
+    A kill keeps the old file and leaves a file whose name ends in `.tmp`. An exception keeps only the old file.
 
     Args:
         path: the file to write, or a folder that does not exist yet.
@@ -25,7 +25,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     ```
     """
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process writes to this name
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # the name is unique to this process
     try:
         yield unfinished
     except BaseException:
@@ -36,7 +36,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a whole file, so that readers find the old content or the new content and never a part.
+    """Write a file so that readers find either the old content or the new content, never a part.
 
     Args:
         path: the file.
@@ -49,7 +49,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
 def read_json_lines(path: str | os.PathLike) -> Iterator[Any]:
     """Yield the values of a JSON-lines file, and leave out lines that are not valid JSON.
 
-    A killed process may have cut off a line anywhere, also inside a character. Callers check the shape of each value.
+    A killed process may have cut off a line at any byte. Callers check the structure of each value.
 
     Args:
         path: the file.

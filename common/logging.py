@@ -7,7 +7,7 @@ logger = get_logger(__name__)
 logger.info("The captioner is in %s.", folder)
 ```
 
-A program that imports the package configures logging as it likes. Our commands call [`setup_logging`].
+A program that imports the package configures logging itself. The commands call [`setup_logging`].
 """
 
 import logging
@@ -21,7 +21,7 @@ def get_logger(name: str) -> logging.Logger:
     """Return a logger below `qformer_captioner`.
 
     Args:
-        name: the `__name__` of a module, also of a script that runs as `__main__`.
+        name: the `__name__` of a module, or of a script that runs as `__main__`.
 
     Example:
 
@@ -35,17 +35,17 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class MessageHandler(logging.Handler):
-    """Handler that writes plain messages to stdout, and warnings and errors to stderr after their level."""
+    """Handler that writes messages to stdout, and warnings and errors to stderr with their level in front."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message to the stream that is the process's stdout or stderr at this moment."""
+        """Write one message to the current `sys.stdout` or `sys.stderr`."""
         try:
             if record.levelno < logging.WARNING:
                 sys.stdout.write(f"{self.format(record)}\n")
                 sys.stdout.flush()
             else:
                 sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
-        except Exception:  # as every handler of the standard library: a message must not end the run
+        except Exception:  # as in every handler of the standard library: a failed message must not end the run
             self.handleError(record)
 
 
@@ -57,8 +57,8 @@ def is_main_process() -> bool:
 def setup_logging() -> None:
     """Show the package's messages: from INFO in the main process, from WARNING in the other processes of a run.
 
-    Every command calls this once; further calls have no effect on the handlers. Nothing is redirected, so what users
-    print themselves stays visible in every process.
+    Every command calls this once; further calls have no effect on the handlers. Nothing is redirected, so the user's
+    own prints stay visible in every process.
     """
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(logging.INFO if is_main_process() else logging.WARNING)

@@ -1,8 +1,8 @@
-"""Linear layers in float32 on an x86 CPU, multiplied by oneDNN instead of MKL: [`onednn_linears`].
+"""Linear layers that use oneDNN instead of MKL, in float32 on an x86 CPU: [`onednn_linears`].
 
-PyTorch ships both libraries. In float32 it calls MKL for linear layers and offers no switch. On an AMD EPYC oneDNN is
-1.03 to 1.9 times as fast with many rows. With the few rows of a decoding step it is 1.1 to 3.2 times as fast. Measure
-your own processor with `python -m benchmarks.linears`. The results differ from MKL's by rounding alone.
+PyTorch ships both libraries. In float32 it calls MKL for linear layers and has no option to change that. On an AMD EPYC
+oneDNN is 1.03 to 1.9 times as fast with many rows. With the few rows of a decoding step it is 1.1 to 3.2 times as fast.
+Measure other processors with `python -m benchmarks.linears`. The results differ from MKL's only by rounding.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,23 @@ MIN_WEIGHT_ELEMENTS = 2**18  # 512 x 512. In smaller layers the call of oneDNN c
 def onednn_linears(device: torch.device | str = "cpu", backward_only: bool = False) -> AbstractContextManager:
     """Return a context in which oneDNN multiplies the linear layers of any model in float32 on an x86 CPU.
 
-    It makes training steps and captioning on an AMD EPYC 1.4 to 1.7 times as fast. Loading the model with
-    `dtype=torch.bfloat16` is simpler and faster still on a processor that supports it, at the cost of precision. Our
-    commands and [`CaptionTrainer`] enter the context by themselves.
+    On an AMD EPYC, it makes training steps and captioning 1.4 to 1.7 times as fast. Loading the model with
+    `dtype=torch.bfloat16` is simpler and faster still on a processor that supports it, at the cost of precision. The
+    commands and [`CaptionTrainer`] enter the context automatically.
 
     The context changes nothing on other devices or processors, in other dtypes, under autocast, or in compiled code. It
-    also changes nothing while `torch.backends.mkldnn.enabled` is `False`. Contexts can be nested: the innermost counts.
+    also changes nothing while `torch.backends.mkldnn.enabled` is `False`. Contexts can be nested: the innermost one
+    applies.
 
-    Do not enter it with gradient checkpointing. PyTorch leaves such contexts in the backward pass, so that recomputed
-    layers would be MKL's, and PyTorch raises a `CheckpointError`.
+    Do not enter it with gradient checkpointing. PyTorch exits such contexts in the backward pass. Recomputed layers
+    would then use MKL, and PyTorch raises a `CheckpointError`.
 
     Args:
         device (`torch.device` or `str`, defaults to `"cpu"`): device of the model. The context costs nothing if it is
             not a CPU.
-        backward_only (`bool`, defaults to `False`): leave the forward pass to MKL. Rounding moves inputs of ReLUs
-            across zero, which changes gradients by up to 8e-4 (relative). With MKL's forward pass they stay within
-            1e-4. Pass [`has_relu`] of the model when it trains.
+        backward_only (`bool`, defaults to `False`): use MKL in the forward pass. oneDNN rounds differently and can move
+            inputs of ReLUs across zero, which changes gradients by up to 8e-4 (relative). With MKL's forward pass the
+            gradients stay within 1e-4. Pass [`has_relu`] of the model when it trains.
 
     Example:
 
@@ -51,7 +52,7 @@ def onednn_linears(device: torch.device | str = "cpu", backward_only: bool = Fal
     if torch.compiler.is_compiling() or torch.device(device).type != "cpu":
         return nullcontext()
     if not torch.backends.mkldnn.is_available() or machine() not in ("x86_64", "AMD64"):
-        return nullcontext()  # on other processors PyTorch has no MKL, and chooses well
+        return nullcontext()  # on other processors PyTorch does not use MKL
     return OneDNNLinears(backward_only)
 
 
@@ -90,7 +91,7 @@ class OneDNNLinears(TorchFunctionMode):
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """Linear layer whose input gradients are oneDNN's. Weight gradients stay MKL's, which is as fast there."""
+    """Linear layer that computes input gradients with oneDNN. Weight gradients use MKL, which is as fast for them."""
 
     @staticmethod
     def forward(
@@ -100,7 +101,7 @@ class OneDNNLinear(torch.autograd.Function):
         # A frozen layer keeps no inputs.
         ctx.save_for_backward(inputs if needs_weight else None, weight if needs_inputs else None)
         outputs = multiply(inputs, weight, bias)
-        # The products are a view of rows [N, O]. Autograd forbids in-place changes of a view, so hide that it is one.
+        # The products are a view of rows [N, O]. Autograd forbids in-place changes of a view, so hide the view from it.
         return torch.ops.aten._unsafe_view(outputs, outputs.shape)
 
     @staticmethod
@@ -123,7 +124,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def multiply_by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `torch.nn.functional.linear` by oneDNN: `[..., I]`, `[O, I]`, `[O]` -> `[..., O]`, without a gradient.
+    """Compute `torch.nn.functional.linear` with oneDNN: `[..., I]`, `[O, I]`, `[O]` -> `[..., O]`, without a gradient.
 
     PyTorch's compiler (Inductor) uses this operator; it has no public name.
     """
@@ -131,7 +132,7 @@ def multiply_by_onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.T
 
 
 def multiply_by_mkl(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute `torch.nn.functional.linear` as PyTorch does, below all contexts that replace it."""
+    """Compute `torch.nn.functional.linear` as PyTorch does, without any context that replaces it."""
     return torch.ops.aten.linear(inputs, weight, bias)
 
 
@@ -154,7 +155,10 @@ def is_plain_call() -> bool:
 
 
 def is_supported(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Return True if oneDNN accepts the tensors and gains by them. PyTorch reports errors in all others."""
+    """Return True if oneDNN accepts the tensors and is faster.
+
+    Invalid tensors go to PyTorch, which reports the error.
+    """
     tensors = [inputs, weight] if bias is None else [inputs, weight, bias]
     return (
         weight.numel() >= MIN_WEIGHT_ELEMENTS

@@ -1,7 +1,7 @@
-"""Parser of the scripts: it takes dataclasses of options, and returns them with the values of a command line.
+"""Parser of the scripts, which fills dataclasses of options from a command line.
 
-`--help` needs none of the modules that a script works with, so a script imports them after it has parsed its options.
-Where options themselves need a slow import, as transformers' training arguments do, `--help` shows a part of them:
+`--help` must be quick, so a script imports slow modules after it has parsed its options. transformers' training
+arguments need a slow import themselves, so `--help` shows only the options of this package:
 
 ```python
 def parse_options(words: list[str]) -> tuple:
@@ -26,23 +26,23 @@ from .arguments import TRAINER, CommandParser
 from .errors import InputError, one_line
 
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", string_to_bool: "BOOL"}
-UNSET = ("null", "none")  # in any case
+UNSET = ("null", "none")  # in lower or upper case
 UNSET_HELP = "An option without a default can be unset where a recipe sets it: --option null."
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
-    """Return True if a command line asks for `--help`, whatever else it holds."""
+    """Return True if a command line contains `--help`."""
     return not {"-h", "--help"}.isdisjoint(words)
 
 
 class OptionParser(CommandParser, HfArgumentParser):
-    """Parser of dataclasses of options, which `--help` shows in the groups that the options name.
+    """Parser of dataclasses of options. `--help` shows each option in its group.
 
     Args:
-        classes: dataclasses whose fields are made with [`option`], or of transformers.
-        description: the docstring of the script. Its examples `python script.py ...` are shown as they are, or as
-            `qformer-captioner command ...` to somebody who runs that.
-        help_all: add `--help_all`, which shows all options where `--help` shows a part, see [`asks_for_help`].
+        classes: dataclasses of transformers, or dataclasses whose fields are made with [`option`].
+        description: the docstring of the script. Its examples `python script.py ...` are shown unchanged, or as
+            `qformer-captioner command ...` if the script runs as a subcommand.
+        help_all: add `--help_all`, which also shows the options that `--help` leaves out.
     """
 
     def __init__(self, classes: tuple[type, ...], description: str, help_all: bool = False):
@@ -53,7 +53,7 @@ class OptionParser(CommandParser, HfArgumentParser):
             self.add_argument("--help_all", action="help", help=f"show the options of {TRAINER}, too, and exit")
 
     def add_argument(self, *names: str, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Add an argument to the group that it names. Options of transformers name none."""
+        """Add an argument to its group. Options of transformers belong to the group of the Trainer."""
         action = kwargs.get("action")
         if action == "help":
             return super().add_argument(*names, **kwargs)
@@ -67,10 +67,10 @@ class OptionParser(CommandParser, HfArgumentParser):
         """Return the dataclasses with the values of a command line.
 
         Args:
-            words: the command line. Of several values for one option the last one counts.
+            words: the command line. If an option occurs several times, the last value is used.
 
         Raises:
-            InputError: for an unknown option, with the nearest one, or for options that do not go together.
+            InputError: for an unknown option, with a suggestion, or for options that contradict each other.
         """
         try:
             *options, unknown = self.parse_args_into_dataclasses(
@@ -84,7 +84,7 @@ class OptionParser(CommandParser, HfArgumentParser):
         return tuple(options)
 
     def changed_options(self, words: Sequence[str]) -> dict[str, Any]:
-        """Return the options of a command line whose values are not the default ones, in alphabetical order."""
+        """Return the options of a command line whose values differ from the defaults, in alphabetical order."""
         values = vars(self.parse_known_args(self.without_unset(words))[0])
         defaults = vars(self.parse_known_args([])[0])
         return {name: value for name, value in sorted(values.items()) if value != defaults[name]}

@@ -1,4 +1,4 @@
-"""Recipes: YAML files of options, which may begin with other recipes.
+"""Recipes: YAML files of options, which may extend other recipes.
 
 ```yaml
 recipe: clip_t5            # begins with the fields of recipes/clip_t5.yaml
@@ -38,27 +38,27 @@ def recipes_of(words: Sequence[str]) -> list[str]:
 
 
 def read_recipes(names: Sequence[str], parser: CommandParser) -> list[str]:
-    """Return recipes as the words of a command line, which the parser then checks like any others.
+    """Return recipes as the arguments of a command line, which the parser then checks.
 
     Args:
-        names: YAML files, or names of recipes of this package. Later ones win.
+        names: YAML files, or names of recipes of this package. Later recipes override earlier ones.
         parser: the parser of the options that recipes may set.
 
     Raises:
-        InputError: if a recipe does not exist, is not a YAML mapping, begins with itself, or has an unknown field.
+        InputError: if a recipe does not exist, is not a YAML mapping, extends itself, or has an unknown field.
     """
     recipe = merge(*(load_recipe(find_recipe(name, Path()), parser) for name in names))
     return [word for name, value in recipe.items() for word in as_words(name, value)]
 
 
 def as_words(name: str, value: Any) -> list[str]:
-    """Return a field of a recipe as the words of a command line. A field that is `null` needs none."""
+    """Return a field of a recipe as the arguments of a command line. A field that is `null` gives no arguments."""
     if value is None:
         return []
     if isinstance(value, dict):
         try:
             return [f"--{name}", json.dumps(value)]
-        except TypeError as error:  # YAML also has dates
+        except TypeError as error:  # for example a date
             raise InputError(f"The field {name!r} of a recipe cannot be written as JSON: {one_line(error)}.") from error
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
@@ -89,15 +89,15 @@ def find_recipe(name: str, folder: Path) -> Path:
 
 
 def load_recipe(path: Path, parser: CommandParser, parents: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the fields of a recipe, merged into those of the recipes that it begins with (its field `recipe`).
+    """Return the fields of a recipe, merged into those of the recipes that it extends (its field `recipe`).
 
     Args:
         path: the YAML file.
         parser: the parser of the options that a recipe may set.
-        parents: the recipes that led to this one.
+        parents: the recipes that extend this one.
 
     Raises:
-        InputError: if the file is not a YAML mapping, has an unknown field, or begins with itself.
+        InputError: if the file is not a YAML mapping, has an unknown field, or extends itself.
     """
     if path in parents:
         circle = " begins with ".join(repr(str(file)) for file in [*parents[parents.index(path) :], path])
@@ -113,7 +113,10 @@ def load_recipe(path: Path, parser: CommandParser, parents: tuple[Path, ...] = (
 
 
 def merge(*recipes: dict[str, Any]) -> dict[str, Any]:
-    """Merge recipes into one. Later ones win, and mappings such as `qformer_config` are merged field by field."""
+    """Merge recipes into one.
+
+    Later recipes override earlier ones, and mappings such as `qformer_config` are merged field by field.
+    """
     merged: dict[str, Any] = {}
     for recipe in recipes:
         for name, value in recipe.items():
@@ -126,8 +129,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
     Raises:
-        InputError: if the file is too large or not a YAML mapping. The message does not quote the file, which may be
-            any file that a recipe names.
+        InputError: if the file is too large or not a YAML mapping. The message does not quote the file, because a
+            recipe can name any file.
     """
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise InputError(f"The recipe {str(path)!r} has more than {MAX_RECIPE_BYTES:,} bytes: it is not a recipe.")
@@ -136,7 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {error.problem}{line}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes, endless numbers, thousands of brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # for example binary data
         raise InputError(f"The recipe {str(path)!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"The recipe {str(path)!r} must be a list of `option: value` lines.")
@@ -144,7 +147,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML loader that refuses aliases, of which a few lines can stand for gigabytes, and fields given twice."""
+    """YAML loader that refuses duplicate fields and aliases. A few lines of aliases can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node as `yaml.SafeLoader` does.

@@ -1,4 +1,4 @@
-"""The output folder of one run: a record of what was started, how far it got, and whether it may continue."""
+"""Output folder of one run, with a record of its settings and progress."""
 
 import json
 import os
@@ -9,19 +9,19 @@ from typing import Any
 from .errors import InputError, one_line
 from .files import write_atomically
 
-TRAINER_STATE_NAME = "trainer_state.json"  # as in `transformers.trainer`, whose import takes seconds
+TRAINER_STATE_NAME = "trainer_state.json"  # the name in `transformers.trainer`, whose import takes seconds
 REMEDY = "Choose another --output_dir, or replace that run with --overwrite_output_dir."
 
 
 class RunFolder:
     """Output folder that belongs to one run, with a record (`run.json`) of its settings and results.
 
-    Two runs are the same if their settings are equal. The same run continues where it was killed or where it finished,
-    so its length is not one of its settings. Nothing is written or deleted before [`~RunFolder.start`].
+    Two runs are the same if their settings are equal. The same run can continue after a kill or train longer, so its
+    length is not one of its settings. Nothing is written or deleted before [`~RunFolder.start`].
 
     Args:
         path: the folder.
-        settings: model, data and everything else that makes two runs different, as plain JSON.
+        settings: model, data and everything else that distinguishes two runs, as plain JSON.
         overwrite: replace the run that the folder holds when [`~RunFolder.start`] is called.
 
     Raises:
@@ -66,7 +66,7 @@ class RunFolder:
         """Return the record of the run that the folder holds.
 
         Raises:
-            InputError: if it cannot be read.
+            InputError: if the record cannot be read.
         """
         try:
             record = json.loads(self.record_file.read_text())
@@ -85,7 +85,7 @@ class RunFolder:
             existing: settings of the run that the folder holds.
 
         Raises:
-            InputError: if it is another run; the message names the settings that differ.
+            InputError: if the settings differ; the message names them.
         """
         settings = self.record["settings"]
         different = [name for name in {**existing, **settings} if existing.get(name) != settings.get(name)]
@@ -100,12 +100,12 @@ class RunFolder:
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The results that [`~RunFolder.finish`] recorded, or `None` for a run that has not finished."""
+        """Results that [`~RunFolder.finish`] recorded, or `None` for a run that has not finished."""
         return self.record["finished"]
 
     @property
     def last_checkpoint(self) -> str | None:
-        """The checkpoint to continue from: the last one that is complete, or `None`."""
+        """Last complete checkpoint, to resume from, or `None`."""
         if self.overwrite:
             return None
         checkpoints = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
@@ -113,7 +113,7 @@ class RunFolder:
         return next((str(path) for path in checkpoints if is_complete(path)), None)
 
     def start(self) -> None:
-        """Create the folder and record that the run has started. A run to overwrite is deleted here."""
+        """Create the folder and record that the run has started. With `overwrite`, delete the old run first."""
         if self.overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.overwrite = False
@@ -125,7 +125,7 @@ class RunFolder:
         """Record that the run has finished.
 
         Args:
-            results: what [`~RunFolder.finished`] returns from now on, as plain JSON.
+            results: results that [`~RunFolder.finished`] returns afterwards, as plain JSON.
         """
         self.record["finished"] = results
         self._write_record()
@@ -135,7 +135,7 @@ class RunFolder:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return True if a checkpoint was written completely: the Trainer writes its state last."""
+    """Return True if a checkpoint is complete, which its state shows because the Trainer writes it last."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):

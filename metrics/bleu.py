@@ -4,7 +4,7 @@ import numpy as np
 
 from .ngrams import ORDERS, NgramCounts, ReferenceCounts
 
-# The toolkit does not smooth: it adds these constants so that no division is by zero. They show in captions of fewer
+# The toolkit does not smooth: it adds these constants so that no division is by zero. They affect captions of fewer
 # than four words. Two perfect captions of three words have BLEU-4 (1e-15 / 1e-9) ** (1 / 4), which is about 0.03.
 TINY = 1e-15
 SMALL = 1e-9

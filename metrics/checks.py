@@ -15,7 +15,7 @@ def check_predictions(predictions: Sequence[str], num_images: int | None = None,
 
     Raises:
         InputError: for a prediction that is empty or not a string, or a wrong number of predictions. The message names
-            the first such prediction and counts the others.
+            the first invalid prediction and counts all of them.
     """
     if isinstance(predictions, str):
         raise InputError("The predictions are one string: give a list of captions, one for each image.")
@@ -44,7 +44,8 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
         references: the reference captions of each image.
 
     Raises:
-        InputError: for an image whose references cannot be used. The message names the first one and counts the others.
+        InputError: for an image whose references cannot be used. The message names the first such image and counts all
+            of them.
     """
     _refuse(
         [i for i, texts in enumerate(references) if isinstance(texts, str) or not isinstance(texts, Collection)],

@@ -17,13 +17,13 @@ SIGMA = 6.0  # standard deviation of the length penalty, in words
 class DocumentFrequencies:
     """Table of the number of images whose references contain each n-gram.
 
-    CIDEr gives more weight to n-grams that few images of a corpus have, so a score depends on the corpus. The same
-    captions score 112.6 as a set of 50 images and 107.1 as a part of 5,000. Scores that use the table of one corpus are
+    CIDEr gives more weight to n-grams that occur for few images of a corpus, so a score depends on the corpus. The same
+    captions score 112.6 as a set of 50 images and 107.1 as a part of 5,000. Scores computed with the same table are
     comparable.
 
     Args:
         images: number of images of the corpus.
-        counts: for n = 1 to 4, the number of images of each n-gram, whose words are joined by spaces.
+        counts: for n = 1 to 4, the number of images for each n-gram. The words of an n-gram are joined by spaces.
 
     Example:
 
@@ -56,7 +56,7 @@ class DocumentFrequencies:
             path: the file to read.
 
         Raises:
-            InputError: if the file does not exist or holds something else.
+            InputError: if the file does not exist or is not such a table.
         """
         try:
             with gzip.open(path, "rt") as file:
@@ -68,10 +68,10 @@ class DocumentFrequencies:
             raise InputError(f"{str(path)!r} is not a saved table of document frequencies ({error}).") from error
 
     def by_ngram_id(self, vocabulary: Vocabulary) -> list[np.ndarray]:
-        """Teach the n-grams of the table to a vocabulary and return their document frequencies.
+        """Add the n-grams of the table to a vocabulary, and return their document frequencies.
 
         Args:
-            vocabulary: the vocabulary, which learns all n-grams of this table.
+            vocabulary: the vocabulary, to which all n-grams of this table are added.
 
         Returns:
             For n = 1 to 4, the document frequency of each n-gram id (`[ids]`).
@@ -91,7 +91,8 @@ class TfIdfWeights:
     """tf-idf weights of the n-grams of references, and the same weighting for predictions.
 
     Args:
-        frequencies: for n = 1 to 4, the document frequency of each n-gram id (`[ids]`). Larger ids have none.
+        frequencies: for n = 1 to 4, the document frequency of each n-gram id (`[ids]`). Larger ids have no document
+            frequency.
         images: number of images of the corpus that the frequencies come from.
         references: n-gram counts of the references for n = 1 to 4.
         num_references: number of reference texts.
@@ -109,7 +110,7 @@ class TfIdfWeights:
         ]
 
     def weigh(self, n: int, counts: NgramCounts | ReferenceCounts) -> np.ndarray:
-        """Return the tf-idf weight of each row of counts (`[rows]`). An unknown n-gram counts as if one image had it.
+        """Return the tf-idf weight of each row of counts (`[rows]`). The document frequency of an unknown n-gram is 1.
 
         Args:
             n: number of words of the n-grams.

@@ -15,7 +15,7 @@ from ..processing_qformer import ImageInput, open_image
 from .checks import check_predictions, check_references
 
 PREFIX = "A photo depicts "  # the paper puts it before every caption and every reference
-WEIGHT = 2.5  # w in equation 1: spreads cosines, which rarely exceed 0.4, over 0 to 1
+WEIGHT = 2.5  # w in equation 1: scales cosines, which rarely exceed 0.4, to the range 0 to 1
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def clip_scores(
         predictions: one caption for each image.
         references (*optional*): the reference captions of each image.
         model_name_or_path: the paper's model, or another CLIP. Scores of different models are not comparable.
-        batch_size: number of images or texts that go through the model at a time.
+        batch_size: number of images or texts in one forward pass.
         device: device of the model. It always runs in float32, because float16 changes the scores.
         per_image: add `"per_image"`, a dictionary with the same keys and a list of scores for each.
         allow_empty: score an empty prediction instead of refusing it.
@@ -85,7 +85,7 @@ def clip_scores(
 
 
 class _ClipEncoder:
-    """CLIP with its processor, which turns images and texts into unit vectors."""
+    """CLIP and its processor, which encode images and texts as unit vectors."""
 
     def __init__(self, name_or_path: str | os.PathLike, batch_size: int, device: str | torch.device):
         try:

@@ -1,4 +1,4 @@
-"""Scores of a corpus: BLEU, ROUGE-L and CIDEr from one tokenisation, with references that are prepared once."""
+"""BLEU, ROUGE-L and CIDEr of a corpus, with references that are tokenised and prepared once."""
 
 import os
 import warnings
@@ -27,8 +27,8 @@ class References:
 
     Args:
         references: the reference captions of each image. Images may have different numbers of them.
-        df: source of CIDEr's document frequencies. `"corpus"` takes those of these references, as the toolkit does.
-            Otherwise a [`DocumentFrequencies`] or the path of a saved one. Scores with different tables are not
+        df: source of CIDEr's document frequencies. `"corpus"` counts them in these references, as the toolkit does.
+            Otherwise a [`DocumentFrequencies`] table or the path of a saved table. Scores with different tables are not
             comparable.
 
     Raises:
@@ -71,7 +71,7 @@ class References:
     @cached_property
     def weights(self) -> TfIdfWeights:
         """The tf-idf weights of CIDEr."""
-        counts = self.counts  # learnt before the n-grams of a saved table, which get higher ids
+        counts = self.counts  # added before the n-grams of a saved table, which get higher ids
         if self.saved_frequencies is None:
             frequencies = [np.bincount(unpack_low(each.keys)).astype(float) for each in counts]
             num_images = self.num_images
@@ -81,14 +81,14 @@ class References:
         return TfIdfWeights(frequencies, num_images, counts, len(self.words))
 
     def document_frequencies(self) -> DocumentFrequencies:
-        """Return the document frequencies of these references, by which smaller sets can be scored (`df=`)."""
+        """Return the document frequencies of these references, to score smaller sets with (`df=`)."""
         counts: list[Counter[str]] = [Counter() for _ in ORDERS]
         for begin, end in zip(self.starts, self.starts[1:], strict=False):
             for n in ORDERS:
                 ngrams = (
                     " ".join(words[i : i + n]) for words in self.words[begin:end] for i in range(len(words) - n + 1)
                 )
-                counts[n - 1].update(list(dict.fromkeys(ngrams)))  # each n-gram once for an image
+                counts[n - 1].update(list(dict.fromkeys(ngrams)))  # each n-gram counts once per image
         return DocumentFrequencies(self.num_images, [dict(each) for each in counts])
 
     def score(
@@ -127,7 +127,7 @@ class References:
         counts: list[NgramCounts] = []
         weights = None
         if "bleu" in metrics or "cider" in metrics:
-            # The vocabulary learns the references and a saved table first: unknown n-grams have ids above theirs.
+            # References and a saved table are added to the vocabulary first, so unknown n-grams get higher ids.
             references = self.counts
             weights = self.weights if "cider" in metrics else None
             counts = self.vocabulary.count(words)
@@ -147,7 +147,9 @@ class References:
         return scores
 
     def _closest_lengths(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the length of the reference that is closest to each prediction in length, the shorter one of two.
+        """Return the length of the reference that is closest to each prediction in length.
+
+        Ties go to the shorter reference.
 
         Args:
             lengths (`[I]`): number of words of each prediction.
@@ -171,5 +173,5 @@ class References:
 
 
 def _split_at_spaces(tokens: list[str]) -> list[str]:
-    """Return the words that BLEU and CIDEr see: white space inside a token, as in the fraction "2 1/2", splits it."""
+    """Return the words that BLEU and CIDEr count. White space inside a token, as in "2 1/2", splits the token."""
     return " ".join(tokens).split()

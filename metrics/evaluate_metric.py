@@ -1,4 +1,4 @@
-"""The scores as metrics of the library `evaluate`: one class that computes all of them, and one for each metric."""
+"""Metrics for the library `evaluate`: one class for all scores, and one class for each score."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -40,8 +40,8 @@ Returns:
 class CaptionMetrics(evaluate.Metric):
     r"""BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of captions, equal to the COCO caption toolkit's to 1e-12.
 
-    The prepared references are kept between calls, so that scoring every epoch on the same images is fast. These are
-    scores of a corpus, not means over its parts: several processes should gather their captions and score in one.
+    The prepared references are kept between calls, so that scoring every epoch on the same images is fast. Corpus
+    scores are not means over parts of the corpus, so several processes should gather their captions before scoring.
 
     Example:
 
@@ -55,7 +55,7 @@ class CaptionMetrics(evaluate.Metric):
     """
 
     metrics: Sequence[str] = METRICS
-    _prepared: tuple[tuple, References] | None = None  # the arguments of the last References, and the object
+    _prepared: tuple[tuple, References] | None = None  # arguments of the last `References`, and that object
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -82,7 +82,8 @@ class CaptionMetrics(evaluate.Metric):
                 [`References.score`].
 
         Returns:
-            The scores, as [`References.score`] returns them. In a distributed run, `None` in all but the main process.
+            The scores, as [`References.score`] returns them. In a distributed run, `None` in processes other than the
+            main one.
 
         Raises:
             InputError: for predictions or references that cannot be scored; the message names the first.
@@ -91,7 +92,7 @@ class CaptionMetrics(evaluate.Metric):
             return super().compute(**options)
         if predictions is None or references is None:
             raise InputError("Give both predictions and references, or neither after `add` or `add_batch`.")
-        # Checked here because evaluate would print all captions without a word about the wrong one.
+        # Checked here, because the error of evaluate prints all captions without naming the invalid one.
         predictions = predictions if isinstance(predictions, str) else list(predictions)
         references = list(references)
         check_predictions(predictions, len(references), options.get("allow_empty", False))
@@ -114,7 +115,7 @@ class CaptionMetrics(evaluate.Metric):
 
 
 def _storable(text: str) -> str:
-    """Drop unpaired surrogates, which Arrow cannot store and the tokenizer ignores."""
+    """Remove unpaired surrogates, which Arrow cannot store and the tokenizer ignores."""
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
@@ -131,6 +132,6 @@ class RougeL(CaptionMetrics):
 
 
 class Cider(CaptionMetrics):
-    """CIDEr-D alone, which every table calls CIDEr; see [`CaptionMetrics`]."""
+    """CIDEr-D alone, which papers call CIDEr; see [`CaptionMetrics`]."""
 
     metrics = ("cider",)

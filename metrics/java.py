@@ -1,4 +1,4 @@
-"""METEOR and SPICE, whose programs need Java. pycocoevalcap runs them (`pip install 'qformer-captioner[java]'`)."""
+"""METEOR and SPICE, which are Java programs. pycocoevalcap runs them (`pip install 'qformer-captioner[java]'`)."""
 
 import contextlib
 import io
@@ -22,8 +22,8 @@ def java_scores(
 ) -> dict[str, Any]:
     """Compute METEOR 1.5 (Denkowski and Lavie 2014) and SPICE (Anderson et al. 2016, arXiv 1607.08822).
 
-    The programs are those of the COCO caption toolkit, and they read its tokens. SPICE downloads its parser when it
-    runs for the first time, and it works with Java 8 to 15 only.
+    The programs and the tokenizer are those of the COCO caption toolkit. SPICE downloads its parser on the first run,
+    and works with Java 8 to 15 only.
 
     Args:
         predictions: one caption for each image.
@@ -51,7 +51,8 @@ def java_scores(
     check_references(references)
     scorers = load_java_metrics(metrics)
     prediction_lines = {image: [_line(tokens)] for image, tokens in enumerate(tokenize(predictions))}
-    # The references are tokenised in one call, as one file: the tokenizer may read the first word of the next line.
+    # The references are tokenised in one call, as one file, because the tokenizer may read the first word of the next
+    # line.
     tokens_of_references = iter(tokenize([text for texts in references for text in texts]))
     reference_lines = {
         image: [_line(next(tokens_of_references)) for _ in texts] for image, texts in enumerate(references)
@@ -62,7 +63,7 @@ def java_scores(
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the toolkit prints its progress
                 score, score_of_images = scorer().compute_score(reference_lines, prediction_lines)
-        except Exception as error:  # a failed Java program shows as a broken pipe, a missing file, a bad number ...
+        except Exception as error:  # a failed Java program can raise a broken pipe, a missing file or an invalid number
             hint = " It needs Java 8 or 11, and the network when it first runs." if metric == "spice" else ""
             message = f"{metric} could not be computed: its Java program failed ({one_line(error, 300)}).{hint}"
             raise InputError(message) from error
@@ -77,7 +78,7 @@ def load_java_metrics(metrics: Sequence[str]) -> dict[str, type]:
     """Return the toolkit's class of each metric, after a check that Java and the toolkit are installed.
 
     Args:
-        metrics: names from "meteor" and "spice".
+        metrics: names of metrics, "meteor" or "spice".
 
     Raises:
         InputError: if `metrics` is not empty, and Java or pycocoevalcap is missing. The message says what to install.

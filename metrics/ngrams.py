@@ -1,8 +1,8 @@
 """Counts of n-grams (1 to 4 words) in many texts at once, as NumPy arrays.
 
-BLEU and CIDEr ask the same two questions. How often does a caption contain an n-gram? How often do the references of
-its image contain it? Here words and n-grams become ids and texts become arrays of ids. Sorting then answers both
-questions for a whole corpus, and no Python loop runs over n-grams.
+BLEU and CIDEr need two counts: how often a caption contains an n-gram, and how often the references of its image
+contain it. Words and n-grams are mapped to ids, and texts to arrays of ids. Sorting the arrays then gives both counts
+for a whole corpus, without a Python loop over n-grams.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ ORDERS = (1, 2, 3, 4)  # values of n: BLEU-4 and CIDEr both stop at four words
 
 
 def pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Combine two arrays of ids below 2**31 into one that sorts by the first, then by the second."""
+    """Combine two arrays of ids below 2**31 into one array that sorts by the first, then by the second."""
     return (high.astype(np.int64) << 32) | low
 
 
@@ -98,7 +98,7 @@ class _WordIds(dict[str, int]):
 
 
 class Vocabulary:
-    """Ids of words and n-grams. The key of an n-gram is the id of all its words but the last, and the id of the last.
+    """Ids of words and n-grams. The key of an n-gram joins the id of its first n - 1 words and the id of its last word.
 
     Example:
 
@@ -116,7 +116,7 @@ class Vocabulary:
         self.ids = {n: np.empty(0, np.int64) for n in ORDERS[1:]}  # in the order of the keys
 
     def copy(self) -> "Vocabulary":
-        """Return a vocabulary with the same ids that can learn more."""
+        """Return a copy with the same ids, to which more n-grams can be added."""
         other = Vocabulary()
         other.words = _WordIds(self.words)
         other.keys, other.ids = dict(self.keys), dict(self.ids)  # `learn` replaces these arrays and never changes them
@@ -127,7 +127,7 @@ class Vocabulary:
         return len(self.words) if n == 1 else len(self.keys[n])
 
     def learn(self, texts: Sequence[Sequence[str]]) -> list[NgramCounts]:
-        """Count the n-grams of texts and keep the ids of those that are new.
+        """Count the n-grams of texts, and add new n-grams to the vocabulary.
 
         Args:
             texts: the words of each text.
@@ -139,10 +139,10 @@ class Vocabulary:
         text_of = np.repeat(np.arange(len(texts), dtype=np.int32), lengths)  # [W], text of each word
         words = np.fromiter((self.words[word] for words in texts for word in words), np.int32, len(text_of))  # [W]
         counts = [_count(text_of, words)]
-        first, ngrams = np.arange(len(text_of)), words  # of each n-gram: the position of its first word, and its id
+        first, ngrams = np.arange(len(text_of)), words  # position of the first word of each n-gram, and its id
         for n in ORDERS[1:]:
             last = np.minimum(first + n - 1, len(text_of) - 1)
-            inside = (last - first == n - 1) & (text_of[last] == text_of[first])  # ends before its text does
+            inside = (last - first == n - 1) & (text_of[last] == text_of[first])  # the n-gram ends inside its text
             first, last, ngrams = first[inside], last[inside], ngrams[inside]
             ngrams = self._ids_of(n, pack(ngrams, words[last]))
             counts.append(_count(text_of[first], ngrams))
@@ -156,7 +156,7 @@ class Vocabulary:
         return self.copy().learn(texts)
 
     def _ids_of(self, n: int, keys: np.ndarray) -> np.ndarray:
-        """Return the ids of n-grams, and give new ones the next ids."""
+        """Return the ids of n-grams. New n-grams get the next ids."""
         known_keys, known_ids = self.keys[n], self.ids[n]
         is_known = np.zeros(len(keys), dtype=bool)
         ids = np.empty(len(keys), np.int64)

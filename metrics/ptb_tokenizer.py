@@ -4,16 +4,16 @@ The toolkit sends captions through the Penn Treebank tokenizer of Stanford CoreN
 options `-preserveLines -lowerCase`. Then it drops punctuation. Published BLEU, ROUGE-L and CIDEr of captions are
 computed from these tokens, and `tokenize` returns the same ones.
 
-The rules were found by experiment: lines were given to the program and the tokens were read. No source code of CoreNLP,
-which is under the GPL, was read or copied.
+The rules were found by experiment, from the input and output of the program. No source code of CoreNLP, which is under
+the GPL, was read or copied.
 
 How it works:
 
 1. A caption that holds only words, commas and a final full stop is lower-cased and split at spaces.
-2. Any other caption is scanned from left to right. At each position all rules for words or all rules for signs are
+2. Any other caption is scanned from left to right. At each position, all rules for words or all rules for symbols are
    tried, and the longest match wins. Of two matches of the same length, the earlier rule wins.
-3. Some rules match more text than the token, because they depend on what stands behind it. As in the original, this
-   text counts for the length of the match but not for the token.
+3. Some rules match more text than the token, because they depend on the text after it. As in the original, this text
+   counts for the length of the match but is not part of the token.
 4. The winning rule writes its token in Penn Treebank style: `(` becomes `-lrb-`. The token is then lower-cased.
 """
 
@@ -22,22 +22,22 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-# Tokens that the toolkit drops. Its list also has -LRB-, -RRB-, -LCB- and -RCB-, but tokens are lower-cased before, so
-# brackets stay. "!!" and "?!" are not in the list.
+# Tokens that the toolkit drops. Its list also has -LRB-, -RRB-, -LCB- and -RCB-, but tokens are already in lower case,
+# so brackets stay. "!!" and "?!" are not in the list.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", ""])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Characters
 #
-# Rules do not match the text but its shadow, a string of the same length. In the shadow, each character outside ASCII
-# is replaced by one that stands for its kind: every letter becomes LETTER. Tokens are cut out of the text itself.
+# Rules match a "shadow" of the text, a string of the same length. In the shadow, each character outside ASCII is
+# replaced by a placeholder for its kind, such as LETTER for every letter. Tokens are then cut out of the text itself.
 # ---------------------------------------------------------------------------------------------------------------------
 LETTER, MARK, DIGIT, SYMBOL, SUPERSCRIPT, SUBSCRIPT, SPACE, DROPPED = "λ\u0301٣§²₂\u2003\0"
 
 # Line separators inside a caption become spaces. The original starts a new line at them and shifts all later captions.
 _SEPARATORS = dict.fromkeys(map(ord, "\n\v\f\r\u2028\u2029"), " ")
-# Characters outside ASCII that rules name; they stay themselves in the shadow. Others get their kind from the ranges of
-# code points below, or from their Unicode category. A character of no kind, such as an emoji, is dropped.
+# Characters outside ASCII that rules name; the shadow keeps them. Others get their kind from the ranges of code points
+# below, or from their Unicode category. A character without a kind, such as an emoji, is dropped.
 _KEPT = "\xa0\xad¢£¤¼½¾\u2010\u2011\u058a–—―‘’‚‛“”„‟«»‹›…、⁄⅓⅔€₠٫٬\x80\x85\x91\x92\x93\x94\x96\x97"
 _RANGES = {
     LETTER: "1885-1886",
@@ -100,10 +100,10 @@ APOSTROPHE = "(?:['’\x92]|&(?i:apos);)"
 QUOTE = "(?:['’\x92‘‛\x91`]|&(?i:apos);)"  # what counts as an apostrophe inside a word: d`Artagnan
 BLANK = " \t\n\xa0"
 SPACES = BLANK + SPACE
-GAP = f"[{SPACES}\x85]"  # may be the end of a line, so that a rule reads the first word of the next caption
+GAP = f"[{SPACES}\x85]"  # includes the end of a line, so a rule can read the first word of the next caption
 
 # Words and numbers.
-ACCENTED = "&(?i:[aeiou](?:acute|grave|uml));"  # caf&eacute; is one token and stays as it is
+ACCENTED = "&(?i:[aeiou](?:acute|grave|uml));"  # caf&eacute; is one token and stays unchanged
 WORD = f"(?:[{ALPHA}{MARK}\xad]|{ACCENTED})(?:[{ALPHA}{MARK}\xad{NUM}]|{ACCENTED})*+"  # \xad is a soft hyphen
 NUMBER = f"[{NUM}]*(?:[.,:٫٬\xad]?[{NUM}]+)(?:[.,:٫٬\xad][{NUM}]+)*"
 COMPOUND_PART = f"(?:[dolDOL]{QUOTE}[{ALPHA}{NUM}]{{2}}[{ALPHA}{NUM}]*+|[{ALPHA}{NUM}]++)"
@@ -124,7 +124,7 @@ def _one_of(words: str) -> str:
     return "(?:" + "|".join(map(re.escape, words.split())) + ")"
 
 
-# Abbreviations keep their full stop. Those of the second list may end a sentence.
+# Abbreviations keep their full stop. Abbreviations of the second list may end a sentence.
 TITLES = (
     "adj adm adv alex assoc asst atty ave brig capt cf cie cmdr col comdr cpl dept det dr drs elec ens ft gen gov govs "
     "hon insp invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof profs pvt rep reps rev sen "
@@ -193,17 +193,17 @@ def _brackets(text: str) -> str:
 
 
 def _no_break(text: str) -> str:
-    """Keep a token together whose text holds spaces."""
+    """Keep a token with spaces together."""
     return text.replace(" ", "\xa0")
 
 
 class Rule(NamedTuple):
-    """Kind of token.
+    """Rule that recognises one kind of token.
 
     Args:
-        name: what the rule is about.
+        name: short description of the tokens.
         pattern: regular expression for the shadow. If it has a group, the token is the text of the group. The text
-            behind the group counts for the length of the match only.
+            after the group counts only for the length of the match.
         write: function from the text of the token to the token.
     """
 
@@ -307,7 +307,7 @@ EITHER = [
         f'(?:<|&(?i:lt);)?[{LATIN}0-9][^{BLANK}"<>|(){{}}]{{0,99}}@(?:{DOMAIN}\\.)*{DOMAIN}(?:>|&(?i:gt);)?',
         str,
     ),
-    # Its class excludes all characters from comma to underscore, and so capitals, digits and hyphens.
+    # The character class excludes everything from comma to underscore, which includes capitals, digits and hyphens.
     _rule("com", f"(?:[^ \t\n\"`'<>|.!?(){{}}$,-_]{{1,63}}+\\.){{1,9}}(?i:com|net|org|edu)(?:{URL_PATH})?", str),
     _rule("eastern smiley", r"[-^x=~<>']_[-^x=~<>']"),  # ^_^
     _rule("any other", "[^ \t\n]", lambda char: _REPLACEMENTS.get(char, char)),
@@ -343,9 +343,9 @@ def _scan(text: str, shadow: str, position: int, end: int) -> Iterator[str]:
 
     Args:
         text: all captions, one on each line.
-        shadow: the text with kinds in the place of characters outside ASCII.
-        position: where the part begins.
-        end: where the part ends. Rules may read further, but no token begins there.
+        shadow: the text with placeholders for characters outside ASCII.
+        position: start of the part.
+        end: end of the part. Rules may read further, but no token begins after it.
     """
     while position < end:
         if match := _SPACES.match(shadow, position):
@@ -366,10 +366,10 @@ def _scan(text: str, shadow: str, position: int, end: int) -> Iterator[str]:
 def tokenize(captions: Sequence[str]) -> list[list[str]]:
     """Return the tokens of each caption, as the COCO caption toolkit's Java tokenizer does, without punctuation.
 
-    The captions are read like the lines of one file. As in the original, a few rules read one word further, which may
-    be the first word of the next caption. "vitamin C." gives "c." before "a dog" and "c" before "A dog". Other rules
-    need a character after their token. The end of a line is enough, but the last line has none: "they've" gives "they"
-    and "'ve", and as the last word of all "they" and "ve". For a caption by itself, call `tokenize([caption])[0]`.
+    The captions are read like the lines of one file. As in the original, a few rules read one word ahead, which may be
+    the first word of the next caption. "vitamin C." gives "c." before "a dog" and "c" before "A dog". Other rules need
+    a character after their token. A line end is enough, but the last line has no line end. "they've" gives "they" and
+    "'ve", but as the very last word "they" and "ve". To tokenise a single caption, call `tokenize([caption])[0]`.
 
     Two differences from the original keep a caption from changing the next one. A line separator inside a caption is a
     space. The value of an HTML attribute ends with its caption, even if its quotation mark is not closed.

@@ -62,7 +62,7 @@ def publish_metric(organisation: str, metric: str, private: bool = False) -> str
         The address of the Space.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub rejects the request.
 
     Example:
 

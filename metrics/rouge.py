@@ -25,7 +25,7 @@ def rouge_l(prediction: Sequence[str], references: Sequence[Sequence[str]]) -> f
     0.6667
     ```
     """
-    # To the toolkit, an empty text is a text of one empty word.
+    # The toolkit treats an empty text as one empty word.
     prediction, references = prediction or [""], [reference or [""] for reference in references]
     positions: dict[str, int] = {}  # positions of each word in the prediction, as a bit set
     for position, word in enumerate(prediction):
@@ -41,7 +41,7 @@ def rouge_l(prediction: Sequence[str], references: Sequence[Sequence[str]]) -> f
 def _longest_common_subsequence(positions: dict[str, int], length: int, other: Sequence[str]) -> int:
     """Return the length of the longest common subsequence, by the bit-parallel algorithm of Hyyrö (2004).
 
-    One integer holds a row of the usual table of dynamic programming: a zero bit marks where the value grows by one.
+    One integer holds a row of the dynamic-programming table: a zero bit marks where the value grows by one.
 
     Args:
         positions: positions of each word in the first text, as a bit set.
