@@ -44,6 +44,8 @@ def build_trainer(
     """
     captioner = captioner_of(model)
     assert captioner.processor is not None, "build_model checks it"
+    trainable, total = model.get_nb_trainable_parameters()
+    logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     try:
         return CaptionTrainer(
             model=model,

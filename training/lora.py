@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import InputError
-from ..common.logging import get_logger
 from ..modeling_qformer import QFormerCaptioner
 from .arguments import ModelArguments
 from .model_setup import backbones_to_include
@@ -15,8 +14,6 @@ from .run import TrainingRun
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-logger = get_logger(__name__)
 
 
 def captioner_of(model: "QFormerCaptioner | PeftModel") -> QFormerCaptioner:
@@ -90,10 +87,7 @@ def add_lora(model: QFormerCaptioner, args: ModelArguments) -> "PeftModel":
         target_modules=rf"language_model\..*\.({names})",
         modules_to_save=["qformer", "language_projection"],
     )
-    adapted = get_peft_model(model, config)
-    trainable, total = adapted.get_nb_trainable_parameters()
-    logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-    return adapted
+    return get_peft_model(model, config)
 
 
 def layers_to_adapt(model: QFormerCaptioner, target_modules: str | None) -> list[str]:

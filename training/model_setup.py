@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..common.errors import UNUSABLE, InputError, one_line
-from ..common.logging import get_logger
 from ..configuration_qformer import QFormerConfig
 from ..data.collator import CaptionCollator
 from ..hub.convert import load_qformer
@@ -20,8 +19,6 @@ from .data_setup import TrainingData
 from .from_scratch import build_from_scratch
 from .quantization import quantization_config
 from .run import TrainingRun
-
-logger = get_logger(__name__)
 
 
 def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
@@ -122,7 +119,7 @@ def load_captioner(
 
 def join_backbones(args: ModelArguments, load_vision_model: bool) -> QFormerCaptioner:
     """Put a Q-Former between two pretrained backbones."""
-    model = QFormerCaptioner.from_backbones(
+    return QFormerCaptioner.from_backbones(
         str(args.vision_model_name_or_path),
         str(args.language_model_name_or_path),
         vision_revision=args.vision_model_revision,
@@ -135,9 +132,6 @@ def join_backbones(args: ModelArguments, load_vision_model: bool) -> QFormerCapt
         projection_per_query=args.projection_per_query,
         **qformer_options(args),
     )
-    trainable, total = model.get_nb_trainable_parameters()
-    logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-    return model
 
 
 def qformer_options(args: ModelArguments) -> dict[str, Any]:

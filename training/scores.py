@@ -40,6 +40,7 @@ class CaptionScorer:
     def __call__(self, captions: list[str], rows: CaptionDataset) -> dict[str, float]:
         """Score one caption for each row, in order."""
         scores = self.metrics.compute(predictions=captions, references=rows.references(), allow_empty=True)
+        assert scores is not None, "only metrics that several processes share return None"
         return {name: scores[name] for name in CAPTION_SCORES}
 
 

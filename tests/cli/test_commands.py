@@ -186,7 +186,7 @@ def test_control_characters_are_escaped(folder, tmp_path, capsys):
         ({"batch_size": -1}, "--batch_size must be at least 1, not -1"),
         ({"output": "nowhere/captions.json"}, "no folder for 'nowhere/captions.json'"),
         ({"output": "."}, "'.' is a folder: name a file in it"),
-        ({"max_new_tokens": 500}, "language model reads at most 64 tokens"),
+        ({"max_new_tokens": 500}, "language model accepts at most 64 tokens"),
     ],
 )
 def test_options_that_cannot_work_end_in_one_message(folder, monkeypatch, options, message):

@@ -95,7 +95,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_o
         return [sys.executable, *launcher, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / name, **changes)]
 
     if launcher:
-        subprocess.run(run("unbroken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+        subprocess.run(run("unbroken"), env=ONE_THREAD, check=True, capture_output=True, timeout=300)
     else:
         train_hf.train(command(backbones, tmp_path / "unbroken", **changes))
     process = subprocess.Popen(run("broken"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
@@ -105,7 +105,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_o
     time.sleep(random.uniform(0, 0.4))
     kill(process)
     assert not (tmp_path / "broken" / "model.safetensors").exists(), "the run ended before it was killed"
-    subprocess.run(run("broken"), env=ONE_THREAD, check=True, capture_output=True, timeout=120)
+    subprocess.run(run("broken"), env=ONE_THREAD, check=True, capture_output=True, timeout=300)
     file = "adapter_model.safetensors" if variant == "lora" else "model.safetensors"
     broken, unbroken = (load_file(tmp_path / name / file) for name in ("broken", "unbroken"))
     assert broken.keys() == unbroken.keys()
@@ -116,7 +116,7 @@ def test_two_processes_log_the_losses_of_one(backbones, tmp_path):
     train_hf.train(command(backbones, tmp_path / "one", batch_size=4))
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
     run = [sys.executable, *launch, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "two", batch_size=2)]
-    done = subprocess.run(run, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, env=ONE_THREAD, check=True, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("Trained in") == 1, "only the main process reports"
     for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
         one, two = (

@@ -162,10 +162,10 @@ def test_only_saved_weights_can_be_the_best(recipe, tmp_path):
     first, last = history(tmp_path / "run", "eval_loss")
     assert first > last
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["best_global_step"] == 6
-    assert "after step 6, chosen for their loss" in (tmp_path / "run" / "README.md").read_text()
+    assert "after step 6, chosen by the best loss" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_the_card_does_not_say_chosen_if_the_last_weights_are_kept(recipe, tmp_path):
+def test_the_card_does_not_say_chosen_when_the_last_weights_are_kept(recipe, tmp_path):
     train_hf.train(["--recipe", recipe(load_best_model_at_end=False)])
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| weights | after step 12 |" in card
@@ -295,7 +295,7 @@ NO_FOLDER = {"dataset_name": "/no/such/folder", "metric_for_best_model": "cider"
         (NO_FOLDER, [], "'/no/such/folder' cannot be loaded"),
         ({"vision_config": None}, [], "Say which captioner to train"),
         ({"qformer_config": {"num_query_token": 3}}, [], "num_query_token"),
-        ({"prompt": "word " * 3000}, [], "The language model reads at most 2048 tokens"),
+        ({"prompt": "word " * 3000}, [], "The language model accepts at most 2048 tokens"),
         ({}, ["--recipe", "no_such_recipe"], "There is no recipe 'no_such_recipe'"),
         ({}, ["--label_smoothing_factor", "0.1"], "--label_smoothing_factor does not work here"),
         ({}, ["--qformer_config", "{"], "--qformer_config is not valid JSON"),
