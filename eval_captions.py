@@ -133,7 +133,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     write_predictions(captions, predictions_file)
     logger.info("The captions are in %s.", predictions_file)
     if not run.has_references:
-        logger.info("Only the server of %s has its references: upload this file there.", run.name)
+        logger.info("The references of %s are hidden: upload this file to its evaluation server.", run.name)
         return None
     run.images.references.write(references_file)
     facts = {**run.facts(), **facts_of_files(str(predictions_file), str(references_file))}

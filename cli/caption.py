@@ -5,7 +5,8 @@ r"""Caption images.
         --output captions.jsonl
 
 IMAGE is a file, a folder (all images in it and below it) or a pattern. Each caption is printed as a line
-`file: caption` as soon as it exists. An image that cannot be read gets an error message, and the others are captioned.
+`file: caption` as soon as it exists. For an image that cannot be read, an error is printed, and the other images are
+    captioned.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from ..hub.load import load_captioner
 if TYPE_CHECKING:
     from ..modeling_qformer import QFormerCaptioner
 
-# torch and the model take seconds to import, so functions that need them import them: `--help` does not.
+# torch and the model take seconds to import, so only the functions that use them import them.
 
 
 def parse_options(words: Sequence[str]) -> argparse.Namespace:
@@ -40,16 +41,16 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         InputError: if an option does not exist or has a value that is not valid.
     """
     parser = CommandParser(description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")
-    parser.add_argument("--model", required=True, help="captioner or adapter, as a Hub id or folder")
-    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    parser.add_argument("--prompt", help="text that the captions continue; by default the captioner's own prompt")
-    parser.add_argument("--num_beams", type=int, help="number of beams; by default the captioner's own")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder or pattern.")
+    parser.add_argument("--model", required=True, help="Captioner or adapter, as a Hub id or folder.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
+    parser.add_argument("--prompt", help="Text that the captions continue; by default the captioner's own prompt.")
+    parser.add_argument("--num_beams", type=int, help="Number of beams; by default the captioner's own.")
     parser.add_argument(
-        "--max_new_tokens", type=int, help="largest number of tokens of a caption; by default the captioner's own"
+        "--max_new_tokens", type=int, help="Largest number of tokens of a caption; by default the captioner's own."
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="number of images per batch")
-    parser.add_argument("--output", help="also write the captions to this file: .json for COCO's format, or .jsonl")
+    parser.add_argument("--batch_size", type=int, default=8, help="Number of images per batch.")
+    parser.add_argument("--output", help="Also write the captions to this file: .json for COCO's format, or .jsonl.")
     options = parser.parse_args(words)
     check_at_least(options, 1, "num_beams", "max_new_tokens", "batch_size")
     if options.output is not None:
@@ -60,7 +61,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
 def find_images(patterns: Sequence[str]) -> list[str]:
     """Return the files that paths, folders and patterns name, each file once.
 
-    A pattern without a match is returned as it is. Opening it later raises the error that names it.
+    A pattern without a match is returned unchanged. Opening it later raises an error that names it.
 
     Args:
         patterns: paths of files, paths of folders, and patterns as in a shell. `**` matches any folders.
@@ -78,7 +79,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
 
 
 def load_on_device(model: str, revision: str | None) -> "QFormerCaptioner":
-    """Load a captioner to the accelerator, or to the CPU of a machine without an accelerator.
+    """Load a captioner to the accelerator, or to the CPU if there is no accelerator.
 
     Args:
         model: folder or Hub id.
@@ -131,7 +132,7 @@ def print_captions(results: Iterable[tuple[str, str | OSError]], bar: tqdm) -> I
 
     Args:
         results: the files, each with a caption or an error.
-        bar: progress bar to write above and to advance.
+        bar: progress bar to print above and to advance.
     """
     for file, result in results:
         if isinstance(result, str):
@@ -168,9 +169,9 @@ def caption(words: Sequence[str]) -> None:
         words: the command line.
 
     Raises:
-        InputError: if an option, the captioner or an image cannot be used. Captions of the other images are printed
+        InputError: if an option, the captioner or an image cannot be used. For an image, the other captions are printed
             and saved first.
-        ValueError: if options of generation do not go together.
+        ValueError: if options of `generate` contradict each other.
     """
     options = parse_options(words)
     files = find_images(options.images)
@@ -181,13 +182,13 @@ def caption(words: Sequence[str]) -> None:
     generation = {name: value for name, value in generation.items() if value is not None}
 
     captions: dict[ImageId, str] = {}
-    hide_bar = len(files) <= options.batch_size or None  # None shows the bar on a terminal only
+    hide_bar = len(files) <= options.batch_size or None  # `None` shows the bar only on a terminal
     try:
         with tqdm(total=len(files), unit="images", disable=hide_bar) as bar:
             results = caption_files(model, files, options.prompt, options.batch_size, **generation)
             for file, text in print_captions(results, bar):
                 captions[file] = text
-    finally:  # Ctrl-C must not lose the captions so far
+    finally:  # keep the captions so far after Ctrl-C
         if options.output is not None:
             save_captions(captions, options.output)
     if len(captions) < len(files):
@@ -195,7 +196,7 @@ def caption(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    # `generate` raises ValueError for options that do not go together.
+    # `generate` raises ValueError for options that contradict each other.
     run_command(caption, expected=(ValueError, OSError))
 
 

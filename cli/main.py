@@ -1,4 +1,4 @@
-"""The command `qformer-captioner`, which runs the scripts and tools of this package under one name."""
+"""Command `qformer-captioner`, which runs the scripts and tools of this package."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ class Command:
     """A subcommand.
 
     Args:
-        module: name of the module whose `main` runs it. It is imported only for this command.
+        module: module whose `main` runs the subcommand. It is imported only for this subcommand.
         summary: one line for the list of commands.
     """
 
@@ -46,7 +46,7 @@ def main() -> None:
     """Run the command that the command line names.
 
     Raises:
-        SystemExit: if there is no such command; the message names the nearest one.
+        SystemExit: if the subcommand does not exist; the message suggests the nearest one.
     """
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
@@ -55,7 +55,7 @@ def main() -> None:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f" Use {in_words([*COMMANDS])}."
         raise SystemExit(f"error: {name!r} is not a command.{hint}")
-    sys.argv = [f"qformer-captioner {name}", *words]  # help texts name the program by its first word
+    sys.argv = [f"qformer-captioner {name}", *words]  # help texts start with this name of the program
     COMMANDS[name].run()
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of training rows: random crops and flips of images, random draws of captions, prompts and views."""
+"""Augmentation of training rows: random crops and flips of images, and random choice of captions, prompts and views."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from PIL import Image, ImageOps
 
 from ..common.errors import InputError
 
-MAX_ASPECT_RATIO = 4 / 3  # of a random crop; its inverse is the smallest
+MAX_ASPECT_RATIO = 4 / 3  # of a random crop; the smallest is the inverse
 CROP_ATTEMPTS = 10
 
 
 class RowText(TypedDict):
-    """Text of a training row: its captions, and a prompt if prompts are drawn at random."""
+    """Text of a training row: its captions, and its prompt if prompts are drawn at random."""
 
     captions: list[str]
     prompt: NotRequired[str]
@@ -23,20 +23,20 @@ class RowText(TypedDict):
 
 @dataclass
 class Augmentation:
-    """Random changes to a training row, drawn anew each time the row is read.
+    """Random changes to a training row, drawn again each time the row is read.
 
-    Every draw depends on the seed, the epoch and the row alone. The number of processes and workers that load the data
-    makes no difference, and an interrupted run resumes with the same draws.
+    Every draw depends only on the seed, the epoch and the row. It does not depend on the number of processes and
+    workers, and an interrupted run resumes with the same draws.
 
     Args:
         random_resized_crop_scale (`float`, *optional*): lower bound of the share of an image's area that a random crop
             keeps, as in the `scale` of torchvision's `RandomResizedCrop`. By default images are not cropped.
         horizontal_flip_prob (`float`, defaults to 0.0): probability that an image is mirrored left to right.
-        captions_per_image (`int`, *optional*): number of captions to draw from those of an image. By default all are
-            used.
-        prompts (`Sequence[str]`): prompts of which one is drawn. By default a row has no prompt of its own.
-        sample_view (`bool`, defaults to `False`): whether to draw one of the views that precomputed features have. By
-            default view 0 is used, the whole image.
+        captions_per_image (`int`, *optional*): number of captions of an image to draw. By default all are used.
+        prompts (`Sequence[str]`): prompts from which one is drawn for each row. By default, rows have the prompt of the
+            processor.
+        sample_view (`bool`, defaults to `False`): whether to draw one of the views of precomputed features. By default
+            view 0 is used, which is the whole image.
         seed (`int`, defaults to 0): random seed of all draws.
 
     Example:
@@ -61,7 +61,7 @@ class Augmentation:
     def generator(self, epoch: int, row: int) -> torch.Generator:
         """Return the random generator of one row in one epoch."""
         # The hash of a tuple of integers is the same in every process. `numpy.random.SeedSequence` would be the usual
-        # choice, but it draws other numbers: all published results would have to be measured again.
+        # choice, but it draws other numbers, so all published results would have to be measured again.
         return torch.Generator().manual_seed(hash((self.seed, epoch, row)) % 2**63)
 
     def augment_image(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
@@ -73,13 +73,13 @@ class Augmentation:
         return image
 
     def draw_view(self, num_views: int, generator: torch.Generator) -> int:
-        """Return the number of the view to train on, out of `num_views` precomputed ones."""
+        """Return the index of the view to train on, out of `num_views` precomputed views."""
         if not self.sample_view or num_views == 1:
             return 0
         return int(torch.randint(num_views, (), generator=generator))
 
     def draw_text(self, captions: list[str], generator: torch.Generator) -> RowText:
-        """Return the `"captions"` to train on and, if there are prompts to draw from, a `"prompt"`."""
+        """Return the `"captions"` to train on and, if there are prompts to choose from, a `"prompt"`."""
         if self.captions_per_image is not None:
             drawn = torch.randperm(len(captions), generator=generator)[: self.captions_per_image]
             captions = [captions[number] for number in drawn]
@@ -90,7 +90,7 @@ class Augmentation:
 
 
 def random_crop(image: Image.Image, min_scale: float, generator: torch.Generator) -> Image.Image:
-    """Cut a random part out of an image: "random resized crop" without the resizing (Szegedy et al. 2014).
+    """Crop a random part of an image: "random resized crop" without the resizing (Szegedy et al. 2014).
 
     The part keeps a share of the area between `min_scale` and 1, and its aspect ratio lies between 3:4 and 4:3. The
     whole image is returned if no such part fits into it.
@@ -116,7 +116,7 @@ def check_image_augmentation(random_resized_crop_scale: float | None, horizontal
     """Check the two options that change images.
 
     Raises:
-        InputError: if the scale is not a share above 0, or the probability does not lie between 0 and 1.
+        InputError: if the scale is not above 0 and at most 1, or the probability is not between 0 and 1.
     """
     if random_resized_crop_scale is not None and not 0 < random_resized_crop_scale <= 1:
         raise InputError(

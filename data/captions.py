@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # all but tabs and line ends
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # except tabs and line ends
 MAX_CAPTION_CHARACTERS = 10_000
 
 
@@ -33,9 +33,9 @@ def captions_of(value: Any) -> list[str]:
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value is a string or a number that stands for one."""
+    """Return whether a value is a string, or a number that is not NaN."""
     if isinstance(value, float):
-        return value == value  # NaN stands for an empty cell
+        return value == value  # NaN marks an empty cell
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 

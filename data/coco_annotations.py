@@ -1,4 +1,4 @@
-"""Caption annotations of COCO, and of Karpathy's splits of it."""
+"""Caption annotations of COCO and of Karpathy's splits."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def read_coco_annotations(file: str) -> datasets.Dataset | None:
 
     Returns:
         One row for each image with the columns `image` (a path), `image_id` and `caption` (all captions of the image).
-        Karpathy's file has a column `split`, too. `None` if the file is neither.
+        Karpathy's file also gives a column `split`. `None` if the file has neither format.
 
     Raises:
         KeyError, TypeError: if entries lack fields, or the fields have other types.
@@ -39,7 +39,7 @@ def coco_rows(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -
 
 
 def karpathy_rows(images: list[dict[str, Any]]) -> datasets.Dataset:
-    """Read the images of Karpathy's file. Its split "restval" becomes part of "train", as is usual."""
+    """Read the images of Karpathy's file. The split "restval" becomes part of "train", as is usual."""
     return datasets.Dataset.from_list(
         [
             {

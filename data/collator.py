@@ -1,4 +1,4 @@
-"""Collator: rows of images and captions to a batch of tensors."""
+"""Collator that converts rows of images and captions to a batch of tensors."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from .features import read_features
 
 
 class CaptionCollator:
-    """Turns rows of a [`CaptionDataset`] into a batch for a [`QFormerCaptioner`].
+    """Collator that converts rows of a [`CaptionDataset`] to a batch for a [`QFormerCaptioner`].
 
     Args:
         processor: the captioner's processor.
@@ -22,7 +22,7 @@ class CaptionCollator:
         - `pixel_values` (`[B, 3, H, W]`), or `image_embeds` (`[B, N, Dv]`) for rows with precomputed features;
         - `input_ids` and `attention_mask` (`[B, P]`) of the prompts;
         - `labels` (`[B, K, T]`): all captions of each image, with the end-of-sequence token, padded with -100. If an
-          image has fewer than `K` captions, its other rows hold nothing but -100.
+          image has fewer than `K` captions, its remaining rows contain only -100.
 
     Example:
 

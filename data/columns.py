@@ -11,16 +11,16 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def column_names(rows: Rows) -> list[str]:
-    """Return the names of the columns. For a stream without a schema these are the keys of its first row."""
+    """Return the names of the columns. For a stream without a schema, return the keys of its first row."""
     return rows.column_names or list(next(iter(rows), {}))
 
 
 def with_nested_columns(rows: datasets.Dataset, *columns: str) -> datasets.Dataset:
-    """Return the rows with each nested column (`json.caption`) as a column of its own.
+    """Return the rows with each nested column (`json.caption`) as a separate column.
 
     Args:
         rows: the data set.
-        columns: names of columns. Those that are not nested, or do not exist, are ignored.
+        columns: names of columns. Names that are not nested or do not exist are ignored.
     """
     for column in columns:
         outer = column.split(".")[0]

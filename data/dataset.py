@@ -20,7 +20,7 @@ from .skipped_rows import SkippedRows
 
 
 class CaptionRow(RowText, total=False):
-    """Row to train or evaluate on: its text, and an `image` (upright RGB) or its precomputed `image_embeds`."""
+    """Row to train or evaluate on: its text, and an `image` (upright RGB) or precomputed `image_embeds`."""
 
     image: Image.Image
     image_embeds: FeatureRef
@@ -28,16 +28,16 @@ class CaptionRow(RowText, total=False):
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """Rows of a split, and where to find the images and captions in them.
+    """Rows of a split, with the names of the columns of images and captions.
 
     Args:
-        name: name of the split, for messages and the record of skipped rows.
+        name: name of the split, for messages and for the record of skipped rows.
         rows: the rows. The images of a stream must be undecoded, as [`load_rows`] returns them.
         image_column: column of images, or of paths of images.
         caption_column: column of captions: a string or a list in each row. It may be nested (`json.caption`).
         image_id_column: column that identifies images. Rows with the same value are merged into one row that has all
             their captions. Streams ignore it.
-        image_folder: folder in which paths of images must lie. By default they may lie anywhere.
+        image_folder: folder that must contain all paths of images. By default any path is allowed.
         option_prefix: prefix of the command-line options that choose the columns ("eval_"), for error messages.
     """
 
@@ -53,16 +53,16 @@ class CaptionSource:
 class CaptionDataset(Dataset[CaptionRow]):
     """Map-style data set of images with captions.
 
-    Rows without a caption are left out. An image that cannot be read is only discovered when it is opened. Both are
-    recorded in `skipped`.
+    Rows without a caption are left out. An unreadable image is discovered only when it is opened. Both kinds of rows
+    are recorded in `skipped`.
 
-    A batch must be full, so **`dataset[i]` returns the next readable row if the image of row `i` cannot be read**. In
-    evaluation each row must be known: call [`~CaptionDataset.drop_unreadable`] first.
+    **`dataset[i]` returns the next readable row if the image of row `i` cannot be read**, so that batches stay full.
+    For evaluation, call [`~CaptionDataset.drop_unreadable`] first, so that each index is its own row.
 
     Args:
         source: the rows and their columns.
         skipped: record of the rows that cannot be used.
-        augmentation: random changes to the rows. By default rows stay as they are.
+        augmentation: random changes to the rows. By default rows are not changed.
         features: precomputed features of the same rows, to use instead of the images.
 
     Raises:
@@ -93,7 +93,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         self.skipped = skipped
         self.augmentation = augmentation or Augmentation()
         self.features = features
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers of a data loader see it change
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared with the workers of a data loader
         self.images = None
         if source.image_column in self.rows.column_names:
             self.images = undecoded_images(
@@ -128,7 +128,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         first_rows: dict[Any, int] = {}
         merged = set()
         for index, image_id in enumerate(self._image_ids(self.source.image_id_column)):
-            if image_id is None or image_id == "":  # unknown: the row stays alone
+            if image_id is None or image_id == "":  # the id is unknown, so the row is not merged
                 continue
             first = first_rows.setdefault(image_id, index)
             if first != index:
@@ -175,7 +175,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         raise self._no_readable_image()
 
     def _indices_from(self, position: int) -> Iterator[int]:
-        """Yield the row at a position, and then its substitutes: all rows behind it, and those before it."""
+        """Yield the row at a position, and then its substitutes: all rows after it, then all rows before it."""
         for step in range(len(self)):
             yield self.indices[(position + step) % len(self)]
 
@@ -206,7 +206,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Augment the rows as in epoch `epoch`."""
+        """Set the epoch, which changes the augmentation."""
         self.epoch.fill_(epoch)
 
     def drop_unreadable(self) -> "CaptionDataset":
@@ -230,11 +230,11 @@ class CaptionDataset(Dataset[CaptionRow]):
         return self
 
     def image_to_show(self, position: int) -> Image.Image:
-        """Return the image of a row for people to look at; a grey one if only its features exist."""
+        """Return the image of a row for display, or a grey image if only its features exist."""
         if self.images is not None:
             try:
                 return self._open_image(self.indices[position])
-            except OSError:  # the file has disappeared since its features were computed
+            except OSError:  # the file was deleted after its features were computed
                 pass
         return Image.new("RGB", (64, 64), "lightgray")
 
@@ -249,7 +249,7 @@ class CaptionDataset(Dataset[CaptionRow]):
 
 
 class ShuffledImages(Dataset[CaptionRow]):
-    """The rows of a data set with their images permuted, so that each row shows the image of another.
+    """Data set whose images are permuted among the rows, so that each row has the image of another row.
 
     If the captioner uses the image, its loss is higher on these rows.
 

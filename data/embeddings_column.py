@@ -1,4 +1,4 @@
-"""Features that a data set already holds, in a column of embeddings."""
+"""Image features that a data set already holds in a column of embeddings."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,10 +18,10 @@ class EmbeddingsColumn:
     """Source of features that reads them from a column of a data set.
 
     Args:
-        rows: the rows of each split, of which only the column is used.
-        column: the column: lists of numbers `[D]`, `[N, D]` or `[1, N, D]`.
+        rows: rows of each split. Only the column of embeddings is used.
+        column: name of the column, which holds lists of numbers `[D]`, `[N, D]` or `[1, N, D]`.
         name_or_path: Hub id or folder of the vision encoder that computed the embeddings.
-        revision: branch, tag or commit of it on the Hub.
+        revision: branch, tag or commit of the vision encoder on the Hub.
         dtype: dtype of the stored features, "float16" or "float32".
 
     Attributes:
@@ -29,7 +29,8 @@ class EmbeddingsColumn:
         compute_dtype: `None`, because nothing is computed.
 
     Raises:
-        InputError: if the column is empty, or its embeddings cannot be features of the vision encoder.
+        InputError: if the column is empty, or its embeddings have another width than the features of the vision
+            encoder.
         OSError: if the vision encoder's configuration cannot be loaded.
     """
 
@@ -113,8 +114,8 @@ def flatten_lists(cell: pa.Scalar) -> tuple[pa.Array | None, list[int | None]]:
     """Flatten nested lists.
 
     Returns:
-        The values, and the length of the lists on each level; `None` for a level whose lists differ in length. For a
-        cell that is not a list, `None` and no lengths.
+        The values, and the length of the lists on each level, which is `None` where the lengths differ. For a cell that
+        is not a list, `None` and no lengths.
     """
     if not isinstance(cell, pa.ListScalar):
         return None, []

@@ -7,14 +7,14 @@ from ..common.arguments import option
 
 @dataclass
 class FeatureArguments:
-    """Options: the vision encoder, the data set, and how to store the features."""
+    """Options for the vision encoder, the data set and the storage of the features."""
 
     vision_model_name_or_path: str = option(None, "Vision encoder (Hub id or folder). Required.", "model")
     vision_model_revision: str | None = option(None, "Branch, tag or commit of the vision encoder.", "model")
     compute_dtype: str = option(
         "auto",
-        "Dtype of the forward pass: float32, bfloat16, float16 or auto. With auto it is bfloat16 on GPUs that support "
-        "it, and float32 elsewhere.",
+        "Dtype of the forward pass: float32, bfloat16, float16 or auto. auto is bfloat16 on GPUs that support "
+        "it, otherwise float32.",
         "model",
     )
     dataset_name: str = option(None, "Data set (Hub id, folder or files). Required.", "data")
@@ -26,16 +26,16 @@ class FeatureArguments:
     )
     image_column: str = option("image", "Column of images or of paths.", "data")
     image_folder: str | None = option(
-        None, "Folder of the paths in the image column; by default the folder of the data set.", "data"
+        None, "Folder that paths in the image column are relative to; by default the folder of the data set.", "data"
     )
     embeddings_column: str | None = option(
         None, "Column of embeddings to store instead: lists [D], [N, D] or [1, N, D] in each row.", "data"
     )
     max_samples: int | None = option(
-        None, "Number of rows of each split to use, the first ones; by default all.", "data"
+        None, "Largest number of rows of each split, taken from its beginning; by default all.", "data"
     )
     dataloader_num_workers: int = option(0, "Number of workers that open images, for each process.", "data")
-    train_split: str = option("train", "Split whose images get several views; those of others get one.", "augmentation")
+    train_split: str = option("train", "Split whose images get several views. Other splits get one.", "augmentation")
     views: int = option(
         1, "Number of views of each training image: the whole image and random crops of it.", "augmentation"
     )
@@ -51,8 +51,8 @@ class FeatureArguments:
     )
     batch_size: int = option(64, "Number of images in a forward pass.", "run")
     rows_per_shard: int = option(
-        2048, "Number of rows in a file. An interrupted run repeats the files that it had not finished.", "run"
+        2048, "Number of rows in a file. An interrupted run computes unfinished files again.", "run"
     )
     use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.", "run")
     output_dir: str = option("outputs/features", "Folder to store the features in.", "run")
-    overwrite_output_dir: bool = option(False, "Delete the features that are in that folder.", "run")
+    overwrite_output_dir: bool = option(False, "Delete the features that are in the output folder.", "run")

@@ -1,4 +1,4 @@
-"""Computing the features of images with a vision encoder."""
+"""Computation of image features with a vision encoder."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class VisionEncoder:
 
     Raises:
         OSError: if the model cannot be loaded.
-        InputError: if the features of an image are not `[N, Dv]`. A model that does not read images raises other
-            errors, those of `UNUSABLE`.
+        InputError: if the features of an image are not `[N, Dv]`. A model that does not accept images raises one of the
+            errors in `UNUSABLE`.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class ImageFeatures:
         image_processor: its image processor.
         rows: undecoded images of each split, as [`undecoded_images`] returns them.
         image_column: the column that holds them.
-        image_folders: folder of each split in which paths of images must lie.
-        augmentation: random changes that turn an image into its further views.
+        image_folders: for each split, the folder that must contain all paths of images.
+        augmentation: random changes that create the additional views of an image.
         dtype: dtype of the stored features, "float16" or "float32".
         batch_size: maximum number of images in a forward pass.
         num_workers: number of processes that open images.
@@ -153,16 +153,17 @@ class ImageFeatures:
 class ImageViews(Dataset):
     """Prepared views of the images of a split, `[views, 3, H, W]` for each row.
 
-    View 0 is the whole image. An image that cannot be read comes as its entry in the record of skipped rows. An
-    `InputError` is returned instead of raised: raised in a worker, it would reach the user with the worker's traceback.
+    View 0 is the whole image. For an image that cannot be read, its entry in the record of skipped rows is returned. An
+    `InputError` is returned instead of raised, because an error raised in a worker shows the worker's traceback to the
+    user.
 
     Args:
         rows: undecoded images.
         image_column: the column that holds them.
-        image_folder: folder in which paths of images must lie.
+        image_folder: folder that must contain all paths of images.
         split: name of the split.
         views: number of views of each image.
-        augmentation: random changes that turn an image into its further views.
+        augmentation: random changes that create the additional views of an image.
         image_processor: the image processor.
         pixel_shape: shape `[3, H, W]` that all prepared images must have.
     """
@@ -196,7 +197,7 @@ class ImageViews(Dataset):
         crops = [random_view(image, row, view, self.augmentation) for view in range(1, self.views)]
         try:
             pixel_values = self.image_processor([image, *crops], return_tensors="pt")["pixel_values"]
-        except ValueError as error:  # an image that the processor cannot prepare, for instance because of its shape
+        except ValueError as error:  # an image that the processor cannot prepare, for example because of its shape
             return self._skipped(row, cell, error)
         if pixel_values.shape[1:] != self.pixel_shape:
             return InputError(
@@ -210,7 +211,7 @@ class ImageViews(Dataset):
 
 
 def random_view(image: Image.Image, row: int, view: int, augmentation: Augmentation) -> Image.Image:
-    """Return a random view of an image. It depends on the seed, the row and the view alone."""
+    """Return a random view of an image, which depends only on the seed, the row and the view."""
     seed = np.random.SeedSequence([augmentation.seed, row, view]).generate_state(1, np.uint64).item()
     return augmentation.augment_image(image, torch.Generator().manual_seed(seed))
 
@@ -219,9 +220,9 @@ class PreparedBatch(NamedTuple):
     """Prepared images of a batch of rows.
 
     Attributes:
-        pixel_values: `[rows x views, 3, H, W]` of the rows that can be read; `None` if no row can be.
+        pixel_values: `[rows x views, 3, H, W]` of the readable rows; `None` if no row is readable.
         skipped: entries of the other rows.
-        error: error that must end the run.
+        error: error that ends the run.
     """
 
     pixel_values: torch.Tensor | None
@@ -238,10 +239,10 @@ def collate_views(rows: list[torch.Tensor | SkippedRow | InputError]) -> Prepare
 
 
 def load_image_processor(name_or_path: str, revision: str | None) -> BaseImageProcessor:
-    """Load the image processor of a vision encoder. No code from the Hub is run.
+    """Load the image processor of a vision encoder. No code from the Hub is executed.
 
     Raises:
-        OSError: if it cannot be loaded.
+        OSError: if the image processor cannot be loaded.
     """
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)

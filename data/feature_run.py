@@ -37,7 +37,7 @@ from .vision_fingerprint import VisionFingerprint
 
 logger = get_logger(__name__)
 
-# Options that change the stored features or their layout, and with them the identity of a run.
+# Options that change the stored features or their layout. Runs that differ in one of them are different runs.
 IDENTIFYING_OPTIONS = (
     "rows_per_shard",
     "dtype",
@@ -82,14 +82,14 @@ def check_arguments(args: FeatureArguments) -> None:
 
 @dataclass(frozen=True)
 class FeatureRun:
-    """Everything that a command line resolves to.
+    """Options of a run, with the rows, the source of features and the layout that they resolve to.
 
     Args:
         args: the options.
         state: this process, and the other processes of the run.
         vision: fingerprint of the vision encoder.
         dataset: description of the data set for the index.
-        source: where the features come from: a vision encoder, or a column.
+        source: source of the features: a vision encoder, or a column of embeddings.
         layouts: layout of the shards of each split.
         image_keys: keys that identify the images of each split. Columns of embeddings have no keys.
     """
@@ -113,7 +113,7 @@ class FeatureRun:
         return sum(layout.rows for layout in self.layouts.values())
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that identify the run. A run with other settings may not continue it."""
+        """Return the settings that identify the run. A run with other settings cannot continue this one."""
         return {
             "vision_model": asdict(self.vision),
             "dataset": self.dataset,
@@ -124,7 +124,7 @@ class FeatureRun:
         }
 
     def missing_shards(self) -> list[tuple[str, int]]:
-        """Return the shards that are not complete, as pairs of split and number."""
+        """Return the incomplete shards, as pairs of split and shard number."""
         return [
             (split, shard)
             for split, layout in self.layouts.items()
@@ -134,7 +134,7 @@ class FeatureRun:
 
 
 def resolve(args: FeatureArguments) -> FeatureRun:
-    """Check the options, and load everything that they name: rows, vision encoder or column, and layout of the shards.
+    """Check the options, load the rows and the vision encoder or column, and plan the shards.
 
     Raises:
         InputError: if options contradict each other, or something that they name cannot be used.
@@ -155,7 +155,7 @@ def resolve(args: FeatureArguments) -> FeatureRun:
 def start_processes(args: FeatureArguments) -> PartialState:
     """Join the processes of a distributed run and choose the device."""
     disable_progress_bar()
-    use_cpu = args.use_cpu or not torch.accelerator.is_available()  # accelerate does not recognise a CPU by itself
+    use_cpu = args.use_cpu or not torch.accelerator.is_available()  # accelerate does not choose the CPU automatically
     return PartialState(cpu=use_cpu, timeout=timedelta(hours=2))  # a fast process waits for a slow one
 
 
@@ -202,7 +202,7 @@ def load_source(
     """Load the vision encoder, or check the column of embeddings.
 
     Raises:
-        InputError: if they cannot be used.
+        InputError: if the vision encoder or the column cannot be used.
         OSError: if the vision encoder cannot be loaded.
     """
     name, revision = args.vision_model_name_or_path, args.vision_model_revision
@@ -210,7 +210,7 @@ def load_source(
         if args.embeddings_column is not None:
             return EmbeddingsColumn(rows, args.embeddings_column, name, revision, args.dtype)
         encoder = VisionEncoder(name, revision, image_processor, device, args.compute_dtype)
-    except UNUSABLE as error:  # also for a model that does not read images
+    except UNUSABLE as error:  # for example a model that does not accept images
         raise InputError(one_line(error)) from error
     folders = {split: folder_of_images(args.dataset_name, rows[split], args.image_folder) for split in rows}
     augmentation = Augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob, seed=args.seed)
@@ -228,7 +228,7 @@ def load_source(
 
 
 def describe_dataset(args: FeatureArguments) -> dict[str, str | None]:
-    """Return what the index says about the data set."""
+    """Return the description of the data set for the index."""
     is_local = bool(find_files(args.dataset_name)) or os.path.exists(args.dataset_name)
     revision = None
     if not is_local:  # the builder's hash is the commit, also for data sets in the cache
@@ -269,7 +269,7 @@ def plan_shards(
 
 
 def claim_folder(run: FeatureRun) -> RunFolder | None:
-    """Claim the output folder for this run, in the main process; the others wait and get `None`.
+    """Claim the output folder for this run in the main process. Other processes wait and get `None`.
 
     Raises:
         InputError: if the folder holds another run, or the disk is too small.
@@ -321,7 +321,7 @@ def format_size(size: int) -> str:
 def write_shards(run: FeatureRun) -> None:
     """Compute this process's share of the missing shards, and write them."""
     missing = run.missing_shards()
-    run.state.wait_for_everyone()  # a fast process must not write a shard before a slow one has counted the missing
+    run.state.wait_for_everyone()  # no process may write a shard before all processes have listed the missing shards
     mine = missing[run.state.process_index :: run.state.num_processes]
     num_missing = sum(len(run.layouts[split].rows_of(shard)) for split, shard in missing)
     with tqdm(
@@ -348,14 +348,14 @@ def split_rows(rows: range, size: int) -> list[range]:
 
 
 def count_rows(batches: Iterable[FeatureBatch], progress_bar: tqdm, num_processes: int) -> Iterator[FeatureBatch]:
-    """Pass batches on, and advance the progress bar as if all processes were as fast as this one."""
+    """Yield the batches, and advance the progress bar as if all processes were as fast as this one."""
     for batch in batches:
         progress_bar.update(len(batch.features) * num_processes)
         yield batch
 
 
 def finish(run: FeatureRun, run_folder: RunFolder) -> None:
-    """Write the index, which turns the shards into a store."""
+    """Write the index, which completes the feature store."""
     for split, keys in run.image_keys.items():
         np.save(run.layouts[split].keys_path, keys)
     num_skipped = finish_store(run.folder, run.vision, run.dataset, run.layouts)

@@ -16,7 +16,7 @@ from .skipped_rows import SkippedRow
 
 
 class FeatureBatch(NamedTuple):
-    """Features of consecutive rows, as they are stored.
+    """Features of consecutive rows, in the format in which they are stored.
 
     Attributes:
         features: `[rows, views, N, Dv]`. Rows without features hold zeros.
@@ -36,10 +36,12 @@ class FeatureBatch(NamedTuple):
         shape: tuple[int, ...],
         dtype: str,
     ) -> "FeatureBatch":
-        """Put features in their rows, with zeros in between, and skip those that are not finite.
+        """Place the features of readable rows among all rows.
+
+        Skipped rows are zero, and features that are not finite are skipped.
 
         Args:
-            features: `[R, views, N, Dv]` of the rows that are not skipped; `None` if all are.
+            features: `[R, views, N, Dv]` of the rows that are not skipped; `None` if all rows are skipped.
             split: name of the split.
             rows: numbers of all rows of the batch.
             skipped: entries of the rows without features.
@@ -126,7 +128,10 @@ class SplitLayout:
         return self.folder / f"{shard:05d}.npy"
 
     def skipped_path(self, shard: int) -> Path:
-        """Return the file that lists the rows of a shard without features. It is missing if all rows have features."""
+        """Return the file that lists the rows of a shard without features.
+
+        The file does not exist if all rows have features.
+        """
         return self.folder / f"{shard:05d}.skipped.jsonl"
 
     @property
@@ -149,7 +154,7 @@ class SplitLayout:
         return array.offset
 
     def is_complete(self, shard: int) -> bool:
-        """Return whether the file of a shard exists and is whole."""
+        """Return whether the file of a shard exists and is complete."""
         try:
             self.data_offset(shard)
         except (OSError, ValueError):
@@ -157,7 +162,7 @@ class SplitLayout:
         return True
 
     def write(self, shard: int, batches: Iterable[FeatureBatch]) -> None:
-        """Write a shard as a whole or not at all.
+        """Write a shard atomically.
 
         A kill leaves a file with the suffix `.tmp`, see [`remove_unfinished`].
 
@@ -175,7 +180,7 @@ class SplitLayout:
                     file.write(np.ascontiguousarray(features).data)
                     skipped += entries
                 file.flush()
-                os.fsync(file.fileno())  # otherwise a power cut could leave a complete file of zeros
+                os.fsync(file.fileno())  # otherwise a power failure could leave a file of zeros
             self.skipped_path(shard).unlink(missing_ok=True)
             if skipped:
                 write_atomically(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
@@ -188,7 +193,7 @@ class SplitLayout:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the files that killed runs have left behind in a folder."""
+    """Delete the unfinished files of killed runs in a folder."""
     for path in folder.glob("*.tmp"):
         path.unlink()
 

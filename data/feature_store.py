@@ -50,8 +50,8 @@ class FeatureStore:
         folder: folder that `precompute_features.py` wrote.
 
     Attributes:
-        vision (`VisionFingerprint`): the vision encoder whose features these are.
-        dataset (`dict[str, str | None]`): the data set whose images these are, by the names of `DATASET_FIELDS`.
+        vision (`VisionFingerprint`): vision encoder that computed the features.
+        dataset (`dict[str, str | None]`): data set of the images, by the names of `DATASET_FIELDS`.
         layouts (`dict[str, SplitLayout]`): the layout of each split.
 
     Raises:
@@ -117,7 +117,7 @@ class FeatureStore:
         return self.vision.revision
 
     def check(self, name_or_path: str, revision: str | None, image_processor: BaseImageProcessor) -> None:
-        """Check that the features are those of a vision encoder.
+        """Check that the features were computed by a vision encoder and its image processor.
 
         Args:
             name_or_path: id on the Hub, or a folder.
@@ -125,7 +125,7 @@ class FeatureStore:
             image_processor: its image processor.
 
         Raises:
-            InputError: if they are features of other weights, or of images that were prepared in another way.
+            InputError: if other weights computed the features, or if the images were preprocessed in another way.
             OSError: if the model does not exist.
         """
         expected = VisionFingerprint.of(name_or_path, revision, image_processor)
@@ -155,7 +155,7 @@ class FeatureStore:
         return SplitFeatures(self.layouts[name], self._skip_reasons(name))
 
     def _skip_reasons(self, split: str) -> dict[int, str]:
-        """Return why rows of a split have no features. Unlike a run's record, this file must be whole."""
+        """Return why rows of a split have no features. Unlike a run's record, this file must be complete."""
         path = self.folder / SKIPPED_NAME
         try:
             entries = map(json.loads, path.read_text().splitlines())
@@ -171,11 +171,11 @@ class FeatureStore:
 def finish_store(
     folder: Path, vision: VisionFingerprint, dataset: dict[str, str | None], layouts: dict[str, SplitLayout]
 ) -> int:
-    """Write the files that turn a folder of complete shards into a store. The index is written last.
+    """Write the files that complete a store after all shards. The index is written last.
 
     Args:
         folder: the folder.
-        vision: the vision encoder whose features these are.
+        vision: vision encoder that computed the features.
         dataset: the data set, by the names of `DATASET_FIELDS`.
         layouts: the layout of each split.
 

@@ -1,4 +1,4 @@
-"""Reading precomputed features, row by row or in batches."""
+"""Reader of precomputed features, by row or in batches."""
 
 import os
 import weakref
@@ -13,22 +13,22 @@ from ..common.errors import InputError
 from .feature_shards import SplitLayout, damaged_file
 from .images import image_keys
 
-MAX_OPEN_FILES = 512  # of a split; most systems allow a process 1024 in all
+MAX_OPEN_FILES = 512  # per split; most systems allow a process 1024 in total
 MAX_FREE_BUFFERS = 4
 
 
 class SplitFeatures:
     """Precomputed features of the images of a split, in the order in which [`load_rows`] returns the rows.
 
-    It can be sent to other processes, and several threads can read from it. Its memory does not grow with the number of
-    rows that have been read. Only `present` has an entry for every row.
+    The object can be pickled, and several threads can read from it. Its memory does not grow with the number of rows
+    that have been read.
 
-    Rows are read with `pread` instead of a memory map. The pages of a map count as memory of the process until it ends.
-    Moreover, a failing disk would kill the process instead of raising an error.
+    Rows are read with `pread` instead of a memory map. Pages of a memory map count as memory of the process until it
+    ends. With a map, a failing disk would also kill the process instead of raising an error.
 
     Args:
-        layout: where the rows are.
-        reasons: why rows have no features, by row.
+        layout: layout of the shards.
+        reasons: for each row without features, the reason.
 
     Attributes:
         views (`int`): number of views of each image. View 0 is the whole image, the others are random crops.
@@ -48,7 +48,7 @@ class SplitFeatures:
         self.reasons = reasons
         self._files: dict[int, tuple[IO[bytes], int]] = {}
         self._buffers = BufferPool()
-        self._offsets = [self._data_offset(shard) for shard in layout.shards]  # first: shows whether all files exist
+        self._offsets = [self._data_offset(shard) for shard in layout.shards]  # first, to check that all files exist
         self.present = np.ones(layout.rows, dtype=bool)
         self.present[list(reasons)] = False
 
@@ -59,7 +59,7 @@ class SplitFeatures:
         return self.layout.rows
 
     def check_rows(self, images: datasets.Dataset, column: str) -> None:
-        """Check that the features belong to these rows. There may be features of further rows behind them.
+        """Check that the features belong to these rows. The store may have features of additional rows after them.
 
         Args:
             images: undecoded images, as [`undecoded_images`] returns them.
@@ -104,7 +104,7 @@ class SplitFeatures:
             views: number of the view of each row; by default 0, the whole image.
 
         Returns:
-            `[B, N, Dv]` in the dtype of the store. They are copied once, from the files into the batch.
+            `[B, N, Dv]` in the dtype of the store. The data is copied once, from the files into the batch.
 
         Raises:
             IndexError: if a row or view does not exist.
@@ -139,7 +139,7 @@ class SplitFeatures:
         opened = self._files.get(shard)
         if opened is None:
             if len(self._files) >= MAX_OPEN_FILES:
-                self._files.pop(next(iter(self._files)), None)  # closed once no thread reads from it any more
+                self._files.pop(next(iter(self._files)), None)  # closed when no thread reads from it any more
             opened = self.layout.path(shard).open("rb", buffering=0), self._offsets[shard]
             self._files[shard] = opened
         return opened
@@ -173,17 +173,16 @@ def read_features(refs: Sequence[FeatureRef]) -> torch.Tensor:
 
 
 class BufferPool:
-    """Pool of the memory of batches. A buffer is reused when the last tensor that points into it is gone.
+    """Pool of buffers for batches. A buffer is reused when the last tensor that uses it has been freed.
 
-    The operating system hands out fresh memory page by page and fills each page with zeros. For a large batch that
-    takes longer than reading it.
+    The operating system fills each page of new memory with zeros. For a large batch, that takes longer than reading it.
     """
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return an array with arbitrary content, in a free buffer if there is one."""
+        """Return an uninitialised array, in a free buffer if there is one."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         try:
             buffer = self._free.pop()

@@ -1,4 +1,4 @@
-"""Images of a data set: undecoded cells, the folder in which their paths lie, and how to open them safely."""
+"""Images of a data set: undecoded cells, the folder that contains their files, and safe opening."""
 
 import hashlib
 import os
@@ -20,21 +20,21 @@ from .row_files import find_files
 
 
 class ImageCell(TypedDict):
-    """Undecoded image: the bytes of a file, or the path of one."""
+    """Undecoded image: the bytes or the path of a file."""
 
     bytes: bytes | None
     path: str | None
 
 
 def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datasets.Dataset:
-    """Return a data set with the image column alone, undecoded.
+    """Return a data set with only the image column, undecoded.
 
     `datasets` decodes whole batches and fails on the first damaged image. Undecoded images are opened one by one, so
     that a damaged one can be skipped.
 
     Args:
         rows: the data set.
-        column: its column of images or paths.
+        column: name of its column of images or paths.
         option: the command-line option that chooses the column, for the error message.
 
     Raises:
@@ -62,8 +62,8 @@ def open_cell(cell: ImageCell | None, folder: Path | None = None) -> Image.Image
     """Open an undecoded image as upright RGB.
 
     Args:
-        cell: the image. Its bytes are used if it has any, else its path.
-        folder: folder in which the path must lie. By default it may lie anywhere.
+        cell: the image. Its bytes are used if present, otherwise its path.
+        folder: folder that must contain the path. By default any path is allowed.
 
     Raises:
         OSError: if the cell is empty or the image cannot be read. The message names the image.
@@ -80,22 +80,22 @@ def open_cell(cell: ImageCell | None, folder: Path | None = None) -> Image.Image
     if path.startswith("zip://") and archive and "::" not in archive:  # a stream of images in an archive
         path = f"{member}::{archive if folder is None else locate(archive, folder)}"
     elif folder is not None or not path.startswith("hf://"):
-        return open_image(Path(path) if folder is None else locate(path, folder))  # a `Path` is never read as a URL
+        return open_image(Path(path) if folder is None else locate(path, folder))  # a `Path` is never opened as a URL
     try:
         with fsspec.open(path) as file:
             content = file.read(MAX_BYTES)
-    except Exception as error:  # every kind of archive raises its own errors
+    except Exception as error:  # each archive format raises its own errors
         raise OSError(f"The image {path[:200]!r} cannot be read ({error}).") from error
     return open_image(content, os.path.basename(member))
 
 
 def folder_of_images(name: str, rows: Rows, image_folder: str | os.PathLike | None = None) -> Path | None:
-    """Return the folder in which the paths of an image column must lie.
+    """Return the folder that must contain the paths of an image column.
 
     Args:
         name: name of the data set, as given to [`load_rows`].
-        rows: rows of it, as [`load_rows`] returned them.
-        image_folder: the folder, if it is not the one that holds the files of rows.
+        rows: rows of the data set, as [`load_rows`] returned them.
+        image_folder: the folder, if it is not the folder of the files of rows.
 
     Returns:
         The folder, or `None` if `datasets` has resolved the paths itself (data sets on the Hub) or there are no paths
@@ -119,20 +119,20 @@ def folder_of_images(name: str, rows: Rows, image_folder: str | os.PathLike | No
 
 
 def locate(path: str, folder: Path) -> Path:
-    """Resolve a path from a row inside the folder of images. Rows may come from strangers.
+    """Resolve a path from a row inside the folder of images. Rows may come from untrusted sources.
 
     Raises:
-        OSError: for a URL, and for a path that leads out of the folder, also through a symbolic link.
+        OSError: for a URL, or for a path outside the folder, including through a symbolic link.
     """
     if "\0" in path or re.match(r"[a-z][a-z0-9+.-]*://|data:", path, re.IGNORECASE):
         raise OSError(f"{path[:200]!r} is not the path of a file: download the image first.")
     root = folder.resolve()
     try:
         resolved = (folder / path).resolve()
-    except (ValueError, RuntimeError) as error:  # a lone surrogate; symbolic links in a circle
+    except (ValueError, RuntimeError) as error:  # an unpaired surrogate, or circular symbolic links
         raise OSError(f"{path[:200]!r} is not a valid path ({error}).") from error
     allowed = [root]
-    if root.parent.name == "snapshots":  # files in the cache of the Hub are links to blobs
+    if root.parent.name == "snapshots":  # files in the Hub cache are links to blobs
         allowed.append(root.parent.parent / "blobs")
     if not any(map(resolved.is_relative_to, allowed)):
         raise OSError(
@@ -144,12 +144,12 @@ def locate(path: str, folder: Path) -> Path:
 def image_keys(images: datasets.Dataset, column: str) -> np.ndarray:
     """Return keys that identify the images of a data set: `[rows]` of uint64.
 
-    A key is a hash of the image's file name and of its size in the data set, if it is stored there. Keys stay the same
-    when a folder moves, and change when the rows change or change places.
+    A key is a hash of the image's file name and, if the data set stores the image, of its size. Keys stay the same when
+    a folder moves, and change when rows change or are reordered.
 
     Args:
         images: undecoded images, as [`undecoded_images`] returns them.
-        column: the column that holds them.
+        column: name of the column that holds them.
     """
     keys = []
     for batch in images.select_columns(column).with_format("arrow").iter(1000):

@@ -13,7 +13,7 @@ from ..common.errors import InputError
 from .columns import Rows, column_names
 from .row_files import check_table, dataset_loading_error, find_files, read_files, reason_of
 
-PEEK_ROWS = 10_000  # rows of a stream that are read to learn about all of them
+PEEK_ROWS = 10_000  # rows of a stream that are read to find its splits
 
 
 def load_rows(
@@ -35,10 +35,10 @@ def load_rows(
               COCO's annotations;
             - several such files: `shards/*.tar` or `train-{000..015}.tar`.
         config_name: name of one of the data set's configurations.
-        split_column: column that holds the name of each row's split, for data sets that keep all rows in one split.
+        split_column: column with the name of each row's split, for data sets that keep all rows in one split.
         split: load and download this split only.
         revision: branch, tag or commit of a data set on the Hub.
-        streaming: return streams, which read rows on demand and keep none. Their images are undecoded.
+        streaming: return streams, which read rows on demand and do not store them. Their images are undecoded.
 
     Returns:
         The rows of each split.
@@ -62,7 +62,7 @@ def load_rows(
         else:
             splits = load_from_hub_or_folder(name, config_name, split, revision, streaming)
         if streaming:
-            next(iter(undecoded(next(iter(splits.values())))))  # fail now if the first row cannot be read
+            next(iter(undecoded(next(iter(splits.values())))))  # raise an error now if the first row cannot be read
     except Exception as error:  # `datasets` raises a different class for each way of failing
         raise dataset_loading_error(name, files, error) from error
     if len(splits) == 1 and split_column in column_names(rows := next(iter(splits.values()))):
@@ -86,7 +86,7 @@ def load_from_hub_or_folder(
 
 
 def split_by_column(rows: Rows, column: str) -> dict[str, Rows]:
-    """Return the rows of each label in a column. The labels of a stream are those of its first rows."""
+    """Return the rows of each split, named by a column. For a stream, the splits are those of its first rows."""
     if isinstance(rows, datasets.Dataset):
         labels = rows[column]
         return {
@@ -110,7 +110,7 @@ def missing_split(name: str, split: str, existing: Any) -> InputError:
 
 
 def undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:
-    """Return a stream whose images are bytes or paths, so that a damaged one fails only where it is opened."""
+    """Return a stream with undecoded images, so that a damaged image raises an error only when it is opened."""
     return rows.decode(False) if rows.features else rows
 
 
@@ -121,7 +121,7 @@ def iterate_rows(rows: datasets.IterableDataset, name: str) -> Iterator[dict[str
 
     Args:
         rows: the stream.
-        name: begins the error message.
+        name: name of the data set, for the error message.
 
     Raises:
         InputError: if a file cannot be read.
@@ -129,5 +129,5 @@ def iterate_rows(rows: datasets.IterableDataset, name: str) -> Iterator[dict[str
     try:
         for batch in rows.iter(batch_size=1):
             yield {column: values[0] for column, values in batch.items()}
-    except Exception as error:  # every reader of files raises its own errors
+    except Exception as error:  # each file reader raises its own errors
         raise InputError(f"{name} cannot be read: {reason_of(error).rstrip('.')}.") from error

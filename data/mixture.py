@@ -11,11 +11,11 @@ from .dataset import CaptionDataset, CaptionRow
 
 
 class CaptionMixture(Dataset[CaptionRow]):
-    """Several data sets in one, mixed by weight.
+    """Data set that mixes several data sets by weight.
 
-    Every epoch contains rows of the data sets in proportion to the weights. Its length is chosen so that no row occurs
-    twice and one of the data sets is used up. Of the others an epoch shows a part, and the next epoch continues with
-    the rows behind it.
+    Every epoch contains rows of the data sets in proportion to the weights. Its length is the largest in which no row
+    occurs twice, so one of the data sets is used completely. Of the other data sets an epoch contains a part, and the
+    next epoch continues after that part.
 
     Args:
         parts: the data sets.
@@ -33,14 +33,14 @@ class CaptionMixture(Dataset[CaptionRow]):
     def __init__(self, parts: Sequence[CaptionDataset], weights: Sequence[float]):
         self.parts = parts
         length = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-        self.counts = [max(1, round(length * weight)) for weight in weights]  # rows of each part in an epoch
+        self.counts = [max(1, round(length * weight)) for weight in weights]  # rows of each data set in an epoch
         self.starts = list(itertools.accumulate(self.counts, initial=0))
         generator = torch.Generator().manual_seed(0)
         self.orders = [torch.randperm(len(part), generator=generator) for part in parts]
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers of a data loader see it change
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared with the workers of a data loader
 
     def set_epoch(self, epoch: int) -> None:
-        """Show the rows of epoch `epoch`."""
+        """Select the rows of an epoch."""
         self.epoch.fill_(epoch)
         for part in self.parts:
             part.set_epoch(epoch)

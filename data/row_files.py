@@ -1,4 +1,4 @@
-"""Files of rows (parquet, JSON, CSV, tar): find them, check them, read them, and explain why one cannot be read."""
+"""Files of rows (parquet, JSON, CSV, tar): finding, checking and reading them, and clear errors."""
 
 import glob
 import json
@@ -13,8 +13,8 @@ from ..common.errors import InputError, one_line
 from .coco_annotations import read_coco_annotations
 from .columns import Rows
 
-# The builder of `datasets` that reads each kind of file, and its options. In CSV files only text is expected: "NA" may
-# be a caption.
+# The builder of `datasets` that reads each kind of file, and its options. Cells of CSV files are read as text, because
+# "NA" may be a caption.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".json": ("json", {}),
@@ -29,13 +29,13 @@ MAX_REASON_CHARACTERS = 300  # of an error of a reader, within a message
 
 
 def find_files(name: str) -> list[str]:
-    """Return the files that a name stands for, in order.
+    """Return the files that a name or pattern matches, in order.
 
     Args:
         name: a file, a URL, a pattern with wildcards (`shards/*.tar`), or numbers in braces (`train-{000..015}.tar`).
 
     Returns:
-        The files. The list is empty if the name is a folder, or a data set on the Hub.
+        The files. The list is empty for a folder or a data set on the Hub.
 
     Raises:
         InputError: if a file does not exist.
@@ -73,15 +73,15 @@ def read_files(files: list[str], streaming: bool) -> dict[str, Rows]:
     if kinds == {".json"} and len(files) == 1 and (rows := read_coco_annotations(files[0])) is not None:
         return {"train": rows.to_iterable_dataset() if streaming else rows}
     builder, options = READERS[kinds.pop()]
-    escaped = list(map(glob.escape, files))  # `datasets` takes file names for patterns
+    escaped = list(map(glob.escape, files))  # `datasets` interprets file names as patterns
     return dict(datasets.load_dataset(builder, data_files={"train": escaped}, streaming=streaming, **options))
 
 
 def check_table(file: str | os.PathLike) -> None:
-    """Refuse a file that would keep the readers busy for hours or exhaust their stack.
+    """Refuse a file that would take hours to read or exhaust the stack.
 
     Args:
-        file: a file of rows. URLs and other kinds than JSON and CSV are not checked.
+        file: a file of rows. Only local JSON and CSV files are checked.
 
     Raises:
         InputError: for a table of thousands of columns, or JSON with thousands of nested brackets.
@@ -108,7 +108,7 @@ def has_shallow_nesting(file: IO[bytes]) -> bool:
     depth = 0
     while block := file.read(2**14):
         opening = block.count(b"[") + block.count(b"{")
-        if depth + opening > MAX_NESTING:  # only if no bracket closes in between and none is inside a string
+        if depth + opening > MAX_NESTING:  # estimate that ignores strings and closing brackets of the block
             break
         depth += opening - block.count(b"]") - block.count(b"}")
     else:
@@ -124,11 +124,11 @@ def has_shallow_nesting(file: IO[bytes]) -> bool:
 
 
 def dataset_loading_error(name: str, files: list[str], error: Exception) -> InputError:
-    """Return the error that says why a data set could not be loaded, with the line of a JSON file that is to blame.
+    """Return the error for a data set that could not be loaded, with the invalid line of a JSON file.
 
     Args:
         name: name of the data set.
-        files: the files that the name stands for, if any.
+        files: the files that the name matches, if any.
         error: the error that `datasets` raised.
     """
     if isinstance(error, InputError):
@@ -149,7 +149,7 @@ def reason_of(error: Exception) -> str:
     """Return why a reader failed, as one line.
 
     Args:
-        error: the error that `datasets` raised. The error of the reader below it is its cause.
+        error: the error that `datasets` raised. Its cause is the error of the file reader.
     """
     cause = error.__cause__ or error
     first_line = (str(cause).splitlines() or [""])[0]
@@ -160,7 +160,7 @@ def reason_of(error: Exception) -> str:
 
 
 def find_invalid_json(file: str) -> str | None:
-    """Say where a file is not valid JSON and not valid JSON lines either; `None` if it is one of them."""
+    """Return the position of the first invalid JSON in a file, or `None` if the file is valid JSON or JSON lines."""
     try:
         text = Path(file).read_text(encoding="utf-8")
         try:
@@ -173,6 +173,6 @@ def find_invalid_json(file: str) -> str | None:
                     json.loads(line or "0")
                 except json.JSONDecodeError as line_error:
                     return f"line {number} of {os.path.basename(file)} is not valid JSON ({line_error.msg})"
-    except (OSError, RecursionError, ValueError) as error:  # not UTF-8; numbers of thousands of digits
+    except (OSError, RecursionError, ValueError) as error:  # not UTF-8, or numbers of thousands of digits
         return one_line(error, MAX_REASON_CHARACTERS)
     return None

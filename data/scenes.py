@@ -6,10 +6,10 @@ statement against the scene. Captions are never compared with reference strings:
 its statements are true.
 
 The validation split tests generalisation. Six pairs of a colour and a shape (`HELD_OUT`) never occur in training, and
-every object of every validation picture is one of them. A model that describes these pictures has learned colour,
-shape, size and position as separate concepts.
+every object of every validation picture is one of them. A model that describes these pictures correctly has learned
+colour, shape, size and position as separate concepts.
 
-The sections of this file: objects and scenes, drawing, captions, judging, the data set.
+The sections of this file are objects and scenes, drawing, captions, judging, and the data set.
 """
 
 import io
@@ -40,7 +40,7 @@ COLOURS = {
     "turquoise": (50, 196, 200),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-SIZES = {"small": 0.09, "large": 0.135}  # half the width of an object; all lengths are shares of the picture's side
+SIZES = {"small": 0.09, "large": 0.135}  # half the width of an object; all lengths are fractions of the picture's side
 
 # Pairs for validation: red circle, orange square, yellow triangle, green star, blue heart and purple cross.
 HELD_OUT = tuple(zip(COLOURS, SHAPES, strict=False))
@@ -48,7 +48,7 @@ SEEN = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colou
 
 OBJECTS_PER_PICTURE = {1: 0.35, 2: 0.5, 3: 0.15}
 CELLS = 3  # rows and columns of an invisible grid; an object lies inside one cell
-GAP = 0.01  # smallest space between neighbours, which the margins of the cells guarantee
+GAP = 0.01  # smallest gap between neighbours, which the margins of the cells guarantee
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ MIDDLE = Thing("", "", "small", 0.5, 0.5)  # middle of the picture, from which "
 
 @dataclass(frozen=True)
 class Scene:
-    """Ground truth of a picture. No two objects have the same colour and shape, so that a name identifies an object.
+    """Ground truth of a picture. No two objects have the same colour and shape, so colour and shape identify an object.
 
     Example:
 
@@ -146,7 +146,7 @@ def make_scene(rng: random.Random, pairs: Iterable[tuple[str, str]]) -> Scene:
 
 
 def _ring(count: int, *radii: float) -> list[tuple[float, float]]:
-    """Return `count` corners around the origin, the first one on top, with the radii in turn."""
+    """Return `count` corners around the origin, starting at the top, whose radii alternate between the given ones."""
     angles = [2 * math.pi * i / count for i in range(count)]
     return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
 
@@ -159,7 +159,7 @@ def _heart(count: int = 40) -> list[tuple[float, float]]:
 
 
 _QUARTER_TURNS = ((1, 0), (0, 1), (-1, 0), (0, -1))
-_ARM = ((-0.34, -0.95), (0.34, -0.95), (0.34, -0.34))  # the end of one arm of the cross, and the notch behind it
+_ARM = ((-0.34, -0.95), (0.34, -0.95), (0.34, -0.34))  # the end of one arm of the cross, and the notch after it
 # Outlines in a box from -1 to 1. Their sizes differ a little, so that all shapes appear equally large.
 _OUTLINES = {
     "circle": _ring(48, 0.92),
@@ -169,7 +169,7 @@ _OUTLINES = {
     "heart": _heart(),
     "cross": [(u * cos - v * sin, u * sin + v * cos) for cos, sin in _QUARTER_TURNS for u, v in _ARM],
 }
-_OVERSAMPLING = 4  # PIL draws hard edges: draw a larger picture, then average
+_OVERSAMPLING = 4  # PIL draws hard edges, so draw a larger picture and average it
 
 
 def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
@@ -203,7 +203,7 @@ def draw(scene: Scene, rng: random.Random, image_size: int) -> PILImage.Image:
 
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
-# The same phrases and sentence frames serve to write captions and to read them. The slots of a frame are:
+# The same phrases and sentence frames are used to write captions and to parse them. The slots of a frame are:
 #
 #   {a} {b} {c}   Objects, such as "a small red star".
 #   {the_a}       An object that has been named, such as "the red star".
@@ -271,7 +271,7 @@ def write_scene_caption(scene: Scene, rng: random.Random) -> str:
     """
     # People describe pictures from left to right, whether they talk about left and right or about top and bottom.
     things = dict(zip("abc", sorted(scene.things, key=lambda thing: thing.x), strict=False))
-    while True:  # a frame does not fit every scene: then draw another one
+    while True:  # the frame does not fit the scene, so draw another frame
         relations = rng.choice([("left", "right"), ("above", "below")])
         frame = rng.choice(_FRAMES[len(things)])
         texts = {"open": rng.choice(_OPENERS), **_name_things(things, rng)}
@@ -292,7 +292,7 @@ def _name_things(things: dict[str, Thing], rng: random.Random) -> dict[str, str]
 
 
 def _phrase_relations(frame: str, things: dict[str, Thing], relations: tuple[str, str]) -> dict[str, str]:
-    """Return the texts of the slots that state relations, as far as one of the two relations holds."""
+    """Return the texts of the slots that state relations. A slot is left out if neither of its two relations holds."""
     places = things | {"m": MIDDLE}
     texts = {}
     for slot in _SLOT.findall(frame):
@@ -321,7 +321,7 @@ class Fact:
     Args:
         kind: "object", "size" or "relation"; "form" for a caption outside the grammar.
         text: the statement.
-        right: whether it is true.
+        right: whether the statement is true.
     """
 
     kind: str
@@ -335,7 +335,7 @@ class Verdict:
 
     Args:
         facts: the statements.
-        complete: whether they name every object of the scene.
+        complete: whether the statements name every object of the scene.
     """
 
     facts: tuple[Fact, ...]
@@ -353,7 +353,7 @@ class Verdict:
 
 
 def _reader(frame: str) -> re.Pattern[str]:
-    """Return a frame as a regular expression, with a named group for every statement."""
+    """Return a sentence frame as a regular expression, with a named group for every statement."""
 
     def pattern(match: re.Match[str]) -> str:
         slot = match[1]
@@ -468,10 +468,11 @@ def score_facts(captions: Iterable[str], scenes: Iterable[Scene]) -> dict[str, f
 
 
 def load_scenes(num_train: int, num_validation: int, image_size: int = 48, seed: int = 0) -> DatasetDict:
-    """Draw the data set. Its split "train" has seen pairs only, and its split "validation" held-out pairs only.
+    """Draw the data set.
 
-    Each picture has its own random generator. A larger data set therefore begins with the smaller one, on every
-    machine.
+    The split "validation" contains only held-out pairs of colour and shape, "train" only the others.
+
+    Each picture has its own random generator, so a larger data set begins with the pictures of a smaller one.
 
     Args:
         num_train: number of pictures in "train".

@@ -1,4 +1,4 @@
-"""Record of the rows that cannot be used, in memory and in a JSON-lines file."""
+"""Record of rows that cannot be used, in memory and in a JSON-lines file."""
 
 import json
 import os
@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 class SkippedRow(TypedDict):
     """Entry of the record.
 
-    A row of a stream has no number. Its `row` is `None`, and `place` is its position in the order of the first pass.
+    A row of a stream has no index. Its `row` is `None`, and `place` is its position in the first pass.
     """
 
     split: str
@@ -27,11 +27,11 @@ class SkippedRow(TypedDict):
 class SkippedRows:
     """Record of the rows that cannot be used, with the reasons.
 
-    Entries stay in memory until the run owns its output folder and calls [`~SkippedRows.write_to`]. The workers of a
-    data loader then append to the same file. A row may therefore occur several times in the file, but counts once.
+    Entries stay in memory until the run has claimed its output folder and calls [`~SkippedRows.write_to`]. The workers
+    of a data loader then append to the same file. A row may therefore occur several times in the file, but counts once.
 
     Attributes:
-        pending: the entries that are not yet in a file.
+        pending: entries that are not yet in a file.
 
     Example:
 
@@ -46,7 +46,7 @@ class SkippedRows:
     def __init__(self) -> None:
         self.path: Path | None = None
         self.pending: list[SkippedRow] = []
-        self._known: set[str] = set()  # lines that this process has added
+        self._known: set[str] = set()  # entries that this process has added
 
     def add(self, split: str, row: int | None, file: str | None, reason: str, place: int | None = None) -> None:
         """Record a row, unless this process has recorded it before.
@@ -56,7 +56,7 @@ class SkippedRows:
             row: number of the row; `None` for a row of a stream.
             file: path of its image, if it has one.
             reason: why it cannot be used.
-            place: position of a row of a stream in its first pass.
+            place: position in the first pass, for a row of a stream.
         """
         entry: SkippedRow = {"split": split, "row": row, "file": file, "reason": reason}
         if place is not None:
@@ -72,7 +72,7 @@ class SkippedRows:
             self._append(line)
 
     def write_to(self, path: str | os.PathLike) -> None:
-        """Append the pending entries, and from now on every new one, to a file.
+        """Append the pending entries and all later entries to a file.
 
         The file may exist from an interrupted run. If its last line was cut off, the entries start on a new line.
         """

@@ -15,15 +15,15 @@ TRAIN_SCENES, EVAL_SCENES = 10_000, 200
 
 
 def default_eval_split(splits: Iterable[str], prefer_test: bool = False) -> str | None:
-    """Return the split to evaluate on if none is chosen: the first that exists.
+    """Return the default split to evaluate on, the first of the usual names that exists.
 
     Args:
         splits: names of the existing splits.
-        prefer_test: whether "test" comes before "validation", "val" and "dev". It does for a final evaluation. During
-            training it comes last, because the scores choose the best checkpoint.
+        prefer_test: whether "test" comes before "validation", "val" and "dev". For a final evaluation it comes first.
+            In training it comes last, because the scores select the best checkpoint.
 
     Returns:
-        The name of the split, or `None` if the data set has none of them.
+        The name of the split, or `None` if the data set does not have one of these splits.
 
     Example:
 
@@ -58,11 +58,12 @@ def load_splits(
         train_split: name of the split to train on.
         eval_split: name of the split to evaluate on; by default that of [`default_eval_split`].
         split_column: column that holds the name of each row's split, for data sets that keep all rows in one split.
-        max_train_samples: number of rows to train on, the first ones, or of scenes to draw. A stream is not cut.
-        max_eval_samples: number of rows to evaluate on, the first ones, or of scenes to draw.
+        max_train_samples: largest number of rows to train on, taken from the beginning, or number of scenes to draw. A
+            stream is not cut.
+        max_eval_samples: largest number of rows to evaluate on, taken from the beginning, or number of scenes to draw.
         seed: random seed of the scenes.
         revision: branch, tag or commit of a data set on the Hub.
-        streaming: return the rows to train on as a stream. The rows to evaluate on are read into memory, 500 by
+        streaming: return the rows to train on as a stream. The rows to evaluate on are read into memory, at most 500 by
             default.
         evaluate: whether to load rows to evaluate on.
 
@@ -97,7 +98,7 @@ def load_eval_split(
     revision: str | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset:
-    """Load the rows to evaluate on from a data set that is not trained on.
+    """Load the rows to evaluate on from a separate data set.
 
     Args:
         eval_split: name of the split. By default it is the only one, or that of [`default_eval_split`].
@@ -119,7 +120,10 @@ def load_eval_split(
 
 
 def in_memory(rows: Rows, name: str, max_samples: int | None) -> datasets.Dataset:
-    """Return the first `max_samples` rows as a map-style data set. A stream is read, at most 500 rows by default."""
+    """Return the first `max_samples` rows as a map-style data set.
+
+    A stream is read into memory, at most 500 rows by default.
+    """
     if isinstance(rows, datasets.Dataset):
         return first_rows(rows, max_samples)
     content = list(iterate_rows(rows.take(max_samples or STREAMED_EVAL_SAMPLES), name))

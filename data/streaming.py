@@ -1,4 +1,4 @@
-"""Stream of images with captions: rows are read while training goes on, and never all at once."""
+"""Stream of images with captions, whose rows are read during training."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,26 +18,26 @@ from .skipped_rows import SkippedRows
 
 
 class CaptionStream(IterableDataset[CaptionRow]):
-    """Endless stream of the rows that a [`CaptionDataset`] would hold, mixed from one or several sources.
+    """Endless stream of images with captions, mixed from one or several sources.
 
-    After its last row a source starts again, in another order. The stream has no end because the processes of a run
-    would reach it at different times. The length of a run is therefore a number of steps.
+    After its last row, a source starts again in another order. The stream has no end, because the processes of a run
+    would reach an end at different times. The length of a run is therefore a number of steps.
 
-    In each pass over a source every row is shown by one reader. A reader is one data-loading worker of one process. If
-    a source has at least as many files as there are readers, each reads its own files. Otherwise all readers read all
+    In each pass over a source, every row is read by one reader. A reader is one data loader worker of one process. If a
+    source has at least as many files as there are readers, each reads its own files. Otherwise all readers read all
     files, and each opens its share of the images.
 
-    The order depends on the seed alone, so an interrupted run resumes with the same rows.
+    The order depends only on the seed, so an interrupted run resumes with the same rows.
 
     Args:
         sources: the data sets. Their rows are `datasets.IterableDataset` with undecoded images.
         skipped: record of the rows that cannot be used, filled in the first pass. The rows of a stream have no numbers.
         augmentation: random changes to the rows, and the random seed of their order.
-        weights: weight of each source. At any time, the share of the rows that a source has given is as close to its
-            weight as possible. By default all weights are equal.
-        shuffle_buffer: number of rows among which rows are shuffled. Files are shuffled, too. 0 keeps the order.
-        max_rows: number of rows of each source to use, the first ones; by default all.
-        process_index: number of this process.
+        weights: weight of each source. At any time, the share of rows from a source is as close to its weight as
+            possible. By default all weights are equal.
+        shuffle_buffer: size of the buffer in which rows are shuffled. Files are shuffled as well. 0 keeps the order.
+        max_rows: largest number of rows of each source, taken from its beginning; by default all.
+        process_index: index of this process.
         num_processes: number of processes of the run.
 
     Raises:
@@ -71,7 +71,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
         self.num_processes = num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Do nothing: a stream counts its passes itself."""
+        """Do nothing, because a stream counts its passes itself."""
 
     def __iter__(self) -> Iterator[CaptionRow]:
         worker = get_worker_info()
@@ -91,7 +91,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
         for epoch in itertools.count():
             last_error, readable = None, False
             for count, row in enumerate(self._one_pass(source, epoch, reader, num_readers)):
-                # Different for all rows of a pass: it seeds the augmentation.
+                # The place is different for all rows of a pass, and seeds the augmentation.
                 place = (count * num_readers + reader) * len(self.sources) + number
                 try:
                     prepared = self._prepare(source, row, epoch, place)
@@ -108,7 +108,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
                 raise no_usable_row(source.name, last_error, num_readers)
 
     def _one_pass(self, source: CaptionSource, epoch: int, reader: int, num_readers: int) -> Iterator[dict[str, Any]]:
-        """Yield one reader's rows of one pass over a source, as they are stored."""
+        """Yield one reader's rows of one pass over a source, without opening images."""
         rows = source.rows
         if self.max_rows is not None:
             rows = rows.take(self.max_rows)
@@ -146,7 +146,7 @@ def no_usable_row(name: str, last_error: Exception | None, num_readers: int) -> 
 
     Args:
         name: name of the source.
-        last_error: why the last row could not be used; `None` if the reader got no row at all.
+        last_error: why the last row could not be used; `None` if the reader did not get a row.
         num_readers: number of readers that share the rows.
     """
     if last_error is not None:

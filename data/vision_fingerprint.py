@@ -1,4 +1,4 @@
-"""Fingerprint of a vision encoder, which says whether precomputed features are those that it would compute."""
+"""Fingerprint of a vision encoder, to check that it computed the features of a store."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from ..backbones_qformer import commit_of
 
 @dataclass(frozen=True)
 class VisionFingerprint:
-    """Everything that the features of an image depend on: the vision encoder's weights, and its image processor.
+    """Identity of the weights and the image processor that the features of an image depend on.
 
     Weights from the Hub are identified by name and commit. Weights in a folder are identified by their content, because
-    a folder may move, and training may change it.
+    a folder may move and its weights may change.
 
     Args:
         name_or_path: id on the Hub, or absolute path of the folder.
@@ -53,7 +53,7 @@ class VisionFingerprint:
         return cls(str(name_or_path), commit_of(name_or_path, revision), weights_sha256, config)
 
     def has_same_weights(self, other: "VisionFingerprint") -> bool:
-        """Return whether two fingerprints are of the same weights, wherever the folders lie."""
+        """Return whether two fingerprints have the same weights. The paths of folders may differ."""
         if self.weights_sha256 is not None or other.weights_sha256 is not None:
             return self.weights_sha256 == other.weights_sha256
         return (self.name_or_path, self.revision) == (other.name_or_path, other.revision)

@@ -1,4 +1,4 @@
-"""Options of `eval_captions.py`, and the checks that they can all be used."""
+"""Options of `eval_captions.py`, and their checks."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -9,26 +9,26 @@ from ..metrics import DocumentFrequencies
 from .scoring import EXTRA_METRICS, check_extra_metrics
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Options that describe the columns of a data set. A benchmark knows its own.
+# Options that describe the columns of a data set. Benchmarks define their columns themselves.
 COLUMN_OPTIONS = ("dataset_config_name", "split", "image_column", "caption_column", "id_column")
 
 
 @dataclass
 class ScoringArguments:
-    """Options that say which captions are scored, and where the scores go."""
+    """Options for the captions to score and for the files of scores."""
 
     predictions: str | None = option(
         None, "Captions to score: COCO results JSON, or JSON lines with image_id and caption.", "scoring"
     )
     references: str | None = option(
-        None, "References to score by: COCO annotation JSON, or JSON lines with image_id and captions.", "scoring"
+        None, "References: COCO annotation JSON, or JSON lines with image_id and captions.", "scoring"
     )
     image_folder: str | None = option(
         None, "Folder of the images that the references name, for the report and CLIPScore.", "data"
     )
-    output: str | None = option(None, "JSON file for the scores and for what makes them reproducible.", "scoring")
+    output: str | None = option(None, "JSON file for the scores and for facts that make them reproducible.", "scoring")
     report: str | None = option(
-        None, "HTML file for a report: scores, best and worst captions, and a table to search.", "scoring"
+        None, "HTML file for a report: scores, best and worst captions, and a searchable table.", "scoring"
     )
     per_image: bool = option(False, "Also write the scores of each image to the JSON file.", "scoring")
     allow_missing: bool = option(False, "Score only the images that have a prediction.", "scoring")
@@ -39,7 +39,9 @@ class ScoringArguments:
         "scoring",
     )
     save_df: str | None = option(
-        None, "File (.json.gz) for the document frequencies of the references, to score other sets by.", "scoring"
+        None,
+        "File (.json.gz) for the document frequencies of the references, for use with --df.",
+        "scoring",
     )
     extra_metrics: list[str] | None = option(
         None,
@@ -53,11 +55,11 @@ class ScoringArguments:
 
 @dataclass
 class CaptioningArguments:
-    """Options that say which captioner captions which images, and how."""
+    """Options for the captioner, its images and its decoding."""
 
     model: str | None = option(None, "Captioner whose captions are scored (Hub id or folder).", "model")
     revision: str | None = option(None, "Branch, tag or commit of the captioner.", "model")
-    dtype: str = option("auto", "Dtype of the captioner's weights; auto keeps the one they were saved in.", "model")
+    dtype: str = option("auto", "Dtype of the captioner's weights; auto keeps the saved dtype.", "model")
     benchmark: str | None = option(None, "Standard benchmark to caption, such as coco_karpathy_test.", "data")
     dataset_name: str | None = option(
         None, "Your own data (Hub id, folder or file), or with --benchmark a copy of the benchmark.", "data"
@@ -74,7 +76,7 @@ class CaptioningArguments:
         None, "Column of image ids. Rows with the same id, by default the same file, describe one image.", "data"
     )
     max_samples: int | None = option(
-        None, "Number of images to caption. The scores of a part are not those of the benchmark.", "data"
+        None, "Largest number of images to caption. Scores of fewer images are not scores of the benchmark.", "data"
     )
     prompt: str | None = option(
         None, "Text that captions continue. The default is that of the benchmark or of the captioner.", "generation"
@@ -101,11 +103,11 @@ class CaptioningArguments:
     num_workers: int = option(0, "Number of processes that open images in advance.", "run")
     use_cpu: bool = option(False, "Run on the CPU even if there is a GPU.", "run")
     output_dir: str = option("outputs/eval", "Folder for captions, references, scores and report.", "run")
-    overwrite_output_dir: bool = option(False, "Delete what another run left in the output folder.", "run")
+    overwrite_output_dir: bool = option(False, "Delete the run that the output folder holds.", "run")
 
 
 def check_arguments(scoring: ScoringArguments, captioning: CaptioningArguments, changed: Collection[str]) -> None:
-    """Check that the options can be used and that none is ignored, before hours of captioning.
+    """Check that all options can be used and that no option would be ignored.
 
     Args:
         scoring: the options of scoring.
@@ -135,7 +137,7 @@ def check_arguments(scoring: ScoringArguments, captioning: CaptioningArguments, 
 
 def _check_what_to_score(scoring: ScoringArguments, captioning: CaptioningArguments) -> None:
     has_predictions, has_references = scoring.predictions is not None, scoring.references is not None
-    has_files = captioning.model is None  # a captioner makes predictions and references itself
+    has_files = captioning.model is None  # captioning writes the files of predictions and references itself
     if has_predictions != has_files or has_references != has_files:
         raise InputError(
             "Say what to score: --predictions with --references, or --model with --benchmark or --dataset_name."

@@ -1,4 +1,4 @@
-"""Standard caption benchmarks: where their images and references are, and how papers caption them."""
+"""Standard caption benchmarks: their images, references and captioning protocol."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from .caption_files import ImageId, ReferenceSet
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set on the Hub, its columns, and the protocol by which papers report it.
+    """Caption benchmark: a data set on the Hub, its columns, and the protocol that papers use.
 
     Args:
         dataset_name: the data set on the Hub.
@@ -32,11 +32,11 @@ class Benchmark:
         images: number of images in the split.
         captions: number of references in the split.
         row_per_caption: whether an image has one row for each of its captions.
-        split_column: column that names the split of each row, if one split of the data set holds the rows of all.
-        domains: URL of COCO annotation JSON that names the domain of each image, if the data set does not.
+        split_column: column that names the split of each row, if the data set keeps all rows in one split.
+        domains: URL of COCO annotation JSON with the domain of each image, if the data set lacks it.
         domain_id_column: column of the image ids in that file.
-        prompt: text that captions continue. A benchmark without a protocol of its own has BLIP-2's (arXiv 2301.12597).
-        generation: arguments of `generate`. The default is BLIP-2's.
+        prompt: text that captions continue. By default, prompt and decoding are those of BLIP-2 (arXiv 2301.12597).
+        generation: arguments of `generate`.
         hidden_references: whether only the server of the benchmark has the references.
     """
 
@@ -106,12 +106,12 @@ BENCHMARKS = {
 
 @dataclass
 class EvaluationSet:
-    """Images to caption, by their ids, with their references.
+    """Images to caption, by id, with their references.
 
     Args:
         references: the references of the images.
         rows: a data set of one column, which holds undecoded images.
-        row_of: for each image, the index of its row. The order is that of captioning.
+        row_of: for each image, the index of its row. Images are captioned in this order.
         image_folder: folder that must contain all paths of images; `None` allows any path.
     """
 
@@ -146,7 +146,7 @@ class EvaluationSet:
         )
 
     def fingerprints(self) -> dict[ImageId, str]:
-        """Return a text for each image that changes if another image takes its place.
+        """Return a text for each image that changes if the image is replaced.
 
         It holds a hash of the image's name and size in the data set, and the size and time of its file.
         """
@@ -159,7 +159,7 @@ class EvaluationSet:
         }
 
     def _file_stamp(self, cell: dict | None) -> str:
-        """Return size and time of an image's file, or nothing if the data set holds the image or there is no file."""
+        """Return size and modification time of an image's file, or an empty string if there is no file."""
         if cell is None or cell["bytes"] is not None or not cell["path"]:
             return ""
         try:
@@ -182,7 +182,7 @@ def get_benchmark(name: str) -> Benchmark:
         name: a key of `BENCHMARKS`.
 
     Raises:
-        InputError: if there is no benchmark of this name.
+        InputError: if the benchmark does not exist.
     """
     if name not in BENCHMARKS:
         raise InputError(f"Unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
@@ -197,7 +197,7 @@ def load_benchmark(
     Args:
         name: a key of `BENCHMARKS`.
         dataset_name: a copy of the data set with the same columns (Hub id or folder), to use instead of the original.
-        image_folder: folder of the images that the rows name, if it is not the folder of the copy.
+        image_folder: folder of the images that the rows name, if it differs from the folder of the copy.
 
     Raises:
         InputError: for an unknown benchmark, a data set that cannot be loaded, or a wrong number of images or captions.
@@ -252,7 +252,7 @@ def read_domains(url: str) -> dict[str, str]:
     except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"The domains of the images cannot be read from {url!r} ({one_line(error, 200)}). Check the network, or "
-            "score the captions with --predictions and --references once you have that file."
+            "score the captions with --predictions and --references."
         ) from error
 
 
@@ -323,7 +323,7 @@ def _ids_in_column(rows: datasets.Dataset, column: str) -> list[ImageId]:
 
 
 def _ids_by_file(cells: list[dict | None]) -> list[ImageId]:
-    """Return for each row the index of the first row that names the same file."""
+    """Return, for each row, the index of the first row that names the same file."""
     first_row: dict[str, int] = {}
     ids: list[ImageId] = []
     for row, cell in enumerate(cells):

@@ -1,4 +1,4 @@
-"""Files of captions: references and predictions as COCO's JSON or as JSON lines, checked before anything is scored."""
+"""Files of references and predictions, as COCO's JSON or as JSON lines, checked before scoring."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ REMEDY = "give COCO's JSON, or JSON lines"
 
 @dataclass
 class ReferenceSet:
-    """Images in order, with what people wrote about them.
+    """Reference captions of images, in order.
 
     Args:
         captions: the reference captions of each image.
-        files: the file name of each image, where it is known.
-        domains: the domain of each image, where the benchmark has domains (NoCaps).
+        files: the file name of each image, if known.
+        domains: the domain of each image, for benchmarks with domains (NoCaps).
     """
 
     captions: dict[ImageId, list[str]]
@@ -63,7 +63,7 @@ class ReferenceSet:
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, which shows whether two scores have the same references."""
+    """Return the SHA-256 of a file, to check whether two scores have the same references."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -81,8 +81,8 @@ def read_references(path: str | os.PathLike) -> ReferenceSet:
             `caption`.
 
     Raises:
-        InputError: for a file that does not exist, is not valid JSON or lacks something. The message names the first
-            entry that cannot be used and counts all of them.
+        InputError: for a file that does not exist, is not valid JSON or lacks a field. The message names the first
+            invalid entry and counts all of them.
 
     Example:
 
@@ -121,7 +121,7 @@ def read_references(path: str | os.PathLike) -> ReferenceSet:
 
 
 def _row_references(rows: list, path: str | os.PathLike) -> ReferenceSet:
-    """Return the references in rows of an image id and captions."""
+    """Return the references in rows with an image id and captions."""
     row_of = _rows_by_id(rows, path)
     captions: dict[ImageId, list[str]] = {}
     for image, row in row_of.items():
@@ -170,8 +170,8 @@ def read_predictions(path: str | os.PathLike) -> dict[ImageId, str]:
         path: COCO results JSON, or lines of JSON objects, with an image id and `caption`.
 
     Raises:
-        InputError: for a file that does not exist, is not valid JSON or lacks something, and for an id that occurs
-            twice. The message names the first entry that cannot be used and counts all of them.
+        InputError: for a file that does not exist, is not valid JSON or lacks a field, and for an id that occurs twice.
+            The message names the first invalid entry and counts all of them.
     """
     content = _read_json(path)
     if not isinstance(content, list) or not content:
@@ -263,9 +263,9 @@ def _read_json(path: str | os.PathLike) -> dict | list:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         return _parse_json_lines(text, path, error)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many nested brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of nested brackets
         raise InputError(f"{str(path)!r} is not a file of captions ({error}).") from error
-    # JSON lines with one line are an object, too.
+    # A JSON-lines file with one line is also a JSON object.
     return [content] if isinstance(content, dict) and "annotations" not in content else content
 
 
@@ -275,7 +275,8 @@ def _parse_json_lines(text: str, path: Path, error_of_whole: json.JSONDecodeErro
     Args:
         text: the content of the file.
         path: the file, for messages.
-        error_of_whole: why the text is not one JSON value. It explains more than the error of the first line.
+        error_of_whole: error of parsing the text as one JSON value, which explains more than the error of the first
+            line.
     """
     rows: list[Any] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -300,13 +301,13 @@ def _rows_by_id(
     keys: Sequence[str] = ID_KEYS,
     example: str = '{"image_id": 1, "caption": "a dog"}',
 ) -> dict[ImageId, dict]:
-    """Return the rows by their image ids, which are checked.
+    """Return the rows by image id, and check the ids.
 
     Args:
         rows: objects that have an image id.
         path: the file, for messages.
-        keys: keys that may hold the id; the first one that a row has counts.
-        example: a row as it should be, for messages.
+        keys: keys that may hold the id; the first key that a row has is used.
+        example: a valid row, for messages.
     """
     _refuse(
         path,

@@ -1,4 +1,4 @@
-"""The captioning part of `eval_captions.py`: what a run resolves from its options, and the captions of its images."""
+"""The captioning part of `eval_captions.py`: resolve the options of a run, and caption its images."""
 
 import hashlib
 import json
@@ -26,20 +26,20 @@ from .caption_files import ImageId
 from .inference import caption_images
 
 DEFAULT_GENERATION: dict[str, int | float] = {"num_beams": 5, "max_new_tokens": 30}
-# Options that do not change the captions. A run continues although they differ.
+# Options that do not change the captions. A run can continue with other values of them.
 UNRELATED_OPTIONS = ("output_dir", "overwrite_output_dir", "num_workers", "use_cpu")
 
 
 @dataclass(frozen=True)
 class CaptioningRun:
-    """Everything that a run resolved from its options before the first caption.
+    """Captioner, images and decoding of a run, resolved from its options.
 
     Args:
         args: the options.
         benchmark: the benchmark, or `None` for the user's own data.
         state: the processes of the run.
         model: the captioner, on the device of this process.
-        weights: versions of the captioner's weights, by folder or Hub id.
+        weights: version of the captioner's weights in each folder or Hub repository.
         split: the split of the data set.
         whole_split: all images of the split.
         images: the images to caption.
@@ -68,7 +68,7 @@ class CaptioningRun:
         return self.benchmark is None or not self.benchmark.hidden_references
 
     def facts(self) -> dict[str, Any]:
-        """Return what makes the captions reproducible, for the file of scores."""
+        """Return facts that make the captions reproducible, for the file of scores."""
         dataset_name = self.benchmark.dataset_name if self.benchmark is not None else None
         processor = self.model.processor
         return {
@@ -86,7 +86,7 @@ class CaptioningRun:
         }
 
     def note(self) -> str | None:
-        """Return a sentence for scores that are not those of all images, or None."""
+        """Return a note that only some images were scored, or `None`."""
         scored, total = len(self.images.row_of), len(self.whole_split.row_of)
         if scored == total:
             return None
@@ -99,11 +99,11 @@ class CaptioningRun:
 
 
 def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> CaptioningRun:
-    """Start the processes, load the captioner and the images, and settle prompt and decoding.
+    """Start the processes, load the captioner and the images, and choose prompt and decoding.
 
     Args:
         args: the options.
-        image_folder: folder of the images, if the data set names files in another folder than its own.
+        image_folder: folder of the images, if it is not the folder of the data set.
 
     Raises:
         InputError: if the captioner or the data cannot be loaded.
@@ -114,7 +114,7 @@ def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> C
         raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
     benchmark = None if args.benchmark is None else get_benchmark(args.benchmark)
     state = start_processes(args.use_cpu)
-    disable_progress_bar()  # of loading weights
+    disable_progress_bar()  # for loading weights
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_captioner(args.model, args.revision, dtype).to(state.device)
     split, whole_split = load_images(args, image_folder)
@@ -134,7 +134,7 @@ def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> C
 
 def start_processes(use_cpu: bool) -> PartialState:
     """Return the state of the processes, which wait for each other for up to two hours."""
-    # accelerate finds every kind of accelerator, but it must be told to use the CPU.
+    # accelerate finds every kind of accelerator, but does not choose the CPU automatically.
     cpu = use_cpu or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=timedelta(hours=2))
 
@@ -161,14 +161,14 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
 
 
 def resolve_prompt(args: CaptioningArguments, benchmark: Benchmark | None) -> str:
-    """Return the prompt of the command line, or else that of the benchmark."""
+    """Return the prompt of the command line, otherwise that of the benchmark."""
     if args.prompt is not None:
         return args.prompt
     return benchmark.prompt if benchmark is not None else ""
 
 
 def resolve_generation(args: CaptioningArguments, benchmark: Benchmark | None) -> dict[str, int | float]:
-    """Return the arguments of `generate`: those of the benchmark, unless the command line has others."""
+    """Return the arguments of `generate`: those of the benchmark, overridden by the command line."""
     generation = dict(benchmark.generation if benchmark is not None else DEFAULT_GENERATION)
     for name in ("num_beams", "max_new_tokens", "min_new_tokens", "length_penalty"):
         if (value := getattr(args, name)) is not None:
@@ -177,9 +177,7 @@ def resolve_generation(args: CaptioningArguments, benchmark: Benchmark | None) -
 
 
 def versions_of_weights(model: QFormerCaptioner, name: str, revision: str | None) -> dict[str, Any]:
-    """Return the version of each folder or repository from which weights were loaded.
-
-    These are the captioner or adapter itself, the captioner below an adapter, and backbones that are kept by reference.
+    """Return the versions of captioner or adapter, the base captioner of an adapter, and backbones kept by reference.
 
     Args:
         model: the captioner.
@@ -194,7 +192,7 @@ def versions_of_weights(model: QFormerCaptioner, name: str, revision: str | None
 
 
 def version_of(name: str, revision: str | None) -> str | list | None:
-    """Return the commit of a repository, or the sizes and times of the files of weights and configuration of a folder.
+    """Return the commit of a repository, or the sizes and times of the weight and configuration files of a folder.
 
     Args:
         name: folder or Hub id.
@@ -213,7 +211,7 @@ def version_of(name: str, revision: str | None) -> str | list | None:
 
 
 def caption_all(run: CaptioningRun) -> dict[ImageId, str]:
-    """Caption the images of a run in its output folder, and end the group of processes.
+    """Caption the images of a run, write the progress to its output folder, and end the process group.
 
     Args:
         run: the run.
@@ -237,15 +235,15 @@ def caption_all(run: CaptioningRun) -> dict[ImageId, str]:
         **run.generation,
     )
     run.state.wait_for_everyone()
-    run.state.destroy_process_group()  # from here on the main process works alone
+    run.state.destroy_process_group()  # from here on only the main process works
     return captions
 
 
 def run_settings(run: CaptioningRun) -> dict[str, Any]:
     """Return the settings that must be the same for a killed run to continue.
 
-    They include the versions of the weights and a hash of the references. After more training, or with other data of
-    the same name, finished captions are not valid any more.
+    They include the versions of the weights and a hash of the references. After further training, or with other data of
+    the same name, the existing captions are not valid.
     """
     settings = {name: value for name, value in asdict(run.args).items() if name not in UNRELATED_OPTIONS}
     references = json.dumps(list(run.images.references.captions.items()))

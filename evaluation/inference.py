@@ -1,4 +1,4 @@
-"""Captions for a whole evaluation set: several processes share the batches, and a killed run continues."""
+"""Captioning of an evaluation set by several processes, which can continue after a kill."""
 
 import json
 import os
@@ -31,9 +31,9 @@ def caption_images(
 ) -> dict[ImageId, str]:
     """Caption every image of an evaluation set.
 
-    The processes of a distributed run share the batches, and each writes its captions to a file of its own in `folder`.
+    The processes of a distributed run share the batches, and each process writes its own file of captions to `folder`.
     After a kill, the same call captions only the images that have no caption yet or have changed since. The number of
-    processes may differ. The batches do not depend on it, so the captions do not either.
+    processes may differ between calls. It does not change the batches, so it does not change the captions.
 
     Args:
         model: the captioner, on the device where it should run.
@@ -48,7 +48,8 @@ def caption_images(
         The caption of each image, in order and in every process.
 
     Raises:
-        InputError: after all other images have captions, if some images cannot be read. The message names the first.
+        InputError: if some images cannot be read, after all other images have captions. The message names the first of
+            them.
 
     Example:
 
@@ -64,7 +65,7 @@ def caption_images(
     images = list(evaluation_set.row_of)
     fingerprints = evaluation_set.fingerprints()
     finished = _read_progress(Path(folder), fingerprints)
-    # All processes must see the same finished captions, so none may write new ones before all have read.
+    # All processes must read the same existing captions, so no process may write before all have read.
     state.wait_for_everyone()
     batches = _unfinished_batches(images, finished, batch_size)[state.process_index :: state.num_processes]
     loader = DataLoader(
@@ -74,7 +75,7 @@ def caption_images(
     unreadable: list[str] = []
     progress = tqdm(total=len(images), initial=len(finished), desc="captions", disable=not state.is_main_process)
     with progress, (Path(folder) / f"progress-{state.process_index}.jsonl").open("a") as file:
-        file.write("\n")  # ends a line that a kill may have cut off
+        file.write("\n")  # ends a line that a killed run may have cut off
         for batch in loader:
             opened = {image: content for image, content in batch if isinstance(content, Image.Image)}
             unreadable += [str(content) for _, content in batch if isinstance(content, OSError)]
@@ -96,7 +97,7 @@ def caption_images(
 
 
 class _ImageLoader(Dataset):
-    """Images with their ids, opened in the processes of the loader. An image that cannot be read is its error."""
+    """Images with their ids, opened by the data loader workers. For an unreadable image, the error is returned."""
 
     def __init__(self, evaluation_set: EvaluationSet, images: list[ImageId]):
         self.evaluation_set, self.images = evaluation_set, images
@@ -110,7 +111,7 @@ class _ImageLoader(Dataset):
 
 
 def _unfinished_batches(images: list[ImageId], finished: dict[ImageId, str], batch_size: int) -> list[list[int]]:
-    """Return the batches, as indices into `images`, that have an image without a caption."""
+    """Return the batches, as indices into `images`, that contain an image without a caption."""
     indices = list(range(len(images)))
     batches = [indices[start : start + batch_size] for start in range(0, len(images), batch_size)]
     return [batch for batch in batches if not all(images[index] in finished for index in batch)]
@@ -124,7 +125,7 @@ def _write_progress(file: TextIO, captions: dict[ImageId, str], fingerprints: di
 
 
 def _read_progress(folder: Path, fingerprints: dict[ImageId, str]) -> dict[ImageId, str]:
-    """Return the captions of earlier calls for images that have not changed. Lines that a kill cut off are ignored."""
+    """Return the captions of earlier calls for images that have not changed. Incomplete lines are ignored."""
 
     def captions() -> Iterator[tuple[ImageId, str]]:
         for path in sorted(folder.glob("progress-*.jsonl")):

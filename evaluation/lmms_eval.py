@@ -1,10 +1,10 @@
-r"""Captioners as models of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which finds this module itself.
+r"""Captioners as models of lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval), which discovers this module.
 
     pip install lmms-eval qformer-captioner
     python -m lmms_eval --model qformer_captioner --model_args pretrained=USER/CAPTIONER \
         --tasks coco2017_cap_val,nocaps_val,flickr30k_test --batch_size 32 --gen_kwargs num_beams=5
 
-Captions continue the captioner's own prompt, or another one: `--model_args pretrained=...,prompt=A photo of`. Tasks
+Captions continue the captioner's own prompt, or another prompt: `--model_args pretrained=...,prompt=A photo of`. Tasks
 have instructions such as "Provide a one-sentence caption for the provided image." Captioners that were trained on
 instructions can use them with `use_task_prompt=True`.
 """
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 
 def manifest() -> ModelManifest:
-    """Return the description of the model, for lmms-eval's entry points `lmms_eval.models`."""
+    """Return the manifest of the model, for the entry point `lmms_eval.models`."""
     return ModelManifest("qformer_captioner", simple_class_path=f"{__name__}.{Captioner.__name__}")
 
 
@@ -36,7 +36,7 @@ class Captioner(lmms):
         prompt: text that captions continue. The default is the captioner's own prompt.
         use_task_prompt: let captions continue the instruction of the task instead.
         batch_size: number of images in a batch of each process.
-        max_batch_size: ignored; lmms-eval gives it to every model.
+        max_batch_size: ignored; lmms-eval passes it to every model.
         device: ignored; every process uses its own device.
 
     Raises:
@@ -65,8 +65,8 @@ class Captioner(lmms):
         """Caption the image of each request.
 
         Args:
-            requests: requests of a task. Their arguments are an instruction, arguments of `generate`, a function that
-                returns the images of a document, and the document's id, task and split.
+            requests: requests of a task. Each has an instruction, arguments of `generate`, a function that returns the
+                images of a document, and the document's id, task and split.
 
         Returns:
             The captions, in the order of the requests.
@@ -109,14 +109,15 @@ class Captioner(lmms):
         raise NotImplementedError("A captioner generates text: it cannot run tasks that ask for likelihoods.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Refuse tasks of several rounds."""
+        """Refuse tasks with several rounds."""
         raise NotImplementedError("A captioner generates one caption: it cannot run tasks of several rounds.")
 
 
 def _generation_arguments(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return the strings that end a caption, and the arguments of `generate`.
 
-    Tasks give arguments of sampling even where they do not sample. Those are left out, because transformers warns.
+    Tasks give arguments of sampling even if they do not sample. These are left out, because transformers warns about
+    them.
 
     Args:
         options: the generation arguments of a task.

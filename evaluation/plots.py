@@ -1,4 +1,4 @@
-"""Pictures of results: the loss curve of a training run, a histogram of scores, and a sheet of captioned images."""
+"""Plots of results: the loss curve of a training run, a histogram of scores, and a sheet of captioned images."""
 
 import io
 import math
@@ -18,9 +18,9 @@ LOSSES = (
 
 
 def draw_loss_curve(log_history: list[dict[str, Any]], score_name: str | None, path: str | os.PathLike) -> None:
-    """Draw training loss, evaluation loss with right and with shuffled images, and the caption score, over steps.
+    """Plot training loss, evaluation loss with right and with shuffled images, and the caption score against steps.
 
-    The training loss appears as it was logged, and as the mean of each epoch. The upper axis counts epochs.
+    The training loss is shown as logged and as the mean of each epoch. The upper axis shows epochs.
 
     Args:
         log_history: the log of the Trainer (`trainer.state.log_history`).
@@ -65,7 +65,7 @@ def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def _add_epoch_axis(axis: Axes, log_history: list[dict[str, Any]]) -> None:
-    """Add an axis above the picture that counts epochs, once the log has some."""
+    """Add an axis of epochs above the plot, if the log has epochs."""
     last = max((entry for entry in log_history if entry.get("epoch")), key=lambda entry: entry["step"], default=None)
     if last is not None:
         steps_per_epoch = last["step"] / last["epoch"]
@@ -74,7 +74,7 @@ def _add_epoch_axis(axis: Axes, log_history: list[dict[str, Any]]) -> None:
 
 
 def mean_of_epochs(log_history: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Return for each epoch the mean of its logged steps and the mean of its training loss.
+    """Return, for each epoch, the mean of its logged steps and the mean of its training loss.
 
     Args:
         log_history: the log of the Trainer.
@@ -127,7 +127,7 @@ def draw_histogram(values: list[float], label: str, count_label: str) -> bytes:
 def draw_caption_sheet(
     images: list[Image.Image], captions: list[str], references: list[str], path: str | os.PathLike, title: str = ""
 ) -> None:
-    """Draw images in rows of four. Below each image stand its caption in bold and one reference.
+    """Draw images in rows of four. Below each image are its caption in bold and one reference.
 
     Args:
         images: the images.
@@ -138,7 +138,7 @@ def draw_caption_sheet(
     """
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    width, height, title_height = 3.4, 4.7, 0.5  # inches of an image with its text, and of the title
+    width, height, title_height = 3.4, 4.7, 0.5  # size in inches of an image with its text, and height of the title
     total_height = height * rows + title_height
     figure = Figure(figsize=(width * columns, total_height))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -148,7 +148,7 @@ def draw_caption_sheet(
         axis.axis("off")
         axis.set_anchor("N")
     for axis, image, caption, reference in zip(axes.flat, images, captions, references, strict=False):
-        # Padded above to a square: text below a taller picture would leave the sheet.
+        # Images are padded at the top to a square, because text below a tall image would leave the sheet.
         axis.imshow(ImageOps.pad(image, (340, 340), color="white", centering=(0, 1)))
         offset = _write_below(axis, caption or "(nothing)", -6, weight="bold")
         _write_below(axis, reference, offset)
@@ -166,7 +166,7 @@ def _write_below(axis: Axes, text: str, offset: float, weight: str = "normal") -
     """
     text = textwrap.fill(textwrap.shorten(text, 150), 40)
     axis.annotate(
-        text.replace("$", r"\$"),  # matplotlib takes text between dollar signs for mathematics
+        text.replace("$", r"\$"),  # matplotlib would typeset text between dollar signs as mathematics
         (0, 0),
         (0, offset),
         xycoords="axes fraction",

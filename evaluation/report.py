@@ -1,4 +1,4 @@
-"""Report on scored captions as one HTML page, which holds its pictures and fetches nothing."""
+"""Report on scored captions as one HTML page, which contains its images and loads no other files."""
 
 import base64
 import contextlib
@@ -13,7 +13,7 @@ from PIL import Image
 from .plots import draw_histogram
 from .scoring import SCORE_NAMES, OpenImage, ScoredCaptions
 
-NUM_EXTREMES = 12  # number of best and of worst captions that are shown with their images
+NUM_EXTREMES = 12  # number of best and of worst captions shown with their images
 MAX_SIDE = 320  # pixels of an image
 
 
@@ -23,12 +23,12 @@ def write_report(
     facts: dict[str, Any],
     open_image: OpenImage | None = None,
 ) -> None:
-    """Write a page with scores, a histogram, the best and worst captions, and a table to search and sort.
+    """Write a page with scores, a histogram, the best and worst captions, and a table that can be searched and sorted.
 
     Args:
         path: the file to write.
         scored: captions, references and scores.
-        facts: what makes the scores reproducible. It includes `model` or `predictions`.
+        facts: facts that make the scores reproducible, among them `model` or `predictions`.
         open_image: function that opens an image by its id. Images that raise `OSError` are left out.
 
     Example:

@@ -1,4 +1,4 @@
-"""Scores of captions: the metrics that can be added, the scores of each domain, and their names in tables.
+"""Scores of captions: extra metrics, the scores of each domain, and the names of scores in tables.
 
 To add a metric, write a function like `metrics.java.java_scores` in a new file of `metrics/`. Then name the metric in
 `EXTRA_METRICS` and its scores in `SCORE_NAMES`, and call the function in `extra_scores`.
@@ -82,7 +82,7 @@ class ScoredCaptions:
         """Return the content of a JSON file of scores.
 
         Args:
-            facts: what makes the scores reproducible.
+            facts: facts that make the scores reproducible.
             per_image: include the scores of each image.
         """
         content: dict[str, Any] = {"scores": self.scores}
@@ -110,7 +110,7 @@ def score_captions(
     allow_missing: bool = False,
     allow_empty: bool = False,
 ) -> ScoredCaptions:
-    """Score captions by BLEU, ROUGE-L, CIDEr and extra metrics, and the captions of each domain by themselves.
+    """Score captions by BLEU, ROUGE-L, CIDEr and extra metrics, for all images and for each domain.
 
     The scores of a domain use the document frequencies of that domain, as in the official evaluation of NoCaps. Extra
     metrics are computed for all images only.
@@ -126,7 +126,7 @@ def score_captions(
         allow_empty: score an empty prediction as 0 instead of refusing it.
 
     Raises:
-        InputError: for predictions that do not fit the references, or a metric that cannot run.
+        InputError: for predictions that do not match the references, or a metric that cannot run.
         OSError: for an image that cannot be read.
 
     Example:
@@ -172,7 +172,7 @@ def check_extra_metrics(metrics: Sequence[str], has_images: bool) -> None:
         has_images: whether the images are available.
 
     Raises:
-        InputError: if a metric needs something that is missing; the message says what to install or to give.
+        InputError: if a package, Java or the images of a metric are missing; the message says what to add.
     """
     load_java_metrics([metric for metric in JAVA_METRICS if metric in metrics])
     if "clip_score" in metrics and not has_images:
@@ -204,7 +204,7 @@ def extra_scores(
     if "clip_score" in metrics and open_image is not None:
         from ..metrics.clip import clip_scores  # here, because it imports torch
 
-        opened = map(open_image, images)  # one batch at a time
+        opened = map(open_image, images)  # a generator, so that images are opened one batch at a time
         yield clip_scores(
             opened, captions, references, clip_model_name_or_path, per_image=True, allow_empty=allow_empty
         )

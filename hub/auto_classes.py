@@ -1,9 +1,9 @@
 """Registration of our classes with transformers' `AutoConfig`, `AutoModel` and `AutoProcessor`.
 
-transformers cannot discover classes of other packages: it declares no entry points, so a package must call
-`AutoConfig.register` itself. Calling it when this package is imported would import transformers and torch, which takes
-seconds, even for a program that only scores captions. Therefore an import hook registers placeholders when a program
-imports the Auto classes, and the first use of a placeholder loads our classes.
+transformers cannot discover classes of other packages, so a package must call `AutoConfig.register` itself. A call on
+import would load transformers and torch, which takes seconds, even in a program that only scores captions. Therefore an
+import hook registers placeholders when a program imports the Auto classes, and the first use of a placeholder loads our
+classes.
 """
 
 import importlib
@@ -21,7 +21,7 @@ PROCESSING_AUTO = "transformers.models.auto.processing_auto"
 
 
 def register_classes() -> None:
-    """Register our classes, so that the Auto classes prefer them to the code beside the weights."""
+    """Register our classes, so that the Auto classes prefer them to the code next to the weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
@@ -37,9 +37,10 @@ def register_classes() -> None:
 
 
 class Placeholder(type):
-    """Metaclass of classes that stand for a class of ours until it is used.
+    """Metaclass of placeholders, which defer the import of our classes until they are used.
 
-    The first access to an attribute, or the first call, registers our classes and goes to the class of the same name.
+    The first access to an attribute or the first call registers our classes, and forwards to the class of the same
+    name.
     """
 
     def __getattr__(cls, name: str) -> Any:
@@ -78,7 +79,7 @@ class AutoModuleFinder(importlib.abc.MetaPathFinder):
     """Import hook for one of transformers' Auto modules.
 
     Args:
-        name: full name of the module. The hook ignores all other modules, and removes itself once it was used.
+        name: full name of the module. The hook ignores all other modules, and removes itself after its first use.
     """
 
     def __init__(self, name: str):
@@ -118,7 +119,7 @@ class AutoModuleLoader(importlib.abc.Loader):
 
 
 def register_with_transformers() -> None:
-    """Register the placeholders with Auto modules that are imported already, and with the others on their import."""
+    """Register the placeholders with the Auto modules, for those not yet imported through an import hook."""
     for name in (CONFIGURATION_AUTO, PROCESSING_AUTO):
         if name in sys.modules:
             register_placeholders(sys.modules[name])

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint one by one, from a folder or the Hub."""
+"""Reader of single tensors of a checkpoint in a folder or on the Hub."""
 
 import math
 import os
@@ -18,7 +18,7 @@ TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file.
+    """Location, shape and dtype of a tensor in a safetensors file.
 
     Args:
         file: path of the file.
@@ -75,7 +75,7 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors into memory.
 
-        Each file is opened anew, because the pages that were read stay mapped until it is closed.
+        Each file is opened for every call, because the pages that were read stay mapped until the file is closed.
         """
         names_of_file: dict[str, list[str]] = {}
         for name in names:
@@ -87,7 +87,7 @@ class Checkpoint:
         return tensors
 
     def most_common_dtype(self, names: Iterable[str]) -> str:
-        """Return the name of the torch dtype that most of some tensors have, such as `"bfloat16"`."""
+        """Return the name of the most common torch dtype of tensors, such as `"bfloat16"`."""
         dtypes = [self.tensors[name].dtype for name in names]
         most_common = max(sorted(set(dtypes)), key=dtypes.count)
         return TORCH_DTYPES.get(most_common, "float32")

@@ -4,11 +4,11 @@
     qformer-captioner convert Salesforce/instructblip-flan-t5-xl outputs/instructblip --include_backbones
 
 SOURCE is a folder or Hub id of a `Blip2ForConditionalGeneration`, `InstructBlipForConditionalGeneration` or
-`Blip2ForImageTextRetrieval`. By default OUT holds the Q-Former and the projection, and refers to SOURCE for the
-backbones. For a `Blip2ForImageTextRetrieval`, OUT holds the Q-Former and, in a separate file, the stage-1 heads.
+`Blip2ForImageTextRetrieval`. By default OUT holds the Q-Former and the projection, and keeps the backbones of SOURCE by
+reference. For a `Blip2ForImageTextRetrieval`, OUT holds the Q-Former and, in a separate file, the stage-1 heads.
 
-Parts and parameters have nearly the same names in both libraries, so tensors are renamed and copied, a few hundred
-megabytes at a time. Nothing is computed.
+Both libraries use nearly the same names for modules and parameters. Tensors are renamed and copied without changes, a
+few hundred megabytes at a time.
 """
 
 import json
@@ -37,7 +37,7 @@ from .checkpoint import Checkpoint
 
 logger = get_logger(__name__)
 
-MAX_SHARD_BYTES = 400_000_000  # also the memory that converting needs
+MAX_SHARD_BYTES = 400_000_000  # also about the memory that conversion needs
 STAGE_1_HEADS = ("vision_projection.", "text_projection.", "itm_head.")
 TEXT_FEED_FORWARD = re.compile(r"^qformer.*\d\.(intermediate|output)\.")
 
@@ -50,7 +50,7 @@ TEXT_FEED_FORWARD = re.compile(r"^qformer.*\d\.(intermediate|output)\.")
 def our_name(name: str) -> str | None:
     """Return the name in a captioner of a tensor of BLIP-2 or InstructBLIP.
 
-    Returns `None` for buffers that only some versions of transformers saved; the model computes them.
+    Returns `None` for buffers that only some versions of transformers saved. The model computes them.
 
     Example:
 
@@ -75,7 +75,8 @@ def our_names(checkpoint: Checkpoint) -> dict[str, str]:
 def our_bert_names(name: str) -> list[str]:
     """Return the names in a Q-Former of a tensor of BERT.
 
-    The feed-forward parts of BERT have two names each, because queries and text have their own in a Q-Former.
+    A feed-forward tensor of BERT has two names, because queries and text have separate feed-forward layers in a
+    Q-Former.
     """
     name = re.sub(r"^bert\.", "", name).replace(".gamma", ".weight").replace(".beta", ".bias")
     name = name.replace("embeddings.LayerNorm.", "layernorm.").replace(".attention.self.", ".attention.attention.")
@@ -85,7 +86,7 @@ def our_bert_names(name: str) -> list[str]:
 
 
 def qformer_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the fields of a configuration that [`QFormerConfig`] has, too."""
+    """Return the fields of a configuration that are also fields of [`QFormerConfig`]."""
     fields = config.to_dict()
     return {name: fields[name] for name in QFormerConfig.field_names() if name in fields}
 
@@ -98,20 +99,21 @@ def qformer_fields(config: PreTrainedConfig) -> dict[str, Any]:
 def load_qformer(source: str | os.PathLike, revision: str | None = None, **fields) -> QFormerModel:
     """Load the Q-Former of a checkpoint, to train it between other backbones.
 
-    The checkpoint is a BLIP-2, an InstructBLIP, a captioner or Q-Former of this package, or a BERT, which has neither
-    queries nor cross-attention. Parts that the checkpoint does not have start from new weights, and a warning says so.
+    The checkpoint is a BLIP-2, an InstructBLIP, a captioner or Q-Former of this package, or a BERT. Weights that the
+    checkpoint lacks, such as the query tokens of a BERT, are newly initialised, and a warning says so.
 
     Args:
         source: folder or Hub id.
         revision: branch, tag or commit on the Hub.
-        fields: fields of [`QFormerConfig`] that the checkpoint does not decide, such as `num_query_tokens` for a BERT.
+        fields: fields of [`QFormerConfig`] that the checkpoint does not determine, such as `num_query_tokens` for a
+            BERT.
 
     Returns:
         The Q-Former, for `QFormerCaptioner.from_backbones(..., qformer=...)`.
 
     Raises:
-        InputError: for a checkpoint of another architecture, one that cannot be read, or one of other shapes than the
-            fields ask for.
+        InputError: for a checkpoint of another architecture, a checkpoint that cannot be read, or shapes that
+            contradict the fields.
         TypeError: for a keyword that is not a field of [`QFormerConfig`].
 
     Example:
@@ -164,7 +166,7 @@ def _qformer_in(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]
         fields, names = qformer_fields(config), _names_in_bert(checkpoint)
     elif config.model_type in (*CAPTIONERS, QFormerCaptionerConfig.model_type):
         fields, names = qformer_fields(config.qformer_config), _names_in_captioner(checkpoint)
-        if config.model_type in CAPTIONERS:  # there the field is not part of the Q-Former's configuration
+        if config.model_type in CAPTIONERS:  # not a field of `config.qformer_config`
             fields["num_query_tokens"] = config.num_query_tokens
     elif config.model_type == QFormerConfig.model_type:
         fields = qformer_fields(config)
@@ -178,7 +180,7 @@ def _qformer_in(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]
 
 
 def _names_in_bert(checkpoint: Checkpoint) -> dict[str, str]:
-    """Map the names of a Q-Former to those of a BERT, token type embeddings and heads left out."""
+    """Map the names in a Q-Former to those in a BERT, without token type embeddings and heads."""
     names = {ours: theirs for theirs in checkpoint.tensors for ours in our_bert_names(theirs)}
     return {
         ours: theirs
@@ -188,7 +190,7 @@ def _names_in_bert(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _names_in_captioner(checkpoint: Checkpoint) -> dict[str, str]:
-    """Map the names of a Q-Former to those of a captioner, ours or of transformers."""
+    """Map the names in a Q-Former to those in a captioner of this package or of transformers."""
     return {
         ours.removeprefix("qformer."): theirs
         for ours, theirs in our_names(checkpoint).items()
@@ -212,7 +214,7 @@ def convert(
     Args:
         source: folder or Hub id of a BLIP-2 or InstructBLIP checkpoint of transformers.
         out: folder to write.
-        include_backbones: copy the vision encoder and the language model, instead of referring to `source`.
+        include_backbones: copy the vision encoder and the language model, instead of keeping them by reference.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -245,7 +247,7 @@ def convert(
                 _convert_captioner(checkpoint, unfinished, include_backbones)
         except InputError:
             raise
-        except UNUSABLE as error:  # from sizes or names in the configuration that do not go together
+        except UNUSABLE as error:  # from sizes or names in the configuration that contradict each other
             raise InputError(f"The configuration of {checkpoint.source!r} cannot be used: {one_line(error)}") from error
         if out.exists():
             out.rmdir()
@@ -255,7 +257,7 @@ def convert(
 def _convert_captioner(checkpoint: Checkpoint, out: Path, include_backbones: bool) -> None:
     names = our_names(checkpoint)
     reads_text = "qformer.embeddings.word_embeddings.weight" in names
-    if not reads_text:  # some BLIP-2 checkpoints hold the feed-forward parts for text, but no word embeddings
+    if not reads_text:  # some BLIP-2 checkpoints have feed-forward layers for text, but no word embeddings
         names = {ours: theirs for ours, theirs in names.items() if not TEXT_FEED_FORWARD.search(ours)}
     config = _captioner_config(checkpoint.config, reads_text)
     with torch.device("meta"):
@@ -278,7 +280,7 @@ def _convert_captioner(checkpoint: Checkpoint, out: Path, include_backbones: boo
 
 
 def _captioner_config(source: PreTrainedConfig, reads_text: bool) -> QFormerCaptionerConfig:
-    """Return the configuration of the captioner for that of a BLIP-2 or InstructBLIP."""
+    """Convert the configuration of a BLIP-2 or InstructBLIP to that of a captioner."""
     return QFormerCaptionerConfig(
         vision_config=blip2_vision_config(source.vision_config),
         qformer_config=_qformer_config(source, reads_text),
@@ -295,7 +297,7 @@ def _qformer_config(source: PreTrainedConfig, reads_text: bool) -> QFormerConfig
 
 
 def _refer_to_backbones(config: QFormerCaptionerConfig, checkpoint: Checkpoint) -> None:
-    """Let a configuration refer to the checkpoint for both backbones, at its present commit."""
+    """Keep both backbones by reference to the checkpoint at its current commit."""
     is_folder = os.path.isdir(checkpoint.source)
     source = os.path.abspath(checkpoint.source) if is_folder else checkpoint.source
     config.vision_model_name_or_path = config.language_model_name_or_path = source
@@ -330,7 +332,7 @@ def _match(
         tied: tied weights of the model, mapped to the weight that they share.
 
     Returns:
-        `names` in the order of the model. Of tied weights only the shared one is in it.
+        `names` in the order of the model. Tied weights occur once, under the name of the shared weight.
 
     Raises:
         InputError: for a tensor that is missing, unknown or of another shape.
@@ -341,7 +343,7 @@ def _match(
     }
     head, embedding = "language_model.lm_head.weight", "language_model.shared.weight"
     if head in expected and head not in tied and embedding in names:
-        # transformers 5 ties the output layer of every T5, so it may have saved one tensor for both.
+        # transformers 5 ties the output layer of every T5, so the checkpoint may have one tensor for both.
         names.setdefault(head, names[embedding])
     wanted = [name for name in expected if name not in tied]
     _refuse(checkpoint, "lacks", [name for name in wanted if name not in names])
@@ -420,7 +422,7 @@ def _write_model(
 
 
 def _split_into_shards(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[list[str]]:
-    """Yield our names in groups of at most `MAX_SHARD_BYTES`, or of one larger tensor."""
+    """Yield names of tensors in groups of at most `MAX_SHARD_BYTES`. A larger tensor is a group of its own."""
     shard: list[str] = []
     shard_bytes = 0
     for ours, theirs in names.items():
@@ -439,7 +441,7 @@ def convert_command(words: list[str]) -> None:
     parser.add_argument("source", help="Folder or Hub id of a BLIP-2 or InstructBLIP checkpoint.")
     parser.add_argument("out", help="Folder to write.")
     parser.add_argument(
-        "--include_backbones", action="store_true", help="Copy the vision encoder and the language model, too."
+        "--include_backbones", action="store_true", help="Also copy the vision encoder and the language model."
     )
     parser.add_argument("--revision", help="Branch, tag or commit of SOURCE on the Hub.")
     options = parser.parse_args(words)

@@ -1,10 +1,11 @@
-"""Write a self-contained captioner, with its adapter merged and its backbones included, or its bridge as one file.
+"""Export of a captioner to a self-contained folder with a merged adapter, or of its bridge to one file.
 
     qformer-captioner export outputs/mine outputs/merged
     qformer-captioner export outputs/mine bridge.onnx
 
-If OUT ends in `.onnx` or `.pt2`, it becomes the bridge: the Q-Former and the projection, from `image_embeds` to
-`soft_prompt`. The file is an ONNX model or a program of `torch.export`. It takes any number of images and of features.
+If OUT ends in `.onnx` or `.pt2`, only the bridge is exported, which is the Q-Former and the projection. It maps
+`image_embeds` to `soft_prompt`, as an ONNX model or a program of `torch.export`. It accepts any number of images and of
+image features.
 """
 
 import os
@@ -25,7 +26,7 @@ def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
 
     Raises:
         InputError: if `out` exists and is not empty, or the captioner cannot be used.
-        OSError: if the captioner, or the one below an adapter, cannot be fetched; the message names it.
+        OSError: if the captioner or the base captioner of an adapter cannot be fetched; the message names it.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Export the bridge, from image features to soft prompt, to a file that runs without this package."""
+"""Export of the bridge from image features to soft prompt, to a file that runs without this package."""
 
 import os
 from pathlib import Path
@@ -46,7 +46,7 @@ class Bridge(nn.Module):
 def export_bridge(model: QFormerCaptioner, path: str | os.PathLike) -> None:
     """Write the Q-Former and the projection of a captioner to one file.
 
-    The file takes any number of images and of image features, and the bridge keeps its dtype.
+    The exported bridge accepts any number of images and of image features, and keeps its dtype.
 
     Args:
         model: the captioner.
@@ -92,7 +92,7 @@ def export_bridge(model: QFormerCaptioner, path: str | os.PathLike) -> None:
 def _example_inputs(model: QFormerCaptioner) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
     """Return example inputs for tracing, and their dynamic dimensions.
 
-    No dynamic dimension has size 1: `torch.export` would take it for a constant.
+    No dynamic dimension has size 1, because `torch.export` would treat it as a constant.
     """
     config, device = model.qformer.config, model.qformer.query_tokens.device
     images, features = torch.export.Dim("images"), torch.export.Dim("features")

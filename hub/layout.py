@@ -1,4 +1,4 @@
-"""Files of a published captioner: their names, and checks that a folder holds them whole."""
+"""Files of a published captioner: their names, and checks that a folder is complete."""
 
 import json
 from fnmatch import fnmatch
@@ -20,8 +20,8 @@ from ..common.errors import InputError
 
 PICTURES = ("captions.png", "loss_curve.png")
 
-# Glob patterns of the files that a repository may hold. This is an allow-list: the folder of a run also has optimizer
-# states and other pickles, records with local paths, and whatever its owner keeps there.
+# Glob patterns of the files that a repository may hold. This is an allow-list, because the folder of a run can also
+# hold optimizer states and other pickles, records with local paths, and private files.
 PUBLISHED_FILES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -67,7 +67,7 @@ def pictures_of(folder: Path) -> tuple[str, ...]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. A file that is missing, or that holds another kind of value, reads as an empty object.
+    """Read a JSON object. A file that is missing or holds another kind of value gives an empty object.
 
     Raises:
         InputError: if the file is not valid JSON.
@@ -82,7 +82,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> str | None:
-    """Check that a folder holds everything that others need to caption with it.
+    """Check that a folder holds everything that others need to load it and caption images.
 
     Args:
         folder: a folder that a run or `save_pretrained` wrote, with a captioner or an adapter.
@@ -91,7 +91,8 @@ def check_folder(folder: Path) -> str | None:
         Folder or Hub id of the captioner that an adapter belongs to; `None` if the folder holds a captioner.
 
     Raises:
-        InputError: if a run has not finished, a file is missing or damaged, or a backbone exists only on this machine.
+        InputError: if a run has not finished, a file is missing or damaged, or a backbone is kept by reference to a
+            local folder.
     """
     if not folder.is_dir():
         raise InputError(f"The folder {str(folder)!r} does not exist.")
@@ -157,7 +158,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(file: Path) -> None:
-    """Open a safetensors file, which compares its size with its header."""
+    """Open a safetensors file, which checks its size against its header."""
     try:
         with safe_open(file, "pt"):
             pass

@@ -1,4 +1,4 @@
-"""The Q-Former of the script collection that this package grew from, to keep captioning with its `.pt` files.
+"""Q-Former of the script collection that preceded this package, to caption images with its `.pt` files.
 
     model = LegacyCaptioner.from_state_dict("qformer.pt", "openai/clip-vit-base-patch32", "google-t5/t5-base")
     model.caption("dog.jpg")
@@ -37,14 +37,15 @@ class LegacyLayer(nn.Module):
 
 
 class LegacyQFormer(nn.Module):
-    """Q-Former of the old scripts, whose queries are as wide as the language model.
+    """Q-Former of the old scripts, whose width is that of the language model.
 
     Args:
         num_query_tokens: number of queries.
         width: width of the queries, D.
         num_layers: number of layers.
         num_attention_heads: attention heads of a layer.
-        vision_width: width of image features that `imgproj` projects to `width`; `None` if they have that width.
+        vision_width: width of the image features, which `imgproj` projects to `width`; `None` if they already have that
+            width.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LegacyQFormer(nn.Module):
 
     @classmethod
     def from_state_dict(cls, weights: dict[str, torch.Tensor], num_attention_heads: int) -> "LegacyQFormer":
-        """Build a Q-Former of the sizes that a state dict has. Its weights are not loaded yet.
+        """Build a Q-Former with the sizes of a state dict. The weights are not loaded yet.
 
         Raises:
             InputError: if the width of the queries is not a multiple of `num_attention_heads`.
@@ -74,7 +75,7 @@ class LegacyQFormer(nn.Module):
 
     @property
     def vision_width(self) -> int:
-        """Width of the image features that the Q-Former takes."""
+        """Width of the image features that the Q-Former accepts."""
         if isinstance(self.imgproj, nn.Linear):
             return self.imgproj.in_features
         return self.query_tokens.shape[-1]
@@ -97,7 +98,10 @@ class LegacyQFormer(nn.Module):
 
 
 class LegacyCaptioner(QFormerCaptioner):
-    """Captioner with a [`LegacyQFormer`]. It trains and captions like others, and is kept by its `old_state_dict()`."""
+    """Captioner with a [`LegacyQFormer`].
+
+    It trains and captions like others, but is saved by its `old_state_dict()`.
+    """
 
     @classmethod
     def from_state_dict(
@@ -116,7 +120,8 @@ class LegacyCaptioner(QFormerCaptioner):
         Args:
             state_dict: state dict of the scripts, or the path of a file that they wrote with `torch.save`.
             vision, language: Hub ids or folders of the backbones that the Q-Former was trained with.
-            num_attention_heads: attention heads of a layer, which weights do not tell. Most scripts used 16, one 8.
+            num_attention_heads: attention heads of a layer, which the weights do not show. Most scripts used 16, one
+                script used 8.
             prompt: text that the language model reads after the queries, such as "Describe the image.".
             kwargs: as for [`QFormerCaptioner.from_backbones`].
 
@@ -132,7 +137,7 @@ class LegacyCaptioner(QFormerCaptioner):
         """
         weights = _normalize(state_dict if isinstance(state_dict, dict) else _read(state_dict))
         qformer = LegacyQFormer.from_state_dict(weights, num_attention_heads)
-        # from_backbones makes a QFormerModel; the smallest one, because it is replaced.
+        # `from_backbones` creates a `QFormerModel`, which is as small as possible because it is replaced.
         num_query_tokens = qformer.query_tokens.shape[1]
         model = super().from_backbones(
             vision, language, prompt=prompt, num_hidden_layers=1, num_query_tokens=num_query_tokens, **kwargs
@@ -150,7 +155,7 @@ class LegacyCaptioner(QFormerCaptioner):
         return _old_state_dict(self.qformer, self.language_projection)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Raise an error: the code that travels with a saved folder has no [`LegacyQFormer`].
+        """Raise an error, because the code in a saved folder has no [`LegacyQFormer`].
 
         Raises:
             NotImplementedError: always; the message says how to keep the weights.
@@ -167,7 +172,7 @@ def _read(path: str | os.PathLike) -> object:
         raise InputError(f"The file {str(path)!r} does not exist.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different class for each way in which a file can be broken
+    except Exception as error:  # torch raises a different class for each kind of damage
         reason = "it holds more than data" if isinstance(error, UnpicklingError) else str(error).splitlines()[0]
         raise InputError(f"{str(path)!r} is not a state dict that torch.load can read ({reason}).") from error
 

@@ -1,4 +1,4 @@
-"""Load a captioner, or an adapter on a captioner, from a folder or the Hub."""
+"""Loading of captioners, and of adapters on captioners, from a folder or the Hub."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
 
     Args:
         model: folder or Hub id of a captioner or an adapter.
-        revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the captioner below.
+        revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the base captioner.
         dtype: dtype of the weights; `"auto"` keeps the dtype in which each part was saved.
 
     Raises:
@@ -64,7 +64,7 @@ def load_merged_captioner(model: str | os.PathLike) -> "QFormerCaptioner":
 
     Raises:
         InputError: if the model cannot be used.
-        OSError: if the captioner, or the one below an adapter, cannot be fetched; the message names it.
+        OSError: if the captioner or the base captioner of an adapter cannot be fetched; the message names it.
     """
     from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
 
@@ -81,5 +81,5 @@ def load_merged_captioner(model: str | os.PathLike) -> "QFormerCaptioner":
         captioner = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(base), model).merge_and_unload()
     except UNUSABLE as error:
         raise cannot_use(model, error) from error
-    captioner.config.language_model_name_or_path = None  # its weights are no longer those of that name
+    captioner.config.language_model_name_or_path = None  # the merged weights differ from the backbone of that name
     return captioner

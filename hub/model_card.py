@@ -1,8 +1,8 @@
-"""The model card of a captioner or an adapter.
+"""Model card of a captioner or an adapter.
 
-A run writes its card together with the facts that the card is rendered from (`card.json`). Publishing renders the card
-again, because only then the repository and its licences are known. Everything that comes from data or from names is
-escaped, so that it cannot become markup.
+A run writes its card and the facts from which the card is rendered (`card.json`). Publishing renders the card again,
+because the repository and its licences are known only then. Text from data and names is escaped, so that it cannot
+become markup.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from yaml import YAMLError
 from .layout import pictures_of
 
 FACTS_NAME = "card.json"
-PEFT_PLACEHOLDER = "[More Information Needed]"  # in the empty card that peft writes
+PEFT_PLACEHOLDER = "[More Information Needed]"  # text of the empty card that peft writes
 PROTOCOL = ("prompt", "num_beams", "max_new_tokens", "images", "references", "references_sha256")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,12 +40,12 @@ class Markdown(str):
 
 
 def single_line(text: object) -> str:
-    """Replace line breaks and control characters by single spaces."""
+    """Replace line breaks and control characters with single spaces."""
     return " ".join("".join(character if character.isprintable() else " " for character in str(text)).split())
 
 
 def escape(text: object) -> str:
-    r"""Escape text for Markdown, so that it holds no markup, no HTML and no table cell of its own.
+    r"""Escape Markdown, HTML and table separators in a text.
 
     Example:
 
@@ -86,7 +86,7 @@ def render_card(facts: dict[str, Any], pictures: tuple[str, ...] = ()) -> str:
 
     Args:
         facts: facts of a run (`training/run_facts.py`) or of a folder ([`describe_folder`]).
-        pictures: names of the `PICTURES` that lie beside the card.
+        pictures: names of the `PICTURES` in the folder of the card.
     """
     text = card_template().render(
         metadata=Markdown(card_metadata(facts).to_yaml()),
@@ -103,7 +103,7 @@ def render_card(facts: dict[str, Any], pictures: tuple[str, ...] = ()) -> str:
 
 
 def card_metadata(facts: dict[str, Any]) -> ModelCardData:
-    """Return the metadata by which the Hub indexes the model."""
+    """Return the metadata of the card, which the Hub uses to index the model."""
     is_adapter = bool(facts.get("adapter"))
     base_models, relation = _base_models(facts)
     results = [_eval_result(facts["evaluation"], score) for score in facts.get("scores") or []]
@@ -123,7 +123,7 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
 
 
 def _base_models(facts: dict[str, Any]) -> tuple[list[str], str | None]:
-    """Return the Hub ids of the models that this one is made of, and the Hub's name for the relation to them."""
+    """Return the Hub ids of the base models, and the Hub's name for the relation to them."""
     if adapter := facts.get("adapter"):
         return [adapter["base"]] if adapter["base_is_on_hub"] else [], "adapter"
     if facts.get("starts_from"):
@@ -132,7 +132,7 @@ def _base_models(facts: dict[str, Any]) -> tuple[list[str], str | None]:
 
 
 def _licenses(facts: dict[str, Any]) -> list[str]:
-    """Return the licence of the repository, otherwise those of the backbones, or none if one of these is unknown."""
+    """Return the licence of the repository, otherwise those of the backbones, or an empty list if one is unknown."""
     licenses = facts.get("licenses", {})
     if own_license := licenses.get(facts["model"]):
         return [own_license]
@@ -184,14 +184,14 @@ def card_for_hub(
     license: str | None = None,
     adapter_id: str | None = None,
 ) -> str:
-    """Return the card of a folder for its repository. A card that somebody wrote or changed is kept.
+    """Return the card of a folder for its repository. A card that the user wrote or edited is kept.
 
     Args:
         folder: folder of the captioner or adapter.
         repo_id: repository that the usage example loads.
         base_id: Hub id of the captioner that an adapter belongs to.
         license: licence of the repository, by default those of the backbones if the cards of all of them state it.
-        adapter_id: Hub id of the adapter that this captioner is the base of.
+        adapter_id: Hub id of the adapter, if this captioner is its base.
     """
     facts = json.loads((folder / FACTS_NAME).read_text()) if (folder / FACTS_NAME).is_file() else None
     if (folder / REPOCARD_NAME).is_file():
@@ -217,7 +217,7 @@ def _with_license(text: str, license: str) -> str:
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Return the facts that a folder without `card.json` tells: names, sizes and dtypes of the captioner's parts."""
+    """Return facts about a folder without `card.json`: names, sizes and dtypes of the captioner's parts."""
     from ..backbones_qformer import BACKBONES  # imports torch
     from ..configuration_qformer import is_hub_id
 

@@ -58,13 +58,13 @@ def publish(
         license: licence for the model card, by default the licences of the backbones.
         token: access token, by default that of `hf auth login` or `HF_TOKEN`.
         commit_message: title of the commit.
-        adapter_id: repository of the adapter that this captioner is the base of.
+        adapter_id: repository of the adapter, if this captioner is its base.
 
     Returns:
         The repository id with its owner.
 
     Raises:
-        InputError: if others could not load the folder, or the Hub refuses or does not answer.
+        InputError: if others could not load the folder, or if the Hub refuses or does not answer.
 
     Example:
 
@@ -79,7 +79,7 @@ def publish(
     repo_id = open_repository(repo_id, private, revision, token)
     local_base = base if base is not None and Path(base).is_dir() else None
     local_base_id = f"{repo_id}-base"
-    with _explain_damage(folder):  # before the base is published: its adapter must not stay behind
+    with _explain_damage(folder):  # before the base is published
         files = collect_files(folder, repo_id, base if local_base is None else local_base_id, license, adapter_id)
     if local_base is not None:
         _check_base_repository(local_base_id, token)
@@ -114,7 +114,7 @@ def collect_files(
         repo_id: repository, with its owner.
         base_id: Hub id of the captioner that an adapter belongs to.
         license: licence for the model card.
-        adapter_id: repository of the adapter that this captioner is the base of.
+        adapter_id: repository of the adapter, if this captioner is its base.
     """
     from ..configuration_qformer import without_local_paths  # imports torch
     from .model_card import card_for_hub
@@ -136,7 +136,7 @@ def collect_files(
 
 @contextlib.contextmanager
 def _explain_damage(folder: Path) -> Iterator[None]:
-    """Turn the errors that a damaged file raises into an `InputError` that names the folder."""
+    """Convert errors of a damaged file to an `InputError` that names the folder."""
     try:
         yield
     except InputError:
@@ -154,7 +154,7 @@ def open_repository(repo_id: str, private: bool | None, revision: str | None, to
     """Create a repository and its branch unless they exist; return the repository id with its owner.
 
     Raises:
-        InputError: if the id is not valid, a public repository was to be private, or the Hub refuses.
+        InputError: if the id is not valid, an existing public repository should be private, or the Hub refuses.
     """
     try:
         validate_repo_id(repo_id)
@@ -174,7 +174,9 @@ def open_repository(repo_id: str, private: bool | None, revision: str | None, to
 
 
 def _check_base_repository(base_id: str, token: str | None) -> None:
-    """Check that REPO_ID-base is new or holds a captioner: the user has not named it, so nothing else may be replaced.
+    """Check that REPO_ID-base is new or holds a captioner.
+
+    The user did not choose this name, so another model must not be replaced.
 
     Raises:
         InputError: if it holds another model, or the Hub refuses.
@@ -193,10 +195,10 @@ def _check_base_repository(base_id: str, token: str | None) -> None:
 
 
 def _commit(files: dict[str, Path | bytes], repo_id: str, revision: str | None, token: str | None, title: str) -> None:
-    """Upload files in one commit, so that a branch never holds half of an upload.
+    """Upload files in one commit, so that a branch never holds a part of an upload.
 
     `upload_folder` makes several commits where hf_xet is installed. Files of an earlier upload that are not uploaded
-    again are deleted, licences excepted.
+    again are deleted, except licences.
     """
     api = HfApi(token=token)
     stale = [
@@ -213,12 +215,12 @@ def _commit(files: dict[str, Path | bytes], repo_id: str, revision: str | None, 
 
 
 def _call_hub(request: Callable[[], T], repo_id: str) -> T:
-    """Run a request and repeat it after temporary failures; huggingface_hub itself repeats only parts of uploads.
+    """Run a request, and repeat it after temporary failures. huggingface_hub itself retries only parts of uploads.
 
-    Repeating a commit whose answer got lost is harmless: huggingface_hub leaves out files that have not changed.
+    A commit can be repeated safely if its response was lost, because huggingface_hub leaves out unchanged files.
 
     Raises:
-        InputError: if the Hub refuses, or the last attempt fails, too.
+        InputError: if the Hub refuses, or if the last attempt fails.
     """
     delays = list(RETRY_DELAYS)
     while True:
@@ -232,13 +234,13 @@ def _call_hub(request: Callable[[], T], repo_id: str) -> T:
             raise InputError("The Hub cannot be reached while HF_HUB_OFFLINE is set: unset it.") from error
         except json.JSONDecodeError:
             failure = "the Hub did not answer in JSON"
-        except ValueError as error:  # huggingface_hub's for a card that the Hub does not accept
+        except ValueError as error:  # from huggingface_hub, for a card that the Hub does not accept
             raise InputError(f"The Hub refuses {repo_id!r}: {one_line(error)}") from error
         except HfHubHTTPError as error:
             if not _is_temporary(error):
                 raise _refusal(repo_id, error) from error
             failure = f"the Hub answered {error.response.status_code}"
-        except (HTTPError, OSError, RuntimeError) as error:  # a RuntimeError where a large file did not arrive
+        except (HTTPError, OSError, RuntimeError) as error:  # a RuntimeError if a large file did not arrive
             failure = one_line(error) or type(error).__name__
         if not delays:
             raise InputError(
@@ -248,7 +250,7 @@ def _call_hub(request: Callable[[], T], repo_id: str) -> T:
 
 
 def _is_temporary(error: HfHubHTTPError) -> bool:
-    """Return True for failures of the server, commits at the same time (409, 412) and too many requests (429)."""
+    """Return True for server errors, concurrent commits (409, 412) and too many requests (429)."""
     return error.response.status_code >= 500 or error.response.status_code in (409, 412, 429)
 
 
