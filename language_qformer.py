@@ -1,11 +1,11 @@
-"""How a language model continues a prefix, decoder-only or encoder-decoder: captions in training, `generate` in use.
+"""Training and generation of language models, decoder-only or encoder-decoder, after a prefix.
 
-The captions of an image share its prefix. Training packs them into one sequence behind it and computes logits at labels
-only, chunk by chunk. Generation fills the KV cache with the prefix once, and the beams of an image share it. Losses,
-gradients and captions are those of plain rows, up to rounding.
+The captions of an image share its prefix. Training packs the captions into one sequence after the prefix, and computes
+logits at labels only, in chunks. Generation fills the KV cache with the prefix once, and the beams of an image share
+the cache. Losses, gradients and captions equal those of one row per caption, up to rounding.
 
-Shapes: B images, K captions of an image, T tokens of a caption. Q queries and P prompt tokens make S positions of a
-prefix. L positions of a sequence, N positions in total. D the width of the language model, V its vocabulary.
+Shapes: B images, K captions of an image, T tokens of a caption, S = Q + P positions of a prefix (queries and prompt). L
+is the length of a sequence, N the total number of positions, D the language model's width, V its vocabulary size.
 """
 
 import copy
@@ -28,7 +28,7 @@ from .backbones_qformer import embedding_weights
 logger = logging.get_logger(__name__)
 
 MAX_LOGITS_PER_CHUNK = 2**23  # 32 MiB in float32
-# Decoder-only model types whose captions may share a prefix. tests/model/test_prefix.py compares each with plain rows.
+# Decoder-only model types whose captions may share a prefix. tests/model/test_prefix.py checks each of them.
 PREFIX_SHARING_MODELS = (
     "codegen", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
     "gptj", "granite", "granitemoe", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi",
@@ -47,16 +47,16 @@ def build_prefix(
     attention_mask: torch.Tensor | None = None,
     max_new_tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join a soft prompt `[B, Q, D]` and a text prompt `[B, P]` to a prefix `[B, S, D]`, and return it with its mask.
+    """Concatenate a soft prompt `[B, Q, D]` and a text prompt `[B, P]`, and return the prefix `[B, S, D]` and its mask.
 
-    Prompts may be padded on either side. The padding moves to where it cannot make a batch differ from single images:
-    in front of everything for a decoder, which continues at the end, and to the end for an encoder.
+    Prompts may be padded on either side. The padding is moved, so that a batch gives the same results as single images.
+    It goes to the beginning for a decoder-only model, which continues at the end, and to the end for an encoder.
 
     Raises:
         ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts.
     """
     embeddings = embedding_weights(language_model)
-    # With a `device_map` the embeddings may be on another device. Offloaded ones come to the soft prompt.
+    # With a `device_map` the embeddings may be on another device. If they are offloaded, use that of the soft prompt.
     device = soft_prompt.device if embeddings.is_meta else embeddings.device
     prefix = soft_prompt.to(device, embeddings.dtype)  # [B, Q, D]
     mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
@@ -87,7 +87,7 @@ def embed_prompt(language_model: PreTrainedModel, input_ids: torch.Tensor) -> to
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Captions behind a prefix
+# Captions after a prefix
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -99,10 +99,10 @@ def encode_captions(
     generation_config: GenerationConfig,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Run captions `[B, K, T]` of B images behind a prefix `[B, S, D]` with mask `[B, S]` through the language model.
+    """Run the language model on captions `[B, K, T]` after a prefix `[B, S, D]` with mask `[B, S]`.
 
-    Positions labelled -100 are ignored wherever they occur. `generation_config` gives the start token of the decoder of
-    an encoder-decoder. `kwargs` go to the decoder.
+    Positions labelled -100 are ignored anywhere in a caption. `generation_config` has the start token of the decoder of
+    an encoder-decoder. `kwargs` are passed to the decoder.
 
     Returns:
         Hidden states of the decoder that predict the tokens of the captions, `[B*K*T, D]`.
@@ -110,8 +110,8 @@ def encode_captions(
     Raises:
         ValueError: if the start token of an encoder-decoder is not known.
     """
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all that it knows
-    kwargs["use_cache"] = False  # each caption takes a single pass, whatever the caller asks for
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT also passes `None`
+    kwargs["use_cache"] = False  # each caption needs only one pass
     order = (captions == -100).int().argsort(dim=2, stable=True)  # [B, K, T], ignored positions last
     packed = captions.gather(2, order)
     if language_model.config.is_encoder_decoder:
@@ -124,7 +124,7 @@ def encode_captions(
         if captions.shape[1] > 1:
             logger.warning_once(
                 f"A {language_model.config.model_type!r} language model cannot share a prefix among the captions of an "
-                "image. The prefix is repeated for each caption, which is as exact and takes longer."
+                "image. The prefix is repeated for each caption, which gives the same results but takes longer."
             )
         hidden_states = encode_with_decoder_only(language_model, prefix, prefix_mask, packed, **kwargs)
     original = order.argsort(dim=2).flatten(0, 1)  # [B*K, T]
@@ -134,7 +134,7 @@ def encode_captions(
 def encode_with_decoder_only(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
 ) -> torch.Tensor:
-    """Run a row `[prefix, caption]` for each caption `[B, K, T]`, and return the hidden states `[B*K, T, D]`."""
+    """Run one row `[prefix, caption]` for each caption `[B, K, T]`, and return the hidden states `[B*K, T, D]`."""
     number, length = captions.shape[1:]
     inputs = captions.flatten(0, 1)[:, :-1]  # [B*K, T-1]; the last token predicts nothing
     embedded = language_model.get_input_embeddings()(inputs.clamp(min=0))
@@ -172,7 +172,7 @@ def encode_with_shared_prefix(
     caption = torch.cat([torch.zeros_like(prefix_mask), caption], dim=1)  # [B, S+W]; 0 is the prefix
     visible = (caption[:, None, :] == 0) | (caption[:, :, None] == caption[:, None, :])
     visible = visible.tril() & is_token[:, None, :]  # [B, S+W, S+W]
-    # Padding in front attends to itself: a softmax over no position is NaN.
+    # Padding at the beginning attends to itself, because a softmax over no positions is NaN.
     diagonal = torch.eye(visible.shape[-1], dtype=torch.bool, device=device)
     visible |= diagonal & ~visible.any(dim=2, keepdim=True)
 
@@ -198,8 +198,8 @@ def encode_with_encoder_decoder(
 ) -> torch.Tensor:
     """Run the encoder once per image and the decoder on its captions, and return `[B, K*T, D]` or `[B*K, T, D]`.
 
-    The captions of an image share one sequence of a T5 decoder, in which each attends to itself. T5's positions are
-    relative, so they need no change. Other decoders number positions from the beginning: each caption gets a row.
+    The captions of an image share one sequence of a T5 decoder, in which each attends to itself. T5 has relative
+    positions, so they need no change. Other decoders have absolute positions, so each caption gets a row.
     """
     if start is None:
         raise ValueError(
@@ -208,7 +208,7 @@ def encode_with_encoder_decoder(
         )
     number, length = captions.shape[1:]
     encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
-    # Inputs are labels, one position to the right, behind the start token that `generate` uses. (mBART's own
+    # Inputs are the labels shifted right by one position, after the start token that `generate` uses. (mBART's own
     # `prepare_decoder_input_ids_from_labels` would start with the last label.)
     inputs = captions.clamp(min=0).roll(1, dims=2)  # [B, K, T]
     inputs[:, :, 0] = start
@@ -230,10 +230,10 @@ def encode_with_encoder_decoder(
 
 
 def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:
-    """Return True if the captions of an image may share one sequence of `length` positions behind one prefix.
+    """Return True if the captions of an image may share one sequence of `length` positions after one prefix.
 
-    The model must accept a mask for each pair of positions and position ids, and each layer must attend to all
-    positions before. The tested model types do, unless their configuration asks for a window or another attention. The
+    The model must accept position ids and a mask for each pair of positions, and each layer must attend to all earlier
+    positions. The tested model types do, unless their configuration asks for a sliding window or another attention. The
     reason for False is logged at the level `DEBUG`.
     """
     config = language_model.config.get_text_config(decoder=True)  # of a multimodal language model
@@ -273,15 +273,15 @@ def position_ids_of(mask: torch.Tensor) -> torch.Tensor:
 
 def attention_mask_of(language_model: PreTrainedModel, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert a boolean mask `[B, 1, L, L]` to the form that the attention of the language model takes."""
-    if language_model.config._attn_implementation == "eager":  # adds masks to its scores
+    if language_model.config._attn_implementation == "eager":  # adds masks to the attention scores
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
     return visible
 
 
 def pack(needed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Close the gaps between the needed positions of each row `[B, L]`, bool.
+    """Find the positions that remain when each row `[B, L]`, bool, is packed to its needed positions.
 
-    Return the positions to keep, `[B, W]` with W of the fullest row, and the new position of each needed one, `[B, L]`.
+    Return the positions to keep, `[B, W]`, and the new index of each needed position, `[B, L]`.
     """
     order = needed.int().argsort(dim=1, descending=True, stable=True)
     width = min(needed.shape[1], max(1, int(needed.sum(dim=1).max())))
@@ -300,7 +300,7 @@ def select_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> to
 
 @dataclass
 class DecoderOutputStub(MoEModelOutputWithPastAndCrossAttentions):
-    """Output of a decoder with hidden states and nothing else, but with all fields that language models read."""
+    """Output of a decoder that holds only hidden states, but has all fields that language models read."""
 
     cache_params: Cache | None = None  # Mamba, xLSTM
     state: list[torch.Tensor] | None = None  # RWKV
@@ -311,7 +311,7 @@ class LogitsHead:
     """Map from hidden states of the decoder to logits, as the language model computes it: `[N, D]` -> `[N, V]`.
 
     Training needs logits at labels only, in chunks, so it cannot get hidden states and logits from one call of the
-    language model. `lm_head` alone would be wrong: T5 and Cohere scale, Gemma 2 caps, BART adds a bias. The head is
+    language model. `lm_head` alone is not enough: T5 and Cohere scale, Gemma 2 caps, and BART adds a bias. The head is
     therefore a shallow clone of the language model, with the same modules and the same `forward`. The decoder of the
     clone returns its inputs, so that only the steps after the decoder are left.
 
@@ -361,16 +361,16 @@ class LogitsHead:
 
 
 def shallow_clone(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with the same parts, which can be replaced, and without its hooks."""
+    """Return a copy of a module without hooks. It shares its submodules with the original until they are replaced."""
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()
-    vars(clone).pop("forward", None)  # accelerate's, with a `device_map`: it runs the hooks of the whole module
+    vars(clone).pop("forward", None)  # set by accelerate with a `device_map`; it runs the hooks of the whole module
     return clone
 
 
 def return_inputs(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> DecoderOutputStub:
-    """Stand in for the `forward` of a decoder."""
+    """Replace the `forward` of a decoder, and return its inputs as hidden states."""
     return DecoderOutputStub(last_hidden_state=inputs_embeds)
 
 
@@ -381,10 +381,10 @@ def caption_loss(
 
     Args:
         language_model: its head computes the logits.
-        hidden_states (`[N, D]`): of [`encode_captions`].
+        hidden_states (`[N, D]`): output of [`encode_captions`].
         targets (`[N]`, long): token ids; positions labelled -100 are ignored.
-        skip_logits: compute the loss in chunks and never hold the logits of all positions. By default, do so if they
-            are more than `MAX_LOGITS_PER_CHUNK`.
+        skip_logits: compute the loss in chunks, without storing the logits of all positions. Defaults to `True` for
+            more than `MAX_LOGITS_PER_CHUNK` logits.
 
     Returns:
         Sum of the losses in nats `[]`, the loss of each position `[N]` (no gradient), and logits `[N, V]` or `None`.
@@ -405,10 +405,10 @@ def caption_loss(
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy over a large vocabulary, chunk by chunk: `[N, D]` -> sum `[]` and the loss of each position `[N]`.
+    """Cross-entropy over a large vocabulary, in chunks: `[N, D]` -> sum `[]` and the loss of each position `[N]`.
 
     The forward pass computes the logits of a chunk, reduces them to losses and gradients, and frees them. Nothing is
-    computed twice. This is the idea of Liger Kernel (arXiv 2410.10989), here for any head. Only the sum has a gradient.
+    computed twice, as in Liger Kernel (arXiv 2410.10989), but for any head. Only the sum has a gradient.
     """
 
     @staticmethod
@@ -431,7 +431,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_probs = logits.detach().float().log_softmax(dim=-1)
             losses[chunk] = -log_probs.gather(1, targets[chunk, None]).squeeze(1)
             if needs_gradients:
-                # The gradient of a loss with respect to its logits: the softmax, less one at the target.
+                # The gradient of a loss with respect to its logits is the softmax, minus one at the target.
                 grad_logits = log_probs.exp_()
                 grad_logits[torch.arange(len(grad_logits), device=grad_logits.device), targets[chunk]] -= 1
                 gradients[0][chunk], *grad_weights = torch.autograd.grad(
@@ -458,13 +458,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def resolve_generation_config(
     defaults: GenerationConfig, given: GenerationConfig | None, options: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Combine decoding options into one configuration that counts the tokens of the caption alone.
+    """Combine decoding options into one configuration that counts only the tokens of the caption.
 
-    `max_length` and `min_length` mean the length of the caption, as `max_new_tokens` and `min_new_tokens` do. An option
-    wins over the `given` configuration. Only the length falls back to the `defaults` of the captioner.
+    `max_length` and `min_length` mean the length of the caption, as `max_new_tokens` and `min_new_tokens` do. Options
+    override the `given` configuration. Only the length falls back to the `defaults` of the captioner.
 
     Returns:
-        The configuration, and the options that it does not have, which are arguments of the language model.
+        The configuration, and the remaining options, which are arguments of the language model.
     """
     config, options = copy.deepcopy(defaults if given is None else given), dict(options)
     for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -481,7 +481,7 @@ def resolve_generation_config(
 def generate_from_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, config: GenerationConfig, **kwargs
 ) -> Any:
-    """Continue a prefix `[B, S, D]` by the language model's `generate`, which sees the prefix once for each image.
+    """Continue a prefix `[B, S, D]` with the language model's `generate`, which encodes the prefix once for each image.
 
     Returns:
         Token ids of the captions, `[B * num_return_sequences, T]`, or an output object with these as `sequences`.
@@ -518,7 +518,7 @@ def can_prefill_prefix(
         and prefix.shape[1] > 1
         and use_cache is not False
         and config.cache_implementation is None
-        and not (config.output_attentions or config.output_hidden_states)  # those of the prefix are asked for, too
+        and not (config.output_attentions or config.output_hidden_states)  # also requested for the prefix
         and "past_key_values" not in kwargs
         and config.get_generation_mode(kwargs.get("assistant_model")) in modes
     )
@@ -533,8 +533,8 @@ def prefill_shared_prefix(
 ) -> Cache | None:
     """Encode all but the last position of the prefix once, and return a KV cache that the beams of an image share.
 
-    `num_copies` is the number of beams or sequences of an image. The result is `None` for a language model with a cache
-    of its own kind (MiniMax, RecurrentGemma): `generate` then encodes the prefix for every beam.
+    `num_copies` is the number of beams or sequences of an image. The result is `None` for a language model with another
+    kind of cache (MiniMax, RecurrentGemma). `generate` then encodes the prefix for every beam.
     """
     inputs = {"position_ids": position_ids_of(prefix_mask)[:, :-1]} if accepts(language_model, "position_ids") else {}
     cache = decoder_of(language_model)(
@@ -554,13 +554,13 @@ def prefill_shared_prefix(
 class SharedPrefixLayer(DynamicLayer):
     """Cache layer of a prefix that the beams of an image share, with room for the tokens that each beam adds.
 
-    The buffers for new tokens are allocated once, and beams that change places move their new tokens alone.
-    `DynamicLayer` copies the whole cache, prefix included, for every token and whenever beams change places.
+    The buffers for new tokens are allocated once, and reordering beams moves only their new tokens. `DynamicLayer`
+    copies the whole cache, including the prefix, for every token and every reordering of beams.
 
     Args:
-        keys, values: those of the prefix, `[B, heads, S, head_size]`.
-        num_copies: beams or sequences of each image.
-        max_new_tokens: tokens that a beam may add.
+        keys, values: keys and values of the prefix, `[B, heads, S, head_size]`.
+        num_copies: number of beams or sequences of each image.
+        max_new_tokens: largest number of tokens that a beam adds.
     """
 
     keys: torch.Tensor
@@ -591,7 +591,7 @@ class SharedPrefixLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Give each beam the new tokens of the beam `beam_idx`; the prefix is the same for both."""
+        """Give each beam the new tokens of the beam `beam_idx`. The prefix is the same for all beams of an image."""
         for states in (self.keys, self.values):
             new_states = states[:, :, self.prefix_length :]
             new_states.copy_(new_states.index_select(0, beam_idx.to(new_states.device)))

@@ -1,14 +1,14 @@
 # Long on purpose: the Q-Former and the captioner around it are one model, read from top to bottom in an evening.
-"""A Q-Former, and a captioner that joins a vision encoder and a language model with it.
+"""Q-Former, and captioner that joins a vision encoder and a language model with it.
 
 ```
 image [B,3,H,W] -> vision_model -> [B,N,Dv] -> qformer -> [B,Q,Dq] -> language_projection -> [B,Q,D] soft prompt
 soft prompt + prompt tokens -> language_model -> caption
 ```
 
-Read from top to bottom: the Q-Former and its layers, then the captioner. How a language model continues a prefix is in
-language_qformer.py, how a captioner is loaded and saved in saving_qformer.py. The Q-Former is BLIP-2's (Li et al. 2023,
-arXiv 2301.12597); its parameters have the names of transformers' `Blip2QFormerModel`.
+The file defines the Q-Former and its layers, then the captioner. language_qformer.py runs the language model on a
+prefix, and saving_qformer.py loads and saves captioners. The Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597);
+its parameters have the names of transformers' `Blip2QFormerModel`.
 
 Shapes: B images, K captions of an image, N image tokens, Q queries, P prompt tokens, T tokens of a caption. V is the
 size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q-Former and the vision encoder.
@@ -80,7 +80,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention step by step, and return its weights, too. `attention_mask` is added to the scores."""
+    """Compute attention step by step, and return the output and the attention weights.
+
+    `attention_mask` is added to the scores.
+    """
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -89,7 +92,7 @@ def eager_attention_forward(
 
 
 class QFormerMultiHeadAttention(nn.Module):
-    """Multi-head attention of the queries to themselves or, given `encoder_hidden_states`, to the image."""
+    """Multi-head attention of the queries to themselves or, with `encoder_hidden_states`, to the image."""
 
     def __init__(self, config: QFormerConfig, key_value_size: int):
         super().__init__()
@@ -166,8 +169,8 @@ class QFormerIntermediate(nn.Module):
 class QFormerLayer(GradientCheckpointingLayer):
     """Self-attention, in every `cross_attention_frequency`-th layer cross-attention to the image, and feed-forward.
 
-    Tokens of a prompt, if the Q-Former reads one, follow the queries. They take part in self-attention, do not attend
-    to the image, and have their own feed-forward part.
+    If the Q-Former reads a prompt, the prompt tokens follow the queries. They take part in self-attention, do not
+    attend to the image, and have their own feed-forward layers.
     """
 
     def __init__(self, config: QFormerConfig, layer_index: int):
@@ -218,7 +221,7 @@ class QFormerEncoder(nn.Module):
 
 
 class QFormerEmbeddings(nn.Module):
-    """Embeddings of the tokens of a prompt and of their positions."""
+    """Token and position embeddings of a prompt."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
@@ -233,13 +236,13 @@ class QFormerEmbeddings(nn.Module):
 class QFormerModel(PreTrainedModel):
     r"""Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1): learned query tokens that attend to image features.
 
-    With `use_qformer_text_input=True` it is InstructBLIP's (arXiv 2305.06500): a prompt decides which features the
-    queries select.
+    With `use_qformer_text_input=True` it is the Q-Former of InstructBLIP (arXiv 2305.06500), whose queries also attend
+    to a prompt.
 
-    The query tokens are a parameter of this module, so everything that saves the module saves them, too.
+    The query tokens are a parameter of this module, so they are saved with the module.
 
     Args:
-        config ([`QFormerConfig`]): its sizes.
+        config ([`QFormerConfig`]): sizes of the Q-Former.
 
     Example:
 
@@ -283,7 +286,7 @@ class QFormerModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
-            # Equal queries would stay equal. transformers' BLIP-2 starts them at zero, LAVIS draws them like this.
+            # Equal queries would stay equal. LAVIS initialises them at random, transformers' BLIP-2 with zeros.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
@@ -294,8 +297,9 @@ class QFormerModel(PreTrainedModel):
     def normalize_image_features(self, encoder_hidden_states: torch.Tensor) -> None:
         """Fold the normalisation of image features into the value weights of cross-attention.
 
-        All images have most of their features in common, which hides the differences from a new Q-Former. Afterwards
-        a value is `W ((x - mean) / std) + b`. Both statistics are taken over the mean features of the given images.
+        The mean over all images dominates the features and hides the differences between images from a new Q-Former.
+        After this call a value is `W ((x - mean) / std) + b`. `mean` and `std` are statistics of the mean features of
+        the given images.
 
         Args:
             encoder_hidden_states (`[B, N, Dv]`, float): features of a few hundred images.
@@ -317,7 +321,7 @@ class QFormerModel(PreTrainedModel):
 
     @torch.no_grad()
     def resize_image_features(self, encoder_hidden_size: int) -> None:
-        """Make the Q-Former accept image features of another width, by new key and value weights in cross-attention.
+        """Change the width of the image features, with newly initialised key and value weights in cross-attention.
 
         Args:
             encoder_hidden_size (`int`): width of the features, Dv.
@@ -326,7 +330,7 @@ class QFormerModel(PreTrainedModel):
             return
         logger.warning(
             f"The Q-Former attended to image features of width {self.config.encoder_hidden_size} and now gets features "
-            f"of width {encoder_hidden_size}: {2 * len(self._cross_attentions())} of its weights start fresh."
+            f"of width {encoder_hidden_size}: {2 * len(self._cross_attentions())} of its weights are newly initialised."
         )
         self.config.encoder_hidden_size = encoder_hidden_size
         for attention in self._cross_attentions():
@@ -350,13 +354,13 @@ class QFormerModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Let the query tokens attend to the features of images.
+        """Compute the query outputs, which attend to image features.
 
         Args:
             encoder_hidden_states (`[B, N, Dv]`, float): features of the images; cast to the Q-Former's dtype.
             encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
-            input_ids (`[B, P]`, long, *optional*): a prompt in tokens of the Q-Former's own tokenizer, padded on the
-                right. Requires `use_qformer_text_input=True`.
+            input_ids (`[B, P]`, long, *optional*): prompt as tokens of the Q-Former's tokenizer, padded on the right.
+                Requires `use_qformer_text_input=True`.
             attention_mask (`[B, P]`, long, *optional*): 1 for a token of the prompt, 0 for padding.
             kwargs: `output_hidden_states`, and `output_attentions` with eager attention.
 
@@ -377,7 +381,7 @@ class QFormerModel(PreTrainedModel):
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]
         hidden_states = queries if input_ids is None else torch.cat([queries, self._embed_prompt(input_ids)], dim=1)
         hidden_states = self.dropout(self.layernorm(hidden_states))  # [B, Q+P, Dq]
-        masks: dict[str, Any] = {}  # in the form that the attention implementation takes
+        masks: dict[str, Any] = {}  # in the form that the attention implementation expects
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(queries.shape[:2]), attention_mask], dim=1)
             masks["attention_mask"] = create_bidirectional_mask(
@@ -413,10 +417,10 @@ class QFormerModel(PreTrainedModel):
 
 
 class ProjectionPerQuery(nn.Module):
-    """Linear projection of queries `[B, Q, Dq]` to a soft prompt `[B, Q, D]` with weights of its own for each query.
+    """Linear projection of queries `[B, Q, Dq]` to a soft prompt `[B, Q, D]`, with separate weights for each query.
 
-    If all queries share one projection, they also share its gradients. With a frozen language model they become nearly
-    the same vector after a few dozen steps, and the soft prompt hardly depends on the image.
+    If all queries share one projection, they also share its gradients. With a frozen language model, all soft-prompt
+    vectors become nearly equal after a few dozen steps, and the soft prompt hardly depends on the image.
     """
 
     def __init__(self, num_query_tokens: int, in_features: int, out_features: int, dtype: torch.dtype):
@@ -451,13 +455,13 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     r"""Image captioner: a vision encoder, a Q-Former and a language model.
 
     [`~QFormerCaptioner.from_backbones`] joins two pretrained models. `from_pretrained` loads a captioner from a folder
-    or the Hub. The constructor makes one with random weights from a [`QFormerCaptionerConfig`].
+    or the Hub. The constructor creates a captioner from a [`QFormerCaptionerConfig`].
 
     Args:
         config ([`QFormerCaptionerConfig`]): configuration of all parts.
-        vision_model (`PreTrainedModel`, *optional*): vision encoder; by default a new one.
-        qformer ([`QFormerModel`], *optional*): Q-Former; by default a new one.
-        language_model (`PreTrainedModel`, *optional*): language model; by default a new one.
+        vision_model (`PreTrainedModel`, *optional*): vision encoder; by default with random weights.
+        qformer ([`QFormerModel`], *optional*): Q-Former; by default with random weights.
+        language_model (`PreTrainedModel`, *optional*): language model; by default with random weights.
 
     Example:
 
@@ -479,7 +483,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["QFormerModel"]  # small; those of the backbones are added
+    _no_split_modules = ["QFormerModel"]  # those of the backbones are added
     _keep_in_fp32_modules = ["qformer", "language_projection"]  # float16 overflows there (LAVIS issue 267)
 
     def __init__(
@@ -518,7 +522,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         self.language_model = language_model
         self.post_init()
         self.loss_type = None  # type: ignore[assignment]  # the Trainer would count shifted labels
-        # The captioner has its own decoding defaults: those of a chat model would sample.
+        # The captioner has its own decoding defaults, because those of a chat model would sample.
         self.generation_config.max_new_tokens = 50
         self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
         self._freeze()
@@ -537,7 +541,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the captioner was loaded without its vision encoder.
         """
-        # requires_grad_(False) is not enough: gradient checkpointing makes the input of the encoder require gradients.
+        # requires_grad_(False) is not enough, because gradient checkpointing makes the input of the encoder require
+        # gradients.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
             return self.vision_model(pixel_values.to(dtype_of(self.vision_model))).last_hidden_state
 
@@ -556,8 +561,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): prompt in tokens of the Q-Former.
 
         Raises:
-            ValueError: if not exactly one of the two is given, or the Q-Former does not accept the features or the
-                prompt.
+            ValueError: if both or neither of `pixel_values` and `image_embeds` are given, or the Q-Former does not
+                accept the features or the prompt.
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
@@ -613,7 +618,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 end-of-sequence tokens. Positions labelled -100 are ignored. The image is encoded once for all captions.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the summed loss, by default the number
                 of caption tokens. The Trainer passes it, so that gradient accumulation weighs all tokens equally.
-            skip_logits (`bool`, *optional*): return no logits, and compute the loss without ever holding all of them.
+            skip_logits (`bool`, *optional*): return no logits, and compute the loss without storing all of them.
                 Defaults to `True` if they would take more than 32 MiB in float32. Ignored without labels.
             kwargs: `return_dict`, and arguments of the language model's decoder.
 
@@ -660,7 +665,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
-        """Generate the token ids of captions, with every decoding option of transformers' `generate`.
+        """Generate the token ids of captions. All decoding options of transformers' `generate` are supported.
 
         Args:
             pixel_values, input_ids, attention_mask, image_embeds, qformer_input_ids, qformer_attention_mask: as in
@@ -714,7 +719,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         is_batch = isinstance(images, (list, tuple))
         if is_batch and not images:
             return []
-        # Offloaded parts move their inputs themselves.
+        # Offloaded modules move their inputs themselves.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         inputs = self.processor(images=images, text=prompt).to(device)
         captions = self.processor.batch_decode(self.generate(**inputs, **generation), skip_special_tokens=True)
@@ -729,8 +734,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         for part in self.frozen_backbones():
             getattr(self, part).eval()
         if self.language_model.is_activation_checkpointing:
-            # transformers recomputes the activations of a layer only while the layer itself is in training mode. That
-            # mode changes nothing else, unless the layer applies dropout itself (OPT, BART): these are left out.
+            # transformers recomputes the activations of a layer only if the layer is in training mode. The mode changes
+            # nothing else, except in layers that apply dropout themselves (OPT, BART), which are left out.
             for layer in self.language_model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     dropouts = [rate for name, rate in vars(layer).items() if "dropout" in name]
@@ -787,21 +792,21 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         projection_per_query: bool = False,
         **qformer_fields,
     ) -> "QFormerCaptioner":
-        r"""Join two pretrained models by a new Q-Former or a given one, and by a new projection.
+        r"""Join two pretrained models with a new or a given Q-Former and a new projection.
 
         Args:
             vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
             vision_revision, language_revision (`str`, *optional*): branches, tags or commits on the Hub.
             qformer ([`QFormerModel`], *optional*): pretrained Q-Former, which becomes a part of the captioner. Load one
                 with `qformer_captioner.hub.convert.load_qformer`. If it was trained with image features of another
-                width, its cross-attention starts from new weights and a warning says so.
+                width, its cross-attention weights are newly initialised and a warning says so.
             qformer_tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of a Q-Former that reads the prompt
                 (`use_qformer_text_input=True`).
-            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): train without the backbone.
+            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): whether to freeze the backbone.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
                 precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
-            dtype (`str` or `torch.dtype`, defaults to `"auto"`): dtype of frozen backbones; "auto" is the dtype that
-                each was saved in. All trainable parts are float32.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): dtype of frozen backbones; "auto" is the dtype of each
+                saved backbone. All trainable parts are float32.
             prompt (`str`, defaults to `""`): default text between the image and the caption.
             projection_per_query (`bool`, defaults to `False`): give each query its own projection.
             qformer_fields: fields of the [`QFormerConfig`] of a new Q-Former, such as `num_query_tokens=16`.
@@ -823,7 +828,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         ```
         """
         if qformer is not None and qformer_fields:
-            raise TypeError(f"`qformer` has its sizes already: pass {sorted(qformer_fields)} to `load_qformer`.")
+            raise TypeError(f"`qformer` already has its sizes: pass {sorted(qformer_fields)} to `load_qformer`.")
         qformer_config = QFormerConfig.from_fields(**qformer_fields) if qformer is None else qformer.config
         if qformer_config.use_qformer_text_input and qformer_tokenizer is None:
             raise ValueError(
@@ -835,13 +840,14 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         )
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
-        # Of its decoding defaults the special tokens are kept: a chat model ends at one of several tokens.
+        # Only the special tokens of the language model's decoding defaults are kept. A chat model ends at one of
+        # several tokens.
         defaults = cast(GenerationConfig, language_model.generation_config).to_dict().items()
         special_tokens = {name: value for name, value in defaults if name.endswith("_token_id") and value is not None}
         if qformer is not None:
             qformer.float().resize_image_features(vision_model.config.hidden_size)
         config = QFormerCaptionerConfig(
-            # Copies: a composite configuration resets the attention implementation of its parts.
+            # Copies, because a composite configuration resets the attention implementation of its parts.
             vision_config=copy.deepcopy(vision_model.config),
             qformer_config=copy.deepcopy(qformer_config),
             text_config=copy.deepcopy(language_model.config),
@@ -866,12 +872,12 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _fit_to_backbones(self) -> None:
-        """Convert trainable backbones to float32, and fit the norm of the soft prompt to the embeddings."""
+        """Convert trainable backbones to float32, and scale the norm of the soft prompt to that of the embeddings."""
         for part in BACKBONES:
             if not is_frozen(getattr(self, part)):
-                getattr(self, part).float()  # bfloat16 is too coarse for the updates of training
-        # Soft-prompt vectors start with three times the norm of embeddings. Training makes it much larger, which even a
-        # frozen language model accepts. Random vectors of such a norm would first have to be unlearned.
+                getattr(self, part).float()  # bfloat16 is too coarse for small weight updates
+        # Soft-prompt vectors start with three times the embedding norm. Training increases the norm much further, but
+        # random vectors with a large norm would first have to be unlearned.
         embedding_std = embedding_weights(self.language_model).float().std().item()
         nn.init.normal_(self.language_projection.weight, std=3 * embedding_std / self.qformer.config.hidden_size**0.5)
 

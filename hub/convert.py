@@ -140,14 +140,14 @@ def load_qformer(source: str | os.PathLike, revision: str | None = None, **field
     missing, unexpected = qformer.load_state_dict(weights, strict=False)
     if missing:
         logger.warning(
-            "%d of %d tensors of the Q-Former start fresh, such as %r: the pretrained one does not have them.",
+            "%d of %d tensors of the Q-Former are newly initialised, such as %r: the checkpoint lacks them.",
             len(missing),
             len(expected),
             missing[0],
         )
     if unexpected:
         logger.warning(
-            "%d of %d tensors of the pretrained Q-Former are left out, such as %r: the new one has no such part.",
+            "%d of %d tensors of the pretrained Q-Former are left out, such as %r: the new one lacks them.",
             len(unexpected),
             len(weights),
             unexpected[0],

@@ -1,4 +1,4 @@
-"""Options of `train_hf.py`: which model, which data, how to train and what to leave in the output folder.
+"""Options of `train_hf.py` for the model, the data, the training and the output folder.
 
 Nothing here imports torch or transformers, so that `--help` is quick. The Trainer's own options join in
 `training_arguments.py`.
@@ -11,7 +11,7 @@ from ..common.arguments import option
 
 @dataclass
 class ModelArguments:
-    """Which captioner to train: an existing one, a new Q-Former between pretrained backbones, or one from scratch."""
+    """Options of the model: an existing captioner, pretrained backbones, or a model from scratch."""
 
     model_name_or_path: str | None = option(None, "Captioner to continue training, as a Hub id or folder.", "model")
     vision_model_name_or_path: str | None = option(None, "Pretrained vision encoder, as a Hub id or folder.", "model")
@@ -25,7 +25,9 @@ class ModelArguments:
     )
     text_config: str | None = option(None, "Configuration of a language model to train from scratch, as JSON.", "model")
     qformer_name_or_path: str | None = option(
-        None, "Checkpoint whose Q-Former ours starts from: BLIP-2, InstructBLIP, BERT or a captioner of ours.", "model"
+        None,
+        "Checkpoint to initialise the Q-Former from: BLIP-2, InstructBLIP, BERT or a captioner.",
+        "model",
     )
     qformer_revision: str | None = option(None, "Branch, tag or commit of --qformer_name_or_path on the Hub.", "model")
     qformer_tokenizer: str | None = option(
@@ -37,7 +39,7 @@ class ModelArguments:
         None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.', "model"
     )
     projection_per_query: bool = option(
-        False, "Give each query token its own projection into the language model. BLIP-2 shares one.", "model"
+        False, "Give each query token its own projection into the language model. BLIP-2 has one for all.", "model"
     )
     normalize_image_features_samples: int | None = option(
         None, "Number of training images whose statistics normalise the image features of a new Q-Former.", "model"
@@ -69,7 +71,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which images and captions to train and evaluate on, and how training varies them."""
+    """Options of the data: images and captions to train and evaluate on, and their augmentation."""
 
     dataset_name: list[str] | None = option(
         None,
@@ -78,7 +80,7 @@ class DataArguments:
         "data",
     )
     dataset_weights: list[float] | None = option(
-        None, "Shares of the training rows that come from each of several data sets. Default: equal shares.", "data"
+        None, "Relative weights of several data sets in the training rows. Default: equal weights.", "data"
     )
     dataset_config_name: list[str] | None = option(
         None, "Configuration of the data set. Give one for each data set, or one for all.", "data"
@@ -109,7 +111,7 @@ class DataArguments:
         "split", "Column that names the split of each row, for data sets that come as a single split.", "data"
     )
     train_val_split: float | None = option(
-        None, "Share of the training rows, the last ones, to evaluate on if there is no evaluation split.", "data"
+        None, "Share of the training rows to hold out for evaluation if there is no evaluation split.", "data"
     )
     eval_dataset_name: str | None = option(
         None, "Data set to evaluate on. Default: the first one of --dataset_name.", "data"
@@ -126,24 +128,24 @@ class DataArguments:
         None, "Image folder of --eval_dataset_name. Default: that of the first training data set.", "data"
     )
     max_train_samples: int | None = option(
-        None, "Largest number of training rows of each data set. For scenes: the number to draw.", "data"
+        None, "Largest number of training rows of each data set. For scenes: number of pictures to draw.", "data"
     )
     max_eval_samples: int | None = option(
-        None, "Largest number of evaluation rows. For scenes: the number to draw.", "data"
+        None, "Largest number of evaluation rows. For scenes: number of pictures to draw.", "data"
     )
     streaming: bool = option(False, "Stream the training rows instead of loading them. Needs --max_steps.", "data")
-    shuffle_buffer: int = option(
-        1000, "Number of rows to shuffle among each other in a stream. 0 keeps the order.", "data"
-    )
+    shuffle_buffer: int = option(1000, "Size of the shuffle buffer of a stream, in rows. 0 keeps the order.", "data")
     features: str | None = option(
-        None, "Folder of precompute_features.py, to train on its features without a vision encoder in memory.", "data"
+        None,
+        "Folder of precomputed features, to train without a vision encoder in memory.",
+        "data",
     )
     max_caption_length: int = option(64, "Largest number of tokens of a caption. Longer captions are cut.", "data")
     random_resized_crop_scale: float | None = option(
         None, "Smallest share of an image's area that a random crop keeps. Default: whole images.", "augmentation"
     )
     horizontal_flip_prob: float = option(
-        0.0, "Probability of mirroring an image. Use 0 if captions tell left from right.", "augmentation"
+        0.0, "Probability of mirroring an image. Use 0 if captions mention left and right.", "augmentation"
     )
     captions_per_image: int | None = option(
         None, "Number of captions drawn each time an image is used. Default: all of them.", "augmentation"
@@ -152,7 +154,7 @@ class DataArguments:
 
 @dataclass
 class CaptionTrainingOptions:
-    """Training options that are ours, or that have other defaults than the Trainer's."""
+    """Training options of this package, and options of the Trainer with other defaults."""
 
     learning_rate: float = option(1e-4, "Peak learning rate.", "objective")
     vision_model_learning_rate: float | None = option(
@@ -166,7 +168,7 @@ class CaptionTrainingOptions:
     language_projection_learning_rate: float | None = option(
         None, "Peak learning rate of the projection after the Q-Former. Default: --learning_rate.", "objective"
     )
-    lr_scheduler_type: str = option("cosine", "Learning-rate schedule, by the Trainer's names.", "objective")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule, such as linear or cosine.", "objective")
     warmup_steps: float = option(0.05, "Number of warm-up steps. A value below 1 is a share of all steps.", "objective")
     weight_decay: float = option(0.05, "Weight decay of AdamW.", "objective")
     bag_of_words_loss_weight: float = option(
@@ -182,9 +184,9 @@ class CaptionTrainingOptions:
     eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.", "run")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch or best.", "run")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep, besides the best one.", "run")
-    load_best_model_at_end: bool = option(True, "Finish with the best checkpoint instead of the last one.", "run")
+    load_best_model_at_end: bool = option(True, "Load the best checkpoint at the end of training.", "run")
     metric_for_best_model: str | None = option("cider", "Score or loss that selects the best checkpoint.", "run")
-    logging_steps: float = option(10, "Number of steps between two lines of the log.", "run")
+    logging_steps: float = option(10, "Number of steps between two log entries.", "run")
     bf16: bool | None = option(
         None,
         "Run the forward pass in bfloat16; trainable weights stay in float32. Default: on GPUs that support it.",
@@ -194,7 +196,7 @@ class CaptionTrainingOptions:
 
 @dataclass
 class RunArguments:
-    """Where options come from, and what happens to the output folder."""
+    """Options of the run: recipes and the output folder."""
 
     recipe: list[str] | None = option(
         None,
@@ -202,9 +204,9 @@ class RunArguments:
         "line overrides all.",
         "run",
     )
-    overwrite_output_dir: bool = option(False, "Delete the run that the output folder holds and start anew.", "run")
+    overwrite_output_dir: bool = option(False, "Delete the run that the output folder holds and start again.", "run")
     include_backbones: str = option(
         "auto",
-        "Store frozen backbones in the final folder: true, false, or auto for those that came from a local folder.",
+        "Store frozen backbones in the final folder: true, false, or auto for those loaded from a local folder.",
         "run",
     )

@@ -1,7 +1,7 @@
 """Auxiliary loss that asks the soft prompt for the words of the caption.
 
 A frozen language model predicts most of a caption from its earlier tokens, so the Q-Former receives little gradient at
-first. This loss reads the soft prompt alone, without the language model and without word order.
+first. This loss uses only the soft prompt, without the language model and without word order.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ class BagOfWordsLoss:
 
     The logit of token `v` is `logit(P(v)) + log mean_q exp(scale * prompt_q . embedding_v)`. `P(v)` is the share of
     training captions that contain the token. The second term is a soft maximum over the query tokens `q`: one query
-    that resembles the embedding is enough. The loss has no parameters, so only the soft prompt learns from it.
+    that resembles the embedding is enough. The loss has no parameters, so it trains only the soft prompt.
 
     Training makes the norm of soft prompts many times larger than that of token embeddings. The loss therefore rescales
     each soft-prompt vector to the mean embedding norm, and depends on its direction only.
@@ -24,7 +24,7 @@ class BagOfWordsLoss:
     Args:
         captions: token ids of all training captions.
         embeddings (`[V, D]`): input embeddings of the language model.
-        min_count: smallest number of captions that contain a token of the bag. Rarer tokens are ignored.
+        min_count: minimum number of captions that contain a token. Rarer tokens are ignored.
 
     Example:
 
@@ -45,7 +45,7 @@ class BagOfWordsLoss:
         self.embedding_norm = embeddings.detach().float().norm(dim=-1).mean()
         self.embeddings = embeddings.detach()[self.tokens.to(embeddings.device)].float()  # [W, D]
         # A query equal to the embedding of a token raises its exponent by about 10.
-        # Without tokens the mean is NaN, which would make the gradients NaN.
+        # Without frequent tokens the mean would be NaN, and so would the gradients.
         self.scale = (10 / self.embeddings.square().sum(dim=-1).mean()).nan_to_num()
 
     def __call__(self, soft_prompt: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from .data_setup import TrainingData
 
 
 class SetEpochCallback(TrainerCallback):
-    """Callback that tells the training data which epoch begins, so that its random variation changes.
+    """Callback that sets the epoch of the training data, so that its augmentation changes.
 
     Args:
         train_data: the rows to train on.
@@ -18,5 +18,5 @@ class SetEpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Set the epoch before its first row, also of an epoch that a resumed run continues."""
+        """Set the epoch before its first row is read, also when a run resumes inside an epoch."""
         self.train_data.set_epoch(int(state.epoch or 0))

@@ -1,4 +1,4 @@
-"""Checks of options that cannot work, before anything is loaded or written."""
+"""Checks of options before anything is loaded or written."""
 
 import math
 import os
@@ -56,7 +56,7 @@ def check_data(args: DataArguments, max_steps: int) -> None:
 
     Args:
         args: the options.
-        max_steps: number of training steps, or -1 for a run that is measured in epochs.
+        max_steps: number of training steps, or -1 if the number of epochs decides.
 
     Raises:
         InputError: for an option whose value is not valid, or options that do not go together.
@@ -82,10 +82,10 @@ def check_data(args: DataArguments, max_steps: int) -> None:
 
 
 def check_streaming(args: DataArguments, max_steps: int) -> None:
-    """Check that no option needs what a stream does not have: an end, or all of its rows at once.
+    """Check that no option needs the length of a stream or all of its rows at once.
 
     Raises:
-        InputError: for the first option that does.
+        InputError: for the first such option.
     """
     if max_steps < 1:
         raise InputError("A stream has no end: give the number of training steps with --max_steps.")
@@ -126,7 +126,7 @@ def check_model(args: ModelArguments) -> None:
     prompts = args.prompt or []
     if len(prompts) > 1 and not all(prompt.strip() for prompt in prompts):
         raise InputError("One of several prompts is empty: write some text in each --prompt.")
-    check_at_least(args, 2, "normalize_image_features_samples")  # one image has no variance
+    check_at_least(args, 2, "normalize_image_features_samples")  # the variance needs two images
     if args.load_in_4bit and args.load_in_8bit:
         raise InputError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
     check_one_of(args, ("nf4", "fp4"), "bnb_4bit_quant_type")
@@ -144,14 +144,14 @@ def check_learning_rates(model_args: ModelArguments, training_args: CaptionTrain
         InputError: if one is.
     """
     if model_args.vision_model_name_or_path is None or model_args.lora_r is not None:
-        return  # nothing is frozen by options, or adapters train on frozen weights
+        return  # these options freeze nothing, and adapters train although the weights are frozen
     for part in ("vision_model", "language_model"):
         if getattr(training_args, f"{part}_learning_rate") is not None and getattr(model_args, f"freeze_{part}"):
             raise InputError(f"--{part}_learning_rate has no effect on a frozen backbone: add --freeze_{part} false.")
 
 
 def check_training(args: CaptionTrainingArguments) -> None:
-    """Check the numbers that the Trainer does not check itself.
+    """Check the options of training that the Trainer does not check.
 
     Raises:
         InputError: for an option whose value is not valid.
@@ -190,7 +190,7 @@ def check_best_model_score(args: CaptionTrainingArguments, scenes: bool) -> None
 
 
 def check_publishing(args: CaptionTrainingArguments) -> None:
-    """Check that no checkpoint would be published: it holds pickles.
+    """Check that checkpoints are not published, because they hold pickles.
 
     Raises:
         InputError: if `--hub_strategy` asks for it.

@@ -1,4 +1,4 @@
-"""Data sets of a run: from the options to the rows to train on and the rows to evaluate on."""
+"""Data sets of a run: the rows to train on and the rows to evaluate on, as the options describe them."""
 
 import copy
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ TrainingData = CaptionDataset | CaptionMixture | CaptionStream
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One data set that the options name, and where its rows hold images and captions.
+    """One data set of the options, with the columns of its images and captions.
 
     Args:
         name: Hub id, folder, file or "scenes".
@@ -52,7 +52,7 @@ def training_specs(args: DataArguments) -> list[DatasetSpec]:
     """Return the data sets to train on.
 
     Raises:
-        InputError: if an option has neither one value nor one value for each data set.
+        InputError: if the number of values of an option is neither one nor the number of data sets.
     """
     names = args.dataset_name or []
 
@@ -98,7 +98,7 @@ def evaluation_spec(args: DataArguments) -> DatasetSpec:
 
 
 def load_data(run: TrainingRun) -> tuple[TrainingData, CaptionDataset | None]:
-    """Load the data of a run, and let the run evaluate and save as this data allows.
+    """Load the data of a run, and adapt its evaluation and saving strategies to the data.
 
     Args:
         run: the run. A stream has no epochs, so it is evaluated and saved by steps. Without rows to evaluate on, the
@@ -122,7 +122,7 @@ def load_data(run: TrainingRun) -> tuple[TrainingData, CaptionDataset | None]:
 
 
 def replace_epochs_by_steps(args: CaptionTrainingArguments) -> None:
-    """Evaluate and save ten times in a run, where the options say once in an epoch."""
+    """Replace evaluation and saving per epoch by ten times per run, because a stream has no epochs."""
     steps = max(1, args.max_steps // 10)
     if args.eval_strategy == IntervalStrategy.EPOCH:
         args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, steps
@@ -146,7 +146,7 @@ def load_datasets(
         args: the options of the data.
         features: precomputed image features to read instead of images.
         skipped: record of the rows that cannot be used.
-        augmentation: random variation of the training rows.
+        augmentation: augmentation of the training rows.
         process, processes: index of this process and number of processes, which share the rows of a stream.
 
     Raises:
@@ -214,7 +214,7 @@ def load_rows(args: DataArguments, features: FeatureStore | None) -> tuple[list[
 
 
 def evaluation_split(args: DataArguments, features: FeatureStore | None) -> str | None:
-    """Return the name of the split to evaluate on, `None` if the data set decides."""
+    """Return the name of the split to evaluate on, or `None` for the default of the data set."""
     if args.eval_split is not None or features is None:
         return args.eval_split
     return default_eval_split(features.layouts)
@@ -244,7 +244,7 @@ def training_sources(args: DataArguments, train_rows: list[Rows]) -> list[Captio
 def evaluation_data(
     args: DataArguments, eval_rows: datasets.Dataset | None, features: FeatureStore | None, skipped: SkippedRows
 ) -> CaptionDataset | None:
-    """Return the rows to evaluate on, without those whose image cannot be read, or `None` without `eval_rows`."""
+    """Return the rows to evaluate on without unreadable images, or `None` without `eval_rows`."""
     if eval_rows is None:
         return None
     spec, split = evaluation_spec(args), evaluation_split(args, features) or "evaluation"
@@ -264,12 +264,13 @@ def evaluation_data(
 def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | None) -> CaptionDataset:
     """Move the last rows of the training data to a new data set for evaluation, and return it.
 
-    Random rows would separate the captions of one image where each row is a caption: they usually follow each other.
+    The last rows are used instead of random rows, so that the captions of an image, which are usually adjacent, stay
+    together.
 
     Args:
-        train_data: the training rows, which lose the last ones.
+        train_data: the training rows. The held-out rows are removed from them.
         share: share of the rows to hold out, above 0 and below 1.
-        max_eval_samples: largest number of rows to evaluate on; the other held-out rows are not used.
+        max_eval_samples: largest number of rows to evaluate on. Further held-out rows are not used.
 
     Raises:
         InputError: if the share leaves no row to train on or no row to evaluate on.

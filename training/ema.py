@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the trainable weights, which often scores slightly better than the last ones."""
+"""Exponential moving average (EMA) of the trainable weights, which often scores slightly better than they do."""
 
 import os
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ EMA_WEIGHTS_NAME = "ema.safetensors"
 class EMACallback(TrainerCallback):
     """Callback that updates an exponential moving average of the trainable weights after each optimizer step.
 
-    After step `t` the average is `d * average + (1 - d) * weights` with `d = min(decay, (1 + t) / (10 + t))`. The
-    smaller `d` of the first steps forgets the random initial weights quickly. TensorFlow's
+    After step `t` the average is `d * average + (1 - d) * weights` with `d = min(decay, (1 + t) / (10 + t))`. In the
+    first steps `d` is smaller, so the average forgets the random initial weights quickly. TensorFlow's
     `tf.train.ExponentialMovingAverage` and timm's `ModelEmaV3` use the same warm-up.
 
     Args:
@@ -48,7 +48,7 @@ class EMACallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Move the averages towards the weights after an optimizer step."""
+        """Update the averages after an optimizer step."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         for name, weight in self.weights.items():
             self.averages[name].lerp_(weight.to(self.averages[name]), 1 - decay)
@@ -63,13 +63,13 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Replace the weights of the model by the averages for good, at the end of training."""
+        """Replace the weights of the model with the averages permanently, at the end of training."""
         for name, weight in self.weights.items():
             weight.copy_(self.averages[name])
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Put the averages into the model inside a `with` block, and the weights back after it."""
+        """Use the averages as weights of the model inside a `with` block, and restore the weights after it."""
         self.swap()
         try:
             yield
@@ -83,7 +83,7 @@ class EMACallback(TrainerCallback):
 
     @torch.no_grad()
     def load(self, folder: str | os.PathLike) -> None:
-        """Read the averages of a checkpoint. A checkpoint without averages starts them from its weights."""
+        """Read the averages of a checkpoint. Without saved averages, they start from the weights of the checkpoint."""
         file = Path(folder) / EMA_WEIGHTS_NAME
         saved = load_file(file) if file.is_file() else self.weights
         for name, average in self.averages.items():

@@ -1,7 +1,8 @@
-"""Files that an evaluation leaves in the output folder: captions, a sheet of example images, and the loss curve.
+"""Files that an evaluation writes to the output folder: captions, a sheet of example images, and the loss curve.
 
 The captions of step 100 are in `captions_step_100.jsonl` and `captions_step_100.png`. `captions.jsonl` and
-`captions.png` are copies of the last evaluation's files, and at the end of training of the best checkpoint's files.
+`captions.png` are copies of the files of the last evaluation. At the end of training they are copies of the files of
+the best checkpoint.
 """
 
 import json
@@ -49,7 +50,7 @@ def write_evaluation_files(
 
 
 def show_captions_of_step(folder: Path, step: int | None) -> None:
-    """Copy the captions and the sheet of a step to `captions.jsonl` and `captions.png`, where they exist.
+    """Copy the captions and the sheet of a step to `captions.jsonl` and `captions.png`, if they exist.
 
     They do not exist if the run was resumed in another folder after that step.
     """

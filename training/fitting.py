@@ -1,4 +1,4 @@
-"""The steps around the Trainer: build it, train, and write the folder that others open."""
+"""Steps around the Trainer: build the trainer, train, and write the final folder."""
 
 import pickle
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ def build_trainer(
         eval_data: the rows to evaluate on, if there are any.
 
     Raises:
-        InputError: if the Trainer refuses its options, for example a service to report to that is not installed.
+        InputError: if the Trainer refuses its options, for example because a package of `--report_to` is not installed.
     """
     captioner = captioner_of(model)
     assert captioner.processor is not None, "build_model checks it"
@@ -67,13 +67,13 @@ def fit(run: TrainingRun, trainer: CaptionTrainer) -> TrainOutput:
     """Train from the beginning or from the checkpoint of the run, and return steps, loss and speed.
 
     Raises:
-        InputError: if the checkpoint is damaged, or holds pickled objects.
+        InputError: if the checkpoint is damaged or holds pickled objects.
     """
     if run.checkpoint is not None:
         logger.info("Resuming from %s.", run.checkpoint)
     try:
         return trainer.train(resume_from_checkpoint=run.checkpoint)
-    except (pickle.UnpicklingError, SafetensorError) as error:  # torch's message advises to load it unsafely
+    except (pickle.UnpicklingError, SafetensorError) as error:  # torch's own message advises unsafe loading
         raise InputError(
             f"The checkpoint {run.checkpoint} is damaged, or holds more than tensors: delete it."
         ) from error

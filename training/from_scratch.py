@@ -1,4 +1,4 @@
-"""Captioner without anything pretrained: backbones from their configurations, a tokenizer from the captions."""
+"""Captioner without pretrained parts: backbones from configurations, and a tokenizer from the captions."""
 
 from collections.abc import Iterable
 
@@ -13,10 +13,10 @@ from ..processing_qformer import QFormerCaptionerProcessor
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 8192) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of the most frequent words.
 
-    Tokens keep their spaces, so decoding restores the text.
+    Tokens include the space in front of a word, so decoding restores the text.
 
     Args:
-        captions: the texts to count words in.
+        captions: captions whose words are counted.
         vocab_size: largest number of tokens, special tokens included.
 
     Example:
@@ -44,14 +44,15 @@ def build_from_scratch(
     """Return a captioner with random weights, all of them trainable, and with its processor.
 
     Args:
-        vision_config: `model_type` and sizes of the vision encoder. Its `image_size` is that of the processor.
-        text_config: `model_type` and sizes of the language model. The tokenizer sets its vocabulary and special tokens.
+        vision_config: `model_type` and sizes of the vision encoder. Images are resized to its `image_size`.
+        text_config: `model_type` and sizes of the language model. The tokenizer determines its vocabulary size and
+            special tokens.
         qformer_config: fields of [`QFormerConfig`].
         captions: training captions, from which the tokenizer is made.
         prompt: text between image and caption, as in [`QFormerCaptionerProcessor`].
 
     Raises:
-        TypeError: if the Q-Former does not have one of the fields.
+        TypeError: if a field is not a field of the Q-Former.
         ValueError: if a `model_type` does not exist, or sizes do not fit together.
 
     Example:
@@ -85,7 +86,7 @@ def build_from_scratch(
     )
     model = QFormerCaptioner(config)
     side = model.vision_model.config.image_size
-    # Mean 1 maps white to zero, so that an empty patch holds its position only.
+    # Mean 1 maps white to zero, so the embedding of an empty patch contains only its position.
     image_processor = ViTImageProcessorPil(
         size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3
     )

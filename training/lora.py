@@ -1,4 +1,4 @@
-"""LoRA adapters on the language model, and the captioner that they are put on."""
+"""LoRA adapters on the language model, and their base captioner."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def captioner_of(model: "QFormerCaptioner | PeftModel") -> QFormerCaptioner:
-    """Return the captioner that an adapter is on, and a captioner itself."""
+    """Return the base captioner of an adapter. A captioner is returned unchanged."""
     if isinstance(model, QFormerCaptioner):
         return model
     captioner = model.get_base_model()
@@ -26,17 +26,18 @@ def captioner_of(model: "QFormerCaptioner | PeftModel") -> QFormerCaptioner:
 
 
 def add_adapters(run: TrainingRun, model: QFormerCaptioner) -> "PeftModel":
-    """Put adapters on the captioner of a run, whose weights are kept in the folder `base`.
+    """Add adapters to the captioner of a run, and save the base captioner in the folder `base`.
 
-    An adapter is useless without the captioner that it was trained on. So a new captioner is saved before its language
-    model is quantised; an existing one is already in a folder or on the Hub.
+    An adapter needs the captioner that it was trained on. A new captioner is therefore saved before its language model
+    is quantised. An existing captioner is already in a folder or on the Hub.
 
     Raises:
-        InputError: if the language model has no layers of the names that the options give.
+        InputError: if the language model has no layers with the names in the options.
     """
     quantization = quantization_config(model, run.model_args, run.run_args.include_backbones)
     if run.model_args.model_name_or_path is None:
-        # peft writes down this path, and adapters are opened from other folders: so it is absolute.
+        # peft records this path in the adapter. It is absolute, because adapters are also loaded from other working
+        # folders.
         base = (run.output_dir / "base").absolute()
         if run.is_main_process:
             save_base_model(model, base, backbones_to_include(run, model))
@@ -48,12 +49,12 @@ def add_adapters(run: TrainingRun, model: QFormerCaptioner) -> "PeftModel":
 
 
 def save_base_model(model: QFormerCaptioner, base: Path, include_backbones: bool | list[str]) -> None:
-    """Save the captioner that adapters are put on, unless an earlier part of the same run has saved it.
+    """Save the base captioner of adapters, unless the same run has saved it before a kill.
 
     Args:
         model: the captioner without adapters.
-        base: the folder to write. A kill leaves the whole folder or nothing.
-        include_backbones: which backbones to store with it, as in [`~QFormerCaptioner.save_pretrained`].
+        base: the folder to write. It is written atomically.
+        include_backbones: backbones whose weights to store, as in [`~QFormerCaptioner.save_pretrained`].
     """
     if base.exists():
         return
@@ -64,17 +65,17 @@ def save_base_model(model: QFormerCaptioner, base: Path, include_backbones: bool
 
 
 def add_lora(model: QFormerCaptioner, args: ModelArguments) -> "PeftModel":
-    """Put LoRA adapters on the language model. They are trained and saved with the Q-Former and the projection.
+    """Add LoRA adapters to the language model. They are trained and saved with the Q-Former and the projection.
 
-    A quantised language model needs nothing else: peft's `prepare_model_for_kbit_training` would only convert frozen
-    weights to float32.
+    A quantised language model needs no further preparation: peft's `prepare_model_for_kbit_training` would only convert
+    frozen weights to float32.
 
     Args:
         model: the captioner.
         args: the options of the model.
 
     Raises:
-        InputError: if the language model has no layers of the names that the options give.
+        InputError: if the language model has no layers with the names in the options.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -95,10 +96,10 @@ def layers_to_adapt(model: QFormerCaptioner, target_modules: str | None) -> list
 
     Args:
         model: the captioner.
-        target_modules: names with commas between them; by default peft's choice for the language model.
+        target_modules: names separated by commas; by default peft's choice for the language model.
 
     Raises:
-        InputError: if a name is not a layer of the language model, or peft has no choice for it.
+        InputError: if a name is not a layer of the language model, or peft has no default for the model type.
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 

@@ -1,4 +1,4 @@
-"""The captioner of a run: loaded or newly built, with its prompt, ready to be trained."""
+"""Captioner of a run, loaded or newly built, with its prompt."""
 
 import itertools
 import json
@@ -22,13 +22,13 @@ from .run import TrainingRun
 
 
 def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
-    """Load or build the captioner of a run, and try it on one row.
+    """Load or build the captioner of a run, and run it on one row.
 
-    Everything that may fail does so here, before the run writes anything. Adapters come later, in `lora.py`.
+    Errors should occur here, before the run writes anything. Adapters are added later, in `lora.py`.
 
     Args:
-        run: the run. Its augmentation receives the prompts, if there are several.
-        train_data: the rows to train on. A new tokenizer and the image feature normalisation are fitted to them.
+        run: the run. If there are several prompts, they are given to its augmentation.
+        train_data: the rows to train on. A new tokenizer and the image feature normalisation are fitted to these rows.
 
     Raises:
         InputError: if the captioner cannot be loaded, built, trained or published as the options ask.
@@ -38,13 +38,15 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
         model = load_captioner(args, train_data.references(), load_vision_model=run.features is None)
         processor = model.processor
         if processor is None:
-            raise InputError(f"The captioner {args.model_name_or_path!r} has no processor: save it with one.")
+            raise InputError(
+                f"The captioner {args.model_name_or_path!r} has no processor: save it together with its processor."
+            )
         set_prompts(processor, run)
         if run.features is not None:
             name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
             run.features.check(str(name), revision, processor.image_processor)
         collate = CaptionCollator(processor, run.data_args.max_caption_length)
-        with torch.no_grad():  # a prompt that is too long, for example, fails now
+        with torch.no_grad():  # raises errors now, for example for a prompt that is too long
             model(**collate([next(iter(train_data))]))
     except InputError:
         raise
@@ -64,13 +66,13 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
 
 
 def set_prompts(processor: QFormerCaptionerProcessor, run: TrainingRun) -> None:
-    """Give the first prompt of the options to the processor, and several prompts to the augmentation.
+    """Set the prompt of the processor to the first prompt of the options, and let the augmentation draw from several.
 
     An existing captioner keeps its own prompt if the options give none.
     """
     args = run.model_args
     prompts = args.prompt or ([""] if args.model_name_or_path is None else [])
-    if args.use_chat_template:  # an existing captioner's prompt may have been through the template already
+    if args.use_chat_template:  # the template may already be applied to the prompt of an existing captioner
         prompts = [processor.as_chat(prompt) for prompt in prompts]
     if prompts:
         processor.prompt = prompts[0]
@@ -93,7 +95,7 @@ def load_captioner(
         load_vision_model: `False` leaves the vision encoder out of memory.
 
     Raises:
-        InputError: if the options name no way to get a captioner, or more than one.
+        InputError: if the options name no captioner or more than one.
         OSError: if a pretrained part cannot be downloaded or read.
     """
     backbones = [args.vision_model_name_or_path, args.language_model_name_or_path]
@@ -118,7 +120,7 @@ def load_captioner(
 
 
 def join_backbones(args: ModelArguments, load_vision_model: bool) -> QFormerCaptioner:
-    """Put a Q-Former between two pretrained backbones."""
+    """Join two pretrained backbones with a Q-Former."""
     return QFormerCaptioner.from_backbones(
         str(args.vision_model_name_or_path),
         str(args.language_model_name_or_path),
@@ -165,7 +167,7 @@ def load_existing(name: str, load_vision_model: bool) -> QFormerCaptioner:
         name: Hub id or folder.
         load_vision_model: `False` leaves the vision encoder out of memory.
     """
-    path = os.path.abspath(name) if os.path.isdir(name) else name  # peft stores it in adapters, which may move
+    path = os.path.abspath(name) if os.path.isdir(name) else name  # absolute, because peft stores it in adapters
     return QFormerCaptioner.from_pretrained(path, load_vision_model=load_vision_model)
 
 
@@ -204,16 +206,16 @@ def parse_config(text: str | None, name: str) -> dict:
 def normalize_image_features(
     model: QFormerCaptioner, train_data: TrainingData, collate: CaptionCollator, num_samples: int
 ) -> None:
-    """Fold the normalisation of image features, fitted to the first training images, into a new Q-Former.
+    """Fold image feature normalisation, with the statistics of the first training images, into a new Q-Former.
 
     Args:
         model: the captioner.
         train_data: the rows to train on.
-        collate: its collator.
+        collate: collator of the rows.
         num_samples: number of rows to use.
 
     Raises:
-        InputError: if there are fewer than two images, which have no variance.
+        InputError: if there are fewer than two images.
     """
     rows, features = itertools.islice(iter(train_data), num_samples), []
     while batch_rows := list(itertools.islice(rows, 32)):
@@ -228,17 +230,17 @@ def normalize_image_features(
 
 
 def backbones_to_include(run: TrainingRun, model: QFormerCaptioner) -> bool | list[str]:
-    """Return which frozen backbones the saved folders store, as `save_pretrained(include_backbones=...)` takes it."""
+    """Return the frozen backbones to store in saved folders, for `save_pretrained(include_backbones=...)`."""
     if run.run_args.include_backbones == "auto":
         return model.local_backbones()
     return run.run_args.include_backbones == "true"
 
 
 def check_publishable(run: TrainingRun, model: QFormerCaptioner) -> None:
-    """Check that others will be able to open a captioner that the run publishes.
+    """Check that others can load a captioner that the run publishes.
 
     Raises:
-        InputError: if it would refer to backbones that only this machine has.
+        InputError: if it would keep backbones of a local folder by reference.
     """
     leaves_out = run.run_args.include_backbones == "false"
     if run.training_args.push_to_hub and leaves_out and model.local_backbones():

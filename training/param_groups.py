@@ -1,4 +1,4 @@
-"""Learning rates of single parts of a captioner."""
+"""Learning rates of the parts of a captioner."""
 
 from collections.abc import Mapping
 
@@ -7,13 +7,13 @@ from torch import nn
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float | None]) -> None:
-    """Move the parameters of parts with their own learning rate to parameter groups of their own.
+    """Move the parameters of parts that have their own learning rate to new parameter groups.
 
-    The other settings of a group, such as its weight decay, stay as they are.
+    The other settings of a group, such as its weight decay, do not change.
 
     Args:
         optimizer: the optimizer, changed in place.
-        model: the model that it trains.
+        model: the model whose parameters it updates.
         rates: learning rate by name of the part, for example `{"language_projection": 4e-3}`. `None` changes nothing.
 
     Example:

@@ -12,7 +12,7 @@ from .arguments import ModelArguments
 def quantization_config(
     model: QFormerCaptioner, args: ModelArguments, include_backbones: str
 ) -> BitsAndBytesConfig | None:
-    """Return how to quantise the language model, `None` if the options do not ask for it.
+    """Return the quantisation configuration of the language model, or `None` without quantisation.
 
     Args:
         model: the captioner, whose language model is not quantised yet.
@@ -29,7 +29,7 @@ def quantization_config(
     if not is_frozen(model.language_model):
         raise InputError("A quantised language model cannot be trained: leave it frozen, or train --lora_r adapters.")
     has_name = model.config.language_model_name_or_path is not None
-    # An adapter refers to its base captioner, which is saved before it is quantised.
+    # An adapter refers to its base captioner, which is saved before quantisation.
     if args.lora_r is None and (not has_name or include_backbones == "true"):
         raise InputError(
             "A quantised language model is saved by its name, without weights: leave out --include_backbones true, or "

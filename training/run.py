@@ -1,4 +1,4 @@
-"""One training run: everything that its options resolve to, before data and model are loaded."""
+"""One training run: its options, output folder and processes, before data and model are loaded."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ class TrainingRun:
         folder: the output folder, which belongs to this run once [`~TrainingRun.claim_folder`] is called.
         checkpoint: checkpoint to resume from, `None` for a new run.
         features: precomputed image features to train on, `None` for images.
-        augmentation: random variation of the training rows.
+        augmentation: augmentation of the training rows.
         skipped_rows: record of the rows that cannot be used.
     """
 
@@ -60,17 +60,17 @@ class TrainingRun:
 
     @property
     def is_finished(self) -> bool:
-        """Return True if the output folder already holds this run, at least as long as the options ask for."""
+        """Return True if the output folder already holds this run with at least the requested length."""
         finished = self.folder.finished
         return finished is not None and self.length <= finished["length"]
 
     def wait_for_everyone(self) -> None:
-        """Wait until all processes of the run get here."""
+        """Wait until all processes of the run reach this point."""
         self.training_args.distributed_state.wait_for_everyone()
 
     def claim_folder(self) -> None:
-        """Make the output folder this run's. Nothing has been written or deleted before."""
-        self.wait_for_everyone()  # every process has read the folder as it was
+        """Claim the output folder for this run. Nothing is written or deleted before this call."""
+        self.wait_for_everyone()  # every process must have read the folder before it changes
         if self.is_main_process:
             self.folder.start()
             self.skipped_rows.write_to(self.output_dir / "skipped_rows.jsonl")
@@ -122,10 +122,10 @@ def resolve(
 
 
 def complete_from_features(store: FeatureStore, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Set the data set and the vision encoder that the options leave out to those of precomputed features.
+    """Take the data set and the vision encoder from precomputed features, unless the options name them.
 
     Raises:
-        InputError: if other options need images or a vision encoder, which features replace.
+        InputError: if other options need images or a vision encoder, which the features replace.
     """
     if data_args.random_resized_crop_scale is not None or data_args.horizontal_flip_prob:
         raise InputError(

@@ -33,7 +33,7 @@ from .run import TrainingRun
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Options that say how a run is named, published and logged. A reader does not need them to repeat it.
+# Options about names, publishing and logging, which are not needed to reproduce a run.
 PRIVATE_OPTIONS = re.compile(
     "hub_|push_|output_dir|overwrite_|run_name|resume_|report_to|project|trackio_|disable_tqdm"
 )
@@ -48,7 +48,7 @@ def describe_run(
     train_data: TrainingData,
     eval_data: CaptionDataset | None,
 ) -> dict:
-    """Return what is known of a run before it trains, as `hub/model_card.py` takes it.
+    """Return the facts of a run that are known before training, in the format of `hub/model_card.py`.
 
     Args:
         run: the run.
@@ -83,7 +83,7 @@ def describe_run(
 
 
 def shown_name(name: str) -> str:
-    """Return a Hub id as it is, and the last part of a path."""
+    """Return a Hub id unchanged, or the last part of a path."""
     if is_hub_id(name):
         return name
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
@@ -109,7 +109,7 @@ def describe_parts(model: "QFormerCaptioner | PeftModel") -> list[dict]:
         weights = [weight for key, weight in part.named_parameters() if "original_module." not in key]
         total = sum(weight.numel() for weight in weights)
         if isinstance(part, PreTrainedModel) and is_quantized(part):
-            total = part.num_parameters()  # a byte holds several of them
+            total = part.num_parameters()  # a byte holds several weights
         on_hub = is_hub_id(source)
         parts.append(
             {
@@ -159,14 +159,14 @@ def describe_data(args: DataArguments, train_data: TrainingData) -> list[dict]:
 
 
 def describe_evaluation(args: DataArguments, rows: CaptionDataset) -> dict:
-    """Return which rows and references the scores of a run are computed on.
+    """Return a description of the rows and references on which a run is evaluated.
 
     Args:
         args: the options of the data.
         rows: the rows to evaluate on.
     """
     spec, references = evaluation_spec(args), rows.references()
-    # Rows held out of the training split are named as such, or the scores would seem to be those of training rows.
+    # Held-out rows of the training split are named as such, so that they are not mistaken for training rows.
     split = rows.split
     if args.train_val_split and args.eval_dataset_name is None and rows.split.split(" of ")[0] == args.train_split:
         split += f", its last {len(references)} rows"
@@ -187,9 +187,9 @@ def is_hub_data(name: str) -> bool:
 
 
 def content_version(spec: DatasetSpec, rows: Rows) -> str | None:
-    """Return the Hub commit that rows came from, otherwise their fingerprint, which a stream does not have."""
+    """Return the Hub commit that rows came from, otherwise their fingerprint, or `None` for a stream."""
     if is_hub_data(spec.name):
-        with contextlib.suppress(OSError, ValueError):  # `datasets` names cached data by their commit
+        with contextlib.suppress(OSError, ValueError):  # `datasets` names cached data after the commit
             return datasets.load_dataset_builder(spec.name, spec.config_name, revision=spec.revision).hash
     return rows._fingerprint if isinstance(rows, datasets.Dataset) else None
 
@@ -200,7 +200,7 @@ def content_version(spec: DatasetSpec, rows: Rows) -> str | None:
 
 
 def describe_options(options: dict[str, object]) -> dict[str, str]:
-    """Return options as a card shows them: without tokens and without the folders of paths."""
+    """Return the options for the model card, without tokens and without the folders of paths."""
     shown = {}
     for name, value in options.items():
         if PRIVATE_OPTIONS.match(name):
@@ -213,9 +213,9 @@ def describe_options(options: dict[str, object]) -> dict[str, str]:
 
 
 def may_be_path(option: str, value: str) -> bool:
-    """Return True if the value of an option may tell where somebody keeps files.
+    """Return True if the value of an option may be a local path.
 
-    The name of the option decides for patterns and for folders that no longer exist.
+    Patterns and folders that no longer exist are recognised by the name of the option.
     """
     return os.path.isabs(value) or os.path.exists(value) or PATH_OPTIONS.search(option) is not None
 

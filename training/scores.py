@@ -35,7 +35,7 @@ class CaptionScorer:
     """
 
     def __init__(self) -> None:
-        self.metrics = CaptionMetrics(keep_in_memory=True)  # processes of one run must not share a cache file
+        self.metrics = CaptionMetrics(keep_in_memory=True)  # the processes of a run must not share a cache file
 
     def __call__(self, captions: list[str], rows: CaptionDataset) -> dict[str, float]:
         """Score one caption for each row, in order."""

@@ -1,4 +1,4 @@
-"""The Trainer of captioners: evaluation with shuffled images, generated captions, and folders that others can open."""
+"""Trainer of captioners, with evaluation on shuffled images, generated captions, and folders that others can load."""
 
 import os
 import shutil
@@ -47,23 +47,23 @@ logger = get_logger(__name__)
 class CaptionTrainer(Seq2SeqTrainer):
     """Trainer of a [`QFormerCaptioner`] on captioned images.
 
-    **Evaluation** logs the loss (`eval_loss`) and the scores of generated captions, such as `eval_cider`. It logs both
-    again with the images shuffled among the rows: `eval_loss_shuffled`, `eval_cider_shuffled`. The difference shows how
-    much the captioner uses the image. The captions and two plots are written to the output folder
+    **Evaluation** logs the loss (`eval_loss`) and the scores of generated captions, such as `eval_cider`. Both are
+    logged again with the images shuffled among the rows: `eval_loss_shuffled`, `eval_cider_shuffled`. The difference
+    shows how much the captioner uses the image. The captions and two plots are written to the output folder
     (`evaluation_files.py`).
 
     **Loss.** With `args.bag_of_words_loss_weight` the [`BagOfWordsLoss`] is added in training, and the logged training
-    loss is the sum. Each line of the log also has images per second, and memory in GB: the peak of the GPU, or without
-    one the current memory of the process.
+    loss is the sum. Each log entry also has images per second and memory in GB. On a GPU this is peak memory, otherwise
+    the current memory of the process.
 
-    **Hub.** With `args.push_to_hub` each checkpoint also publishes the captioner in the background, as one commit. The
+    **Hub.** With `args.push_to_hub`, each save also publishes the captioner in the background, as one commit. The
     caller publishes the final folder with [`~CaptionTrainer.push_to_hub`].
 
     Args:
         args, kwargs: as for `transformers.Trainer`. `args` are [`CaptionTrainingArguments`], the collator is a
             [`CaptionCollator`], and the model is a captioner or an adapter on one.
         score: function from captions and their rows to scores by name. Higher is better.
-        include_backbones: which frozen backbones the final folder stores, as in [`~QFormerCaptioner.save_pretrained`].
+        include_backbones: frozen backbones to store in the final folder, as in [`~QFormerCaptioner.save_pretrained`].
         facts: facts of the run for the model card, as `run_facts.py` returns them. Without facts no card is written.
 
     Example:
@@ -99,13 +99,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.hub_token, self.args.hub_token = self.args.hub_token, None  # no file of the run may hold the token
+        self.hub_token, self.args.hub_token = self.args.hub_token, None  # files of the run must not contain the token
         self.score = score
         self.include_backbones = include_backbones
         self.facts = facts
         self.last_logged = (time.time(), self.state.global_step)
         self.has_relu = has_relu(self.model)
-        if isinstance(self.model, QFormerCaptioner):  # the Trainer expects these weights to be missing in a checkpoint
+        if isinstance(self.model, QFormerCaptioner):  # weights that the Trainer expects to be missing from a checkpoint
             self.model._keys_to_ignore_on_save = self.model.keys_left_out(include_backbones=False)
         self.add_callback(SetEpochCallback(self.train_dataset))
         self.ema: EMACallback | None = None
@@ -122,10 +122,10 @@ class CaptionTrainer(Seq2SeqTrainer):
     # --- Training -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the Trainer's loader. A stream gets one that leaves its rows alone.
+        """Return the Trainer's loader, or for a stream a loader that does not distribute the rows again.
 
-        The Trainer would let one process open the images of all processes, or every process open all images. A stream
-        shares its rows among the processes itself.
+        A stream shares its rows among the processes itself. With the Trainer's loader, one process would open the
+        images of all processes, or every process would open all images.
         """
         if not isinstance(self.train_dataset, CaptionStream):
             return super().get_train_dataloader()
@@ -141,7 +141,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the Trainer's optimizer, with the learning rates that the options give to single parts."""
+        """Return the Trainer's optimizer, with the separate learning rates of parts."""
         optimizer = super().create_optimizer(model)
         parts = ("vision_model", "language_model", "language_projection")
         rates = {part: getattr(self.args, f"{part}_learning_rate") for part in parts}
@@ -156,8 +156,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the loss and its gradients as the Trainer does, with oneDNN's linear layers on a float32 CPU."""
-        if self.args.gradient_checkpointing:  # recomputed layers would leave the context
+        """Compute the loss and its gradients as the Trainer does, with oneDNN's linear layers in float32 on a CPU."""
+        if self.args.gradient_checkpointing:  # recomputed layers would run outside the context
             return super().training_step(*args, **kwargs)
         with onednn_linears(self.args.device, backward_only=self.has_relu):
             return super().training_step(*args, **kwargs)
@@ -179,7 +179,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, with speed and memory beside the training loss."""
+        """Log as the Trainer does, and add speed and memory to the training loss."""
         if "loss" in logs:
             last_time, last_step = self.last_logged
             self.last_logged = now, step = time.time(), self.state.global_step
@@ -195,9 +195,9 @@ class CaptionTrainer(Seq2SeqTrainer):
     def get_eval_dataloader(  # type: ignore[override]
         self, eval_dataset: CaptionDataset | ShuffledImages | None = None
     ) -> DataLoader:
-        """Return a loader of all rows of the data set that is passed.
+        """Return a loader of all rows of the given data set.
 
-        With persistent workers the Trainer would return the loader of the first call for every data set. With
+        With persistent workers, the Trainer would return the loader of the first call for every data set. With
         `dataloader_drop_last`, which is meant for training, it would leave out the last rows.
         """
         names = ("dataloader_persistent_workers", "dataloader_drop_last")
@@ -220,13 +220,13 @@ class CaptionTrainer(Seq2SeqTrainer):
 
         Args:
             eval_dataset: the rows; by default the evaluation data of the trainer.
-            ignore_keys: not used, as the Trainer passes it.
+            ignore_keys: ignored; accepted for compatibility with the Trainer.
             metric_key_prefix: prefix of the names in the log.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise ValueError("There are no rows to evaluate on: pass `eval_dataset`.")
-        # Loading data draws random numbers. Training must not depend on them, or a resumed run would differ.
+        # Data loading draws random numbers. They must not affect training, or a resumed run would differ.
         with self._averaged_weights(), torch.random.fork_rng(devices=[]), onednn_linears(self.args.device):
             return self._evaluate_rows(rows, metric_key_prefix)
 
@@ -241,7 +241,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             "loss_shuffled": self._mean_loss(shuffled_rows, "shuffled images"),
         }
         captions = self.generate_captions(rows)
-        # A caption depends on its image only, so shuffling the images shuffles the captions.
+        # A caption depends only on its image, so shuffling the images shuffles the captions in the same way.
         shuffled_captions = [captions[shuffled_rows.image_of[row]] for row in range(len(rows))]
         scores, shuffled_scores = self.score(captions, rows), self.score(shuffled_captions, rows)
         for name in scores:
@@ -252,7 +252,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.log(metrics)
         if self.is_world_process_zero():
             write_evaluation_files(self.args.output_folder, rows, captions, self.state, self.args.best_score_name)
-        self.last_logged = (time.time(), self.state.global_step)  # the speed of training leaves out evaluation
+        self.last_logged = (time.time(), self.state.global_step)  # the training speed excludes evaluation
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -260,7 +260,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _mean_loss(self, rows: CaptionDataset | ShuffledImages, description: str) -> float:
         """Return the mean loss in nats per caption token, over all rows and processes.
 
-        The Trainer averages the means of batches, which would depend on the batch size and the number of processes.
+        The Trainer would average the means of batches, which depends on the batch size and the number of processes.
         """
         model = self.accelerator.unwrap_model(self.model).eval()
         nats, tokens = 0.0, 0
@@ -274,7 +274,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         return nats / max(tokens, 1)
 
     def generate_captions(self, rows: CaptionDataset) -> list[str]:
-        """Return a caption for every row, in order, generated with the beams and the length that the options give."""
+        """Generate a caption for every row, in order, with the number of beams and the length in the options."""
         model = self.accelerator.unwrap_model(self.model).eval()
         processor = self.data_collator.processor
         captions = []
@@ -293,9 +293,11 @@ class CaptionTrainer(Seq2SeqTrainer):
     # --- The best checkpoint ------------------------------------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return True for a new best score. Of equal scores the last is the best, because at first all may be zero.
+        """Return True for a new best score.
 
-        An evaluation whose weights are not saved is left out, since the run could not end with them.
+        Among equal scores the last is the best, because all first scores may be zero.
+
+        Evaluations whose weights are not saved are ignored, because those weights cannot be loaded at the end.
         """
         is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
         if self.args.load_best_model_at_end and not is_saved:
@@ -315,10 +317,10 @@ class CaptionTrainer(Seq2SeqTrainer):
     # --- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the trainable weights of a checkpoint, under the names that they have in memory.
+        """Save the trainable weights of a checkpoint, under their names in memory.
 
-        transformers stores some weights under older names, for example DINOv2's. The Trainer resumes without
-        translating them back, so these weights would silently keep their initial values.
+        `save_pretrained` stores some weights under older names, for example those of DINOv2. The Trainer does not
+        translate these names when it resumes, so the weights would silently keep their initial values.
         """
         output_dir = output_dir or str(self.args.output_folder)
         os.makedirs(output_dir, exist_ok=True)
@@ -333,7 +335,7 @@ class CaptionTrainer(Seq2SeqTrainer):
                 is_main_process=is_main_process,
                 save_original_format=False,
             )
-        else:  # an adapter, which leaves out the frozen weights itself
+        else:  # adapters already leave out the frozen weights
             self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=is_main_process)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -358,11 +360,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         state_dict: dict[str, torch.Tensor] | None = None,
         training: dict | None = None,
     ) -> None:
-        """Write a folder that others can open: captioner or adapter, processor, plots and model card.
+        """Write a folder that others can load: captioner or adapter, processor, plots and model card.
 
         Args:
             folder: the folder to write.
-            state_dict: the weights, where processes share them (FSDP, DeepSpeed).
+            state_dict: the gathered weights, if they are sharded (FSDP, DeepSpeed).
             training: steps, epochs and seconds of a finished run, and whether it was resumed.
         """
         if isinstance(self.model, QFormerCaptioner):
@@ -380,7 +382,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             write_card(folder, {**self.facts, **results, "training": training})
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository before training, so that a name or a token that is not valid fails at once.
+        """Create the repository before training, so that an invalid name or token raises an error at once.
 
         Raises:
             InputError: if the Hub refuses it.
@@ -401,7 +403,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
         Args:
             commit_message: title of the commit.
-            kwargs: not used, as the Trainer passes them.
+            kwargs: ignored; accepted for compatibility with the Trainer.
 
         Raises:
             InputError: if the Hub refuses it.
@@ -423,8 +425,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish the captioner as it is now, in the background.
 
-        The Trainer would publish the checkpoint, which holds pickles. Where processes share the weights (FSDP,
-        DeepSpeed), only the final folder is published.
+        The Trainer would publish the checkpoint, which holds pickles. With sharded weights (FSDP, DeepSpeed), only the
+        final folder is published.
         """
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
@@ -436,7 +438,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder = self.args.output_folder / "push"
-        shutil.rmtree(folder, ignore_errors=True)  # a run that was killed while it pushed may have left it
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed during a push
         with self._averaged_weights():
             self.save_final_model(folder)
         job = HfApi().run_as_future(self._publish_copy, folder, self.state.global_step)

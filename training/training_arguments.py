@@ -1,4 +1,4 @@
-"""The Trainer's arguments with a captioner's options and defaults."""
+"""Training arguments with the options and defaults of captioners."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,10 @@ class CaptionTrainingArguments(CaptionTrainingOptions, Seq2SeqTrainingArguments)
     ```
     """
 
-    remove_unused_columns: bool = option(False, "Remove columns that `forward` does not name. Ours holds the images.")
+    remove_unused_columns: bool = option(
+        False,
+        "Remove columns that are not arguments of `forward`, among them the images.",
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -35,7 +38,7 @@ class CaptionTrainingArguments(CaptionTrainingOptions, Seq2SeqTrainingArguments)
 
     @property
     def output_folder(self) -> Path:
-        """Return the output folder. The Trainer has a default name for it."""
+        """Return the output folder, or the default of the Trainer."""
         return Path(self.output_dir or "trainer_output")
 
     @property

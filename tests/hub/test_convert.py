@@ -304,7 +304,7 @@ def test_cross_attention_to_another_vision_encoder_starts_fresh_with_a_warning(b
     logging.enable_propagation()
     ours = QFormerCaptioner.from_backbones(*backbones, qformer=qformer)
     logging.disable_propagation()
-    assert "4 of its weights start fresh" in caplog.text
+    assert "4 of its weights are newly initialised" in caplog.text
     for name, weight in ours.qformer.state_dict().items():
         if name.endswith(("crossattention.attention.key.weight", "crossattention.attention.value.weight")):
             assert weight.shape == (32, tiny.VISION_WIDTH) and weight.std() > 0.01
