@@ -165,44 +165,6 @@ def flatten_images(images: Any) -> list[ImageInput]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_qformer_tokenizer(
-    name: str | os.PathLike | None, qformer: str | os.PathLike | None, revision: str | None, vocab_size: int
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a Q-Former that reads the prompt.
-
-    Args:
-        name (`str`, *optional*): Hub id or folder of the tokenizer.
-        qformer (`str`, *optional*): Hub id or folder of the pretrained Q-Former, whose tokenizer is the default.
-            Without it the default is the tokenizer of BERT-base.
-        revision (`str`, *optional*): branch, tag or commit of `qformer`.
-        vocab_size (`int`): vocabulary of the Q-Former, in tokens.
-
-    Raises:
-        OSError: if the tokenizer cannot be fetched or has another vocabulary than the Q-Former; the message names it.
-    """
-    subfolder = ""
-    if name is None and qformer is not None:
-        name, file = qformer, f"{QFORMER_TOKENIZER}/tokenizer_config.json"
-        if cached_file(qformer, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
-            subfolder = QFORMER_TOKENIZER
-    else:
-        name, revision = name or "google-bert/bert-base-uncased", None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder, trust_remote_code=False)
-        # If its files are missing, transformers silently creates a tokenizer of a few tokens.
-        if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
-            raise ValueError(
-                f"it has {len(tokenizer)} tokens and pads with {tokenizer.pad_token}; the Q-Former has {vocab_size} "
-                "tokens and needs a padding token"
-            )
-        return tokenizer
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"The Q-Former reads text, but its tokenizer cannot be loaded from {str(name)!r}: name one with "
-            f"`qformer_tokenizer` ({str(error).splitlines()[0]})."
-        ) from error
-
-
 class PushWithCard(PushToHubMixin):
     """Mixin whose `push_to_hub` writes a model card that shows how to use the repository.
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from ..backbones_qformer import BACKBONES, CAPTIONERS, blip2_vision_config, commit_of
 from ..common.arguments import CommandParser
@@ -32,7 +33,7 @@ from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner, QFormerModel
-from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
+from ..processing_qformer import QFORMER_TOKENIZER, QFormerCaptionerProcessor
 from .checkpoint import Checkpoint
 
 logger = get_logger(__name__)
@@ -153,6 +154,56 @@ def load_qformer(source: str | os.PathLike, revision: str | None = None, **field
             unexpected[0],
         )
     return qformer.eval()
+
+
+def load_qformer_tokenizer(
+    vocab_size: int,
+    *,
+    name: str | os.PathLike | None = None,
+    qformer: str | os.PathLike | None = None,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Q-Former that reads the prompt.
+
+    Args:
+        vocab_size: vocabulary of the Q-Former, in tokens.
+        name: Hub id or folder of the tokenizer. By default it is the one of `qformer`, or else that of BERT-base.
+        qformer: Hub id or folder that the Q-Former comes from.
+        revision: branch, tag or commit of `qformer`.
+
+    Returns:
+        The tokenizer, for `QFormerCaptioner.from_backbones(..., qformer_tokenizer=...)`.
+
+    Raises:
+        OSError: if the tokenizer cannot be fetched or has another vocabulary than the Q-Former; the message names it.
+
+    Example:
+
+    ```python
+    >>> tokenizer = load_qformer_tokenizer(30523, qformer="Salesforce/instructblip-flan-t5-xl")  # doctest: +SKIP
+    ```
+    """
+    subfolder = ""
+    if name is None and qformer is not None:
+        name, file = qformer, f"{QFORMER_TOKENIZER}/tokenizer_config.json"
+        if cached_file(qformer, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None:
+            subfolder = QFORMER_TOKENIZER
+    else:
+        name, revision = name or "google-bert/bert-base-uncased", None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=subfolder, trust_remote_code=False)
+        # If its files are missing, transformers silently creates a tokenizer of a few tokens.
+        if not vocab_size // 2 < len(tokenizer) <= vocab_size or tokenizer.pad_token is None:
+            raise ValueError(
+                f"it has {len(tokenizer)} tokens and pads with {tokenizer.pad_token}; the Q-Former has {vocab_size} "
+                "tokens and needs a padding token"
+            )
+        return tokenizer
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The Q-Former reads text, but its tokenizer cannot be loaded from {str(name)!r}: name one with "
+            f"`qformer_tokenizer` ({str(error).splitlines()[0]})."
+        ) from error
 
 
 def _qformer_in(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
@@ -374,7 +425,7 @@ def _load_processor(
         )
         if reads_text:
             vocab_size = checkpoint.config.qformer_config.vocab_size
-            processor.qformer_tokenizer = load_qformer_tokenizer(None, source, revision, vocab_size)
+            processor.qformer_tokenizer = load_qformer_tokenizer(vocab_size, qformer=source, revision=revision)
         return processor
     except (OSError, ValueError) as error:
         logger.warning("The captioner gets no processor, because %r has none (%s).", source, one_line(error))

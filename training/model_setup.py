@@ -11,9 +11,9 @@ import torch
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..configuration_qformer import QFormerConfig
 from ..data.collator import CaptionCollator
-from ..hub.convert import load_qformer
+from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..modeling_qformer import QFormerCaptioner
-from ..processing_qformer import QFormerCaptionerProcessor, load_qformer_tokenizer
+from ..processing_qformer import QFormerCaptionerProcessor
 from .arguments import ModelArguments
 from .data_setup import TrainingData
 from .from_scratch import build_from_scratch
@@ -154,7 +154,10 @@ def qformer_options(args: ModelArguments) -> dict[str, Any]:
         options, config = {"qformer": qformer}, qformer.config
     if config.use_qformer_text_input:
         tokenizer = load_qformer_tokenizer(
-            args.qformer_tokenizer, args.qformer_name_or_path, args.qformer_revision, config.vocab_size
+            config.vocab_size,
+            name=args.qformer_tokenizer,
+            qformer=args.qformer_name_or_path,
+            revision=args.qformer_revision,
         )
         options = {**options, "qformer_tokenizer": tokenizer}
     return options

@@ -25,9 +25,8 @@ from transformers.utils import logging
 from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub import convert
-from qformer_captioner.hub.convert import load_qformer
+from qformer_captioner.hub.convert import load_qformer, load_qformer_tokenizer
 from qformer_captioner.hub.legacy import LegacyCaptioner
-from qformer_captioner.processing_qformer import load_qformer_tokenizer
 from qformer_captioner.training.from_scratch import train_tokenizer
 
 from ..fixtures import tiny
@@ -278,7 +277,7 @@ def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_
     words = " ".join(f"word{i} word{i}" for i in range(60))
     train_tokenizer([words], vocab_size=50).save_pretrained(tmp_path / "source" / "qformer_tokenizer")
     qformer = load_qformer(tmp_path / "source")
-    tokenizer = load_qformer_tokenizer(None, tmp_path / "source", None, qformer.config.vocab_size)
+    tokenizer = load_qformer_tokenizer(qformer.config.vocab_size, qformer=tmp_path / "source")
     ours = QFormerCaptioner.from_backbones(
         tmp_path / "source", backbones[1], qformer=qformer, qformer_tokenizer=tokenizer
     )
@@ -322,7 +321,7 @@ def test_fields_that_contradict_the_checkpoint_are_refused(backbones, tmp_path):
 
 def captioner_from_bert(backbones: tuple[str, str], bert: str) -> QFormerCaptioner:
     qformer = load_qformer(bert, num_query_tokens=3)
-    tokenizer = load_qformer_tokenizer(bert, None, None, vocab_size=13)
+    tokenizer = load_qformer_tokenizer(13, name=bert)
     return QFormerCaptioner.from_backbones(*backbones, qformer=qformer, qformer_tokenizer=tokenizer)
 
 
@@ -341,7 +340,7 @@ def test_bert_gives_its_layers_to_queries_and_words(backbones, bert):
 
 def test_a_fresh_q_former_that_reads_text_takes_the_tokenizer_it_is_given(backbones, bert):
     fields = tiny.QFORMER | dict(use_qformer_text_input=True, vocab_size=13)
-    tokenizer = load_qformer_tokenizer(bert, None, None, vocab_size=13)
+    tokenizer = load_qformer_tokenizer(13, name=bert)
     ours = QFormerCaptioner.from_backbones(*backbones, qformer_tokenizer=tokenizer, **fields)
     assert ours.processor(images=tiny.picture(), text="a b")["qformer_input_ids"].tolist() == [[2, 5, 6, 3]]
     with pytest.raises(ValueError, match="The Q-Former reads the prompt: pass its tokenizer as `qformer_tokenizer`"):
@@ -350,9 +349,9 @@ def test_a_fresh_q_former_that_reads_text_takes_the_tokenizer_it_is_given(backbo
 
 def test_a_tokenizer_that_does_not_fit_the_q_former_is_refused(bert):
     with pytest.raises(OSError, match="cannot be loaded from '/nowhere': name one with `qformer_tokenizer`"):
-        load_qformer_tokenizer("/nowhere", None, None, vocab_size=13)
+        load_qformer_tokenizer(13, name="/nowhere")
     with pytest.raises(OSError, match="cannot be loaded from .*it has 13 tokens"):
-        load_qformer_tokenizer(bert, None, None, vocab_size=99)
+        load_qformer_tokenizer(99, name=bert)
 
 
 def test_the_q_formers_tokenizer_is_saved_and_loaded(backbones, bert, tmp_path):
