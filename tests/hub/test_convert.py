@@ -320,8 +320,7 @@ def test_fields_that_contradict_the_checkpoint_are_refused(backbones, tmp_path):
 
 
 def captioner_from_bert(backbones: tuple[str, str], bert: str) -> QFormerCaptioner:
-    qformer = load_qformer(bert, num_query_tokens=3)
-    tokenizer = load_qformer_tokenizer(13, name=bert)
+    qformer, tokenizer = load_qformer(bert, num_query_tokens=3), load_qformer_tokenizer(13, name=bert)
     return QFormerCaptioner.from_backbones(*backbones, qformer=qformer, qformer_tokenizer=tokenizer)
 
 
