@@ -425,7 +425,10 @@ def change_config(folder, **fields) -> None:
         (lambda f: (f / "config.json").write_text(json.dumps({"model_type": "gpt2"})), "is a 'gpt2'"),
         (lambda f: change_config(f, hidden_act="nope"), "configuration of .* cannot be used: .*nope"),
         (lambda f: change_config(f, num_attention_heads=7), "configuration of .* cannot be used: .*multiple"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "is no index of weights .'weight_map'"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+            "is not a valid index of weights .'weight_map'",
+        ),
         (lambda f: shutil.rmtree(f), "cannot be read"),
     ],
 )
