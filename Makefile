@@ -1,4 +1,4 @@
-# make demo: train a small captioner from nothing and look at its captions.    make test: everything that CI checks.
+# make demo: train a small captioner from scratch. make test: run everything that CI checks.
 
 VENV := .venv
 PYTHON := python3
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python train_hf.py
 
-# A process for each core, each with one thread. The tests of a file stay together, because they share trained models.
+# One process for each core, each with one thread. The tests of a file stay together, because they share trained models.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
@@ -23,7 +23,7 @@ format: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The repository root is the package, and a clone may have any name: the type checker finds it by this link.
+# The repository root is the package, but a clone may have any name, so the type checker uses this link.
 build/types/qformer_captioner:
 	mkdir -p $(@D)
 	ln -s ../.. $@

@@ -27,7 +27,7 @@ class Command:
 COMMANDS = {
     "train": Command("train_hf", "train a captioner on your images"),
     "features": Command("precompute_features", "run the vision encoder once over a data set"),
-    "eval": Command("eval_captions", "score captions, or caption a benchmark and score that"),
+    "eval": Command("eval_captions", "score captions, or caption a benchmark and score it"),
     "caption": Command("cli.caption", "caption images"),
     "push": Command("hub.push", "publish a captioner with a model card on the Hub"),
     "convert": Command("hub.convert", "make a captioner from a BLIP-2 or InstructBLIP checkpoint"),

@@ -31,18 +31,18 @@ from transformers.utils.hub import cached_file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_PROMPT_LENGTH = 300  # characters
-MAX_ASPECT_RATIO = 50  # image processors that resize the shorter side make the longer one enormous
+MAX_ASPECT_RATIO = 50  # resizing the shorter side makes the longer side very large
 MAX_EXAMPLES = 24
 GREEDY, SAMPLING, BEAMS = "greedy (streams)", "sampling (streams)", "beam search (no streaming)"
 COLUMNS = {"caption": "58%", "score": "12%", "probability": "18%", "tokens": "12%"}
 HOW_TO_READ = """
-Each map shows the image as the model gets it. **The brighter a patch, the larger its weight.**
+Each map shows the resized and cropped image that the model reads. **The brighter a patch, the larger its weight.**
 
 **Words:** gradient x attention, summed over the queries. Below each map are the probability of the word and the two
 queries that contribute most. **Queries:** cross-attention, averaged over layers and heads. Below each map is the share
 of the attention that goes to patches; the rest goes to class and register tokens. The features of a patch also contain
-its neighbours: a map shows where the model read, not what it read there. **Captions compared:** the score is the mean
-log-probability of a token. Click a row to see the maps of that caption.
+its neighbours: a map shows which patches were used, but not which of their content. **Captions compared:** the score is
+the mean log-probability of a token. Click a row to see the maps of that caption.
 """
 CSS = """
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: .6rem; }
@@ -55,10 +55,10 @@ CSS = """
 class ImageFile(gr.Image):
     """Image component that returns the path of the uploaded file.
 
-    gradio's own component opens the file first, and fails on a bad one before we can explain why.
+    gradio's own component opens the file first, and fails on an invalid file before the page can explain why.
     """
 
-    is_template = True  # gradio renders it like its parent
+    is_template = True  # gradio renders it like the parent class
 
     def preprocess(self, payload) -> str | None:
         return payload.path if payload is not None else None
@@ -71,7 +71,8 @@ def open_image(path: str) -> Image.Image:
         path: path of the file.
 
     Raises:
-        ValueError: if the file is not an image, is damaged, or has an unsuitable size. The message is for the visitor.
+        ValueError: if the file is not an image, is damaged, or has an unsuitable size. The message is shown to the
+            visitor.
     """
     try:
         with warnings.catch_warnings():
@@ -81,7 +82,7 @@ def open_image(path: str) -> Image.Image:
         raise ValueError(
             f"The image has far more than {MAX_PIXELS // 10**6} million pixels: make it smaller."
         ) from None
-    except Exception:  # Pillow raises a dozen classes
+    except Exception:  # Pillow raises many classes
         raise ValueError(f"The file cannot be read as an image: use a {', '.join(FORMATS[:-1])} or BMP file.") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -89,7 +90,7 @@ def open_image(path: str) -> Image.Image:
             f"The image has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million: make it smaller."
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"The image has {width} x {height} pixels, which is too narrow a strip: crop it.")
+        raise ValueError(f"The image has {width} x {height} pixels, which is too narrow: crop it.")
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception:
@@ -107,9 +108,9 @@ def generate_captions(
     max_new_tokens: int,
     num_captions: int,
 ) -> Iterator[tuple[str, list[list[int]]]]:
-    """Generate captions of an image, and stream the first one if the search allows it.
+    """Generate captions of an image, and stream the text of greedy decoding and sampling.
 
-    Beam search cannot stream, because the best beam is not known before the end.
+    Beam search cannot be streamed, because the best beam is not known before the end.
 
     Args:
         model: the captioner.
@@ -120,7 +121,7 @@ def generate_captions(
         num_captions: number of captions, for sampling and beam search.
 
     Yields:
-        The text so far and an empty list; at the end, the first caption and the tokens of all different captions.
+        The text so far and an empty list. At the end, the first caption and the tokens of all distinct captions.
     """
     options = {"max_new_tokens": max_new_tokens, "num_beams": 1, "num_return_sequences": 1, "do_sample": False}
     options |= image.inputs
@@ -141,7 +142,7 @@ def generate_captions(
 
 
 def stream_caption(model: PreTrainedModel, options: dict, sequences: list[list[int]]) -> Iterator[str]:
-    """Generate a caption in a thread of its own.
+    """Generate a caption in a separate thread.
 
     Args:
         model: the captioner.
@@ -161,7 +162,7 @@ def stream_caption(model: PreTrainedModel, options: dict, sequences: list[list[i
         try:
             return model.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([must_stop]))
         finally:
-            streamer.end()  # also after an error, or the loop below would wait for ever
+            streamer.end()  # also after an error, or the loop below would never end
 
     with ThreadPoolExecutor(1) as pool:
         generated = pool.submit(generate)
@@ -212,8 +213,8 @@ def draw_maps(model: PreTrainedModel, image: attention.EncodedImage, token_ids: 
         for number, (patches, share) in enumerate(zip(maps.queries, maps.patch_share, strict=True), start=1)
     ]
     return (
-        figures_html("Where each word looks", image.picture, word_maps),
-        figures_html("Where each query looks", image.picture, query_maps),
+        figures_html("Image patches of each word", image.picture, word_maps),
+        figures_html("Image patches of each query", image.picture, query_maps),
     )
 
 
@@ -223,7 +224,7 @@ def figures_html(heading: str, picture: Image.Image, maps: list[tuple[np.ndarray
     Args:
         heading: text above the overlays.
         picture: the image.
-        maps: weight of each patch `[rows, columns]`, name and remark of each overlay.
+        maps: weight of each patch `[rows, columns]`, name and note of each overlay.
     """
     figures = []
     for patches, name, remark in maps:
@@ -243,7 +244,7 @@ def status_html(text: str) -> str:
 
 
 class CaptionPage:
-    """The page of a captioner: `blocks` is the gradio app.
+    """Page of a captioner. `blocks` is the gradio app.
 
     Args:
         model: the captioner.
@@ -255,7 +256,7 @@ class CaptionPage:
         self.model = model
         title = f"Captions by {name}"
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
-            gr.HTML(f"<h1>Caption an image, and see where the model looks</h1><p>Model: {html.escape(name)}</p>")
+            gr.HTML(f"<h1>Caption an image, and see which patches the model uses</h1><p>Model: {html.escape(name)}</p>")
             with gr.Row():
                 with gr.Column(scale=2):
                     self.add_inputs()
@@ -330,14 +331,14 @@ class CaptionPage:
             sizes = int(num_beams), int(max_tokens), int(num_captions)
             for text, captions in generate_captions(self.model, image, search, *sizes):  # noqa: B007, used below
                 yield {self.caption: text, self.status: status_html("Writing ...")}
-        except ValueError as error:  # about the image, or more tokens than the language model allows
+        except ValueError as error:  # an invalid image, or more tokens than the language model accepts
             yield blank | {self.status: status_html(f"⚠ {error}")}
             return
         rows = caption_rows(self.model, image, captions)
         by_text = {row[0]: token_ids for row, token_ids in zip(rows, captions, strict=True)}  # visitors may sort rows
         result = {self.caption: text, self.candidates: rows, self.tokens_of_caption: by_text}
         yield result | {self.status: status_html("Drawing maps ...")}
-        yield result | self.draw(image, captions[0])  # all outputs, because callers of the API get the last ones
+        yield result | self.draw(image, captions[0])  # all outputs, because API callers get the last ones
 
     def show_candidate(
         self, path: str | None, prompt: str, tokens_of_caption: dict[str, list[int]], selection: gr.SelectData
@@ -359,11 +360,11 @@ class CaptionPage:
 
 
 def load_captioner(model_name_or_path: str, revision: str | None) -> PreTrainedModel:
-    """Load a captioner whose Q-Former has eager attention, because only that returns its weights.
+    """Load a captioner whose Q-Former has eager attention, because only eager attention returns its weights.
 
     Args:
         model_name_or_path: folder or Hub id of a captioner or an adapter.
-        revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the captioner below.
+        revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the base captioner.
 
     Raises:
         OSError: if the model cannot be fetched, or has no processor.
@@ -415,7 +416,7 @@ def find_examples(folder: str | None, model_name_or_path: str, revision: str | N
 
 def main() -> None:
     """Load a captioner and serve its page."""
-    parser = argparse.ArgumentParser(description="Caption images in the browser, and see where the model looks.")
+    parser = argparse.ArgumentParser(description="Caption images in the browser, with attention maps.")
     parser.add_argument(
         "--model",
         default=os.environ.get("MODEL_ID"),
@@ -439,7 +440,7 @@ def main() -> None:
     try:
         model = load_captioner(arguments.model, arguments.revision)
         examples = find_examples(arguments.examples, arguments.model, arguments.revision)
-    except Exception as error:  # each way in which a folder can be broken raises another class
+    except Exception as error:  # each kind of damaged folder raises another class
         sys.exit(f"{arguments.model!r} cannot be shown: {(str(error) or type(error).__name__).splitlines()[0]}")
     CaptionPage(model, arguments.model, examples).blocks.launch(
         server_port=arguments.port,

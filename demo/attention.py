@@ -2,11 +2,11 @@
 
 Map of a query: its cross-attention weights, averaged over layers and heads. Map of a word: gradient x attention
 (Chefer et al. 2021, arXiv 2103.15679), the positive part of `A * d log-odds(word) / dA`, averaged over layers and heads
-and summed over queries. It shows how much the cross-attention weights `A` speak for the word. It takes only gradients
-from the language model, so it works the same way for all language models.
+and summed over queries. It shows how much the cross-attention weights `A` increase the probability of the word. It
+needs only gradients of the language model, so it works for all language models.
 
-Limits of the maps: the features of a patch also contain its neighbours, so a map shows where the model read, not what
-it read there. Gradients describe small changes. Evidence against a word is left out.
+The maps have limits. The features of a patch also describe its neighbours, so a map shows which patches were used, but
+not which of their content. Gradients describe small changes only. Evidence against a word is left out.
 """
 
 from collections.abc import Iterator
@@ -25,10 +25,10 @@ DARKEST = 0.12  # brightness of a patch with weight 0
 
 @dataclass
 class EncodedImage:
-    """An image after the processor and the vision encoder.
+    """Image after the processor and the vision encoder.
 
     Args:
-        picture: the image as the vision encoder gets it, resized and cropped.
+        picture: the resized and cropped image that the vision encoder reads.
         inputs: image features `[1, N, Dv]` and the tokens of the prompt, for `generate` and `forward`.
         grid: rows and columns of patches; the last `rows * columns` of the N features belong to patches. `None` if the
             features do not form a grid.
@@ -78,7 +78,7 @@ def encode_image(model: PreTrainedModel, image: Image.Image, prompt: str | None 
     Args:
         model: a captioner with a processor.
         image: an RGB image.
-        prompt: text that captions follow, by default the captioner's own.
+        prompt: text that captions continue, by default the captioner's own prompt.
     """
     inputs = model.processor(images=image, text=prompt or None).to(model.device)
     pixel_values = inputs.pop("pixel_values")  # [1, 3, H, W]
@@ -157,7 +157,7 @@ def _log_odds(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the log-odds of each token `[T]`, and the cross-attention weights `[1, heads, Q, N]` that they depend on.
 
-    The gradient of log-odds does not vanish where the model is certain, as that of log-probabilities does.
+    The gradient of log-probabilities vanishes where the model is certain. The gradient of log-odds does not.
     """
     # The features require gradients, so that a graph is recorded even if all parameters are frozen.
     features = image.inputs["image_embeds"].detach().requires_grad_()

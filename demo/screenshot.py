@@ -4,7 +4,7 @@
     python demo/screenshot.py --model ID --image picture.jpg --examples FOLDER
 
 It needs `pip install selenium`, and Chromium with its driver (`apt install chromium chromium-driver`). Without --image
-it draws scenes, for which it needs the package qformer-captioner and a captioner from `python train_hf.py`.
+it draws scenes, which needs the package qformer-captioner and a captioner trained with `python train_hf.py`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-TIMEOUT = 120  # seconds for a captioner to load, or to caption
+TIMEOUT = 120  # seconds to wait for loading or captioning
 MAPS = "#{} figure img"  # selector of the maps of "words" or "queries"
 
 

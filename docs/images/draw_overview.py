@@ -1,4 +1,4 @@
-"""Draw overview.png, the picture of the README: from an image to a caption.
+"""Draw overview.png, the figure in the README that shows the steps from an image to a caption.
 
 python docs/images/draw_overview.py
 """
@@ -20,7 +20,7 @@ CENTRE = 1.75  # height of the row of boxes
 
 
 def box(axes: Axes, left: float, width: float, title: str, note: str, examples: str, trained: bool) -> None:
-    """Draw one part of the captioner, with its state above the title and examples below the box."""
+    """Draw one part of the captioner, with its state (frozen or trained) above the title and examples below the box."""
     face, edge = (TRAINED_FACE, TRAINED_EDGE) if trained else (FROZEN_FACE, FROZEN_EDGE)
     shape = FancyBboxPatch(
         (left, CENTRE - 0.62), width, 1.24, boxstyle="round,pad=0,rounding_size=0.14", fc=face, ec=edge, lw=1.8

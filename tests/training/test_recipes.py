@@ -302,7 +302,7 @@ def test_every_recipe_describes_itself_and_has_existing_options(name):
     header = " ".join(line.strip("# ") for line in text.splitlines() if line.startswith("#"))
     assert text.startswith("# ") and max(map(len, text.splitlines())) <= 120
     if name in DATA:
-        assert header.startswith("Data alone: ")
+        assert header.startswith("Data only: ")
     else:
         assert all(word in header for word in ("Data: ", "Hardware: ", "Time: "))
         assert "(estimated, not measured)" in header or "(measured, see docs/results.md)" in header
