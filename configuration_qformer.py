@@ -1,6 +1,6 @@
 """Configurations of a Q-Former and of a captioner.
 
-Fields are named as in transformers' `Blip2QFormerConfig` and `Blip2Config` wherever they mean the same. Both classes
+Fields are named as in transformers' `Blip2QFormerConfig` and `Blip2Config` if they have the same meaning. Both classes
 are ordinary transformers configurations: keyword arguments with checked types, saved as JSON.
 """
 
@@ -197,7 +197,7 @@ class QFormerCaptionerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
-        if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: keep the vision tower alone
+        if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: keep only the vision tower
             self.vision_config = self.vision_config.vision_config
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.is_encoder_decoder = self.text_config.is_encoder_decoder

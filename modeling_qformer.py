@@ -676,8 +676,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 caption, as `max_new_tokens` and `min_new_tokens` do.
 
         Returns:
-            Token ids of the captions alone, `[B * num_return_sequences, T]`. With `return_dict_in_generate=True`, an
-            output object of transformers with these as `sequences`.
+            Token ids of the captions without the prompt, `[B * num_return_sequences, T]`. With
+            `return_dict_in_generate=True`, an output object of transformers with these as `sequences`.
 
         Raises:
             ValueError: as `forward` does.

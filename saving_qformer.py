@@ -296,7 +296,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
                 )
         if not load_vision_model and not (config.freeze_vision_model and config.vision_model_name_or_path):
             raise ValueError(
-                f"The captioner {str(source)!r} has a vision encoder of its own and cannot be loaded without it: "
+                f"The captioner {str(source)!r} has its own vision encoder and cannot be loaded without it: "
                 "leave out `load_vision_model=False`."
             )
         if dtype not in (None, "auto"):
@@ -396,8 +396,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     ) -> None:
         """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens anywhere.
 
-        The model and its configuration stay as they are. The saved configuration says which backbones the folder keeps
-        by reference, which are frozen, and which dtypes the parts have.
+        The model and its configuration do not change. The saved configuration says which backbones the folder keeps by
+        reference, which are frozen, and which dtypes the parts have.
 
         Args:
             save_directory (`str`): folder to write.

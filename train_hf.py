@@ -170,7 +170,7 @@ def report_finished(run: "TrainingRun") -> None:
         logger.info("Look at %s.", " and ".join(str(run.output_dir / name) for name in pictures))
     epochs, steps = finished["length"]
     length = f"--max_steps {steps}" if steps > 0 else f"--num_train_epochs {epochs:g}"
-    logger.info("To train it longer, give more than %s. To start anew, add --overwrite_output_dir.", length)
+    logger.info("To train it longer, give more than %s. To start again, add --overwrite_output_dir.", length)
     if args.push_to_hub and run.is_main_process:
         repo_id = publish(
             run.output_dir,

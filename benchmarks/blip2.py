@@ -128,7 +128,7 @@ def image_token_inputs(batch_size: int, device: torch.device | str = "cpu") -> d
 def blip2_inputs(labels: torch.Tensor, is_encoder_decoder: bool) -> dict[str, torch.Tensor]:
     """Return BLIP-2's text inputs for labels `[B, K, T]`, with one row for each image and caption.
 
-    A decoder-only model reads image tokens and caption, `[B * K, Q + T]`. An encoder reads the image tokens alone.
+    A decoder-only model reads image tokens and caption, `[B * K, Q + T]`. An encoder reads only the image tokens.
     """
     labels = labels.flatten(0, 1)  # [B * K, T]
     image = image_token_inputs(len(labels), labels.device)
@@ -179,7 +179,7 @@ def differences(
     largest = 0.0
     for name, parameter in ours.qformer.named_parameters():
         expected = peer_parameters.get(name)
-        # The bias of the keys does not change the softmax, so its gradient is rounding alone.
+        # The bias of the keys does not change the softmax, so its gradient is only rounding error.
         if expected is not None and expected.grad is not None and not name.endswith("key.bias"):
             difference = (parameter.grad - expected.grad).norm() / expected.grad.norm()
             largest = max(largest, difference.item())

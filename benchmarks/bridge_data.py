@@ -63,7 +63,7 @@ def pad_labels(token_ids: list[list[list[int]]]) -> torch.Tensor:
 
 
 def draw_batches(data: CaptionedFeatures, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
-    """Yield batches that depend on the seed alone, so that every bridge trains on the same ones in the same order.
+    """Yield batches that depend only on the seed, so that every bridge trains on the same batches in the same order.
 
     Each epoch draws one view and one caption of each image. The captions of a batch have similar lengths.
     """

@@ -6,8 +6,9 @@ All bridges train on the same features and batches, in the same order, for the s
 optimizer. Each trains at three learning rates on the first seed. The rate with the best CIDEr on the evaluation split
 is then used for the other seeds.
 
-There are two objectives: the loss of the captions alone, and with a small bag-of-words loss added. Ours trains with it,
-the other two without, as their authors did. A second table gives each bridge the other objective.
+There are two objectives: the loss of the captions, without or with a small bag-of-words loss. Our Q-Former is trained
+with this loss. The other two bridges are trained without it, as their authors did. A second table gives each bridge the
+other objective.
 
 Each finished run adds a line of JSON to benchmarks/results/bridges.jsonl, and is not repeated. A killed command
 therefore continues where it stopped. Delete the lines of a bridge after you change it.

@@ -1,7 +1,7 @@
 """Memory of a training step of our captioner and of transformers' BLIP-2: `python -m benchmarks.memory` (Linux).
 
 Both sides have the same weights. The shapes are those of CLIP ViT-B/32, BLIP-2's Q-Former and SmolLM2-135M with the
-vocabulary of Llama 3 (128,256 tokens). Each side takes its step in a process of its own, and the losses must be equal.
+vocabulary of Llama 3 (128,256 tokens). Each side runs its step in a separate process, and the losses must be equal.
 
 The kernel reports the peak of the process (`VmHWM`). It includes Python, the libraries, and memory that the allocator
 could not reuse. A second step, under the profiler, gives the peak of what torch requested from its allocator, weights

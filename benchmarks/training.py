@@ -2,7 +2,7 @@ r"""A training step of our captioner and of transformers' BLIP-2: `python -m ben
 
 Both sides have the same weights. The shapes are those of CLIP ViT-B/32, BLIP-2's Q-Former (12 layers, 768 wide, 32
 query tokens) and SmolLM2-135M or T5-base. Captions have 10 to 16 tokens, and nothing has dropout. BLIP-2 gets one row
-for each image and caption, as it is trained everywhere.
+for each image and caption, as in its usual training.
 
 Both sides first compute loss and gradients in float32, which must be equal. Then they are timed in turn. On a CPU our
 step is timed inside `onednn_linears`, as our Trainer runs it, and without. Steps with 1 to 10 captions per image and

@@ -92,8 +92,8 @@ class Augmentation:
 def random_crop(image: Image.Image, min_scale: float, generator: torch.Generator) -> Image.Image:
     """Crop a random part of an image: "random resized crop" without the resizing (Szegedy et al. 2014).
 
-    The part keeps a share of the area between `min_scale` and 1, and its aspect ratio lies between 3:4 and 4:3. The
-    whole image is returned if no such part fits into it.
+    The part keeps a share of the area between `min_scale` and 1, and its aspect ratio is between 3:4 and 4:3. The whole
+    image is returned if no such part fits into it.
 
     Args:
         image: the image.

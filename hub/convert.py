@@ -473,7 +473,7 @@ def _write_model(
 
 
 def _split_into_shards(checkpoint: Checkpoint, names: dict[str, str]) -> Iterator[list[str]]:
-    """Yield names of tensors in groups of at most `MAX_SHARD_BYTES`. A larger tensor is a group of its own."""
+    """Yield names of tensors in groups of at most `MAX_SHARD_BYTES`. A larger tensor is a separate group."""
     shard: list[str] = []
     shard_bytes = 0
     for ours, theirs in names.items():

@@ -1,4 +1,4 @@
-"""Makes the checkout importable as `qformer_captioner` when it is not installed; a Hugging Face home for the tests."""
+"""Set-up of the tests: an importable checkout if the package is not installed, and a temporary Hugging Face home."""
 
 import importlib.util
 import logging
@@ -21,7 +21,10 @@ if importlib.util.find_spec("qformer_captioner") is None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A home of its own for each process: two would write the same modules, and nobody's token belongs here."""
+    """Give each process its own Hugging Face home.
+
+    Two processes would write the same modules, and a user's token must not be used.
+    """
     home = tempfile.TemporaryDirectory(prefix="huggingface")
     config.add_cleanup(home.cleanup)
     os.environ["HF_HOME"] = home.name
@@ -29,14 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """Messages that the package logs in a test, from INFO as commands show them: `log.messages`, `log.text`."""
+    """Record the messages that the package logs in a test, from level INFO: `log.messages`, `log.text`."""
     caplog.set_level(logging.INFO, logger="qformer_captioner")
     return caplog
 
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """A folder `shared` beside the repository, with real tokenizers, photographs and weights."""
+    """Return a folder `shared` next to the repository, with real tokenizers, photographs and weights."""
     for folder in ROOT.parents:
         if (folder / "shared").is_dir():
             return folder / "shared"

@@ -423,7 +423,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish the captioner as it is now, in the background.
+        """Publish the current captioner in the background.
 
         The Trainer would publish the checkpoint, which holds pickles. With sharded weights (FSDP, DeepSpeed), only the
         final folder is published.

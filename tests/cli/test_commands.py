@@ -19,7 +19,7 @@ from ..model.test_loading import adapter_of
 
 
 def run(monkeypatch, *words: str) -> None:
-    """Run the command with these words behind its name."""
+    """Run the command with these arguments."""
     monkeypatch.setattr(sys, "argv", ["qformer-captioner", *words])
     cli.main()
 

@@ -15,7 +15,7 @@ def raising(error: BaseException):
     return command
 
 
-def test_a_command_gets_the_words_behind_its_name(monkeypatch):
+def test_a_command_gets_the_arguments_after_its_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qformer-captioner push", "folder", "--private"])
     received = []
     run_command(received.extend)

@@ -9,7 +9,7 @@ from qformer_captioner.common.logging import PACKAGE, MessageHandler, get_logger
 
 @pytest.fixture(autouse=True)
 def fresh_logger(monkeypatch):
-    """Give the package's logger no handlers and no level, and take away the rank of this process."""
+    """Remove the handlers and the level of the package's logger, and the rank of this process."""
     logger = logging.getLogger(PACKAGE)
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "level", logging.NOTSET)

@@ -123,7 +123,7 @@ def test_onednn_multiplies_the_linear_layers_of_all_parts(any_size):
 
 @pytest.mark.parametrize("language", ["t5", "opt"])
 def test_backward_only_leaves_the_forward_pass_to_mkl(language, any_size):
-    """A model with ReLUs trains so: rounding in the forward pass would open and close ReLUs that are close to zero."""
+    """Models with ReLUs train like this, because rounding in the forward pass moves ReLU inputs across zero."""
     model, batch, outputs = tiny.captioner(language=language), tiny.batch(), []
     expected = model(**batch).logits
     with onednn_linears(backward_only=True):
@@ -167,7 +167,7 @@ def test_users_import_it_from_the_package():
     assert qformer_captioner.onednn_linears is onednn_linears
 
 
-def test_small_layers_stay_mkls():
+def test_small_layers_use_mkl():
     side = int(MIN_WEIGHT_ELEMENTS**0.5)
     inputs, large, small = torch.randn(2, side), torch.randn(side, side), torch.randn(side - 1, side)
     with onednn_linears():
@@ -195,7 +195,7 @@ def test_it_does_nothing_on_another_device_or_processor_or_build(any_size, monke
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions_stay_mkls(any_size, dtype):
+def test_other_precisions_use_mkl(any_size, dtype):
     inputs, weight = torch.randn(2, 32, dtype=dtype), torch.randn(48, 32, dtype=dtype)
     with onednn_linears():
         assert products_of_onednn(lambda: linear(inputs, weight)) == 0
@@ -209,7 +209,7 @@ def test_autocast_decides_the_precision(any_size):
 
 def test_tensor_subclasses_keep_their_own_product(any_size):
     class Counted(torch.Tensor):
-        """Tensor that multiplies in its own way, as quantised weights do."""
+        """Tensor subclass with its own product, like quantised weights."""
 
     with onednn_linears():
         result = linear(torch.randn(2, 32), torch.randn(48, 32).as_subclass(Counted))
@@ -217,7 +217,7 @@ def test_tensor_subclasses_keep_their_own_product(any_size):
 
 
 def test_a_frozen_layer_keeps_none_of_its_inputs(any_size):
-    """Frozen layers behind adapters or a Q-Former pass gradients on, for which their weights are enough."""
+    """Frozen layers after adapters or a Q-Former only pass gradients on, and need only their weights to do so."""
     inputs, kept = torch.randn(6, 32, requires_grad=True), []
     with onednn_linears(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), id):
         linear(inputs, torch.randn(48, 32))
@@ -225,7 +225,7 @@ def test_a_frozen_layer_keeps_none_of_its_inputs(any_size):
 
 
 def test_torch_still_leaves_the_context_where_activations_are_recomputed(any_size):
-    """If this fails, PyTorch has learned to stay in it: the Trainer may enter it with gradient checkpointing."""
+    """If this fails, PyTorch stays in the context, and the Trainer may enter it with gradient checkpointing."""
     model = tiny.captioner()
     model.activation_checkpointing_enable()
     with onednn_linears():
@@ -328,7 +328,7 @@ def test_a_captioner_can_be_traced(any_size):
 
 
 @pytest.mark.parametrize("bias", [torch.tensor(2.0), torch.randn(1), torch.randn(1, 48)], ids=["number", "one", "row"])
-def test_a_bias_that_torch_broadcasts_stays_mkls(any_size, bias):
+def test_a_broadcast_bias_uses_mkl(any_size, bias):
     inputs, weight = torch.randn(5, 32), torch.randn(48, 32)
     with onednn_linears():
         torch.testing.assert_close(linear(inputs, weight, bias), linear(inputs, weight) + bias)

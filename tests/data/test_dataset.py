@@ -117,7 +117,7 @@ def test_rows_of_the_same_image_file_become_one_row(image_folder):
     assert captioned(rows, image_id_column="image").references()[1] == ["all green", "a green wall", "more"]
 
 
-def test_rows_without_an_image_id_stay_alone(image_folder):
+def test_rows_without_an_image_id_are_not_merged(image_folder):
     rows = load_splits(str(image_folder))[0].add_column("image_id", ["", "", None, "x"])
     assert captioned(rows, image_id_column="image_id").references() == captioned(rows).references()
 

@@ -129,7 +129,7 @@ def test_pipes_folders_and_circular_links_are_refused_at_once(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Return a folder with an image `good.png`. Two links in it lead to the canary beside it."""
+    """Return a folder with an image `good.png`. Two links in it lead to a secret file outside the folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Image.new("RGB", (8, 8), CANARY).save(tmp_path / "canary.png")
     folder = tmp_path / "stranger"

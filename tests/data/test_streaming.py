@@ -60,7 +60,7 @@ def test_data_loading_processes_share_the_rows(many):
     assert rows == [0, 5, 9, 1, 6, 10, 2, 7, 11]
 
 
-def test_the_first_rows_of_a_stream_are_shared_too(many):
+def test_the_first_rows_of_a_stream_are_also_shared(many):
     rows = load_splits(str(many), streaming=True)[0]
     for readers in (1, 2, 3):
         data = CaptionStream([CaptionSource("rows", rows, image_folder=many.parent)], SkippedRows(), max_rows=7)

@@ -77,7 +77,7 @@ def save_blip2(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Iterator[Hub]:
-    """A Hub with tiny models under the ids that the pages name."""
+    """Return a Hub with tiny models under the ids that the pages name."""
     folder = tmp_path_factory.mktemp("models")
     vision = AutoConfig.for_model("dinov2", hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     AutoModel.from_config(vision).save_pretrained(folder / "facebook/dinov2-small")
@@ -104,7 +104,7 @@ def server(hub) -> Iterator[ForkServer]:
 
 
 def make_files(folder: Path) -> None:
-    """Put into a folder what the pages take for granted: a clone, images, captions, and what `make demo` leaves."""
+    """Create in a folder the files that the pages expect: a clone, images, captions, and the output of `make demo`."""
     for name in CHECKOUT:
         (folder / name).symlink_to(ROOT / name)
     names = ["dog.jpg", "cat.jpg", *(f"{number}.jpg" for number in range(10))]
@@ -133,7 +133,7 @@ def make_files(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(server, tmp_path_factory) -> Path:
-    """A folder in which the command of the README has trained `outputs/own_images`."""
+    """Return a folder in which the command of the README has trained `outputs/own_images`."""
     folder = tmp_path_factory.mktemp("trained")
     make_files(folder)
     done = server.run("bash", FIRST_TRAINING, folder)

@@ -20,7 +20,7 @@ COCO = {
 
 @pytest.fixture
 def write(tmp_path):
-    """Function that writes a file: text as it is, anything else as JSON."""
+    """Return a function that writes a file: text unchanged, other values as JSON."""
 
     def write(content, name="captions.json"):
         path = tmp_path / name

@@ -69,7 +69,7 @@ def expected(captioner: Path, prompt: str | None = None, **generation) -> list[s
 
 @pytest.fixture
 def make(captioner):
-    """Function that returns the model and the requests of a task, as lmms-eval makes them."""
+    """Return a function that creates the model and the requests of a task as lmms-eval does."""
     from lmms_eval.api.instance import Instance
     from lmms_eval.models import MODEL_REGISTRY_V2
 
@@ -125,7 +125,7 @@ def test_tasks_of_several_images_are_refused(make):
 
 @pytest.mark.slow
 def test_lmms_eval_finds_and_runs_the_model_by_its_entry_point(captioner, tmp_path):
-    """A task of captions from end to end: the entry point of pyproject.toml, the command line, the scores."""
+    """Run a captioning task from the entry point of pyproject.toml and the command line to the scores."""
     (tmp_path / "tasks").mkdir()
     rows = {
         "image": list(map(tiny.picture, range(NUMBER))),

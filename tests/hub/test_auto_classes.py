@@ -15,7 +15,7 @@ ORDERS = {
 
 
 def run(program: str) -> str:
-    """Run a program in a process of its own, and return what it printed."""
+    """Run a program in a separate process, and return its output."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -51,7 +51,7 @@ CASES += [("instructblip", "llama", "deep"), ("instructblip", "t5", "sees in eve
 
 
 def source(kind: str, text: str, size: str = "usual", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A BLIP-2 or InstructBLIP with random weights, biases and queries included."""
+    """Return a BLIP-2 or InstructBLIP with random weights, including biases and queries."""
     torch.manual_seed(6)
     config_class, model_class = {
         "blip2": (Blip2Config, Blip2ForConditionalGeneration),
@@ -77,7 +77,7 @@ def source(kind: str, text: str, size: str = "usual", dtype: torch.dtype = torch
 
 
 def converted(model: nn.Module, folder, include_backbones: bool = True) -> tuple[nn.Module, QFormerCaptioner]:
-    """Both, as they load from their folders."""
+    """Return the BLIP-2 and the converted captioner, loaded from their folders."""
     model.save_pretrained(folder / "source")
     convert.convert(folder / "source", folder / "ours", include_backbones)
     loaded = type(model).from_pretrained(folder / "source", dtype=model.dtype).eval()
@@ -85,7 +85,7 @@ def converted(model: nn.Module, folder, include_backbones: bool = True) -> tuple
 
 
 def inputs(kind: str) -> dict[str, torch.Tensor]:
-    """Three images, each with a prompt and a caption; prompts for the Q-Former are of mixed lengths."""
+    """Return three images, each with a prompt and a caption. Prompts for the Q-Former have different lengths."""
     draw = torch.Generator().manual_seed(7)
     batch = {
         "pixel_values": tiny.images(),
@@ -99,7 +99,9 @@ def inputs(kind: str) -> dict[str, torch.Tensor]:
 
 
 def theirs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our batch as transformers takes it: placeholders in front, and for a decoder the caption in the same sequence."""
+    """Convert our batch to that of transformers, with image tokens in front and a decoder's caption in the same
+    sequence.
+    """
     prefix = torch.cat([torch.full((3, QUERIES), IMAGE_TOKEN), batch["input_ids"]], dim=1)
     if model.language_model.config.is_encoder_decoder:
         return batch | {"input_ids": prefix}
@@ -112,7 +114,7 @@ def caption_logits(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "text", "size"), CASES)
-def test_a_converted_captioner_is_the_same_function(kind, text, size, tmp_path):
+def test_a_converted_captioner_computes_the_same_function(kind, text, size, tmp_path):
     model, ours = converted(source(kind, text, size), tmp_path)
     batch = inputs(kind)
     expected, got = model(**theirs(model, batch)), ours(**batch)
@@ -151,7 +153,7 @@ def soft_prompt(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 @pytest.mark.parametrize("kind", ["blip2", "instructblip"])
-def test_bfloat16_stays_bfloat16_and_gives_the_same(kind, tmp_path):
+def test_bfloat16_is_kept_and_gives_the_same_outputs(kind, tmp_path):
     model, ours = converted(source(kind, "llama", dtype=torch.bfloat16), tmp_path)
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
     batch = inputs(kind)
@@ -195,7 +197,7 @@ def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
     assert all(torch.equal(weights[convert.our_name(name)], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_instruction_changes_what_the_queries_take(tmp_path):
+def test_the_instruction_changes_the_query_outputs(tmp_path):
     _, ours = converted(source("instructblip", "opt"), tmp_path)
     batch = inputs("instructblip")
     other = batch | {"qformer_input_ids": batch["qformer_input_ids"].flip(0)}
@@ -237,14 +239,14 @@ def test_a_q_former_without_text_refuses_a_prompt(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A checkpoint in several files."""
+    """Return a checkpoint in several files."""
     source("blip2", "opt").save_pretrained(tmp_path / "source", max_shard_size="50KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
     return tmp_path / "source"
 
 
 def rewrite(folder, change) -> None:
-    """Save the weights in one file, changed."""
+    """Change the weights, and save them in one file."""
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= load_file(file)
@@ -283,7 +285,7 @@ def change_config(folder, **fields) -> None:
         (lambda f: shutil.rmtree(f), "cannot be read"),
     ],
 )
-def test_what_cannot_be_converted_is_named_and_nothing_written(sharded, break_it, message, tmp_path):
+def test_the_error_names_what_cannot_be_converted_and_nothing_is_written(sharded, break_it, message, tmp_path):
     break_it(sharded)
     with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
         convert.convert(sharded, tmp_path / "ours")
@@ -399,7 +401,7 @@ def old_mathematics(w: dict[str, torch.Tensor], image: torch.Tensor, heads: int)
 
 
 @pytest.mark.parametrize(("language", "layers", "heads"), [("t5", 4, 16), ("llama", 3, 8)])
-def test_old_weights_do_what_the_old_scripts_did(language, layers, heads, tmp_path):
+def test_old_weights_give_the_outputs_of_the_old_scripts(language, layers, heads, tmp_path):
     fields = {"initializer_factor": 1.0} if language == "t5" else {"max_position_embeddings": 128}
     vision, words = tiny.save_vision(tmp_path / "clip"), tiny.save_language(tmp_path / language, language, **fields)
     weights = old_weights(tiny.VISION_WIDTH, tiny.TEXT_WIDTH, layers)
@@ -427,7 +429,7 @@ def test_old_weights_do_what_the_old_scripts_did(language, layers, heads, tmp_pa
     assert model.generate(**batch).tolist() == expected[:, 1 if language == "t5" else 0 :].tolist()
 
 
-def test_the_old_scripts_weights_can_be_trained_on_and_kept(backbones, tmp_path):
+def test_weights_of_the_old_scripts_can_be_trained_and_saved(backbones, tmp_path):
     weights = old_weights(tiny.VISION_WIDTH, tiny.TEXT_WIDTH)
     model = LegacyCaptioner.from_state_dict(weights, *backbones)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.old_state_dict().items())

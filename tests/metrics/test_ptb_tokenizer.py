@@ -43,7 +43,7 @@ def caption(rng: random.Random) -> str:
 
 
 def put(rng: random.Random, text: str, things: list[str], where: str = "") -> str:
-    """Insert one to three of the things into a text: as words, before or after words, or inside them."""
+    """Insert one to three of the strings into a text: as words, before or after words, or inside them."""
     words = text.split(" ")
     where = where or rng.choice(["word", "before", "behind", "inside"])
     for _ in range(rng.randint(1, 3)):

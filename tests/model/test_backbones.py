@@ -32,7 +32,7 @@ def from_backbones(vision: str, language: str, **options) -> QFormerCaptioner:
 
 
 def trained_parts(model: QFormerCaptioner) -> set[str]:
-    """Return the parts whose parameters get a gradient; in a part either all or no parameters do."""
+    """Return the parts whose parameters get a gradient. In each part, either all parameters or no parameters do."""
     model(**tiny.batch()).loss.backward()
     reached = {part: set() for part, _ in model.named_children()}
     for name, parameter in model.named_parameters():

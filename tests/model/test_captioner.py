@@ -161,7 +161,7 @@ def test_no_prompt_equals_a_prompt_of_padding(model, prompt):
 
 
 def test_image_and_prompt_change_the_logits(either):
-    """The image, the prompt and its order all change the answer."""
+    """The image, the prompt and the order of its tokens change the logits."""
     batch = single_row(tiny.batch(), 0)
     logits = either(**batch).logits
     for change in (
@@ -211,7 +211,10 @@ def test_the_longest_prefix_is_accepted_and_a_longer_one_is_an_error(language):
 
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_a_loss_is_computed_on_the_captioners_device(model, skip_logits):
-    """A tensor created without a device would be on the CPU beside a GPU. Here it is on the meta device."""
+    """A tensor created without a device would be on the CPU, even for a captioner on a GPU.
+
+    The test uses the meta device.
+    """
     batch = tiny.batch() | {"labels": labels_of_several_captions()}
     with torch.device("meta"):
         outputs = model(**batch, skip_logits=skip_logits)

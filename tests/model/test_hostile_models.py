@@ -149,7 +149,7 @@ def pickled(name):
 
 
 def with_code(folder):
-    """Give the folder classes of its own for every Auto class, as a Hub repository may."""
+    """Add classes to the folder for every Auto class, as a Hub repository may."""
     (folder / "evil.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')\nclass Evil: pass\n")
     auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoProcessor"), "evil.Evil")
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):

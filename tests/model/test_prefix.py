@@ -99,7 +99,7 @@ def losses_and_gradients(model: QFormerCaptioner) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("language", language_qformer.PREFIX_SHARING_MODELS)
-def test_loss_logits_and_gradients_are_those_of_plain_rows(language, attention, monkeypatch):
+def test_loss_logits_and_gradients_equal_those_of_one_row_per_caption(language, attention, monkeypatch):
     model = captioner(language)
     if language == "gemma2" and attention == "sdpa":
         pytest.skip("transformers gives Gemma 2 eager attention only")
@@ -170,7 +170,7 @@ def test_an_image_is_one_sequence_without_padding_between_captions(language):
     ("language", "fields"),
     [("mistral", {"sliding_window": 8}), ("gemma2", {"sliding_window": 8}), ("bloom", {}), ("gpt_neo", {})],
 )
-def test_other_models_get_plain_rows_and_one_warning(language, fields):
+def test_other_models_get_one_row_per_caption_and_one_warning(language, fields):
     model = captioner(language, **fields)
     messages = []
     logger = transformers_logging.get_logger("qformer_captioner.language_qformer")

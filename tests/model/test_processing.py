@@ -110,7 +110,7 @@ def test_truncation_keeps_the_beginning_and_the_end_of_sequence(make, name):
     assert processor.encode_caption(CAPTION, max_length=len(whole) - 1) == [*whole[:-2], end]
 
 
-def test_a_language_token_behind_the_end_of_sequence_is_removed():
+def test_a_language_token_after_the_end_of_sequence_is_removed():
     """mBART encodes "a dog </s> en_XX"."""
     processor = tiny.processor(is_encoder_decoder=True)
     expected = processor.encode_caption("a red circle")

@@ -141,7 +141,7 @@ def backbones(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(backbones, tmp_path_factory) -> Path:
-    """Save all of `FOLDERS`, and beside each one the outputs of its model before it was saved."""
+    """Save all of `FOLDERS`, and next to each folder the outputs of its model before it was saved."""
     root = tmp_path_factory.mktemp("folders")
     pictures = [tiny.picture(0), tiny.picture(1)]
     torch.save(tiny.batch(), root / "batch.pt")
@@ -352,7 +352,7 @@ def test_untied_output_layers_differ_from_the_embedding(folders):
 
 
 def as_dict(config) -> dict:
-    """All fields of a configuration, those of its parts included."""
+    """Return all fields of a configuration, including those of its parts."""
     return json.loads(config.to_json_string(use_diff=False))
 
 
@@ -383,7 +383,7 @@ def test_a_failed_save_leaves_the_model_as_it_is(pair, tmp_path):
 
 
 def test_publishing_includes_local_backbones_and_leaves_the_model_as_it_is(pair, tmp_path, monkeypatch):
-    """transformers saves what it uploads: here into a folder that nobody uploads."""
+    """transformers saves a folder before it uploads the folder. Here it is not uploaded."""
     model = make_captioner(*pair)
     config, values = model.config, as_dict(model.config)
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name: self.save_pretrained(tmp_path / name))

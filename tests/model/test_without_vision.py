@@ -81,7 +81,7 @@ def test_it_saves_a_whole_captioner(folder, tmp_path, included):
 
 def test_a_vision_encoder_that_cannot_be_fetched_cannot_be_left_out(tmp_path):
     tiny.captioner().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has a vision encoder of its own and cannot be loaded without it"):
+    with pytest.raises(ValueError, match="has its own vision encoder and cannot be loaded without it"):
         QFormerCaptioner.from_pretrained(tmp_path, load_vision_model=False)
 
 

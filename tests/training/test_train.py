@@ -117,7 +117,7 @@ def test_a_checkpoint_restores_every_weight(finished_run):
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_of_equal_scores_the_last_checkpoint_is_the_best(finished_run):
+def test_the_last_of_equal_scores_is_the_best(finished_run):
     """After twelve steps no caption is right, so both evaluations score 0."""
     folder, _ = finished_run
     state = json.loads((folder / "trainer_state.json").read_text())
