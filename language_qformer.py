@@ -546,7 +546,7 @@ def prefill_shared_prefix(
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             cache.layers[index] = SharedPrefixLayer(layer.keys, layer.values, num_copies, max_new_tokens)
-        else:  # a sliding window, a state without positions, or the cache of another layer
+        else:  # a sliding window, a recurrent state, or the cache of another layer
             layer.reorder_cache(repeated)  # type: ignore[arg-type]
     return cache
 

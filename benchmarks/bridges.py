@@ -251,7 +251,7 @@ class Comparison:
 
 
 def finished_runs(file: Path) -> dict[Run, dict[str, Any]]:
-    """Read the results of earlier runs. A missing file has none."""
+    """Read the results of earlier runs. A missing file gives an empty result."""
     lines = file.read_text().splitlines() if file.exists() else []
     results = [json.loads(line) for line in lines]
     return {Run(**{field.name: result[field.name] for field in fields(Run)}): result for result in results}

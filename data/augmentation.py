@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ..common.errors import InputError
 
-MAX_ASPECT_RATIO = 4 / 3  # of a random crop; the smallest is the inverse
+MAX_ASPECT_RATIO = 4 / 3  # of a random crop; the smallest is its inverse
 CROP_ATTEMPTS = 10
 
 

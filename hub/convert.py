@@ -167,7 +167,7 @@ def load_qformer_tokenizer(
 
     Args:
         vocab_size: vocabulary of the Q-Former, in tokens.
-        name: Hub id or folder of the tokenizer. By default it is the one of `qformer`, or else that of BERT-base.
+        name: Hub id or folder of the tokenizer. By default it is that of `qformer`, otherwise that of BERT-base.
         qformer: Hub id or folder that the Q-Former comes from.
         revision: branch, tag or commit of `qformer`.
 

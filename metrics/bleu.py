@@ -49,7 +49,7 @@ def bleu(
 def _score(correct: np.ndarray, possible: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
     """Return BLEU-1 to BLEU-4 from the number of correct and possible n-grams, whose first axis is n."""
     precision = np.cumprod((correct + TINY) / (possible + SMALL), axis=0)
-    roots = 1 / np.array(ORDERS).reshape(-1, *[1] * (precision.ndim - 1))  # for the geometric mean
+    roots = 1 / np.array(ORDERS).reshape(-1, *[1] * (precision.ndim - 1))  # exponents of the geometric mean
     ratio = (length + TINY) / (reference_length + SMALL)
     brevity_penalty = np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
     return precision**roots * brevity_penalty

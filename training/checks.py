@@ -24,7 +24,7 @@ def check_options(
     """Check all options of a training run.
 
     Raises:
-        InputError: for an option whose value is not valid, or options that do not go together.
+        InputError: for an option whose value is not valid, or options that contradict each other.
     """
     if data_args.dataset_name is None:
         raise InputError(
@@ -59,7 +59,7 @@ def check_data(args: DataArguments, max_steps: int) -> None:
         max_steps: number of training steps, or -1 if the number of epochs decides.
 
     Raises:
-        InputError: for an option whose value is not valid, or options that do not go together.
+        InputError: for an option whose value is not valid, or options that contradict each other.
     """
     count, weights = len(args.dataset_name or []), args.dataset_weights
     if weights is not None and (len(weights) != count or not all(0 < weight < math.inf for weight in weights)):
@@ -117,7 +117,7 @@ def check_model(args: ModelArguments) -> None:
     """Check the options of the model.
 
     Raises:
-        InputError: for an option whose value is not valid, or options that do not go together.
+        InputError: for an option whose value is not valid, or options that contradict each other.
     """
     check_at_least(args, 1, "lora_r")
     check_share(args, "lora_dropout")

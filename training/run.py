@@ -91,7 +91,7 @@ def resolve(
         changed_options: options whose values are not the defaults.
 
     Raises:
-        InputError: if an option is not valid, options do not go together, or the output folder holds another run.
+        InputError: if an option is not valid, options contradict each other, or the output folder holds another run.
     """
     features = None
     if data_args.features is not None:

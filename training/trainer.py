@@ -307,7 +307,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint as the Trainer does, with its EMA and its captions."""
+        """Load the best checkpoint as the Trainer does, with its EMA, and show its captions."""
         super()._load_best_model()
         if self.is_world_process_zero():
             show_captions_of_step(self.args.output_folder, self.state.best_global_step)

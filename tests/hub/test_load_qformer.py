@@ -19,7 +19,7 @@ from .test_convert import QFORMER, QUERIES, VISION, inputs, source
 
 @pytest.fixture
 def bert(tmp_path) -> str:
-    """A BERT with its tokenizer."""
+    """Return the folder of a BERT with its tokenizer."""
     folder = tmp_path / "bert"
     folder.mkdir()
     (folder / "words.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
@@ -29,18 +29,18 @@ def bert(tmp_path) -> str:
     return str(folder)
 
 
-def test_the_q_former_of_a_blip2_goes_in_front_of_another_language_model(backbones, tmp_path):
+def test_the_q_former_of_a_blip2_joins_another_language_model(backbones, tmp_path):
     model = source("blip2", "opt")
     model.save_pretrained(tmp_path / "source")
     ours = QFormerCaptioner.from_backbones(*backbones, qformer=load_qformer(tmp_path / "source"))
-    features = torch.randn(2, 5, 24)  # the vision encoders are equally wide
+    features = torch.randn(2, 5, 24)  # both vision encoders have the same width
     queries = model.query_tokens.expand(2, -1, -1)
     expected = model.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
     torch.testing.assert_close(ours.qformer(features).last_hidden_state, expected, atol=1e-5, rtol=0)
     assert ours.language_projection.weight.shape[0] == tiny.TEXT_WIDTH
 
 
-def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_model(backbones, tmp_path):
+def test_vision_encoder_and_q_former_of_a_blip2_join_another_language_model(backbones, tmp_path):
     model = source("instructblip", "opt")
     model.save_pretrained(tmp_path / "source")
     tiny.image_processor().save_pretrained(tmp_path / "source")
@@ -54,12 +54,12 @@ def test_vision_encoder_and_q_former_of_a_blip2_go_in_front_of_another_language_
     batch = inputs("instructblip")
     features = model.vision_model(batch["pixel_values"]).last_hidden_state
     torch.testing.assert_close(ours.get_image_features(batch["pixel_values"]), features, atol=1e-6, rtol=0)
-    ours.save_pretrained(tmp_path / "ours")  # refers to the vision encoder in there
+    ours.save_pretrained(tmp_path / "ours")  # keeps the vision encoder of that folder by reference
     loaded = QFormerCaptioner.from_pretrained(tmp_path / "ours")
     assert torch.equal(loaded(**batch).logits, ours(**batch).logits)
 
 
-def test_cross_attention_to_another_vision_encoder_starts_fresh_with_a_warning(backbones, tmp_path, caplog):
+def test_cross_attention_to_another_vision_encoder_is_newly_initialised_with_a_warning(backbones, tmp_path, caplog):
     model = source("blip2", "opt")
     model.config.vision_config.hidden_size = model.config.qformer_config.encoder_hidden_size = 40
     for layer in (0, 2):
@@ -94,7 +94,7 @@ def captioner_from_bert(backbones: tuple[str, str], bert: str) -> QFormerCaption
     return QFormerCaptioner.from_backbones(*backbones, qformer=qformer, qformer_tokenizer=tokenizer)
 
 
-def test_bert_gives_its_layers_to_queries_and_words(backbones, bert):
+def test_the_layers_of_a_bert_initialise_those_of_queries_and_text(backbones, bert):
     ours = captioner_from_bert(backbones, bert)
     theirs = BertModel.from_pretrained(bert)
     layer, other = ours.qformer.encoder.layer[1], theirs.encoder.layer[1]
@@ -134,7 +134,7 @@ def test_the_q_formers_tokenizer_is_saved_and_loaded(backbones, bert, tmp_path):
         assert torch.equal(loaded(**loaded.processor(images=picture, text=prompt)).soft_prompt, expected)
 
 
-def test_of_a_retrieval_model_the_q_former_and_the_heads_are_kept(backbones, tmp_path):
+def test_a_retrieval_model_gives_its_q_former_and_its_heads(backbones, tmp_path):
     torch.manual_seed(9)
     config = Blip2Config(
         vision_config=VISION, qformer_config=QFORMER | dict(use_qformer_text_input=True), num_query_tokens=QUERIES
