@@ -60,9 +60,15 @@ class TrainingRun:
 
     @property
     def is_finished(self) -> bool:
-        """Return True if the output folder already holds this run with at least the requested length."""
+        """Return True if the output folder already holds this run, at least as long as the options ask for.
+
+        Without `--max_steps` the epochs decide. A run that stopped at `--max_steps` before is then not finished.
+        """
         finished = self.folder.finished
-        return finished is not None and self.length <= finished["length"]
+        if finished is None:
+            return False
+        (epochs, steps), (finished_epochs, finished_steps) = self.length, finished["length"]
+        return epochs <= finished_epochs and (finished_steps <= 0 or 0 < steps <= finished_steps)
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes of the run reach this point."""

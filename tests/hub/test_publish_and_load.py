@@ -381,7 +381,7 @@ def test_the_same_command_pushes_a_finished_run_again(published, folder):
 def test_a_push_during_training_has_a_card(hub, published):
     first = next(files for (repo, _), files in hub.snapshots.items() if repo[1] == "tester/trained" and files)
     assert set(first) == CAPTIONER | PICTURES
-    assert "has not finished yet" in first["README.md"].decode()
+    assert "has not finished" in first["README.md"].decode()
 
 
 def test_neither_tokens_nor_local_paths_are_published(hub, published, folder):
