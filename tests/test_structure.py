@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from qformer_captioner import _MODULES as PUBLIC_NAMES
+
 from .conftest import ROOT
 
 # The rooms, from the lowest to the highest. A module imports from its own room and from lower ones.
@@ -44,30 +46,58 @@ def room_of(module: str) -> str | None:
     return next((room for room in ROOMS if module.split(".")[0] == room), None)
 
 
-@functools.cache
-def import_graph() -> dict[str, set[str]]:
-    """Map each module of the rooms to the modules that it imports, imports inside functions included."""
-    modules = {module_of(file): file for file in python_files() if room_of(module_of(file))}
-    graph = {module: set() for module in modules}
-    for module, file in modules.items():
-        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name.removeprefix("qformer_captioner.") for alias in node.names]
-                graph[module].update(name for name in names if name in modules)
-            if not isinstance(node, ast.ImportFrom):
-                continue
+def rank_of(module: str) -> int:
+    """Return the place of a module in the order. Modules outside the rooms, such as benchmarks, are above all rooms."""
+    room = room_of(module)
+    return len(ROOMS) if room is None else ROOMS.index(room)
+
+
+def imported_names(source: str, package: str) -> Iterator[str]:
+    """Yield what a file imports, as dotted names below the package: `from .a import b` in `data` is `data.a.b`.
+
+    Args:
+        source: the text of the file. Imports inside functions count too.
+        package: the folder of the file as a dotted name, or an empty string for the root.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("qformer_captioner.") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [] if node.module is None else node.module.split(".")
             if node.level:
                 parts = package.split(".") if package else []
-                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [node.module])])
-            elif (node.module or "").partition(".")[0] == "qformer_captioner":
-                base = node.module.partition(".")[2]
-            else:
-                continue
-            for alias in node.names:
-                submodule = f"{base}.{alias.name}".lstrip(".")
-                graph[module].add(submodule if submodule in modules else base)
-    return {module: {name for name in names if name in modules and name != module} for module, names in graph.items()}
+                base = parts[: len(parts) - node.level + 1] + base
+            elif base[0] == "qformer_captioner":
+                base = base[1:]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+@functools.cache
+def all_modules() -> frozenset[str]:
+    """Return the modules of the checkout, in rooms and outside."""
+    return frozenset(map(module_of, python_files()))
+
+
+def module_that_defines(name: str) -> str | None:
+    """Return the module of the checkout that an imported name means, or `None` for another package's name."""
+    if name in PUBLIC_NAMES:  # `from qformer_captioner import QFormerCaptioner`
+        return PUBLIC_NAMES[name]
+    parts = name.split(".")
+    beginnings = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((beginning for beginning in beginnings if beginning in all_modules()), None)
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    """Map each module of the rooms to the modules of the checkout that it imports."""
+    graph = {}
+    for file in python_files():
+        module = module_of(file)
+        if room_of(module) is None:
+            continue
+        names = imported_names((ROOT / file).read_text(), ".".join(file.parts[:-1]))
+        graph[module] = {module_that_defines(name) for name in names} - {None, module}
+    return graph
 
 
 def test_every_file_is_in_a_room():
@@ -76,12 +106,36 @@ def test_every_file_is_in_a_room():
     assert homeless == ["__init__.py"]
 
 
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("from benchmarks import memory", "benchmarks.memory"),
+        ("import tests.fixtures.tiny", "tests.fixtures.tiny"),
+        ("def f():\n    from ..demo import attention", "demo.attention"),
+        ("from qformer_captioner import QFormerCaptioner", "modeling_qformer"),
+        ("from qformer_captioner.hub.load import load_captioner", "hub.load"),
+        ("from .. import eval_captions", "eval_captions"),
+        ("from . import loading", "data.loading"),
+        ("from .loading import load_rows", "data.loading"),
+        ("from datasets import load_dataset", None),
+    ],
+)
+def test_imports_are_resolved_to_modules_of_the_checkout(source, module):
+    (name,) = imported_names(source, "data")
+    assert module_that_defines(name) == module
+
+
+@pytest.mark.parametrize("module", ["benchmarks.memory", "demo.attention", "tests.fixtures.tiny"])
+def test_modules_outside_the_rooms_are_above_all_rooms(module):
+    assert rank_of(module) > max(map(rank_of, import_graph()))
+
+
 def test_no_module_imports_from_a_higher_room():
     upward = [
         f"{module} -> {name}"
         for module, names in import_graph().items()
         for name in names
-        if ROOMS.index(room_of(name)) > ROOMS.index(room_of(module))
+        if rank_of(name) > rank_of(module)
     ]
     assert upward == []
 
@@ -107,7 +161,8 @@ def test_travelling_files_import_each_other_and_what_every_user_of_transformers_
             elif isinstance(node, ast.ImportFrom):
                 assert node.level <= 1, f"{file}:{node.lineno}"
                 names = [node.module] if node.level == 0 else []
-                assert node.level == 0 or node.module.endswith("_qformer"), f"{file}:{node.lineno}"
+                siblings = [node.module or alias.name for alias in node.names] if node.level else []
+                assert all(name.endswith("_qformer") for name in siblings), f"{file}:{node.lineno}"
             for name in names:
                 top = name.partition(".")[0]
                 assert top in allowed | standard | optional, f"{file}:{node.lineno} imports {name}"
