@@ -49,6 +49,16 @@ class EvaluationRun:
         facts: facts that make the scores reproducible, such as hashes and revisions.
         output: JSON file for the scores.
         report: HTML file for the report.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner.eval_captions import EvaluationRun
+    >>> from qformer_captioner.evaluation.caption_files import ReferenceSet
+    >>> run = EvaluationRun({1: "a dog"}, ReferenceSet({1: ["a dog runs"]}), None, {}, "scores.json", None)
+    >>> run.references.captions[1]
+    ['a dog runs']
+    ```
     """
 
     captions: dict[ImageId, str]
@@ -87,7 +97,15 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScoringArguments, Caption
 
 
 def read_files(scoring: ScoringArguments) -> EvaluationRun:
-    """Read the files of captions and references."""
+    """Read the files of captions and references.
+
+    Args:
+        scoring: the options, which name the files.
+
+    Raises:
+        InputError: if an option or the folder of images is missing, or a file cannot be used.
+        OSError: if a file cannot be read.
+    """
     if scoring.predictions is None or scoring.references is None:
         raise InputError("Give both --predictions and --references.")
     references = read_references(scoring.references)
@@ -161,19 +179,17 @@ def facts_of_files(predictions: str, references: str) -> dict[str, Any]:
 
 def score(run: EvaluationRun, scoring: ScoringArguments) -> ScoredCaptions:
     """Score the captions, and save the document frequencies of the references if the options say so."""
-    scored = score_captions(
+    return score_captions(
         run.captions,
         run.references,
         run.open_image,
         df=scoring.df,
+        save_df=scoring.save_df,
         extra_metrics=scoring.extra_metrics or [],
         clip_model_name_or_path=scoring.clip_model_name_or_path,
         allow_missing=scoring.allow_missing,
         allow_empty=scoring.allow_empty,
     )
-    if scoring.save_df is not None:
-        scored.corpus.document_frequencies().save(scoring.save_df)
-    return scored
 
 
 def write_results(run: EvaluationRun, scored: ScoredCaptions, scoring: ScoringArguments) -> None:

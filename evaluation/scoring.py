@@ -52,7 +52,6 @@ class ScoredCaptions:
         references: the reference captions of each image.
         parts: scores of all images, then of each domain.
         per_image: for each score, its value for each image.
-        corpus: the prepared references.
     """
 
     images: list[ImageId]
@@ -61,7 +60,6 @@ class ScoredCaptions:
     references: list[list[str]]
     parts: dict[str, PartScores]
     per_image: dict[str, list[float]]
-    corpus: References
 
     @property
     def scores(self) -> dict[str, float]:
@@ -105,6 +103,7 @@ def score_captions(
     open_image: OpenImage | None = None,
     *,
     df: str = "corpus",
+    save_df: str | None = None,
     extra_metrics: Sequence[str] = (),
     clip_model_name_or_path: str = "openai/clip-vit-base-patch32",
     allow_missing: bool = False,
@@ -120,6 +119,8 @@ def score_captions(
         references: the reference captions.
         open_image: function that opens an image by its id, for CLIPScore.
         df: source of CIDEr's document frequencies: `"corpus"`, or the path of a saved [`DocumentFrequencies`].
+        save_df: file for the document frequencies of the references. It is written before any caption is scored, so
+            that a metric that fails does not lose it.
         extra_metrics: names from `EXTRA_METRICS`.
         clip_model_name_or_path: the model of CLIPScore.
         allow_missing: score only the images that have a prediction.
@@ -127,7 +128,7 @@ def score_captions(
 
     Raises:
         InputError: for predictions that do not match the references, or a metric that cannot run.
-        OSError: for an image that cannot be read.
+        OSError: for an image that cannot be read, or a file that cannot be written.
 
     Example:
 
@@ -146,6 +147,8 @@ def score_captions(
     texts = [references.captions[image] for image in images]
     frequencies = df if df == "corpus" else DocumentFrequencies.load(df)
     corpus = References(texts, frequencies)
+    if save_df is not None:
+        corpus.document_frequencies().save(save_df)
     scores = corpus.score(captions, per_image=True, allow_empty=allow_empty)
     per_image = scores.pop("per_image")
     for more_scores in extra_scores(
@@ -161,7 +164,7 @@ def score_captions(
             domain_scores = domain_corpus.score([captions[index] for index in members], allow_empty=allow_empty)
             parts[domain] = PartScores(len(members), domain_scores)
     names = [str(references.files.get(image, image)) for image in images]
-    return ScoredCaptions(images, names, captions, texts, parts, per_image, corpus)
+    return ScoredCaptions(images, names, captions, texts, parts, per_image)
 
 
 def check_extra_metrics(metrics: Sequence[str], has_images: bool) -> None:

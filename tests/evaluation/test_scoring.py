@@ -10,7 +10,7 @@ from PIL import Image
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.evaluation.caption_files import ReferenceSet
 from qformer_captioner.evaluation.scoring import SCORE_NAMES, score_captions
-from qformer_captioner.metrics import clip
+from qformer_captioner.metrics import DocumentFrequencies, clip
 
 REFERENCES = ReferenceSet({7: ["a dog runs", "a dog"], 5: ["a cat sleeps"]})
 CAPTIONS = {5: "a cat", 7: "a dog runs"}
@@ -44,6 +44,17 @@ def test_scores_of_an_extra_metric_are_in_the_table_and_in_the_json_of_each_imag
 def test_every_score_has_a_name():
     scored = score_captions(CAPTIONS, REFERENCES)
     assert set(scored.scores) <= set(SCORE_NAMES)
+
+
+def test_document_frequencies_are_saved_even_if_an_extra_metric_fails(monkeypatch, tmp_path):
+    def fail(*args, **kwargs):
+        raise OSError("CLIPScore stopped")
+
+    monkeypatch.setattr(clip, "clip_scores", fail)
+    path = str(tmp_path / "df.json.gz")
+    with pytest.raises(OSError, match="CLIPScore stopped"):
+        score_captions(CAPTIONS, REFERENCES, open_image, save_df=path, extra_metrics=["clip_score"])
+    assert DocumentFrequencies.load(path).images == len(REFERENCES.captions)
 
 
 def test_clip_score_without_images_is_refused():
