@@ -770,7 +770,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 total = part.num_parameters()
             trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
             dtype = str(dtype_of(part)).removeprefix("torch.")
-            print(f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}")
+            line = f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}"
+            print(line)  # noqa: T201 -- printing is the purpose of the method, as in peft
 
     # --- From two pretrained models -----------------------------------------------------------------------------------
 

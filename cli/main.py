@@ -50,7 +50,7 @@ def main() -> None:
     """
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
+        print(usage())  # noqa: T201 -- argparse prints help texts too
         return
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f" Use {in_words([*COMMANDS])}."

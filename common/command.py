@@ -33,5 +33,5 @@ def run_command(
         raise SystemExit(f"error: {printable(error)}") from error
     except KeyboardInterrupt:
         if interrupted is not None:
-            print(f"\n{interrupted}", file=sys.stderr)
+            sys.stderr.write(f"\n{interrupted}\n")
         raise SystemExit(130) from None

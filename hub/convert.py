@@ -497,7 +497,7 @@ def convert_command(words: list[str]) -> None:
     parser.add_argument("--revision", help="Branch, tag or commit of SOURCE on the Hub.")
     options = parser.parse_args(words)
     convert(options.source, options.out, options.include_backbones, options.revision)
-    print(f"The captioner is in {options.out}.")
+    logger.info("The captioner is in %s.", options.out)
 
 
 def main() -> None:

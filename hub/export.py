@@ -14,7 +14,10 @@ from pathlib import Path
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import InputError
+from ..common.logging import get_logger
 from .load import load_merged_captioner
+
+logger = get_logger(__name__)
 
 
 def export(source: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -53,7 +56,7 @@ def export_command(words: list[str]) -> None:
     parser.add_argument("out", help="Folder to write, or file that ends in .onnx or .pt2.")
     options = parser.parse_args(words)
     export(options.source, options.out)
-    print(f"Exported to {options.out}.")
+    logger.info("Exported to %s.", options.out)
 
 
 def main() -> None:

@@ -31,7 +31,10 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import UNUSABLE, InputError, cannot_use, one_line
+from ..common.logging import get_logger
 from .layout import check_folder, is_published, read_json
+
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 RETRY_DELAYS = (1, 4)  # seconds
@@ -277,7 +280,7 @@ def push_command(words: list[str]) -> None:
     options = vars(parser.parse_args(words))
     folder, repo_id = options.pop("folder"), options.pop("repo_id")
     repo_id = publish(folder, repo_id, **options)
-    print(f"{folder} is published at {HfApi().endpoint}/{repo_id}.")
+    logger.info("%s is published at %s/%s.", folder, HfApi().endpoint, repo_id)
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """The exported and the compiled bridge equal the bridge of the captioner."""
 
+import sys
+
 import pytest
 import torch
 
 from qformer_captioner.common.errors import InputError
-from qformer_captioner.hub.export import export
+from qformer_captioner.hub.export import export, main
 from qformer_captioner.hub.export_bridge import Bridge, export_bridge
 
 from ..fixtures import tiny
@@ -84,7 +86,7 @@ def test_the_compiled_bridge_has_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
-def test_export_writes_the_bridge_if_out_is_a_file(tmp_path, capsys):
+def test_export_writes_the_bridge_if_out_is_a_file(tmp_path):
     model = tiny.captioner()
     model.save_pretrained(tmp_path / "captioner")
     export(tmp_path / "captioner", tmp_path / "bridge.pt2")
@@ -93,6 +95,14 @@ def test_export_writes_the_bridge_if_out_is_a_file(tmp_path, capsys):
     torch.testing.assert_close(computed, soft_prompt(model, batch))
     with pytest.raises(InputError, match=r"bridge\.pt2' exists already"):
         export(tmp_path / "captioner", tmp_path / "bridge.pt2")
+
+
+def test_the_command_says_where_the_export_is(tmp_path, monkeypatch, capsys):
+    tiny.captioner().save_pretrained(tmp_path / "captioner")
+    bridge = tmp_path / "bridge.pt2"
+    monkeypatch.setattr(sys, "argv", ["qformer-captioner export", str(tmp_path / "captioner"), str(bridge)])
+    main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Exported to {bridge}."
 
 
 def test_other_endings_are_refused(tmp_path):
