@@ -115,7 +115,11 @@ class QFormerConfig(PreTrainedConfig):
         return cls(**{**values, **floats})
 
     def validate_architecture(self) -> None:
-        """Check the sizes. transformers calls this method on construction and on saving."""
+        """Check the sizes. transformers calls this method on construction and on saving.
+
+        Raises:
+            ValueError: if a size is less than 1, or `hidden_size` is not a multiple of `num_attention_heads`.
+        """
         for field in (
             "num_query_tokens",
             "hidden_size",

@@ -11,8 +11,8 @@ A recipe is a YAML file of the options below. It can build on other recipes, and
 clip_llama coco_karpathy`). The command line overrides recipes. `--help_all` also shows the Trainer's own options, such
 as `--output_dir`, `--num_train_epochs` and `--per_device_train_batch_size`.
 
-`AutoModel.from_pretrained(folder,
-trust_remote_code=True)` opens the output folder. The same command resumes a run that was killed.
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` opens the output folder. The same command resumes a run that
+was killed.
 """
 
 from typing import TYPE_CHECKING

@@ -6,7 +6,7 @@ r"""Caption images.
 
 IMAGE is a file, a folder (all images in it and below it) or a pattern. Each caption is printed as a line
 `file: caption` as soon as it exists. For an image that cannot be read, an error is printed, and the other images are
-    captioned.
+captioned.
 """
 
 import argparse

@@ -65,6 +65,7 @@ class CaptioningRun:
 
     @property
     def has_references(self) -> bool:
+        """`True` if the references of the images are public, so that the captions can be scored."""
         return self.benchmark is None or not self.benchmark.hidden_references
 
     def facts(self) -> dict[str, Any]:
@@ -140,7 +141,21 @@ def start_processes(use_cpu: bool) -> PartialState:
 
 
 def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[str, EvaluationSet]:
-    """Return the name of the split, and its images and references."""
+    """Return the name of the split, and its images and references.
+
+    Args:
+        args: the options, which name a benchmark or a data set.
+        image_folder: folder of the images, if it is not the folder of the data set.
+
+    Raises:
+        InputError: if the benchmark, the data set, the split or a column does not exist, or a file cannot be read.
+
+    Example:
+
+    ```python
+    >>> split, images = load_images(CaptioningArguments(dataset_name="scenes"), None)  # doctest: +SKIP
+    ```
+    """
     if args.benchmark is not None:
         return get_benchmark(args.benchmark).split, load_benchmark(args.benchmark, args.dataset_name, image_folder)
     name = str(args.dataset_name)

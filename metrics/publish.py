@@ -85,7 +85,14 @@ def publish_metric(organisation: str, metric: str, private: bool = False) -> str
 
 
 def publish(arguments: list[str]) -> None:
-    """Publish the metrics that a command line names."""
+    """Publish the metrics that a command line names.
+
+    Args:
+        arguments: the command line without the name of the program.
+
+    Raises:
+        InputError: if a Space cannot be written; the message names it.
+    """
     parser = CommandParser(description=__doc__)
     parser.add_argument("organisation", help="User or organisation on the Hub.")
     parser.add_argument(

@@ -222,6 +222,12 @@ class CaptionTrainer(Seq2SeqTrainer):
             eval_dataset: the rows; by default the evaluation data of the trainer.
             ignore_keys: ignored; accepted for compatibility with the Trainer.
             metric_key_prefix: prefix of the names in the log.
+
+        Returns:
+            The losses and scores by name, such as `eval_loss` and `eval_loss_shuffled`.
+
+        Raises:
+            ValueError: if there are no rows to evaluate on.
         """
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
