@@ -26,7 +26,7 @@ def onednn_linears(device: torch.device | str = "cpu", backward_only: bool = Fal
 
     The context changes nothing on other devices or processors, in other dtypes, under autocast, or in compiled code. It
     also changes nothing while `torch.backends.mkldnn.enabled` is `False`. Contexts can be nested: the innermost one
-    applies.
+    applies. A context applies only in the thread that enters it.
 
     Do not enter it with gradient checkpointing. PyTorch exits such contexts in the backward pass. Recomputed layers
     would then use MKL, and PyTorch raises a `CheckpointError`.

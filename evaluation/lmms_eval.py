@@ -21,6 +21,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from ..common.onednn import onednn_linears
+
 
 def manifest() -> ModelManifest:
     """Return the manifest of the model, for the entry point `lmms_eval.models`."""
@@ -96,7 +98,8 @@ class Captioner(lmms):
             prompts = [request.args[0] for request in requests]
         else:
             prompts = [self.prompt or ""] * len(requests)
-        return self._model.caption(images, prompts, **generation)
+        with onednn_linears(self._model.device):
+            return self._model.caption(images, prompts, **generation)
 
     def _image(self, doc_to_visual: Callable[[Any], list[Image.Image]], doc_id: int, task: str, split: str):
         images = doc_to_visual(self.task_dict[task][split][doc_id])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..common.errors import UNUSABLE, InputError, one_line
+from ..common.onednn import onednn_linears
 from ..configuration_qformer import QFormerConfig
 from ..data.collator import CaptionCollator
 from ..hub.convert import load_qformer, load_qformer_tokenizer
@@ -225,7 +226,8 @@ def normalize_image_features(
         batch = collate(batch_rows)
         image_embeds = batch.get("image_embeds")
         if image_embeds is None:
-            image_embeds = model.get_image_features(batch["pixel_values"].to(model.device))
+            with onednn_linears(model.device):
+                image_embeds = model.get_image_features(batch["pixel_values"].to(model.device))
         features.append(image_embeds)
     if sum(map(len, features)) < 2:
         raise InputError("--normalize_image_features_samples needs at least two training images.")

@@ -157,7 +157,8 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the loss and its gradients as the Trainer does, with oneDNN's linear layers in float32 on a CPU."""
-        if self.args.gradient_checkpointing:  # recomputed layers would run outside the context
+        is_recomputed = self.args.gradient_checkpointing or captioner_of(self.model).is_activation_checkpointing
+        if is_recomputed:  # recomputed layers would run outside the context
             return super().training_step(*args, **kwargs)
         with onednn_linears(self.args.device, backward_only=self.has_relu):
             return super().training_step(*args, **kwargs)
@@ -279,13 +280,18 @@ class CaptionTrainer(Seq2SeqTrainer):
             nats, tokens = nats + losses.double().sum().item(), tokens + int(counts.sum())
         return nats / max(tokens, 1)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the predictions of a batch as the Trainer does, with oneDNN's linear layers in float32 on a CPU."""
+        with onednn_linears(self.args.device):
+            return super().prediction_step(*args, **kwargs)
+
     def generate_captions(self, rows: CaptionDataset) -> list[str]:
         """Generate a caption for every row, in order, with the number of beams and the length in the options."""
         model = self.accelerator.unwrap_model(self.model).eval()
         processor = self.data_collator.processor
         captions = []
         for batch in tqdm(self.get_eval_dataloader(rows), "captions", leave=False, disable=self.args.disable_tqdm):
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), onednn_linears(self.args.device):
                 ids = model.generate(
                     **self._prepare_inputs(batch),
                     num_beams=self.args.generation_num_beams,

@@ -2,12 +2,15 @@
 
 from contextlib import nullcontext
 from platform import machine
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
+from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import profile
 from torch.utils.checkpoint import CheckpointError
 
@@ -15,6 +18,7 @@ import qformer_captioner
 from qformer_captioner.common import onednn
 from qformer_captioner.common.onednn import MIN_WEIGHT_ELEMENTS, has_relu, onednn_linears
 from qformer_captioner.hub.export_bridge import Bridge
+from qformer_captioner.training.model_setup import normalize_image_features
 from qformer_captioner.training.trainer import CaptionTrainer
 from qformer_captioner.training.training_arguments import CaptionTrainingArguments
 
@@ -234,11 +238,11 @@ def test_torch_still_leaves_the_context_where_activations_are_recomputed(any_siz
             loss.backward()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "trainer", "model"])
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_the_trainer_enters_it_except_with_gradient_checkpointing(language, checkpointing, any_size, tmp_path):
     options = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False, use_cpu=True)
-    args = CaptionTrainingArguments(str(tmp_path), gradient_checkpointing=checkpointing, **options)
+    args = CaptionTrainingArguments(str(tmp_path), gradient_checkpointing=checkpointing == "trainer", **options)
     model, batch = tiny.captioner(language=language), tiny.batch()
     model(**batch).loss.backward()
     expected = model.qformer.query_tokens.grad.clone()
@@ -248,8 +252,43 @@ def test_the_trainer_enters_it_except_with_gradient_checkpointing(language, chec
         model.activation_checkpointing_enable()
     items = (batch["labels"] != -100).sum()
     products = products_of_onednn(lambda: trainer.training_step(model, batch, num_items_in_batch=items))
-    assert (products == 0) == checkpointing
+    assert (products == 0) == bool(checkpointing)
     torch.testing.assert_close(model.qformer.query_tokens.grad, expected, atol=2e-5, rtol=2e-4)
+
+
+def test_the_trainer_captions_and_predicts_in_it(any_size, tmp_path):
+    options = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False, use_cpu=True)
+    model = tiny.captioner()
+    trainer = CaptionTrainer(
+        model=model,
+        args=CaptionTrainingArguments(str(tmp_path), **options),
+        score=None,
+        train_dataset=[],
+        data_collator=SimpleNamespace(processor=model.processor),
+    )
+    trainer.get_eval_dataloader = lambda rows: [tiny.batch()]
+    assert products_of_onednn(lambda: trainer.generate_captions([])) > 0
+    assert products_of_onednn(lambda: trainer.prediction_step(model, tiny.batch(), prediction_loss_only=True)) > 0
+
+
+def test_the_normalisation_of_image_features_computes_them_in_it(any_size):
+    model = tiny.captioner()
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"pixel_values": tiny.images(len(rows))}
+
+    assert products_of_onednn(lambda: normalize_image_features(model, range(4), collate, num_samples=4)) > 0
+
+
+def test_a_context_applies_only_in_the_thread_that_enters_it(any_size):
+    inputs, weight = torch.randn(2, 32), torch.randn(48, 32)
+    modes: list[bool] = []
+    with onednn_linears():
+        thread = Thread(target=lambda: modes.append(bool(_get_current_function_mode_stack())))
+        thread.start()
+        thread.join()
+        assert products_of_onednn(lambda: linear(inputs, weight)) == 1
+    assert modes == [False]
 
 
 def test_adapters_train(any_size):
