@@ -498,7 +498,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         def dtype(part: str) -> torch.dtype:
             return getattr(torch, config.dtypes[part]) if config.dtypes else torch.get_default_dtype()
 
-        qformer_config = cast(QFormerConfig, config.qformer_config)  # a dict before the configuration is complete
         if vision_model is None:
             vision_config = cast(PreTrainedConfig, config.vision_config)
             vision_model = vision_model_from_config(vision_config, dtype("vision_model"))
@@ -507,15 +506,17 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             language_model = language_model_from_config(text_config, dtype("language_model"))
         untie_t5_head(language_model)
         if qformer is None:
+            qformer_config = cast(QFormerConfig, config.qformer_config)  # a dict before the configuration is complete
             qformer = QFormerModel._from_config(qformer_config, dtype=dtype("qformer"))
         config.vision_config, config.text_config = vision_model.config, language_model.config
+        config.qformer_config = qformer.config
         self.vision_model = vision_model
         self.qformer = qformer
         # The embeddings may be narrower than `hidden_size`: OPT-350m has embeddings of 512 and a width of 1024.
-        sizes = (qformer_config.hidden_size, embedding_weights(language_model).shape[-1])
+        sizes = (qformer.config.hidden_size, embedding_weights(language_model).shape[-1])
         self.language_projection: nn.Linear | ProjectionPerQuery
         if config.projection_per_query:
-            queries = qformer_config.num_query_tokens
+            queries = qformer.config.num_query_tokens
             self.language_projection = ProjectionPerQuery(queries, *sizes, dtype=dtype("language_projection"))
         else:
             self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
@@ -817,7 +818,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: if a backbone cannot be fetched; the message names it.
-            TypeError: for a keyword that is not a field of [`QFormerConfig`], or fields beside a given `qformer`.
+            TypeError: for a keyword that is not a field of [`QFormerConfig`], fields beside a given `qformer`, or a
+                `qformer` that is not a [`QFormerModel`].
             ValueError: if a Q-Former that reads the prompt has no `qformer_tokenizer`.
 
         Example:
@@ -828,8 +830,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         ... )  # doctest: +SKIP
         ```
         """
-        if qformer is not None and qformer_fields:
-            raise TypeError(f"`qformer` already has its sizes: pass {sorted(qformer_fields)} to `load_qformer`.")
+        check_qformer_arguments(qformer, qformer_fields)
         qformer_config = QFormerConfig.from_fields(**qformer_fields) if qformer is None else qformer.config
         if qformer_config.use_qformer_text_input and qformer_tokenizer is None:
             raise ValueError(
@@ -881,6 +882,31 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         # random vectors with a large norm would first have to be unlearned.
         embedding_std = embedding_weights(self.language_model).float().std().item()
         nn.init.normal_(self.language_projection.weight, std=3 * embedding_std / self.qformer.config.hidden_size**0.5)
+
+
+def check_qformer_arguments(qformer: QFormerModel | None, fields: dict[str, Any]) -> None:
+    """Check the Q-Former and the other keywords that [`QFormerCaptioner.from_backbones`] was given.
+
+    Raises:
+        TypeError: for a Q-Former that is not loaded, and for keywords that other functions accept.
+    """
+    if qformer is not None and not isinstance(qformer, QFormerModel):
+        raise TypeError(
+            f"`qformer` must be a `QFormerModel`, not {qformer!r}: load one with "
+            "`qformer_captioner.hub.convert.load_qformer`."
+        )
+    if "quantization_config" in fields:
+        raise TypeError(
+            "`from_backbones` does not accept `quantization_config`: call `model.quantize_language_model"
+            "(quantization_config)` on the captioner that it returns."
+        )
+    if "qformer_revision" in fields:
+        raise TypeError(
+            "`from_backbones` does not accept `qformer_revision`: pass `qformer=load_qformer(name, revision)`, where "
+            "`load_qformer` is in `qformer_captioner.hub.convert`."
+        )
+    if qformer is not None and fields:
+        raise TypeError(f"`qformer` already has its sizes: pass {sorted(fields)} to `load_qformer`.")
 
 
 QFormerCaptioner.register_for_auto_class("AutoModel")

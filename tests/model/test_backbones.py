@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerConfig, QFormerModel
 
 from ..fixtures import tiny
 from ..fixtures.batches import NEAR
@@ -147,6 +147,39 @@ def test_bfloat16_backbones_beside_a_float32_qformer(backbones, language):
 def test_an_unknown_qformer_field_is_answered_with_the_nearest(backbones):
     with pytest.raises(TypeError, match="'num_querry_tokens'.*'num_query_tokens'"):
         from_backbones(backbones["clip"], backbones["llama"], num_querry_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        (dict(qformer="Salesforce/blip2-opt-2.7b"), "`qformer_captioner.hub.convert.load_qformer`"),
+        (dict(quantization_config=None), r"`model.quantize_language_model\(quantization_config\)`"),
+        (dict(qformer_revision="main"), r"`qformer=load_qformer\(name, revision\)`"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_keyword_of_another_function_is_answered_with_that_function(option, remedy):
+    with pytest.raises(TypeError, match=remedy):
+        QFormerCaptioner.from_backbones("vision", "language", **option)
+
+
+@pytest.mark.parametrize("projection_per_query", [False, True])
+def test_the_configuration_is_that_of_a_given_qformer(projection_per_query, monkeypatch):
+    config = QFormerCaptionerConfig(
+        vision_config=tiny.vision_config("clip"),
+        text_config=tiny.text_config("llama"),
+        qformer_config=tiny.QFORMER,
+        projection_per_query=projection_per_query,
+    )
+    fields = tiny.QFORMER | dict(num_query_tokens=7, hidden_size=40, encoder_hidden_size=tiny.VISION_WIDTH)
+    model = QFormerCaptioner(config, qformer=QFormerModel(QFormerConfig(**fields))).eval()
+    assert model.config.qformer_config is model.qformer.config
+    assert model.get_soft_prompt(tiny.images()).shape == (3, 7, tiny.TEXT_WIDTH)
+    warnings: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.logger.warning", warnings.append)
+    model.set_attn_implementation("eager")
+    assert model.qformer.config._attn_implementation == "eager"
+    assert warnings == []
 
 
 @pytest.mark.parametrize("part", ["vision model", "language model"])
