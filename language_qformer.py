@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
 from transformers.utils import logging
 
@@ -30,9 +29,12 @@ logger = logging.get_logger(__name__)
 MAX_LOGITS_PER_CHUNK = 2**23  # 32 MiB in float32
 # Decoder-only model types whose captions may share a prefix. tests/model/test_prefix.py checks each of them.
 PREFIX_SHARING_MODELS = (
-    "codegen", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox",
-    "gptj", "granite", "granitemoe", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+    "afmoe", "apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere", "cohere2", "cwm", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "falcon", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
+    "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "granitemoe", "granitemoeshared",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "llama", "minimax_m2", "ministral", "ministral3",
+    "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,14 +235,15 @@ def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:
     """Return True if the captions of an image may share one sequence of `length` positions after one prefix.
 
     The model must accept position ids and a mask for each pair of positions, and each layer must attend to all earlier
-    positions. The tested model types do, unless their configuration asks for a sliding window or another attention. The
-    reason for False is logged at the level `DEBUG`.
+    positions. The tested model types do, unless their configuration asks for a sliding window, ALiBi or another
+    attention. The reason for False is logged at the level `DEBUG`.
     """
     config = language_model.config.get_text_config(decoder=True)  # of a multimodal language model
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     attention, layer_types = config._attn_implementation, set(getattr(config, "layer_types", None) or ())
     reasons = {
         f"the model type {config.model_type!r} is not tested": config.model_type not in PREFIX_SHARING_MODELS,
+        "ALiBi counts the positions of the other captions": bool(getattr(config, "alibi", False)),  # Falcon
         f"{attention!r} attention takes no mask of pairs": attention not in ("eager", "sdpa"),
         f"the sliding window {window} is shorter than {length} positions": window is not None and 0 < window < length,
         f"there are layers of the types {layer_types}": bool(layer_types - {"full_attention", "sliding_attention"}),
@@ -505,12 +508,7 @@ def can_prefill_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> bool:
     """Return True if `generate` can start from a KV cache that holds the prefix."""
-    modes = (
-        GenerationMode.GREEDY_SEARCH,
-        GenerationMode.SAMPLE,
-        GenerationMode.BEAM_SEARCH,
-        GenerationMode.BEAM_SAMPLE,
-    )
+    modes = ("greedy_search", "sample", "beam_search", "beam_sample")
     use_cache = language_model.generation_config.use_cache if config.use_cache is None else config.use_cache
     return (
         not language_model.config.is_encoder_decoder
@@ -520,7 +518,7 @@ def can_prefill_prefix(
         and config.cache_implementation is None
         and not (config.output_attentions or config.output_hidden_states)  # also requested for the prefix
         and "past_key_values" not in kwargs
-        and config.get_generation_mode(kwargs.get("assistant_model")) in modes
+        and config.get_generation_mode(kwargs.get("assistant_model")).value in modes
     )
 
 

@@ -35,8 +35,25 @@ OTHERS = {
     "gpt_bigcode": dict(model_type="gpt_bigcode", **GPT),
     **{
         name: dict(model_type=name, **tiny.LLAMA)
-        for name in ("cohere", "granite", "nemotron", "olmo", "olmo2", "smollm3", "starcoder2")
+        for name in (
+            *("afmoe", "apertus", "arcee", "biogpt", "bitnet", "cohere", "cwm", "ernie4_5", "exaone4", "falcon"),
+            *("gpt_neox_japanese", "granite", "jais2", "ministral3", "nanochat", "nemotron", "olmo", "olmo2"),
+            *("persimmon", "seed_oss", "smollm3", "starcoder2"),
+        )
     },
+    **{
+        name: dict(model_type=name, **tiny.LLAMA, **EXPERTS, num_local_experts=4, moe_num_experts=4, n_routed_experts=4)
+        for name in ("ernie4_5_moe", "flex_olmo", "granitemoeshared", "minimax_m2", "olmoe", "phimoe")
+    },
+    **{
+        name: dict(model_type=name, **tiny.LLAMA, **EXPERTS, n_routed_experts=4, n_shared_experts=1)
+        for name in ("dots1", "glm4_moe")
+    },
+    **{name: dict(model_type=name, **tiny.LLAMA, head_dim=12) for name in ("helium", "hunyuan_v1_dense", "ministral")},
+    "hunyuan_v1_moe": dict(model_type="hunyuan_v1_moe", **tiny.LLAMA, head_dim=12, num_experts=4, moe_topk=2),
+    "stablelm": dict(model_type="stablelm", **tiny.LLAMA, partial_rotary_factor=0.5),
+    "xglm": dict(model_type="xglm", d_model=tiny.TEXT_WIDTH, num_layers=2, attention_heads=4, ffn_dim=64)
+    | dict(max_position_embeddings=64, init_std=0.2),
     "mamba": dict(model_type="mamba", hidden_size=tiny.TEXT_WIDTH, num_hidden_layers=2, state_size=8),
     "minimax": dict(model_type="minimax", **tiny.LLAMA, head_dim=12, num_local_experts=4)
     | dict(layer_types=["linear_attention", "full_attention"]),
@@ -119,6 +136,7 @@ def test_loss_logits_and_gradients_equal_those_of_one_row_per_caption(language, 
     ("language", "fields", "length", "reason"),
     [
         ("bloom", {}, 20, "the model type 'bloom' is not tested"),
+        ("falcon", {"alibi": True}, 20, "ALiBi counts the positions"),
         ("mistral", {"sliding_window": 8}, 20, "the sliding window 8 is shorter than 20 positions"),
         ("olmo3", {"layer_types": ["full_attention", "linear_attention"]}, 20, "layers of the types"),
     ],
