@@ -102,11 +102,13 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     language_model: PreTrainedModel
     processor: QFormerCaptionerProcessor | None
     _fingerprints: dict[str, BackboneFingerprint]  # of the backbones as they were fetched
+    _reported_backbones: set[str]  # a warning said that their weights have changed
 
     def __init__(self, config: QFormerCaptionerConfig, *inputs: Any, **kwargs: Any):
         super().__init__(config, *inputs, **kwargs)
         self.processor = None
         self._fingerprints = {}
+        self._reported_backbones = set()
 
     # --- Backbones ----------------------------------------------------------------------------------------------------
 
@@ -181,6 +183,9 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         Args:
             include_backbones (`bool` or list of backbones): see [`~QFormerCaptioner.save_pretrained`].
             weights (`dict[str, torch.Tensor]`, *optional*): the weights to save, by default `self.state_dict()`.
+
+        Raises:
+            ValueError: for an unknown backbone, or a quantised language model that would have to be saved.
         """
         weights = self.state_dict() if weights is None else weights
         referenced = self._backbones_to_reference(self._backbones_to_include(include_backbones), weights)
@@ -390,26 +395,31 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
         *args: Any,
         include_backbones: bool | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write a folder that `AutoModel.from_pretrained(folder, trust_remote_code=True)` opens anywhere.
 
-        The model and its configuration do not change. The saved configuration says which backbones the folder keeps by
+        The configuration of the model does not change. A vision encoder that was left out of memory is fetched if its
+        weights are saved, and then stays in memory. The saved configuration says which backbones the folder keeps by
         reference, which are frozen, and which dtypes the parts have.
 
         Args:
             save_directory (`str`): folder to write.
             is_main_process (`bool`, defaults to `True`): whether this process writes the files.
             state_dict (`dict[str, torch.Tensor]`, *optional*): weights to save, by default those of the model.
+            push_to_hub (`bool`, defaults to `False`): upload the folder too. By default it then has the weights of
+                backbones that were loaded from a local folder.
             include_backbones (`bool` or list of `str`, *optional*): `True` saves the weights of both backbones, a list
                 such as `["language_model"]` those of the named ones. The other frozen backbones are kept by reference
                 if their names can be fetched. By default the choice of loading is kept: a captioner from
                 `from_backbones` keeps both frozen backbones by reference. Trained backbones are always saved.
-            args, kwargs: passed to `PreTrainedModel.save_pretrained` (`push_to_hub`, `max_shard_size`, ...).
+            args, kwargs: passed to `PreTrainedModel.save_pretrained` (`max_shard_size`, `repo_id`, ...).
 
         Raises:
+            OSError: if the vision encoder has to be fetched but cannot be; the message names it.
             ValueError: for an unknown backbone, or for adapters of PEFT that were not merged. Also for a quantised
                 language model that would have to be saved.
 
@@ -420,7 +430,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         ```
         """
         if include_backbones is None:
-            include_backbones = [part for part in BACKBONES if part not in (self.config.referenced_backbones or [])]
+            referenced = self._public_references() if push_to_hub else self.config.referenced_backbones or []
+            include_backbones = [part for part in BACKBONES if part not in referenced]
         included = self._backbones_to_include(include_backbones)
         if "vision_model" in included:
             self.load_vision_model()
@@ -435,7 +446,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         if self.processor is not None and is_main_process:
             self.processor.save_pretrained(save_directory)
         with self._temporary(config, self._keys_of(referenced, weights)):
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload the captioner, including the weights of backbones that were loaded from a local folder.
@@ -443,11 +454,22 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         Args:
             repo_id (`str`): repository on the Hub.
             kwargs: passed to `PreTrainedModel.push_to_hub` (`private`, `token`, `commit_message`, ...).
+
+        Raises:
+            OSError: if the vision encoder has to be fetched but cannot be; the message names it.
         """
-        config, local = copy.deepcopy(self.config), self.local_backbones()
-        config.referenced_backbones = [part for part in config.referenced_backbones or [] if part not in local]
+        referenced = self._public_references()
+        if "vision_model" not in referenced:
+            self.load_vision_model()  # changes the keys to save, which `_temporary` would restore
+        config = copy.deepcopy(self.config)
+        config.referenced_backbones = referenced
         with self._temporary(config, self._keys_to_ignore_on_save):
             return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+
+    def _public_references(self) -> list[str]:
+        """Return the referenced backbones that others can fetch."""
+        local = self.local_backbones()
+        return [part for part in self.config.referenced_backbones or [] if part not in local]
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Remove local paths from the configuration that `push_to_hub` is about to upload."""
@@ -500,7 +522,9 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             setattr(config, f"freeze_{part}", part in frozen)
             name = getattr(config, f"{part}_name_or_path")
             if part in frozen and part not in (*included, *referenced) and name is not None:
-                logger.warning_once(f"The {part} no longer has the weights of {name!r}, so its weights are saved.")
+                if part not in self._reported_backbones:
+                    logger.warning(f"The {part} no longer has the weights of {name!r}, so its weights are saved.")
+                    self._reported_backbones.add(part)
                 for field in ("name_or_path", "revision"):  # otherwise a later save would keep it by reference
                     setattr(config, f"{part}_{field}", None)
         return config

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import qformer_captioner
-from qformer_captioner import QFormerCaptioner
+from qformer_captioner import QFormerCaptioner, saving_qformer
 from qformer_captioner.saving_qformer import BackboneFingerprint
 
 from ..fixtures import tiny
@@ -393,6 +394,38 @@ def test_publishing_includes_local_backbones_and_leaves_the_model_as_it_is(pair,
     }
     assert model.config is config
     assert as_dict(config) == values
+
+
+def test_a_folder_that_is_uploaded_includes_local_backbones(pair, tmp_path, monkeypatch):
+    model = make_captioner(*pair)
+    model.save_pretrained(tmp_path / "local")
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: MagicMock())
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: MagicMock())
+    monkeypatch.setattr(QFormerCaptioner, "_upload_modified_files", lambda self, *args, **kwargs: None)
+    model.save_pretrained(tmp_path / "uploaded", push_to_hub=True)
+    parts = {name.split(".")[0] for name in tensor_names(tmp_path / "uploaded")}
+    assert parts == {name for name, _ in model.named_children()}
+    assert not {"vision_model", "language_model"} & {name.split(".")[0] for name in tensor_names(tmp_path / "local")}
+
+
+def test_publishing_keeps_the_keys_of_a_vision_encoder_that_it_fetches(pair, tmp_path, monkeypatch):
+    make_captioner(*pair).save_pretrained(tmp_path / "captioner")
+    model = QFormerCaptioner.from_pretrained(tmp_path / "captioner", load_vision_model=False)
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda self, name: self.save_pretrained(tmp_path / name))
+    model.push_to_hub("upload")
+    vision = {f"vision_model.{name}" for name in model.vision_model.state_dict()}
+    assert vision and vision <= model._keys_to_ignore_on_save
+
+
+def test_each_captioner_warns_once_that_a_backbone_has_changed(pair, tmp_path, monkeypatch):
+    messages: list[str] = []
+    monkeypatch.setattr(saving_qformer.logger, "warning", messages.append)
+    for _ in range(2):
+        model = make_captioner(*pair)
+        next(model.language_model.parameters()).data.mul_(2)
+        model.save_pretrained(tmp_path / "captioner")
+        model.save_pretrained(tmp_path / "captioner")
+    assert len(messages) == 2 and all("language_model no longer has the weights" in message for message in messages)
 
 
 @pytest.mark.parametrize("included", [True, False, ["vision_model"]], ids=str)
