@@ -93,6 +93,7 @@ def test_training_changes_the_bridge_alone_and_the_model_still_captions(model, b
     assert scores["loss"] != scores["loss_shuffled"] and len(scores["examples"]) == 5
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(model, bridge):
     data = make_data(rows=4, views=1)
     before = bridges.evaluate(model, data)["loss"]

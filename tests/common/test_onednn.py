@@ -238,6 +238,7 @@ def test_torch_still_leaves_the_context_where_activations_are_recomputed(any_siz
             loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, "trainer", "model"])
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_the_trainer_enters_it_except_with_gradient_checkpointing(language, checkpointing, any_size, tmp_path):
@@ -256,6 +257,7 @@ def test_the_trainer_enters_it_except_with_gradient_checkpointing(language, chec
     torch.testing.assert_close(model.qformer.query_tokens.grad, expected, atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_trainer_captions_and_predicts_in_it(any_size, tmp_path):
     options = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False, use_cpu=True)
     model = tiny.captioner()
@@ -314,6 +316,7 @@ def test_a_compiled_bridge_is_one_graph_inside_the_context(any_size):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_captioner_computes_the_same_inside_the_context(any_size):
     model, batch = tiny.captioner(), tiny.batch()
     expected, features = model(**batch).loss, model.get_image_features(batch["pixel_values"])

@@ -113,6 +113,7 @@ def caption_logits(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
     return logits if model.language_model.config.is_encoder_decoder else logits[:, -7:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text", "size"), CASES)
 def test_a_converted_captioner_computes_the_same_function(kind, text, size, tmp_path):
     model, ours = converted(source(kind, text, size), tmp_path)

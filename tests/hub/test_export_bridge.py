@@ -34,6 +34,7 @@ def soft_prompt(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model.get_soft_prompt(**batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_of_torch_export_computes_the_same_soft_prompt(kind, tmp_path):
     model = tiny.captioner(**KINDS[kind])
@@ -44,6 +45,7 @@ def test_a_program_of_torch_export_computes_the_same_soft_prompt(kind, tmp_path)
         torch.testing.assert_close(program(**batch), soft_prompt(model, batch), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*axis name.*:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_onnx_model_computes_the_same_soft_prompt(kind, tmp_path):
@@ -61,6 +63,7 @@ def test_an_onnx_model_computes_the_same_soft_prompt(kind, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["bridge.onnx"]  # it includes the weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bridge_compiles_to_one_graph(kind):
     """`fullgraph` refuses graph breaks."""
@@ -72,6 +75,7 @@ def test_the_bridge_compiles_to_one_graph(kind):
         torch.testing.assert_close(bridge(**batch), soft_prompt(model, batch), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_compiled_bridge_has_the_same_gradients():
     torch.compiler.reset()
     model = tiny.captioner()
@@ -86,6 +90,7 @@ def test_the_compiled_bridge_has_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_export_writes_the_bridge_if_out_is_a_file(tmp_path):
     model = tiny.captioner()
     model.save_pretrained(tmp_path / "captioner")

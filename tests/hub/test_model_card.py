@@ -200,6 +200,7 @@ def test_a_folder_without_a_run_gets_a_card_of_its_parts(tmp_path):
     assert ["qformer", "", f"{size:,}", "", "float32"] in rows(card)
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_card_with_its_own_scores(tmp_path):
     small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     options = {

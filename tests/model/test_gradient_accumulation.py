@@ -36,6 +36,7 @@ def train(model: nn.Module, folder: pathlib.Path, batch_size: int, accumulation:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["bart", "llama"])
 def test_gradient_accumulation_is_a_larger_batch(language, tmp_path):
     """Captions have unequal lengths: a mean of means would give tokens of short captions more weight."""

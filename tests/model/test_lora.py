@@ -70,6 +70,7 @@ def test_gradients_reach_adapters_q_former_and_projection_only(backbones, tmp_pa
         assert any(part in name and model.get_parameter(name).grad.abs().max() > 0 for name in trained), part
 
 
+@pytest.mark.slow
 def test_the_folder_holds_the_adapter_with_q_former_and_projection(run):
     weights = load_file(run / "adapter_model.safetensors")
     assert any("lora_A" in name for name in weights)
@@ -79,6 +80,7 @@ def test_the_folder_holds_the_adapter_with_q_former_and_projection(run):
     assert (run / "base" / "config.json").exists() and not (run / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_adapter_merged_folder_and_live_model_caption_the_same(run, tmp_path):
     batch = tiny.batch()
     live = PeftModel.from_pretrained(QFormerCaptioner.from_pretrained(run / "base"), run).eval()
@@ -99,6 +101,7 @@ def test_adapter_merged_folder_and_live_model_caption_the_same(run, tmp_path):
         assert isinstance(loaded.caption(tiny.picture(), max_new_tokens=4), str)
 
 
+@pytest.mark.slow
 def test_an_adapter_opens_on_a_captioner_that_refers_to_its_backbones(backbones, tmp_path):
     train_hf.train(words(backbones, tmp_path / "run", include_backbones="false", prompt="a"))
     base, fresh = (QFormerCaptioner.from_pretrained(tmp_path / "run" / "base").eval() for _ in range(2))
@@ -140,6 +143,7 @@ def test_two_adapters_on_one_base_can_be_swapped(run, tmp_path):
     assert not torch.allclose(logits["second"][0], logits["first"][0], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_an_unbroken_one(backbones, tmp_path):
     train_hf.train(words(backbones, tmp_path / "whole", num_train_epochs=2))
     half = words(backbones, tmp_path / "halves", num_train_epochs=2, max_steps=-1)

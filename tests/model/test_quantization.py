@@ -84,6 +84,7 @@ def test_four_bits_compute_with_their_dequantised_weights(backbones):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("included", [False, True])
 def test_a_saved_captioner_opens_quantised_or_not(backbones, bits, tmp_path, included):
     captioner(backbones).save_pretrained(tmp_path, include_backbones=included)
@@ -128,6 +129,7 @@ def test_a_trainable_language_model_is_not_quantised(backbones, bits):
         model.quantize_language_model(bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("language", "option"), [("llama", "load_in_4bit"), ("t5", "load_in_8bit")])
 def test_qlora_opens_quantised_or_not_and_merges(backbones, tmp_path, language, option):
     run = tmp_path / "run"
@@ -151,6 +153,7 @@ def test_qlora_opens_quantised_or_not_and_merges(backbones, tmp_path, language, 
     assert all(model.caption([tiny.picture(0), tiny.picture(1)], **WRITING))
 
 
+@pytest.mark.slow
 def test_qlora_resumes_as_if_it_had_never_stopped(backbones, tmp_path):
     train_hf.train(words(backbones, tmp_path / "whole", num_train_epochs=2, load_in_4bit="true"))
     checkpoint = tmp_path / "whole" / "checkpoint-4"
@@ -160,6 +163,7 @@ def test_qlora_resumes_as_if_it_had_never_stopped(backbones, tmp_path):
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_without_adapters_the_q_former_trains_with_a_quantised_model(backbones, tmp_path):
     options = words(backbones, tmp_path / "run", load_in_4bit="true")
     at = options.index("--lora_r")

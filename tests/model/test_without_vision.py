@@ -117,6 +117,7 @@ def losses(output_dir) -> torch.Tensor:
     return torch.tensor([entry[name] for entry in history for name in names if name in entry])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
 def test_a_run_on_features_has_the_losses_of_a_run_on_images(folder, tmp_path, dtype, tolerance):
     precompute(folder, tmp_path / "features", dtype=dtype)
@@ -135,6 +136,7 @@ def test_a_run_on_features_has_the_losses_of_a_run_on_images(folder, tmp_path, d
         assert isinstance(QFormerCaptioner.from_pretrained(tmp_path / run).caption(tiny.picture()), str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, {"lora_r": 2}])
 def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, monkeypatch, lora):
     precompute(folder, tmp_path / "features")
@@ -169,6 +171,7 @@ def test_options_that_contradict_features_are_named(folder, tmp_path, options, m
         train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **options))
 
 
+@pytest.mark.slow
 def test_a_data_set_that_has_moved_keeps_its_features(folder, tmp_path):
     precompute(folder, tmp_path / "features")
     shutil.copytree(folder / "pictures", tmp_path / "moved")
@@ -177,6 +180,7 @@ def test_a_data_set_that_has_moved_keeps_its_features(folder, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_new_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
     precompute(folder, tmp_path / "features")
     own = {"vision_model_name_or_path": None, "num_train_epochs": 1}
@@ -187,6 +191,7 @@ def test_a_new_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_pa
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_trainable_parts_and_loads_alone(folder, tmp_path):
     train_hf.train(command(folder, tmp_path / "run", num_train_epochs=1, include_backbones="false"))
     checkpoint = tmp_path / "run" / "checkpoint-4"

@@ -85,6 +85,7 @@ def losses(folder) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_training_on_a_stream_resumes_with_the_same_rows(words, folder):
     """The run takes 64 rows and a pass has 40, so checkpoint 6 lies in the second pass."""
     train_hf.train(words())
@@ -118,6 +119,7 @@ def test_two_interrupted_processes_log_the_losses_of_one(words, folder):
     torch.testing.assert_close(losses(folder / "two"), losses(folder / "one"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_on_a_stream_evaluates_and_saves_by_steps(words, folder, log):
     train_hf.train(words(eval_strategy="epoch", save_strategy="epoch", max_steps=20, load_best_model_at_end="true"))
     assert "--eval_strategy is steps, --eval_steps 2" in log.text

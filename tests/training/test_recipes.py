@@ -204,6 +204,7 @@ def check_captions(folder: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recipe_runs_from_yaml_to_caption(name, models, data, tmp_path):
     if name.endswith("qlora") and not is_bitsandbytes_available():
@@ -218,6 +219,7 @@ def test_a_recipe_runs_from_yaml_to_caption(name, models, data, tmp_path):
     check_captions(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA)
 def test_a_data_recipe_combines_with_a_model_recipe(name, models, data, tmp_path):
     train_hf.train(tiny_recipe(tmp_path, ["clip_llama_lora", name], models, data))

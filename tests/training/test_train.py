@@ -88,6 +88,7 @@ def history(folder, key: str) -> list:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_writes_model_plots_and_captions(finished_run):
     folder, _ = finished_run
     for name in ("model.safetensors", "modeling_qformer.py", "loss_curve.png", "captions.png", "captions_step_12.png"):
@@ -130,6 +131,7 @@ def test_the_command_line_overrides_the_recipe(recipe):
     assert (arguments.learning_rate, arguments.num_train_epochs) == (0.5, 7)
 
 
+@pytest.mark.slow
 def test_an_existing_captioner_continues_training(finished_run, recipe, tmp_path):
     folder, _ = finished_run
     no_new_model = {"vision_config": None, "text_config": None, "qformer_config": None}
@@ -139,6 +141,7 @@ def test_an_existing_captioner_continues_training(finished_run, recipe, tmp_path
     assert not torch.equal(before["qformer.query_tokens"], after["qformer.query_tokens"])
 
 
+@pytest.mark.slow
 def test_the_bag_of_words_loss_is_added_with_its_weight(recipe, tmp_path):
     """The loss has no parameters, so without learning the training losses differ by its weighted value only."""
     no_learning = {"num_train_epochs": 1, "logging_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0}
@@ -155,6 +158,7 @@ def test_the_bag_of_words_loss_is_added_with_its_weight(recipe, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_saved_weights_can_be_the_best(recipe, tmp_path):
     """The run evaluates after steps 3 and 6 and saves after 2, 4 and 6, so the better step 3 cannot be kept."""
     steps = dict(eval_strategy="steps", eval_steps=0.5, save_strategy="steps", save_steps=2, max_steps=6)
@@ -165,6 +169,7 @@ def test_only_saved_weights_can_be_the_best(recipe, tmp_path):
     assert "after step 6, chosen by the best loss" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_card_does_not_say_chosen_when_the_last_weights_are_kept(recipe, tmp_path):
     train_hf.train(["--recipe", recipe(load_best_model_at_end=False)])
     card = (tmp_path / "run" / "README.md").read_text()
@@ -188,6 +193,7 @@ def test_without_an_evaluation_split_the_last_checkpoint_is_kept(tmp_path, recip
     assert "captions.png" not in log.text and "loss_curve.png" not in log.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 2])
 def test_a_single_evaluation_image_is_reported_because_it_cannot_be_shuffled(recipe, log, images):
     train_hf.train(["--recipe", recipe(max_eval_samples=images, max_train_samples=4, num_train_epochs=1)])
@@ -207,6 +213,7 @@ def test_a_finished_run_is_left_as_it_is(finished_run, log):
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_names_its_plots_and_the_option_that_makes_it_longer(finished_run, recipe, log):
     folder, path = finished_run
     train_hf.train(["--recipe", str(path)])
@@ -219,6 +226,7 @@ def test_a_finished_run_names_its_plots_and_the_option_that_makes_it_longer(fini
     assert "give more than --max_steps 2." in log.text
 
 
+@pytest.mark.slow
 def test_a_longer_run_resumes_where_the_finished_one_ended(recipe, tmp_path, log):
     words = ["--recipe", recipe(num_train_epochs=1)]
     train_hf.train(words)
@@ -245,6 +253,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(finished_run, rec
     assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
 
 
+@pytest.mark.slow
 def test_overwriting_starts_a_new_run(recipe, tmp_path, log):
     words = ["--recipe", recipe(num_train_epochs=1)]
     train_hf.train(words)
