@@ -7,7 +7,7 @@ index.json                  the vision encoder, the data set and the layout of e
 skipped_rows.jsonl          the rows without features, and the reasons
 train/rows.npy              keys that identify the images of the rows
 train/00000.npy             features of the first rows: `[rows, views, N, Dv]`
-train/00000.skipped.jsonl   the rows of this file without features; missing if there are none
+train/00000.skipped.jsonl   the rows of this file without features, if it has such rows
 run.json                    the settings of the run that wrote the store
 ```
 """
