@@ -33,8 +33,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    ModelOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -536,8 +541,15 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the vision encoder: `[B, 3, H, W]` -> `[B, N, Dv]`. A frozen encoder records no graph.
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Run the vision encoder on images `[B, 3, H, W]`. A frozen encoder records no graph.
+
+        Args:
+            pixel_values (`[B, 3, H, W]`, float): images; cast to the dtype of the vision encoder.
+            kwargs: arguments of the vision encoder, such as `output_hidden_states` and `interpolate_pos_encoding`.
+
+        Returns:
+            The output of the vision encoder, whose `last_hidden_state` are the image features `[B, N, Dv]`.
 
         Raises:
             ValueError: if the captioner was loaded without its vision encoder.
@@ -545,7 +557,56 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         # requires_grad_(False) is not enough, because gradient checkpointing makes the input of the encoder require
         # gradients.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
-            return self.vision_model(pixel_values.to(dtype_of(self.vision_model))).last_hidden_state
+            return self.vision_model(pixel_values.to(dtype_of(self.vision_model)), return_dict=True, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithVisionQformerOutputs:
+        """Run vision encoder, Q-Former and projection, as `Blip2ForConditionalGeneration.get_image_features` does.
+
+        Args:
+            pixel_values (`[B, 3, H, W]`, float): images.
+            qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): prompt in tokens of the Q-Former.
+            kwargs: `return_dict`, and arguments of the vision encoder. The Q-Former also gets `output_hidden_states`
+                and `output_attentions`.
+
+        Returns:
+            An output with the image features as `last_hidden_state` (`[B, N, Dv]`) and the soft prompt as
+            `pooler_output` (`[B, Q, D]`). The outputs of both models are `vision_outputs` and `qformer_outputs`.
+
+        Raises:
+            ValueError: if the captioner was loaded without its vision encoder, or the Q-Former cannot read the prompt.
+
+        Example:
+
+        ```python
+        >>> features = model.get_image_features(pixel_values)  # doctest: +SKIP
+        >>> features.last_hidden_state.shape, features.pooler_output.shape  # doctest: +SKIP
+        (torch.Size([2, 257, 384]), torch.Size([2, 32, 576]))
+        ```
+        """
+        vision_outputs = self.encode_images(pixel_values, **kwargs)
+        requested = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+        qformer_outputs = self.qformer(
+            vision_outputs.last_hidden_state,
+            input_ids=qformer_input_ids,
+            attention_mask=qformer_attention_mask,
+            return_dict=True,
+            **requested,
+        )
+        return BaseModelOutputWithVisionQformerOutputs(
+            last_hidden_state=vision_outputs.last_hidden_state,
+            pooler_output=self.language_projection(qformer_outputs.last_hidden_state),
+            hidden_states=vision_outputs.get("hidden_states"),
+            attentions=vision_outputs.get("attentions"),  # an encoder of convolutions has none
+            vision_outputs=vision_outputs,
+            qformer_outputs=qformer_outputs,
+        )
 
     def get_soft_prompt(
         self,
@@ -568,8 +629,10 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
         if pixel_values is not None:
-            image_embeds = self.get_image_features(pixel_values)
-        queries = self.qformer(image_embeds, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask)
+            image_embeds = self.encode_images(pixel_values).last_hidden_state
+        queries = self.qformer(
+            image_embeds, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask, return_dict=True
+        )
         return self.language_projection(queries.last_hidden_state)
 
     def get_prefix(

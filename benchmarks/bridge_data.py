@@ -168,7 +168,8 @@ def compute_features(model: QFormerCaptioner, dataset: CaptionDataset, batch_siz
     features = []
     for start in tqdm(range(0, len(dataset), batch_size), "features", leave=False):
         images = [dataset[row]["image"] for row in range(start, min(start + batch_size, len(dataset)))]
-        features.append(model.get_image_features(model.processor(images=images)["pixel_values"]).half())
+        pixel_values = model.processor(images=images)["pixel_values"]
+        features.append(model.encode_images(pixel_values).last_hidden_state.half())
     return torch.cat(features)
 
 

@@ -116,7 +116,7 @@ def measure_step(
     steps: dict[str, Callable[[], object]] = {
         name: partial(training_step, model, pixel_values, labels) for name, model in models.items()
     }
-    steps["features"] = partial(features_step, ours, ours.get_image_features(pixel_values), labels)
+    steps["features"] = partial(features_step, ours, ours.encode_images(pixel_values).last_hidden_state, labels)
     if options.device == "cpu":
         steps["ours, no oneDNN"] = partial(training_step, ours, pixel_values, labels, onednn=False)
     gflop = {name: count_gflop(step) for name, step in steps.items()}
@@ -138,7 +138,7 @@ def measure_step(
 def measure_vision(model: QFormerCaptioner, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """Time the vision encoder, which is the same on both sides, and compare it with the rate of large matrices."""
     pixel_values = make_batch(options.images, 1)[0].to(options.device, model.dtype)
-    encode = partial(model.get_image_features, pixel_values)
+    encode = partial(model.encode_images, pixel_values)
     gflop = count_gflop(encode)
     with onednn_linears(model.device):
         seconds = summarize(time_in_turn(options.repetitions, encode=encode)["encode"])

@@ -22,7 +22,7 @@ from .skipped_rows import SkippedRow
 
 
 class VisionEncoder:
-    """Frozen vision encoder that computes the same features as [`QFormerCaptioner.get_image_features`].
+    """Frozen vision encoder that computes the same features as [`QFormerCaptioner.encode_images`].
 
     Args:
         name_or_path: Hub id or folder of the vision encoder.

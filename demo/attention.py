@@ -82,7 +82,7 @@ def encode_image(model: PreTrainedModel, image: Image.Image, prompt: str | None 
     """
     inputs = model.processor(images=image, text=prompt or None).to(model.device)
     pixel_values = inputs.pop("pixel_values")  # [1, 3, H, W]
-    inputs["image_embeds"] = model.get_image_features(pixel_values)
+    inputs["image_embeds"] = model.encode_images(pixel_values).last_hidden_state
     grid = patch_grid(pixel_values.shape[-2:], model.config.vision_config, inputs["image_embeds"].shape[1])
     return EncodedImage(_to_picture(pixel_values[0], model.processor.image_processor), inputs, grid)
 

@@ -227,7 +227,7 @@ def normalize_image_features(
         image_embeds = batch.get("image_embeds")
         if image_embeds is None:
             with onednn_linears(model.device):
-                image_embeds = model.get_image_features(batch["pixel_values"].to(model.device))
+                image_embeds = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state
         features.append(image_embeds)
     if sum(map(len, features)) < 2:
         raise InputError("--normalize_image_features_samples needs at least two training images.")

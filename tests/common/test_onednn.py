@@ -120,7 +120,7 @@ def test_onednn_multiplies_the_linear_layers_of_all_parts(any_size):
     layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     with torch.no_grad(), onednn_linears():
         assert products_of_onednn(lambda: model(**batch)) == layers
-        in_vision_model = products_of_onednn(lambda: model.get_image_features(batch["pixel_values"]))
+        in_vision_model = products_of_onednn(lambda: model.encode_images(batch["pixel_values"]))
         assert products_of_onednn(lambda: model.generate(**batch, max_new_tokens=2)) > layers
     assert in_vision_model == sum(isinstance(module, torch.nn.Linear) for module in model.vision_model.modules())
 
@@ -307,7 +307,7 @@ def test_adapters_train(any_size):
 
 def test_a_compiled_bridge_is_one_graph_inside_the_context(any_size):
     model = tiny.captioner()
-    features = model.get_image_features(tiny.images())
+    features = model.encode_images(tiny.images()).last_hidden_state
     expected = Bridge(model)(features)
     torch.compiler.reset()
     bridge = torch.compile(Bridge(model), fullgraph=True, backend="eager")
@@ -319,12 +319,12 @@ def test_a_compiled_bridge_is_one_graph_inside_the_context(any_size):
 @pytest.mark.slow
 def test_a_compiled_captioner_computes_the_same_inside_the_context(any_size):
     model, batch = tiny.captioner(), tiny.batch()
-    expected, features = model(**batch).loss, model.get_image_features(batch["pixel_values"])
+    expected, features = model(**batch).loss, model.encode_images(batch["pixel_values"]).last_hidden_state
     torch.compiler.reset()
     with onednn_linears():
         torch.testing.assert_close(torch.compile(model, backend="eager")(**batch).loss, expected)
-        one_graph = torch.compile(model.get_image_features, backend="eager", fullgraph=True)
-        torch.testing.assert_close(one_graph(batch["pixel_values"]), features)
+        one_graph = torch.compile(model.encode_images, backend="eager", fullgraph=True)
+        torch.testing.assert_close(one_graph(batch["pixel_values"]).last_hidden_state, features)
 
 
 def test_compiled_code_may_enter_the_context(any_size):
@@ -365,8 +365,8 @@ def test_function_transforms_work(any_size):
 def test_a_captioner_can_be_traced(any_size):
     model, pixel_values = tiny.captioner().requires_grad_(False), tiny.images()
     with onednn_linears():
-        traced = torch.jit.trace(lambda images: model.get_image_features(images), pixel_values)
-    torch.testing.assert_close(traced(pixel_values), model.get_image_features(pixel_values))
+        traced = torch.jit.trace(lambda images: model.encode_images(images).last_hidden_state, pixel_values)
+    torch.testing.assert_close(traced(pixel_values), model.encode_images(pixel_values).last_hidden_state)
 
 
 @pytest.mark.parametrize("bias", [torch.tensor(2.0), torch.randn(1), torch.randn(1, 48)], ids=["number", "one", "row"])

@@ -411,7 +411,7 @@ def test_old_weights_give_the_outputs_of_the_old_scripts(language, layers, heads
         tmp_path / "qformer.pt", vision, words, num_attention_heads=heads, prompt="a red circle"
     )
     batch = model.processor(images=[tiny.picture(), tiny.picture(1)])
-    features = model.get_image_features(batch["pixel_values"])
+    features = model.encode_images(batch["pixel_values"]).last_hidden_state
     soft_prompt = old_mathematics(weights, features, heads)
     output = model(**batch, labels=torch.tensor([[5, 6, 1], [7, 8, 1]]))
     torch.testing.assert_close(output.soft_prompt, soft_prompt, atol=1e-5, rtol=1e-5)

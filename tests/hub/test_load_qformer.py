@@ -53,7 +53,7 @@ def test_vision_encoder_and_q_former_of_a_blip2_join_another_language_model(back
     )
     batch = inputs("instructblip")
     features = model.vision_model(batch["pixel_values"]).last_hidden_state
-    torch.testing.assert_close(ours.get_image_features(batch["pixel_values"]), features, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.encode_images(batch["pixel_values"]).last_hidden_state, features, atol=1e-6, rtol=0)
     ours.save_pretrained(tmp_path / "ours")  # keeps the vision encoder of that folder by reference
     loaded = QFormerCaptioner.from_pretrained(tmp_path / "ours")
     assert torch.equal(loaded(**batch).logits, ours(**batch).logits)

@@ -122,7 +122,7 @@ def test_the_vision_tower_of_a_two_tower_checkpoint_is_used(name, backbones, tmp
 
     model = from_backbones(tmp_path, backbones["llama"])
     expected = both.vision_model(tiny.images()).last_hidden_state
-    assert torch.equal(model.get_image_features(tiny.images()), expected)
+    assert torch.equal(model.encode_images(tiny.images()).last_hidden_state, expected)
     config = QFormerCaptionerConfig(vision_config=towers, text_config=tiny.text_config("llama"))
     assert config.vision_config.model_type == f"{name}_vision_model"
     assert config.qformer_config.encoder_hidden_size == tiny.VISION_WIDTH
@@ -204,7 +204,9 @@ def test_a_bert_does_not_attend_to_later_tokens(backbones, tmp_path):
 def test_from_backbones_starts_from_the_saved_weights(backbones):
     model = from_backbones(backbones["clip"], backbones["flan-t5"])
     reference = AutoModel.from_pretrained(backbones["clip"])
-    assert torch.equal(model.get_image_features(tiny.images()), reference(pixel_values=tiny.images()).last_hidden_state)
+    assert torch.equal(
+        model.encode_images(tiny.images()).last_hidden_state, reference(pixel_values=tiny.images()).last_hidden_state
+    )
 
 
 @pytest.mark.parametrize("projection_per_query", [False, True])
@@ -216,7 +218,7 @@ def test_a_new_soft_prompt_has_three_times_the_norm_of_embeddings(backbones, pro
 
 def test_a_projection_per_query_is_a_linear_layer_for_each():
     model = tiny.captioner(projection_per_query=True)
-    queries = model.qformer(model.get_image_features(tiny.images())).last_hidden_state
+    queries = model.qformer(model.encode_images(tiny.images()).last_hidden_state).last_hidden_state
     soft_prompt = model.get_soft_prompt(tiny.images())
     for query in range(tiny.QUERIES):
         weight, bias = model.language_projection.weight[query], model.language_projection.bias[query]

@@ -174,7 +174,7 @@ def test_image_and_prompt_change_the_logits(either):
 
 def test_image_features_give_the_same_as_their_image(model):
     batch = tiny.batch()
-    features = model.get_image_features(batch["pixel_values"])
+    features = model.encode_images(batch["pixel_values"]).last_hidden_state
     assert features.shape[0] == 3 and features.shape[2] == tiny.VISION_WIDTH
     instead = {**batch, "pixel_values": None, "image_embeds": features}
     assert torch.equal(model(**instead).logits, model(**batch).logits)
@@ -184,7 +184,7 @@ def test_image_features_give_the_same_as_their_image(model):
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_both_or_neither_of_image_and_features_are_refused(either, call):
     pixels = tiny.images()
-    for inputs in ({}, dict(pixel_values=pixels, image_embeds=either.get_image_features(pixels))):
+    for inputs in ({}, dict(pixel_values=pixels, image_embeds=either.encode_images(pixels).last_hidden_state)):
         with pytest.raises(ValueError, match="pixel_values.*image_embeds"):
             getattr(either, call)(**inputs)
 

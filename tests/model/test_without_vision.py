@@ -46,7 +46,7 @@ def logits_of(model: QFormerCaptioner, **image) -> torch.Tensor:
 def test_features_give_the_logits_of_their_images(folder, form):
     whole = QFormerCaptioner.from_pretrained(folder / form)
     without = QFormerCaptioner.from_pretrained(folder / form, load_vision_model=False)
-    features = whole.get_image_features(tiny.images())
+    features = whole.encode_images(tiny.images()).last_hidden_state
     assert torch.equal(logits_of(without, image_embeds=features), logits_of(whole, pixel_values=tiny.images()))
 
 
