@@ -6,9 +6,10 @@ image [B,3,H,W] -> vision_model -> [B,N,Dv] -> qformer -> [B,Q,Dq] -> language_p
 soft prompt + prompt tokens -> language_model -> caption
 ```
 
-The file defines the Q-Former and its layers, then the captioner. language_qformer.py runs the language model on a
-prefix, and saving_qformer.py loads and saves captioners. The Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597);
-its parameters have the names of transformers' `Blip2QFormerModel`.
+The file defines the Q-Former and its layers, then the captioner. language_qformer.py trains the language model after a
+prefix, generation_qformer.py generates captions after it, and saving_qformer.py loads and saves captioners. The
+Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters have the names of transformers'
+`Blip2QFormerModel`.
 
 Shapes: B images, K captions of an image, N image tokens, Q queries, P prompt tokens, T tokens of a caption. V is the
 size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q-Former and the vision encoder.
@@ -58,13 +59,8 @@ from .backbones_qformer import (
     vision_model_from_config,
 )
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from .language_qformer import (
-    build_prefix,
-    caption_loss,
-    encode_captions,
-    generate_from_prefix,
-    resolve_generation_config,
-)
+from .generation_qformer import generate_from_prefix, resolve_generation_config
+from .language_qformer import build_prefix, caption_loss, encode_captions
 from .processing_qformer import ImageInput, QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
 

@@ -334,7 +334,8 @@ def test_the_usage_example_of_the_card_runs_unchanged(hub, stranger, repo):
 
 # --- What is in a repository ------------------------------------------------------------------------------------------
 
-CODE = {f"{name}_qformer.py" for name in ("backbones", "configuration", "language", "modeling", "processing", "saving")}
+PARTS = ("backbones", "configuration", "generation", "language", "modeling", "processing", "saving")
+CODE = {f"{name}_qformer.py" for name in PARTS}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CAPTIONER = CODE | PROCESSOR | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 PICTURES = {"captions.png", "loss_curve.png"}

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, language_qformer
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, generation_qformer, language_qformer
 
 from ..fixtures import tiny
 
@@ -289,7 +289,7 @@ def test_the_prefix_is_encoded_once_for_each_image(prompt, options):
 @pytest.mark.parametrize("options", [dict(use_cache=False), dict(use_cache=False, num_beams=3)])
 def test_use_cache_false_gives_the_language_model_no_cache(options, monkeypatch):
     model, inputs = captioner("llama"), tiny.batch()
-    monkeypatch.setattr(language_qformer, "prefill_shared_prefix", None)
+    monkeypatch.setattr(generation_qformer, "prefill_shared_prefix", None)
     assert model.generate(**inputs, max_new_tokens=3, **options).shape == (3, 3)
 
 

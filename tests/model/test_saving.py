@@ -306,6 +306,7 @@ def test_a_folder_holds_all_files_that_open_it(folders, folder):
         "chat_template.jinja",
         "configuration_qformer.py",
         "backbones_qformer.py",
+        "generation_qformer.py",
         "language_qformer.py",
         "modeling_qformer.py",
         "processing_qformer.py",
