@@ -60,6 +60,65 @@ def embedding_weights(language_model: PreTrainedModel) -> torch.Tensor:
     return weights
 
 
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """Return the weights that share their memory with another weight, mapped to the name of that weight.
+
+    Only weights that transformers can tie are listed. The configuration is not asked, because the output layer may have
+    been replaced, trained or tied after the model was built.
+
+    Args:
+        model (`nn.Module`): language model, or captioner that contains one.
+
+    Example:
+
+    ```python
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from qformer_captioner.backbones_qformer import ties_of
+    >>> ties_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12)))
+    {'lm_head.weight': 'transformer.wte.weight'}
+    ```
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    ties = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            for target, source in (module._tied_weights_keys or {}).items():
+                names = [f"{prefix}.{name}" if prefix else name for name in (target, source)]
+                if all(name in weights for name in names) and share_memory(*(weights[name] for name in names)):
+                    ties[names[0]] = names[1]
+    return ties
+
+
+def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return True if two weights are the same values in memory.
+
+    Weights that are offloaded or sharded have no address, and are compared by identity.
+    """
+    return first is second or (first.data_ptr() == second.data_ptr() != 0 and first.shape == second.shape)
+
+
+def forget_broken_ties(model: nn.Module) -> None:
+    """Make `tie_weights()` tie only the weights that are tied now.
+
+    The Trainer, FSDP and `resize_token_embeddings` call it. In an encoder-decoder model the configuration cannot say
+    that the output layer is not tied, because the embeddings of encoder and decoder still are.
+    """
+    ties = ties_of(model)
+    for prefix, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            for name in module.get_expanded_tied_weights_keys():  # none if the configuration does not tie them
+                if (f"{prefix}.{name}" if prefix else name) not in ties:
+                    forget_tie(module, name)
+
+
+def forget_tie(model: PreTrainedModel, name: str) -> None:
+    """Make `tie_weights()` leave one weight of a model alone."""
+    model._tied_weights_keys = {
+        target: source for target, source in (model._tied_weights_keys or {}).items() if target != name
+    }
+    model.all_tied_weights_keys.pop(name, None)
+
+
 class VisionModelPlaceholder(nn.Module):
     """Placeholder for the vision encoder when training on precomputed features; holds no weights.
 
@@ -260,10 +319,7 @@ def untie_t5_head(language_model: PreTrainedModel) -> None:
     """
     if getattr(language_model.config, "scale_decoder_outputs", True):
         return
-    tied: dict[str, str] = dict(language_model._tied_weights_keys or {})
-    tied.pop("lm_head.weight", None)
-    language_model._tied_weights_keys = tied
-    language_model.all_tied_weights_keys.pop("lm_head.weight", None)
+    forget_tie(language_model, "lm_head.weight")
     head, embedding = language_model.get_output_embeddings(), language_model.get_input_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())

@@ -22,12 +22,14 @@ from .backbones_qformer import (
     check_number_of_layers,
     count_weights,
     dtype_of,
+    forget_broken_ties,
     is_frozen,
     is_quantized,
     load_backbone,
     quantize,
     read_weights,
     single_device,
+    ties_of,
 )
 from .configuration_qformer import QFormerCaptionerConfig, without_local_paths
 from .processing_qformer import HUB_KWARGS, PushWithCard, QFormerCaptionerProcessor
@@ -70,8 +72,11 @@ class BackboneFingerprint:
         """Return True if the given weights have the values of the fingerprint, whatever their dtype is.
 
         Args:
-            weights: weights by their name inside the backbone. Missing and offloaded weights are not compared.
+            weights: weights by their name inside the backbone. Missing and offloaded weights are not compared. A weight
+                that the fingerprint lacks, such as the bias of a new output layer, does not match.
         """
+        if any(name not in self.rows_and_columns and not weight.is_meta for name, weight in weights.items()):
+            return False
         return all(
             weights[name].shape == shape
             and torch.equal(first_row_and_column(weights[name]), values.to(weights[name].dtype))
@@ -207,7 +212,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         self._keys_to_ignore_on_save = self._keys_of(parts, self.state_dict())
 
     def _keys_of(self, parts: Sequence[str], weights: Iterable[str]) -> set[str]:
-        return {name for name in weights if name.partition(".")[0] in parts} | set(self.all_tied_weights_keys)
+        return {name for name in weights if name.partition(".")[0] in parts} | set(ties_of(self))
 
     # --- Loading ------------------------------------------------------------------------------------------------------
 
@@ -267,6 +272,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         loaded = super().from_pretrained(source if kwargs.get("state_dict") is None else None, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
 
+        forget_broken_ties(model)
         model._freeze()
         model._keep_by_reference(config.referenced_backbones or [])
         # A trainable backbone may differ from the pretrained model of its name, so it has no fingerprint.
@@ -518,6 +524,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         config, frozen = copy.deepcopy(self.config), self.frozen_backbones()
         config.referenced_backbones = list(referenced)
         config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
+        # Loading ties the output layer to the embedding by this field, which an adapter or a new layer does not change.
+        config.text_config.tie_word_embeddings = bool(ties_of(self.language_model))
         for part in BACKBONES:
             setattr(config, f"freeze_{part}", part in frozen)
             name = getattr(config, f"{part}_name_or_path")
