@@ -127,10 +127,11 @@ def open_in_folder(references: ReferenceSet, folder: Path) -> OpenImage:
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}: give the folder of the images with --image_folder.")
-    from qformer_captioner.data.images import locate
+    from qformer_captioner.data.image_paths import ImageFolder
     from qformer_captioner.processing_qformer import open_image
 
-    return lambda image: open_image(locate(references.files.get(image, str(image)), folder))
+    images = ImageFolder(folder)
+    return lambda image: open_image(images.locate(references.files.get(image, str(image))))
 
 
 def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments) -> EvaluationRun | None:

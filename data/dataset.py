@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +14,7 @@ from .augmentation import Augmentation, RowText
 from .captions import captions_of
 from .columns import Rows, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
+from .image_paths import ImageFolder
 from .images import ImageCell, open_cell, undecoded_images
 from .skipped_rows import SkippedRows
 
@@ -37,7 +37,7 @@ class CaptionSource:
         caption_column: column of captions: a string or a list in each row. It may be nested (`json.caption`).
         image_id_column: column that identifies images. Rows with the same value are merged into one row that has all
             their captions. Streams ignore it.
-        image_folder: folder that must contain all paths of images. By default any path is allowed.
+        image_folder: where paths of images start, and where they may lead. By default any path is allowed.
         option_prefix: prefix of the command-line options that choose the columns ("eval_"), for error messages.
     """
 
@@ -46,7 +46,7 @@ class CaptionSource:
     image_column: str = "image"
     caption_column: str = "caption"
     image_id_column: str | None = None
-    image_folder: Path | None = None
+    image_folder: ImageFolder | None = None
     option_prefix: str = ""
 
 

@@ -28,6 +28,9 @@ class FeatureArguments:
     image_folder: str | None = option(
         None, "Folder that paths in the image column are relative to; by default the folder of the data set.", "data"
     )
+    allowed_image_folders: list[str] | None = option(
+        None, "Further folders that paths of images may lead into; by default only the image folder.", "data"
+    )
     embeddings_column: str | None = option(
         None, "Column of embeddings to store instead: lists [D], [N, D] or [1, N, D] in each row.", "data"
     )

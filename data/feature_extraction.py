@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import datasets
@@ -17,6 +16,7 @@ from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.onednn import onednn_linears
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch
+from .image_paths import ImageFolder
 from .images import ImageCell, open_cell
 from .skipped_rows import SkippedRow
 
@@ -84,7 +84,7 @@ class ImageFeatures:
         image_processor: its image processor.
         rows: undecoded images of each split, as [`undecoded_images`] returns them.
         image_column: the column that holds them.
-        image_folders: for each split, the folder that must contain all paths of images.
+        image_folders: for each split, where paths of images start, and where they may lead.
         augmentation: random changes that create the additional views of an image.
         dtype: dtype of the stored features, "float16" or "float32".
         batch_size: maximum number of images in a forward pass.
@@ -95,7 +95,7 @@ class ImageFeatures:
     image_processor: BaseImageProcessor
     rows: dict[str, datasets.Dataset]
     image_column: str
-    image_folders: dict[str, Path | None]
+    image_folders: dict[str, ImageFolder | None]
     augmentation: Augmentation
     dtype: str
     batch_size: int
@@ -160,7 +160,7 @@ class ImageViews(Dataset):
     Args:
         rows: undecoded images.
         image_column: the column that holds them.
-        image_folder: folder that must contain all paths of images.
+        image_folder: where paths of images start, and where they may lead.
         split: name of the split.
         views: number of views of each image.
         augmentation: random changes that create the additional views of an image.
@@ -172,7 +172,7 @@ class ImageViews(Dataset):
         self,
         rows: datasets.Dataset,
         image_column: str,
-        image_folder: Path | None,
+        image_folder: ImageFolder | None,
         split: str,
         views: int,
         augmentation: Augmentation,

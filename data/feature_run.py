@@ -30,7 +30,8 @@ from .feature_arguments import FeatureArguments
 from .feature_extraction import ImageFeatures, VisionEncoder, load_image_processor
 from .feature_shards import FeatureBatch, SplitLayout, remove_unfinished
 from .feature_store import SKIPPED_NAME, SPLIT_NAME, finish_store
-from .images import folder_of_images, image_keys, undecoded_images
+from .image_paths import folder_of_images
+from .images import image_keys, undecoded_images
 from .loading import load_rows, missing_split
 from .row_files import find_files
 from .vision_fingerprint import VisionFingerprint
@@ -212,7 +213,10 @@ def load_source(
         encoder = VisionEncoder(name, revision, image_processor, device, args.compute_dtype)
     except UNUSABLE as error:  # for example a model that does not accept images
         raise InputError(one_line(error)) from error
-    folders = {split: folder_of_images(args.dataset_name, rows[split], args.image_folder) for split in rows}
+    folders = {
+        split: folder_of_images(args.dataset_name, rows[split], args.image_folder, args.allowed_image_folders)
+        for split in rows
+    }
     augmentation = Augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob, seed=args.seed)
     return ImageFeatures(
         encoder=encoder,

@@ -14,7 +14,8 @@ from PIL import Image
 from ..common.errors import InputError, one_line
 from ..data.captions import captions_of
 from ..data.columns import with_nested_columns
-from ..data.images import folder_of_images, image_keys, locate, open_cell
+from ..data.image_paths import ImageFolder, folder_of_images
+from ..data.images import image_keys, open_cell
 from ..data.loading import load_rows
 from .caption_files import ImageId, ReferenceSet
 
@@ -112,13 +113,13 @@ class EvaluationSet:
         references: the references of the images.
         rows: a data set of one column, which holds undecoded images.
         row_of: for each image, the index of its row. Images are captioned in this order.
-        image_folder: folder that must contain all paths of images; `None` allows any path.
+        image_folder: where paths of images start, and where they may lead; `None` allows any path.
     """
 
     references: ReferenceSet
     rows: datasets.Dataset
     row_of: dict[ImageId, int]
-    image_folder: Path | None = None
+    image_folder: ImageFolder | None = None
 
     def __str__(self) -> str:
         """Return the number of images and captions, and the number of images of each domain."""
@@ -163,7 +164,7 @@ class EvaluationSet:
         if cell is None or cell["bytes"] is not None or not cell["path"]:
             return ""
         try:
-            file = Path(cell["path"]) if self.image_folder is None else locate(cell["path"], self.image_folder)
+            file = Path(cell["path"]) if self.image_folder is None else self.image_folder.locate(cell["path"])
             status = file.stat()
         except (OSError, ValueError):  # ValueError for a name that no file can have
             return ""
@@ -263,7 +264,7 @@ def load_evaluation_set(
     id_column: str | None = None,
     row_per_caption: bool = False,
     hidden_references: bool = False,
-    image_folder: Path | None = None,
+    image_folder: ImageFolder | None = None,
 ) -> EvaluationSet:
     """Return the images and references of a split.
 
@@ -275,7 +276,7 @@ def load_evaluation_set(
             the same file belong to one image.
         row_per_caption: accept several rows for one image, each with some of its captions.
         hidden_references: accept images without captions.
-        image_folder: folder that must contain all paths of images; `None` allows any path.
+        image_folder: where paths of images start, and where they may lead; `None` allows any path.
 
     Raises:
         InputError: for a column that does not exist or an id that is not valid. Also for an image that has no caption

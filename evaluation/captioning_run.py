@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..common.errors import InputError
 from ..common.run_folder import RunFolder
-from ..data.images import folder_of_images
+from ..data.image_paths import folder_of_images
 from ..data.loading import load_rows
 from ..data.splits import default_eval_split
 from ..hub.load import load_captioner

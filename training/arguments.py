@@ -103,6 +103,9 @@ class DataArguments:
     image_folder: list[str] | None = option(
         None, "Folder that paths in the image column are relative to. Default: the folder of the data set.", "data"
     )
+    allowed_image_folders: list[str] | None = option(
+        None, "Further folders that paths of images may lead into. Default: only the image folder.", "data"
+    )
     train_split: str = option("train", "Split to train on.", "data")
     eval_split: str | None = option(
         None, "Split to evaluate on. Default: the first of validation, val, dev and test that exists.", "data"

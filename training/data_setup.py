@@ -13,7 +13,7 @@ from ..data.augmentation import Augmentation
 from ..data.columns import Rows
 from ..data.dataset import CaptionDataset, CaptionSource
 from ..data.feature_store import FeatureStore
-from ..data.images import folder_of_images
+from ..data.image_paths import folder_of_images
 from ..data.mixture import CaptionMixture
 from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split, load_eval_split, load_splits
@@ -235,7 +235,7 @@ def training_sources(args: DataArguments, train_rows: list[Rows]) -> list[Captio
             spec.image_column,
             spec.caption_column,
             args.image_id_column,
-            folder_of_images(spec.name, rows, spec.image_folder),
+            folder_of_images(spec.name, rows, spec.image_folder, args.allowed_image_folders),
         )
         for spec, rows in zip(specs, train_rows, strict=True)
     ]
@@ -254,7 +254,7 @@ def evaluation_data(
         spec.image_column,
         spec.caption_column,
         args.image_id_column,
-        folder_of_images(spec.name, eval_rows, spec.image_folder),
+        folder_of_images(spec.name, eval_rows, spec.image_folder, args.allowed_image_folders),
         option_prefix="" if args.eval_dataset_name is None else "eval_",
     )
     split_features = None if features is None else features.split(split)

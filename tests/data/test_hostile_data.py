@@ -22,7 +22,7 @@ from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.captions import captions_of
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
-from qformer_captioner.data.images import folder_of_images
+from qformer_captioner.data.image_paths import folder_of_images
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
 from qformer_captioner.data.streaming import CaptionStream

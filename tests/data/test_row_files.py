@@ -9,6 +9,7 @@ from PIL import ImageColor
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.dataset import CaptionSource
+from qformer_captioner.data.image_paths import ImageFolder
 from qformer_captioner.data.loading import load_rows
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.streaming import CaptionStream
@@ -112,7 +113,7 @@ def test_a_file_that_cannot_be_read_ends_in_one_sentence(tmp_path, name, content
     for streaming in (False, True):
         with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
             rows = load_rows(str(tmp_path / name), streaming=streaming)["train"]
-            source = CaptionSource(name, rows, image_folder=tmp_path)
+            source = CaptionSource(name, rows, image_folder=ImageFolder(tmp_path))
             next(iter(CaptionStream([source], SkippedRows(), shuffle_buffer=0)))
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.dataset import CaptionSource
+from qformer_captioner.data.image_paths import ImageFolder
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
 from qformer_captioner.data.streaming import CaptionStream
@@ -63,7 +64,9 @@ def test_data_loading_processes_share_the_rows(many):
 def test_the_first_rows_of_a_stream_are_also_shared(many):
     rows = load_splits(str(many), streaming=True)[0]
     for readers in (1, 2, 3):
-        data = CaptionStream([CaptionSource("rows", rows, image_folder=many.parent)], SkippedRows(), max_rows=7)
+        data = CaptionStream(
+            [CaptionSource("rows", rows, image_folder=ImageFolder(many.parent))], SkippedRows(), max_rows=7
+        )
         shown = [
             row["caption"] for reader in range(readers) for row in data._one_pass(data.sources[0], 0, reader, readers)
         ]

@@ -4,7 +4,7 @@ import datasets
 import pytest
 from PIL import ImageColor
 
-from qformer_captioner.data.images import folder_of_images
+from qformer_captioner.data.image_paths import folder_of_images
 from qformer_captioner.data.loading import load_rows
 from qformer_captioner.evaluation.benchmarks import load_evaluation_set
 
