@@ -1,6 +1,6 @@
 """Data set of images with captions, read row by row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from .augmentation import Augmentation, RowText
 from .captions import captions_of
 from .columns import Rows, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
 from .images import ImageCell, open_cell, undecoded_images
+from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
 
 
@@ -167,12 +168,14 @@ class CaptionDataset(Dataset[CaptionRow]):
     def __getitem__(self, position: int) -> CaptionRow:
         if position >= len(self):
             raise IndexError(f"The {self.split} split has {len(self)} rows with a caption, not {position + 1}.")
+        error = OSError()
         for index in self._indices_from(position):
             try:
                 return self._read(index)
-            except OSError as error:
+            except OSError as read_error:
+                error = read_error
                 self._skip(index, str(error))
-        raise self._no_readable_image()
+        raise self._no_readable_image(error)
 
     def _indices_from(self, position: int) -> Iterator[int]:
         """Yield the row at a position, and then its substitutes: all rows after it, then all rows before it."""
@@ -198,36 +201,51 @@ class CaptionDataset(Dataset[CaptionRow]):
         cell = self._cell(index)
         self.skipped.add(self.split, index, cell["path"] if cell else None, reason)
 
-    def _no_readable_image(self) -> InputError:
-        cell = self._cell(self.indices[0])
+    def _no_readable_image(self, error: OSError) -> InputError:
         return InputError(
-            f"No image of the {self.split} split can be read; the first is {cell and cell['path']!r}. Check the files, "
-            f"or the column {self.source.image_column!r}."
+            f"No image of the {self.split[:100]} split can be read: {one_line(error, 200)} Check the files, or the "
+            f"column {self.source.image_column[:50]!r}."
         )
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which changes the augmentation."""
         self.epoch.fill_(epoch)
 
-    def drop_unreadable(self) -> "CaptionDataset":
-        """Open all images once, drop the rows whose image cannot be read, and return this data set.
+    def check_images(self, limit: SkipLimit) -> None:
+        """Open the images of all rows, or of a sample of many rows. With precomputed features nothing is opened.
 
         Raises:
-            InputError: if no image can be read.
+            InputError: if the images of too many rows cannot be read.
+        """
+        if self.features is None:
+            sample = sample_of(self.indices)
+            limit.check(self.split, len(self), len(sample), list(self._unreadable(sample).values()))
+
+    def drop_unreadable(self, limit: SkipLimit | None = None) -> "CaptionDataset":
+        """Open all images once, drop the rows whose image cannot be read, and return this data set.
+
+        Args:
+            limit: largest number of rows that may be dropped.
+
+        Raises:
+            InputError: if no image can be read, or the images of too many rows cannot be read.
         """
         if self.features is not None:
             return self
-        readable = []
-        for index in self.indices:
-            try:
-                self._open_image(index)
-                readable.append(index)
-            except OSError as error:
-                self._skip(index, str(error))
-        if not readable:
-            raise self._no_readable_image()
-        self.indices = readable
+        num_rows, errors = len(self), self._unreadable(self.indices)
+        if limit is not None:
+            limit.check(self.split, num_rows, num_rows, list(errors.values()))
+        self.indices = [index for index in self.indices if index not in errors]
+        if not self.indices:
+            raise self._no_readable_image(next(iter(errors.values())))
         return self
+
+    def _unreadable(self, indices: Sequence[int]) -> dict[int, OSError]:
+        """Return the errors of the rows whose image cannot be read, and record these rows."""
+        errors = {index: error for index, error in try_images(indices, self._open_image) if error is not None}
+        for index, error in errors.items():
+            self._skip(index, str(error))
+        return errors
 
     def image_to_show(self, position: int) -> Image.Image:
         """Return the image of a row for display, or a grey image if only its features exist."""

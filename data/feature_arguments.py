@@ -37,6 +37,9 @@ class FeatureArguments:
     max_samples: int | None = option(
         None, "Largest number of rows of each split, taken from its beginning; by default all.", "data"
     )
+    max_skipped: float = option(
+        0.1, "Largest share of rows, or number above 1, whose image may be unreadable before a run stops.", "data"
+    )
     dataloader_num_workers: int = option(0, "Number of workers that open images, for each process.", "data")
     train_split: str = option("train", "Split whose images get several views. Other splits get one.", "augmentation")
     views: int = option(

@@ -1,5 +1,6 @@
 """Computation of image features with a vision encoder."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from ..backbones_qformer import dtype_of, load_backbone, loading_error
-from ..common.errors import UNUSABLE, InputError, one_line
+from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch
 from .image_paths import ImageFolder
 from .images import ImageCell, open_cell
-from .skipped_rows import SkippedRow
+from .skip_limit import SkipLimit, sample_of, try_images
+from .skipped_rows import SkippedRow, skipped_row
 
 
 class VisionEncoder:
@@ -110,6 +112,20 @@ class ImageFeatures:
     def compute_dtype(self) -> str | None:
         """Dtype of the forward pass."""
         return self.encoder.compute_dtype
+
+    def check_images(self, limit: SkipLimit) -> None:
+        """Open the images of a sample of each split.
+
+        Raises:
+            InputError: if the images of too many rows cannot be read.
+        """
+        for split, rows in self.rows.items():
+            sample = sample_of(range(len(rows)))
+            outcomes = try_images(sample, functools.partial(self._open_image, split))
+            limit.check(split, len(rows), len(sample), [error for _, error in outcomes if error is not None])
+
+    def _open_image(self, split: str, row: int) -> Image.Image:
+        return open_cell(self.rows[split][row][self.image_column], self.image_folders[split])
 
     def batches(self, split: str, views: int, row_batches: Sequence[range]) -> Iterator[FeatureBatch]:
         """Yield the features of each batch of rows.
@@ -207,7 +223,7 @@ class ImageViews(Dataset):
         return pixel_values
 
     def _skipped(self, row: int, cell: ImageCell | None, error: Exception) -> SkippedRow:
-        return {"split": self.split, "row": row, "file": cell["path"] if cell else None, "reason": one_line(error)}
+        return skipped_row(self.split, row, cell["path"] if cell else None, error)
 
 
 def random_view(image: Image.Image, row: int, view: int, augmentation: Augmentation) -> Image.Image:

@@ -34,6 +34,7 @@ from .image_paths import folder_of_images
 from .images import image_keys, undecoded_images
 from .loading import load_rows, missing_split
 from .row_files import find_files
+from .skip_limit import SkipLimit
 from .vision_fingerprint import VisionFingerprint
 
 logger = get_logger(__name__)
@@ -69,7 +70,7 @@ def check_arguments(args: FeatureArguments) -> None:
     check_one_of(args, ("float16", "float32"), "dtype")
     check_one_of(args, ("auto", "float32", "bfloat16", "float16"), "compute_dtype")
     check_at_least(args, 1, "batch_size", "rows_per_shard", "views", "max_samples")
-    check_at_least(args, 0, "dataloader_num_workers", "seed")
+    check_at_least(args, 0, "max_skipped", "dataloader_num_workers", "seed")
     check_image_augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob)
     is_augmented = args.random_resized_crop_scale is not None or args.horizontal_flip_prob > 0
     if (args.views > 1) != is_augmented:
@@ -148,8 +149,10 @@ def resolve(args: FeatureArguments) -> FeatureRun:
     vision = VisionFingerprint.of(args.vision_model_name_or_path, args.vision_model_revision, image_processor)
     source = load_source(args, rows, image_processor, state.device)
     keys = {}
-    if args.embeddings_column is None:
+    if isinstance(source, ImageFeatures):
         keys = {split: image_keys(images, args.image_column) for split, images in rows.items()}
+        if state.is_main_process:
+            source.check_images(SkipLimit(args.max_skipped))
     return FeatureRun(args, state, vision, describe_dataset(args), source, plan_shards(args, rows, source.shape), keys)
 
 

@@ -5,10 +5,15 @@ import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from ..common.errors import one_line
 from ..common.files import read_json_lines
 from ..common.logging import get_logger
 
 logger = get_logger(__name__)
+
+MAX_FILE_CHARACTERS = 200  # a row may hold a whole image as text in place of a path
+MAX_REASON_CHARACTERS = 500
+LOGGED_ROWS = 3
 
 
 class SkippedRow(TypedDict):
@@ -22,6 +27,20 @@ class SkippedRow(TypedDict):
     file: str | None
     reason: str
     place: NotRequired[int]
+
+
+def skipped_row(split: str, row: int | None, file: str | None, reason: object) -> SkippedRow:
+    """Return an entry whose texts are cut to a readable length.
+
+    Args:
+        split: name of the split.
+        row: number of the row; `None` for a row of a stream.
+        file: path of its image, if it has one.
+        reason: why it cannot be used, or the error that says so.
+    """
+    if file is not None and len(file) > MAX_FILE_CHARACTERS:
+        file = f"{file[: MAX_FILE_CHARACTERS // 4]}... ({len(file):,} characters)"
+    return {"split": split, "row": row, "file": file, "reason": one_line(reason, MAX_REASON_CHARACTERS)}
 
 
 class SkippedRows:
@@ -49,7 +68,7 @@ class SkippedRows:
         self._known: set[str] = set()  # entries that this process has added
 
     def add(self, split: str, row: int | None, file: str | None, reason: str, place: int | None = None) -> None:
-        """Record a row, unless this process has recorded it before.
+        """Record a row, unless this process has recorded it before. The first few are also logged.
 
         Args:
             split: name of the split.
@@ -58,14 +77,15 @@ class SkippedRows:
             reason: why it cannot be used.
             place: position in the first pass, for a row of a stream.
         """
-        entry: SkippedRow = {"split": split, "row": row, "file": file, "reason": reason}
+        entry = skipped_row(split, row, file, reason)
         if place is not None:
             entry["place"] = place
         line = json.dumps(entry)
         if line in self._known:
             return
         self._known.add(line)
-        logger.debug("Skipped a row of %s: %s", split, reason)
+        if len(self._known) <= LOGGED_ROWS:
+            logger.info("A row of %s is skipped: %s", split, entry["reason"])
         if self.path is None:
             self.pending.append(entry)
         else:

@@ -1,10 +1,12 @@
 """Stream of images with captions, whose rows are read during training."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..common.errors import InputError
@@ -14,6 +16,7 @@ from .columns import column_names, missing_column, nested_value
 from .dataset import CaptionRow, CaptionSource
 from .images import image_cell, open_cell
 from .loading import PEEK_ROWS, iterate_rows
+from .skip_limit import STREAM_ROWS, SkipLimit, try_images
 from .skipped_rows import SkippedRows
 
 
@@ -69,6 +72,20 @@ class CaptionStream(IterableDataset[CaptionRow]):
         self.max_rows = max_rows
         self.process_index = process_index
         self.num_processes = num_processes
+
+    def check_images(self, limit: SkipLimit) -> None:
+        """Open the images of the first thousand rows of each source.
+
+        Raises:
+            InputError: if the images of too many rows cannot be read.
+        """
+        for source in self.sources:
+            rows = iterate_rows(source.rows.take(min(STREAM_ROWS, self.max_rows or STREAM_ROWS)), source.name)
+            errors = [error for _, error in try_images(rows, functools.partial(self._open_image, source))]
+            limit.check(source.name, len(errors), len(errors), [error for error in errors if error is not None])
+
+    def _open_image(self, source: CaptionSource, row: dict[str, Any]) -> Image.Image:
+        return open_cell(image_cell(nested_value(row, source.image_column)), source.image_folder)
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing, because a stream counts its passes itself."""
@@ -127,7 +144,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
         captions = captions_of(nested_value(row, source.caption_column))
         if not captions:
             raise OSError("no caption")
-        image = open_cell(image_cell(nested_value(row, source.image_column)), source.image_folder)
+        image = self._open_image(source, row)
         generator = self.augmentation.generator(epoch, place)
         image = self.augmentation.augment_image(image, generator)
         return {"image": image, **self.augmentation.draw_text(captions, generator)}

@@ -136,6 +136,9 @@ class DataArguments:
     max_eval_samples: int | None = option(
         None, "Largest number of evaluation rows. For scenes: number of pictures to draw.", "data"
     )
+    max_skipped: float = option(
+        0.1, "Largest share of rows, or number above 1, whose image may be unreadable before a run stops.", "data"
+    )
     streaming: bool = option(False, "Stream the training rows instead of loading them. Needs --max_steps.", "data")
     shuffle_buffer: int = option(1000, "Size of the shuffle buffer of a stream, in rows. 0 keeps the order.", "data")
     features: str | None = option(

@@ -78,7 +78,7 @@ def check_data(args: DataArguments, max_steps: int) -> None:
     check_at_least(args, 1, "captions_per_image", "max_train_samples", "max_eval_samples")
     check_share(args, "train_val_split")
     check_at_least(args, 2, "max_caption_length")  # a token and the end of the sequence
-    check_at_least(args, 0, "shuffle_buffer")
+    check_at_least(args, 0, "shuffle_buffer", "max_skipped")
 
 
 def check_streaming(args: DataArguments, max_steps: int) -> None:

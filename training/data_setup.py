@@ -15,6 +15,7 @@ from ..data.dataset import CaptionDataset, CaptionSource
 from ..data.feature_store import FeatureStore
 from ..data.image_paths import folder_of_images
 from ..data.mixture import CaptionMixture
+from ..data.skip_limit import SkipLimit
 from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split, load_eval_split, load_splits
 from ..data.streaming import CaptionStream
@@ -165,9 +166,13 @@ def load_datasets(
             process_index=process,
             num_processes=processes,
         )
+        if process == 0:
+            stream.check_images(SkipLimit(args.max_skipped))
         return stream, evaluation_data(args, eval_rows, features, skipped)
     split_features = None if features is None else features.split(args.train_split)
     parts = [CaptionDataset(source, skipped, augmentation, split_features) for source in sources]
+    for part in parts if process == 0 else []:  # the other processes wait for this one before they train
+        part.check_images(SkipLimit(args.max_skipped))
     eval_data = evaluation_data(args, eval_rows, features, skipped)
     if eval_data is None and args.train_val_split is not None:
         eval_data = hold_out(parts[0], args.train_val_split, args.max_eval_samples)
@@ -258,7 +263,7 @@ def evaluation_data(
         option_prefix="" if args.eval_dataset_name is None else "eval_",
     )
     split_features = None if features is None else features.split(split)
-    return CaptionDataset(source, skipped, features=split_features).drop_unreadable()
+    return CaptionDataset(source, skipped, features=split_features).drop_unreadable(SkipLimit(args.max_skipped))
 
 
 def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | None) -> CaptionDataset:

@@ -164,7 +164,12 @@ def test_an_evaluation_set_may_have_columns_and_a_folder_of_its_own(words, folde
     (folder / "elsewhere").mkdir()
     (folder / "pictures" / "red.png").rename(folder / "elsewhere" / "moved.png")
     write_jsonl(folder / "dev.jsonl", [{"file": "moved.png", "says": ["one", "two"]}])
-    own = {"eval_image_column": "file", "eval_caption_column": "says", "eval_image_folder": folder / "elsewhere"}
+    own = {
+        "max_skipped": 1,
+        "eval_image_column": "file",
+        "eval_caption_column": "says",
+        "eval_image_folder": folder / "elsewhere",
+    }
     args = train_hf.parse_options(words(streaming="false", **own))[1]
     training, evaluation = load_datasets(args, None, SkippedRows(), Augmentation())
     assert (len(training), evaluation.references()) == (40, [["one", "two"]])
