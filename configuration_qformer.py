@@ -7,7 +7,7 @@ are ordinary transformers configurations: keyword arguments with checked types, 
 import difflib
 import os
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
@@ -200,6 +200,7 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("tie_word_embeddings", None)  # that of the language model
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
         if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: keep only the vision tower
             self.vision_config = self.vision_config.vision_config
@@ -216,6 +217,21 @@ class QFormerCaptionerConfig(PreTrainedConfig):
                 "AutoModelForImageTextToText": "modeling_qformer.QFormerCaptioner",
                 "AutoProcessor": "processing_qformer.QFormerCaptionerProcessor",
             }
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Return True if the output layer of the language model is its input embedding. peft reads and sets it."""
+        if not getattr(self.text_config, "scale_decoder_outputs", True):
+            return False  # T5 v1.1 and Flan-T5, whose own field says `True` (`untie_t5_head`)
+        return getattr(self.text_config, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        cast(PreTrainedConfig, self.text_config).tie_word_embeddings = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary, in which peft looks for `tie_word_embeddings`."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
 
 QFormerCaptionerConfig.register_for_auto_class()

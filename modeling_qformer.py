@@ -486,6 +486,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _no_split_modules = ["QFormerModel"]  # those of the backbones are added
     _keep_in_fp32_modules = ["qformer", "language_projection"]  # float16 overflows there (LAVIS issue 267)
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys: dict[str, str] = {}  # none of its own; peft looks for those of the parts only beside a dict
 
     def __init__(
         self,
@@ -801,6 +803,40 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                     dropouts = [rate for name, rate in vars(layer).items() if "dropout" in name]
                     layer.training = mode and not any(dropouts)
         return self
+
+    # --- The language model's layers ----------------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the input embeddings of the language model, `[V, D]`."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the input embeddings of the language model."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output layer of the language model, which computes the logits."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer of the language model."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return the encoder of the language model, or of `modality="image"` the vision encoder.
+
+        A decoder-only language model answers with itself, as in transformers.
+        """
+        if modality is None:
+            return self.language_model.get_encoder()
+        return super().get_encoder(modality)
+
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+        """Replace the module that [`~QFormerCaptioner.get_encoder`] returns."""
+        if modality is None:
+            self.language_model.set_encoder(encoder)
+        else:
+            super().set_encoder(encoder, modality)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:  # type: ignore[override]
         """Resize the vocabulary of the language model, as `PreTrainedModel.resize_token_embeddings` does."""
