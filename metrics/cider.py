@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..common.errors import InputError
+from ..common.files import atomic_path
 from .ngrams import ORDERS, NgramCounts, ReferenceCounts, Vocabulary
 
 SIGMA = 6.0  # standard deviation of the length penalty, in words
@@ -24,6 +25,7 @@ class DocumentFrequencies:
     Args:
         images: number of images of the corpus.
         counts: for n = 1 to 4, the number of images for each n-gram. The words of an n-gram are joined by spaces.
+        tokenizer: name of the tokenizer of the words, as in [`References`]; `"custom"` for a function.
 
     Example:
 
@@ -35,9 +37,10 @@ class DocumentFrequencies:
     ```
     """
 
-    def __init__(self, images: int, counts: Sequence[dict[str, int]]):
+    def __init__(self, images: int, counts: Sequence[dict[str, int]], tokenizer: str = "ptb"):
         self.images = images
         self.counts = list(counts)
+        self.tokenizer = tokenizer
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as gzipped JSON.
@@ -45,8 +48,8 @@ class DocumentFrequencies:
         Args:
             path: the file to write, by convention `*.json.gz`.
         """
-        with gzip.open(path, "wt") as file:
-            json.dump({"images": self.images, "counts": self.counts}, file)
+        with atomic_path(path) as unfinished, gzip.open(unfinished, "wt") as file:
+            json.dump({"images": self.images, "tokenizer": self.tokenizer, "counts": self.counts}, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "DocumentFrequencies":
@@ -63,7 +66,8 @@ class DocumentFrequencies:
                 table = json.load(file)
             if (images := int(table["images"])) < 1:
                 raise ValueError(f"it counts {images} images")
-            return cls(images, [dict(table["counts"][n - 1]) for n in ORDERS])
+            counts = [dict(table["counts"][n - 1]) for n in ORDERS]
+            return cls(images, counts, str(table.get("tokenizer", "ptb")))
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
             raise InputError(f"{str(path)!r} is not a saved table of document frequencies ({error}).") from error
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ..common.errors import InputError
 from .bleu import bleu
 from .checks import check_predictions, check_references
 from .cider import DocumentFrequencies, TfIdfWeights, cider
 from .ngrams import ORDERS, NgramCounts, ReferenceCounts, Vocabulary, unpack_low
-from .ptb_tokenizer import tokenize
 from .rouge import rouge_l
+from .tokenizers import Tokenize, resolve_tokenizer, tokenizer_name
 
 METRICS = ("bleu", "rouge_l", "cider")
 
@@ -30,10 +31,13 @@ class References:
         df: source of CIDEr's document frequencies. `"corpus"` counts them in these references, as the toolkit does.
             Otherwise a [`DocumentFrequencies`] table or the path of a saved table. Scores with different tables are not
             comparable.
+        tokenize: `"ptb"` for the tokenizer of the COCO caption toolkit, or `"characters"`. Otherwise the Hub id or
+            folder of a tokenizer for transformers, or a function from captions to their tokens. The default is `"ptb"`,
+            but it refuses languages without spaces between words.
 
     Raises:
-        InputError: for an image without references, a reference that is not a string, or a file that is not a table of
-            document frequencies.
+        InputError: for an image without references, or a reference that is not a string. Also for a file that is not a
+            table of document frequencies, a table of other tokens, or references without spaces between words.
 
     Example:
 
@@ -46,7 +50,12 @@ class References:
     ```
     """
 
-    def __init__(self, references: Sequence[Sequence[str]], df: str | os.PathLike | DocumentFrequencies = "corpus"):
+    def __init__(
+        self,
+        references: Sequence[Sequence[str]],
+        df: str | os.PathLike | DocumentFrequencies = "corpus",
+        tokenize: str | Tokenize | None = None,
+    ):
         references = list(references)
         check_references(references)
         self.num_images = len(references)
@@ -56,12 +65,23 @@ class References:
             self.saved_frequencies = df
         elif df != "corpus":
             self.saved_frequencies = DocumentFrequencies.load(df)
-        self.tokens = tokenize([text for texts in references for text in texts])  # R lists
+        texts = [text for texts in references for text in texts]  # R strings
+        self.tokenize, self.tokenizer = resolve_tokenizer(tokenize, texts), tokenizer_name(tokenize)
+        self._check_tokenizer_of_saved_frequencies()
+        self.tokens = self.tokenize(texts)  # R lists
         self.words = [_split_at_spaces(tokens) for tokens in self.tokens]  # R lists
         self.lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))  # [R]
         self.image_of = np.repeat(np.arange(len(references)), [len(texts) for texts in references])  # [R]
         self.starts = np.searchsorted(self.image_of, np.arange(len(references) + 1))  # [I + 1], first reference
         self.vocabulary = Vocabulary()
+
+    def _check_tokenizer_of_saved_frequencies(self) -> None:
+        saved = self.saved_frequencies
+        if saved is not None and saved.tokenizer != self.tokenizer:
+            raise InputError(
+                f"The document frequencies (--df) are of the tokenizer {saved.tokenizer!r}, not {self.tokenizer!r}: "
+                f"score with --tokenize {saved.tokenizer}, or save new ones with --save_df."
+            )
 
     @cached_property
     def counts(self) -> list[ReferenceCounts]:
@@ -89,7 +109,7 @@ class References:
                     " ".join(words[i : i + n]) for words in self.words[begin:end] for i in range(len(words) - n + 1)
                 )
                 counts[n - 1].update(list(dict.fromkeys(ngrams)))  # each n-gram counts once per image
-        return DocumentFrequencies(self.num_images, [dict(each) for each in counts])
+        return DocumentFrequencies(self.num_images, [dict(each) for each in counts], self.tokenizer)
 
     def score(
         self,
@@ -118,7 +138,7 @@ class References:
         check_predictions(predictions, self.num_images, allow_empty)
         if unknown := set(metrics) - set(METRICS):
             raise ValueError(f"Unknown metric {min(unknown)!r}: choose from {', '.join(METRICS)}.")
-        tokens = tokenize(predictions)
+        tokens = self.tokenize(predictions)
         words = [_split_at_spaces(each) for each in tokens]
         lengths = np.fromiter(map(len, words), np.int64, len(words))  # [I]
         scores: dict[str, Any] = {}

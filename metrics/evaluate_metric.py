@@ -11,6 +11,7 @@ from ..common.errors import InputError
 from .checks import check_predictions, check_references
 from .cider import DocumentFrequencies
 from .corpus import METRICS, References
+from .tokenizers import Tokenize
 
 _CITATIONS = {
     "bleu": """@inproceedings{papineni2002bleu,
@@ -30,6 +31,8 @@ Args:
     predictions (list of str): one caption for each image.
     references (list of lists of str): the reference captions of each image. Images may have different numbers of them.
     df ("corpus", a DocumentFrequencies or the path of one): source of CIDEr's document frequencies.
+    tokenize ("ptb", "characters", the name of a tokenizer or a function): what counts as a word. The default is "ptb",
+        which refuses languages without spaces between words.
     per_image (bool): add "per_image", a dictionary of lists.
     allow_empty (bool): score an empty prediction as 0 instead of refusing it.
 Returns:
@@ -78,7 +81,7 @@ class CaptionMetrics(evaluate.Metric):
         Args:
             predictions: one caption for each image.
             references: the reference captions of each image.
-            options: `df`, an argument of [`References`]; `per_image` and `allow_empty`, arguments of
+            options: `df` and `tokenize`, arguments of [`References`]; `per_image` and `allow_empty`, arguments of
                 [`References.score`].
 
         Returns:
@@ -106,11 +109,12 @@ class CaptionMetrics(evaluate.Metric):
         predictions: list[str],
         references: list[list[str]],
         df: str | os.PathLike | DocumentFrequencies = "corpus",
+        tokenize: str | Tokenize | None = None,
         per_image: bool = False,
         allow_empty: bool = False,
     ) -> dict[str, Any]:
-        if self._prepared is None or self._prepared[0] != (references, df):
-            self._prepared = (references, df), References(references, df)
+        if self._prepared is None or self._prepared[0] != (references, df, tokenize):
+            self._prepared = (references, df, tokenize), References(references, df, tokenize)
         return self._prepared[1].score(predictions, self.metrics, per_image, allow_empty)
 
 
