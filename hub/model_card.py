@@ -28,7 +28,7 @@ from .layout import pictures_of
 
 FACTS_NAME = "card.json"
 PEFT_PLACEHOLDER = "[More Information Needed]"  # text of the empty card that peft writes
-PROTOCOL = ("prompt", "num_beams", "max_new_tokens", "images", "references", "references_sha256")
+PROTOCOL = ("prompt", "num_beams", "max_new_tokens", "tokenizer", "images", "references", "references_sha256")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Text of the card
@@ -143,7 +143,7 @@ def _licenses(facts: dict[str, Any]) -> list[str]:
 def _eval_result(evaluation: dict[str, Any], score: dict[str, Any]) -> EvalResult:
     """Return a score as an entry of the Hub's `model-index`, with the protocol of the evaluation."""
     name, on_hub = evaluation["name"], evaluation["on_hub"]
-    protocol = {key: evaluation[key] for key in PROTOCOL}
+    protocol = {key: evaluation[key] for key in PROTOCOL if key in evaluation}  # scores of scenes have no tokenizer
     return EvalResult(
         task_type="image-text-to-text",
         task_name="Image captioning",

@@ -187,6 +187,12 @@ class CaptionTrainingOptions:
         30, "Largest number of tokens of a caption generated in evaluation.", "generation"
     )
     generation_num_beams: int | None = option(3, "Number of beams in evaluation.", "generation")
+    tokenize: str | None = option(
+        None,
+        "Tokenizer of the scores: ptb, characters, or a Hub id or folder. Default: ptb, or characters if the captions "
+        "have no spaces between words.",
+        "scoring",
+    )
     eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.", "run")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch or best.", "run")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep, besides the best one.", "run")

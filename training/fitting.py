@@ -46,6 +46,7 @@ def build_trainer(
     assert captioner.processor is not None, "build_model checks it"
     trainable, total = model.get_nb_trainable_parameters()
     logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    score = scorer_for(run.draws_scenes, run.training_args.tokenize, eval_data)
     try:
         return CaptionTrainer(
             model=model,
@@ -53,9 +54,9 @@ def build_trainer(
             train_dataset=train_data,
             eval_dataset=eval_data,
             data_collator=CaptionCollator(captioner.processor, run.data_args.max_caption_length),
-            score=scorer_for(run.draws_scenes),
+            score=score,
             include_backbones=backbones_to_include(run, captioner),
-            facts=describe_run(run, model, train_data, eval_data),
+            facts=describe_run(run, model, train_data, eval_data, score),
         )
     except InputError:
         raise

@@ -24,11 +24,13 @@ from ..data.mixture import CaptionMixture
 from ..data.streaming import CaptionStream
 from ..evaluation.scoring import SCORE_NAMES
 from ..hub.model_card import text_sha256
+from ..metrics.tokenizers import describe_tokenizer
 from ..modeling_qformer import QFormerCaptioner
 from .arguments import DataArguments
 from .data_setup import DatasetSpec, TrainingData, evaluation_spec, training_specs
 from .lora import captioner_of
 from .run import TrainingRun
+from .scores import CaptionScorer, ScoreFunction
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +49,7 @@ def describe_run(
     model: "QFormerCaptioner | PeftModel",
     train_data: TrainingData,
     eval_data: CaptionDataset | None,
+    score: ScoreFunction,
 ) -> dict:
     """Return the facts of a run that are known before training, in the format of `hub/model_card.py`.
 
@@ -55,6 +58,7 @@ def describe_run(
         model: the captioner, or the adapter on it.
         train_data: the rows to train on.
         eval_data: the rows to evaluate on, if there are any.
+        score: the score function of the evaluations.
     """
     processor = captioner_of(model).processor
     starts_from = run.model_args.model_name_or_path
@@ -74,6 +78,8 @@ def describe_run(
             "num_beams": run.training_args.generation_num_beams,
             "max_new_tokens": run.training_args.generation_max_length,
         }
+        if isinstance(score, CaptionScorer):
+            facts["evaluation"]["tokenizer"] = shown_name(describe_tokenizer(score.tokenize))
     if not isinstance(model, QFormerCaptioner):
         facts["adapter"] = {
             "base": starts_from or "the captioner in base/",
