@@ -8,17 +8,21 @@
 
 BLEU, ROUGE-L and CIDEr equal those of the COCO caption toolkit to 1e-12, without Java. Files are COCO's JSON
 (annotations and results) or JSON lines. A killed captioning run continues when the same command is given again.
+
+Images that cannot be read and blank captions do not stop a run. They are counted and listed on the terminal and in the
+file of scores. The exit status is then 1, and 0 with --allow_missing and --allow_empty.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qformer_captioner import __version__
 from qformer_captioner.common.command import run_command
-from qformer_captioner.common.errors import InputError
+from qformer_captioner.common.errors import InputError, printable
+from qformer_captioner.common.files import write_atomically
 from qformer_captioner.common.logging import get_logger
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.evaluation.arguments import CaptioningArguments, ScoringArguments, check_arguments
@@ -30,12 +34,15 @@ from qformer_captioner.evaluation.caption_files import (
     read_references,
     write_predictions,
 )
-from qformer_captioner.evaluation.scoring import OpenImage, ScoredCaptions, score_captions
+from qformer_captioner.evaluation.scoring import FaultyImage, OpenImage, ScoredCaptions, score_captions
+from qformer_captioner.metrics.tokenizers import describe_tokenizer
 
 # Scoring files needs neither torch nor models nor data sets, which take seconds to import. Functions that need them
 # import them.
 
 logger = get_logger(__name__)
+
+SHOWN_FAULTS = 5  # images named on the terminal
 
 
 @dataclass
@@ -49,6 +56,7 @@ class EvaluationRun:
         facts: facts that make the scores reproducible, such as hashes and revisions.
         output: JSON file for the scores.
         report: HTML file for the report.
+        skipped: images that cannot be scored.
 
     Example:
 
@@ -67,6 +75,7 @@ class EvaluationRun:
     facts: dict[str, Any]
     output: str | None
     report: str | None
+    skipped: list[FaultyImage] = field(default_factory=list)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -76,8 +85,9 @@ def evaluate(arguments: Sequence[str]) -> None:
         arguments: the command line without the name of the program.
 
     Raises:
-        InputError: for options, files or data that cannot be used.
-        OSError: for an image that cannot be read.
+        InputError: for options, files or data that cannot be used. Also, after the results are written, for images that
+            are not scored and for blank captions, unless the options accept them.
+        OSError: for a file that cannot be written.
         ValueError: for options of `generate` that contradict each other.
     """
     scoring, captioning = parse_arguments(arguments)
@@ -86,6 +96,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         return
     scored = score(run, scoring)
     write_results(run, scored, scoring)
+    report_faults(scored.skipped, scored.blank, scoring)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScoringArguments, CaptioningArguments]:
@@ -144,7 +155,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
 
     run = resolve_run(captioning, scoring.image_folder)
     logger.info("%s: %s.", run.name, run.images)
-    captions = caption_all(run)
+    captions, skipped = caption_all(run)
     if not run.state.is_main_process:
         return None
     folder = Path(captioning.output_dir)
@@ -153,18 +164,21 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     logger.info("The captions are in %s.", predictions_file)
     if not run.has_references:
         logger.info("The references of %s are hidden: upload this file to its evaluation server.", run.name)
+        report_faults(skipped, [], scoring)
         return None
-    run.images.references.write(references_file)
+    references = run.images.references.select(list(captions))
+    references.write(references_file)
     facts = {**run.facts(), **facts_of_files(str(predictions_file), str(references_file))}
-    if (note := run.note()) is not None:
+    if (note := run.note(len(captions))) is not None:
         facts["note"] = note
     return EvaluationRun(
         captions=captions,
-        references=run.images.references,
+        references=references,
         open_image=run.images.open,
         facts=facts,
         output=scoring.output or str(folder / "scores.json"),
         report=scoring.report or str(folder / "report.html"),
+        skipped=skipped,
     )
 
 
@@ -186,10 +200,11 @@ def score(run: EvaluationRun, scoring: ScoringArguments) -> ScoredCaptions:
         run.open_image,
         df=scoring.df,
         save_df=scoring.save_df,
+        tokenize=scoring.tokenize,
         extra_metrics=scoring.extra_metrics or [],
         clip_model_name_or_path=scoring.clip_model_name_or_path,
         allow_missing=scoring.allow_missing,
-        allow_empty=scoring.allow_empty,
+        skipped=run.skipped,
     )
 
 
@@ -201,20 +216,45 @@ def write_results(run: EvaluationRun, scored: ScoredCaptions, scoring: ScoringAr
     facts = {
         "images": len(scored.images),
         "references": sum(map(len, scored.references)),
-        "tokenizer": "PTB, as in the COCO caption toolkit, punctuation removed",
+        "tokenizer": describe_tokenizer(scored.tokenize),
         "df": "corpus" if scoring.df == "corpus" else f"{scoring.df}, sha256 {file_sha256(scoring.df)}",
         "scale": "bleu, rouge_l: 0 to 1; cider: 0 to 10 (CIDEr-D); tables: times 100",
         **run.facts,
         "version": __version__,
     }
     if run.output is not None:
-        Path(run.output).write_text(json.dumps(scored.to_json(facts, scoring.per_image), indent=2) + "\n")
+        write_atomically(run.output, json.dumps(scored.to_json(facts, scoring.per_image), indent=2) + "\n")
         logger.info("The scores are in %s.", run.output)
     if run.report is not None:
         from qformer_captioner.evaluation.report import write_report
 
         write_report(run.report, scored, facts, run.open_image)
         logger.info("The report is in %s.", run.report)
+
+
+def report_faults(skipped: list[FaultyImage], blank: list[FaultyImage], scoring: ScoringArguments) -> None:
+    """Name the first images that are not scored and the first blank captions.
+
+    Args:
+        skipped: images that are not scored.
+        blank: images with an empty prediction or a blank reference.
+        scoring: the options, which may accept them.
+
+    Raises:
+        InputError: for images or captions that the options do not accept; the message counts them.
+    """
+    for kind, images in {"Not scored": skipped, "Blank caption": blank}.items():
+        for image in images[:SHOWN_FAULTS]:
+            logger.warning("%s: %s", kind, printable(image))
+        if len(images) > SHOWN_FAULTS:
+            logger.warning("%s: %d more; the file of scores lists them.", kind, len(images) - SHOWN_FAULTS)
+    faults = []
+    if skipped and not scoring.allow_missing:
+        faults.append(f"{len(skipped)} images are not scored (--allow_missing accepts this)")
+    if blank and not scoring.allow_empty:
+        faults.append(f"{len(blank)} images have a blank caption (--allow_empty accepts this)")
+    if faults:
+        raise InputError(f"The results are written, but {' and '.join(faults)}.")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ GROUPS = ("model", "data", "augmentation", "objective", "generation", "scoring",
 # Former names of options and recipe fields, and their current names.
 FORMER_NAMES = {
     "flip": "horizontal_flip_prob",
+    "id_column": "image_id_column",
     "smallest_crop": "random_resized_crop_scale",
     "standardize_features": "normalize_image_features_samples",
     "word_loss_weight": "bag_of_words_loss_weight",

@@ -6,11 +6,20 @@ from dataclasses import dataclass, fields
 from ..common.arguments import check_at_least, check_one_of, option
 from ..common.errors import InputError, check_output
 from ..metrics import DocumentFrequencies
+from ..metrics.java import JAVA_METRICS
 from .scoring import EXTRA_METRICS, check_extra_metrics
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options that describe the columns of a data set. Benchmarks define their columns themselves.
-COLUMN_OPTIONS = ("dataset_config_name", "split", "image_column", "caption_column", "id_column")
+COLUMN_OPTIONS = (
+    "dataset_config_name",
+    "dataset_revision",
+    "split",
+    "split_column",
+    "image_column",
+    "caption_column",
+    "image_id_column",
+)
 
 
 @dataclass
@@ -31,8 +40,20 @@ class ScoringArguments:
         None, "HTML file for a report: scores, best and worst captions, and a searchable table.", "scoring"
     )
     per_image: bool = option(False, "Also write the scores of each image to the JSON file.", "scoring")
-    allow_missing: bool = option(False, "Score only the images that have a prediction.", "scoring")
-    allow_empty: bool = option(False, "Score an empty prediction as 0 instead of refusing it.", "scoring")
+    allow_missing: bool = option(
+        False,
+        "Accept images without a prediction, and images that cannot be read or have no reference: score the others.",
+        "scoring",
+    )
+    allow_empty: bool = option(
+        False, "Accept empty predictions, which score 0, and blank references, which are left out.", "scoring"
+    )
+    tokenize: str | None = option(
+        None,
+        "Tokenizer of the scores: ptb (that of the COCO toolkit), characters, or a Hub id or folder. Default: ptb, but "
+        "languages without spaces between words are refused.",
+        "scoring",
+    )
     df: str = option(
         "corpus",
         'Source of CIDEr\'s document frequencies: "corpus" for the references, or a file from --save_df.',
@@ -65,14 +86,20 @@ class CaptioningArguments:
         None, "Your own data (Hub id, folder or file), or with --benchmark a copy of the benchmark.", "data"
     )
     dataset_config_name: str | None = option(None, "Configuration of your data set.", "data")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of your data set on the Hub.", "data")
     split: str | None = option(
-        None, "Split of your data set. The default is the first of test, validation, val and dev.", "data"
+        None,
+        "Split of your data set. The default is the first of test, validation, val and dev, or the only one.",
+        "data",
+    )
+    split_column: str = option(
+        "split", "Column that names the split of each row, for data sets that come as a single split.", "data"
     )
     image_column: str = option("image", "Column of the images, or of their paths.", "data")
     caption_column: str = option(
         "caption", "Column of the references: a string or a list of strings in each row.", "data"
     )
-    id_column: str | None = option(
+    image_id_column: str | None = option(
         None, "Column of image ids. Rows with the same id, by default the same file, describe one image.", "data"
     )
     max_samples: int | None = option(
@@ -127,6 +154,8 @@ def check_arguments(scoring: ScoringArguments, captioning: CaptioningArguments, 
     for path in (scoring.output, scoring.report, scoring.save_df):
         if path is not None:
             check_output(path)
+    if {*JAVA_METRICS} & {*(scoring.extra_metrics or [])} and scoring.tokenize not in (None, "ptb"):
+        raise InputError("meteor and spice read English words only: leave out --tokenize, or these --extra_metrics.")
     has_images = captioning.model is not None or scoring.image_folder is not None
     check_extra_metrics(scoring.extra_metrics or [], has_images)
     if captioning.model is None:

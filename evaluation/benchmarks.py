@@ -18,6 +18,7 @@ from ..data.image_paths import ImageFolder, folder_of_images
 from ..data.images import image_keys, open_cell
 from ..data.loading import load_rows
 from .caption_files import ImageId, ReferenceSet
+from .scoring import FaultyImage
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,19 @@ class EvaluationSet:
         rows: a data set of one column, which holds undecoded images.
         row_of: for each image, the index of its row. Images are captioned in this order.
         image_folder: where paths of images start, and where they may lead; `None` allows any path.
+        skipped: images that are left out because they have no caption.
     """
 
     references: ReferenceSet
     rows: datasets.Dataset
     row_of: dict[ImageId, int]
     image_folder: ImageFolder | None = None
+    skipped: list[FaultyImage] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Number of images, including those that are left out."""
+        return len(self.row_of) + len(self.skipped)
 
     def __str__(self) -> str:
         """Return the number of images and captions, and the number of images of each domain."""
@@ -141,10 +149,11 @@ class EvaluationSet:
 
     def first(self, number: int | None) -> "EvaluationSet":
         """Return the first images, or all of them if `number` is None."""
+        if number is None:
+            return self
         images = list(self.row_of)[:number]
-        return replace(
-            self, references=self.references.select(images), row_of={image: self.row_of[image] for image in images}
-        )
+        row_of = {image: self.row_of[image] for image in images}
+        return replace(self, references=self.references.select(images), row_of=row_of, skipped=[])
 
     def fingerprints(self) -> dict[ImageId, str]:
         """Return a text for each image that changes if the image is replaced.
@@ -275,12 +284,12 @@ def load_evaluation_set(
         id_column: column of image ids. Without it, the id of an image is the index of its first row, and rows that name
             the same file belong to one image.
         row_per_caption: accept several rows for one image, each with some of its captions.
-        hidden_references: accept images without captions.
+        hidden_references: keep images without captions. Otherwise they are left out, and listed in the result.
         image_folder: where paths of images start, and where they may lead; `None` allows any path.
 
     Raises:
-        InputError: for a column that does not exist or an id that is not valid. Also for an image that has no caption
-            or occurs more than once.
+        InputError: for a column that does not exist or an id that is not valid. Also for an image that occurs more than
+            once, or if no image has a caption.
     """
     rows = with_nested_columns(rows, image_column, caption_column)
     _check_columns(rows, image_column, caption_column, id_column)
@@ -295,15 +304,16 @@ def load_evaluation_set(
     repeated = [image for image, count in Counter(ids).items() if count > 1]
     if repeated and not row_per_caption:
         raise InputError(f"{len(repeated)} images occur more than once; the first of them is {repeated[0]!r}.")
-    without_caption = [image for image, texts in captions.items() if not texts]
-    if without_caption and not hidden_references:
-        raise InputError(
-            f"Image {without_caption[0]!r} has no caption in the column {caption_column!r} ({len(without_caption)} "
-            "images have none)."
-        )
     paths = {image: cells[row]["path"] for image, row in row_of.items() if cells[row] is not None}
     names = {image: os.path.basename(path) for image, path in paths.items() if path}
-    return EvaluationSet(ReferenceSet(captions, names), images, row_of, image_folder)
+    usable = [image for image, texts in captions.items() if texts or hidden_references]
+    if not usable:
+        raise InputError(f"No row has a caption in the column {caption_column!r}: choose one with --caption_column.")
+    reason = f"it has no caption in the column {caption_column!r}"
+    skipped = [FaultyImage(image, str(names.get(image, image)), reason) for image in captions.keys() - set(usable)]
+    skipped.sort(key=lambda each: row_of[each.image_id])
+    references = ReferenceSet(captions, names).select(usable)
+    return EvaluationSet(references, images, {image: row_of[image] for image in usable}, image_folder, skipped)
 
 
 def _check_columns(rows: datasets.Dataset, *columns: str | None) -> None:
@@ -311,7 +321,7 @@ def _check_columns(rows: datasets.Dataset, *columns: str | None) -> None:
         if column is not None and column not in rows.column_names:
             raise InputError(
                 f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
-                "Choose with --image_column, --caption_column and --id_column."
+                "Choose with --image_column, --caption_column and --image_id_column."
             )
 
 

@@ -24,6 +24,7 @@ from .arguments import CaptioningArguments
 from .benchmarks import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark, load_benchmark, load_evaluation_set
 from .caption_files import ImageId
 from .inference import caption_images
+from .scoring import FaultyImage
 
 DEFAULT_GENERATION: dict[str, int | float] = {"num_beams": 5, "max_new_tokens": 30}
 # Options that do not change the captions. A run can continue with other values of them.
@@ -86,12 +87,16 @@ class CaptioningRun:
             "generation": self.generation,
         }
 
-    def note(self) -> str | None:
-        """Return a note that only some images were scored, or `None`."""
-        scored, total = len(self.images.row_of), len(self.whole_split.row_of)
-        if scored == total:
+    def note(self, num_captions: int) -> str | None:
+        """Return a note that only some images were scored, or `None`.
+
+        Args:
+            num_captions: number of images with a caption.
+        """
+        total = self.whole_split.num_images
+        if num_captions == total:
             return None
-        return f"Only {scored} of {total} images were scored, so this is not a score of {self.name}."
+        return f"Only {num_captions} of {total} images were scored, so this is not a score of {self.name}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,8 +164,9 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
     if args.benchmark is not None:
         return get_benchmark(args.benchmark).split, load_benchmark(args.benchmark, args.dataset_name, image_folder)
     name = str(args.dataset_name)
-    splits = load_rows(name, args.dataset_config_name)
-    split = args.split or default_eval_split(splits, prefer_test=True) or "test"
+    splits = load_rows(name, args.dataset_config_name, args.split_column, revision=args.dataset_revision)
+    only_split = next(iter(splits)) if len(splits) == 1 else "test"
+    split = args.split or default_eval_split(splits, prefer_test=True) or only_split
     if split not in splits:
         raise InputError(f"{name!r} has no split {split!r}; choose with --split: {', '.join(map(repr, splits))}.")
     rows = splits[split]
@@ -168,7 +174,7 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
         rows,
         args.image_column,
         args.caption_column,
-        args.id_column,
+        args.image_id_column,
         row_per_caption=True,
         image_folder=folder_of_images(name, rows, image_folder),
     )
@@ -225,22 +231,22 @@ def version_of(name: str, revision: str | None) -> str | list | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def caption_all(run: CaptioningRun) -> dict[ImageId, str]:
+def caption_all(run: CaptioningRun) -> tuple[dict[ImageId, str], list[FaultyImage]]:
     """Caption the images of a run, write the progress to its output folder, and end the process group.
 
     Args:
         run: the run.
 
     Returns:
-        The caption of each image, in every process.
+        The caption of each image, and the images that have no caption or cannot be read; the same in every process.
 
     Raises:
-        InputError: if the folder holds another run, or images cannot be read.
+        InputError: if the folder holds another run, or no image can be read.
     """
     if run.state.is_main_process:
         RunFolder(Path(run.args.output_dir), run_settings(run), run.args.overwrite_output_dir).start()
     run.state.wait_for_everyone()
-    captions = caption_images(
+    captions, unreadable = caption_images(
         run.model,
         run.images,
         run.args.output_dir,
@@ -251,7 +257,9 @@ def caption_all(run: CaptioningRun) -> dict[ImageId, str]:
     )
     run.state.wait_for_everyone()
     run.state.destroy_process_group()  # from here on only the main process works
-    return captions
+    names = run.images.references.files
+    faulty = [FaultyImage(image, str(names.get(image, image)), reason) for image, reason in unreadable.items()]
+    return captions, [*run.images.skipped, *faulty]
 
 
 def run_settings(run: CaptioningRun) -> dict[str, Any]:

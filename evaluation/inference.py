@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from ..common.files import read_json_lines
 from ..common.onednn import onednn_linears
 from ..modeling_qformer import QFormerCaptioner
@@ -28,7 +28,7 @@ def caption_images(
     batch_size: int = 32,
     num_workers: int = 0,
     **generation: Any,
-) -> dict[ImageId, str]:
+) -> tuple[dict[ImageId, str], dict[ImageId, str]]:
     """Caption every image of an evaluation set.
 
     The processes of a distributed run share the batches, and each process writes its own file of captions to `folder`.
@@ -45,11 +45,11 @@ def caption_images(
         generation: arguments of the captioner's `generate`.
 
     Returns:
-        The caption of each image, in order and in every process.
+        The caption of each image that can be read, and the reason for each image that cannot. Both are in order and the
+        same in every process.
 
     Raises:
-        InputError: if some images cannot be read, after all other images have captions. The message names the first of
-            them.
+        InputError: if no image can be read; the message names the first.
 
     Example:
 
@@ -58,7 +58,7 @@ def caption_images(
     >>> from qformer_captioner.evaluation.benchmarks import load_benchmark
     >>> model = QFormerCaptioner.from_pretrained("outputs/my_captioner")  # doctest: +SKIP
     >>> benchmark = load_benchmark("flickr30k_karpathy_test")  # doctest: +SKIP
-    >>> captions = caption_images(model, benchmark, "outputs/flickr30k", num_beams=5)  # doctest: +SKIP
+    >>> captions, unreadable = caption_images(model, benchmark, "outputs/flickr30k", num_beams=5)  # doctest: +SKIP
     ```
     """
     state = PartialState()
@@ -72,28 +72,27 @@ def caption_images(
         _ImageLoader(evaluation_set, images), batch_sampler=batches, num_workers=num_workers, collate_fn=list
     )
     new_captions: dict[ImageId, str] = {}
-    unreadable: list[str] = []
+    unreadable: dict[ImageId, str] = {}
     progress = tqdm(total=len(images), initial=len(finished), desc="captions", disable=not state.is_main_process)
     with progress, (Path(folder) / f"progress-{state.process_index}.jsonl").open("a") as file:
         file.write("\n")  # ends a line that a killed run may have cut off
         for batch in loader:
             opened = {image: content for image, content in batch if isinstance(content, Image.Image)}
-            unreadable += [str(content) for _, content in batch if isinstance(content, OSError)]
+            unreadable |= {image: one_line(content) for image, content in batch if isinstance(content, OSError)}
             if opened:
                 with onednn_linears(model.device):
-                    captions = model.caption(list(opened.values()), prompt, **generation)
-                batch_captions = dict(zip(opened, captions, strict=True))
+                    texts = model.caption(list(opened.values()), prompt, **generation)
+                batch_captions = dict(zip(opened, texts, strict=True))
                 _write_progress(file, batch_captions, fingerprints)
                 new_captions |= batch_captions
             progress.update(len(batch) * state.num_processes)
-    for captions_of_process in gather_object([new_captions]):
+    for captions_of_process, unreadable_of_process in gather_object([(new_captions, unreadable)]):
         finished |= captions_of_process
-    if unreadable := gather_object(unreadable):
-        raise InputError(
-            f"{unreadable[0]} ({len(unreadable)} images cannot be read.) Replace the files and repeat the command: the "
-            "captions of all other images are kept."
-        )
-    return {image: finished[image] for image in images}
+        unreadable |= unreadable_of_process
+    captions = {image: finished[image] for image in images if image in finished}
+    if images and not captions:
+        raise InputError(f"No image can be read; the first of {len(images)}: {unreadable[images[0]]}")
+    return captions, {image: unreadable[image] for image in images if image in unreadable}
 
 
 class _ImageLoader(Dataset):

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from ..common.files import write_atomically
 from .plots import draw_histogram
 from .scoring import SCORE_NAMES, OpenImage, ScoredCaptions
 
@@ -61,7 +62,7 @@ def write_report(
         sheets={"Best captions": best, "Worst captions": worst},
         pictures=pictures,
     )
-    Path(path).write_text(page, encoding="utf-8", errors="replace")
+    write_atomically(path, page.encode(errors="replace"))
 
 
 def _base64_jpeg(image: Image.Image) -> str:

@@ -150,8 +150,8 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
             "--predictions holds finished captions: leave out --prompt, --num_beams",
         ),
         (
-            ["--model", "m", "--benchmark", "coco_karpathy_test", "--split", "dev", "--id_column", "id"],
-            "--benchmark defines its split and columns: leave out --split, --id_column",
+            ["--model", "m", "--benchmark", "coco_karpathy_test", "--split", "dev", "--image_id_column", "id"],
+            "--benchmark defines its split and columns: leave out --split, --image_id_column",
         ),
         (["--model", "m", "--benchmark", "coco"], "Unknown benchmark 'coco': choose from coco_karpathy_test, "),
     ],
@@ -328,15 +328,16 @@ def test_the_error_names_a_captioner_that_does_not_exist():
         eval_captions.evaluate(["--model", "/nope", "--dataset_name", "/no/data", "--use_cpu"])
 
 
-def test_the_error_names_an_unreadable_image_and_the_other_captions_are_kept(captioner, pictures, tmp_path):
+def test_an_image_that_could_not_be_read_gets_its_caption_when_it_is_replaced(captioner, pictures, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for path in pictures.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "4.png").write_bytes(b"not an image")
     options = command(captioner, folder, tmp_path / "run")
-    with pytest.raises(InputError, match=r"4\.png' cannot be read.*1 images cannot be read"):
+    with pytest.raises(InputError, match="The results are written, but 1 images are not scored"):
         eval_captions.evaluate(options)
+    assert len(json.loads((tmp_path / "run" / "captions.json").read_text())) == 10
     (folder / "4.png").write_bytes((pictures / "4.png").read_bytes())
     eval_captions.evaluate(options)
     assert len(json.loads((tmp_path / "run" / "captions.json").read_text())) == 11
