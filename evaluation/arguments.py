@@ -102,6 +102,9 @@ class CaptioningArguments:
     image_id_column: str | None = option(
         None, "Column of image ids. Rows with the same id, by default the same file, describe one image.", "data"
     )
+    allowed_image_folders: list[str] | None = option(
+        None, "Further folders that paths of images may lead into; by default only the image folder.", "data"
+    )
     max_samples: int | None = option(
         None, "Largest number of images to caption. Scores of fewer images are not scores of the benchmark.", "data"
     )

@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -200,7 +201,10 @@ def get_benchmark(name: str) -> Benchmark:
 
 
 def load_benchmark(
-    name: str, dataset_name: str | None = None, image_folder: str | os.PathLike | None = None
+    name: str,
+    dataset_name: str | None = None,
+    image_folder: str | os.PathLike | None = None,
+    allowed_image_folders: Sequence[str | os.PathLike] | None = None,
 ) -> EvaluationSet:
     """Load the images and references of a benchmark, and check that they are complete.
 
@@ -208,6 +212,7 @@ def load_benchmark(
         name: a key of `BENCHMARKS`.
         dataset_name: a copy of the data set with the same columns (Hub id or folder), to use instead of the original.
         image_folder: folder of the images that the rows name, if it differs from the folder of the copy.
+        allowed_image_folders: further folders that paths may lead into.
 
     Raises:
         InputError: for an unknown benchmark, a data set that cannot be loaded, or a wrong number of images or captions.
@@ -229,7 +234,7 @@ def load_benchmark(
         benchmark.id_column,
         benchmark.row_per_caption,
         benchmark.hidden_references,
-        folder_of_images(source, rows, image_folder),
+        folder_of_images(source, rows, image_folder, allowed_image_folders),
     )
     num_images, num_captions = len(evaluation_set.row_of), evaluation_set.references.num_captions
     if (num_images, num_captions) != (benchmark.images, benchmark.captions):

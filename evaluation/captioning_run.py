@@ -162,7 +162,8 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
     ```
     """
     if args.benchmark is not None:
-        return get_benchmark(args.benchmark).split, load_benchmark(args.benchmark, args.dataset_name, image_folder)
+        images = load_benchmark(args.benchmark, args.dataset_name, image_folder, args.allowed_image_folders)
+        return get_benchmark(args.benchmark).split, images
     name = str(args.dataset_name)
     splits = load_rows(name, args.dataset_config_name, args.split_column, revision=args.dataset_revision)
     only_split = next(iter(splits)) if len(splits) == 1 else "test"
@@ -176,7 +177,7 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
         args.caption_column,
         args.image_id_column,
         row_per_caption=True,
-        image_folder=folder_of_images(name, rows, image_folder),
+        image_folder=folder_of_images(name, rows, image_folder, args.allowed_image_folders),
     )
     return split, images
 
