@@ -12,8 +12,17 @@ from typing import Any, ClassVar, cast
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+SPECIAL_TOKENS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 
 
 @strict
@@ -164,8 +173,10 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         dtypes (`dict[str, str]`, *optional*):
             Dtype of each part, such as `{"qformer": "float32", "language_model": "bfloat16"}`. Written by
             `save_pretrained`, because transformers itself saves one dtype for the whole model.
-        pad_token_id (`int`, *optional*):
-            Padding token of generated captions. Defaults to the language model's.
+        bos_token_id, eos_token_id, pad_token_id, decoder_start_token_id, forced_bos_token_id, forced_eos_token_id \
+        (`int` or `list[int]`, *optional*):
+            Special tokens of captions, for training and wherever a `GenerationConfig` does not set them. Each defaults
+            to the language model's.
 
     Example:
 
@@ -197,7 +208,12 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     projection_per_query: bool = False
     referenced_backbones: list[str] | None = None
     dtypes: dict[str, str] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | list[int] | None = None
+    forced_eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("tie_word_embeddings", None)  # that of the language model
@@ -206,8 +222,9 @@ class QFormerCaptionerConfig(PreTrainedConfig):
             self.vision_config = self.vision_config.vision_config
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
-        if self.pad_token_id is None:  # the Trainer pads gathered captions with it
-            self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
+        for name in SPECIAL_TOKENS:  # the Trainer pads gathered captions with `pad_token_id`
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.text_config, name, None))
         if getattr(self, "auto_map", None) is None:
             # A class can register itself for a single Auto class. This map lets all four open a folder in a process
             # that has not imported this package.
@@ -232,6 +249,17 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary, in which peft looks for `tie_word_embeddings`."""
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
+    def keep_special_tokens(self, generation_config: GenerationConfig) -> None:
+        """Take over the special tokens of decoding defaults, so that they outlive a new `GenerationConfig`."""
+        for name, value in special_tokens_of(generation_config).items():
+            setattr(self, name, value)
+
+
+def special_tokens_of(config: PreTrainedConfig | GenerationConfig) -> dict[str, int | list[int]]:
+    """Return the special tokens that a configuration sets, such as `{"eos_token_id": 1}`."""
+    values = {name: getattr(config, name) for name in SPECIAL_TOKENS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 QFormerCaptionerConfig.register_for_auto_class()

@@ -10,33 +10,128 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import ModelOutput
 
+from .configuration_qformer import special_tokens_of
 from .language_qformer import accepts, decoder_of, position_ids_of
+
+MAX_NEW_TOKENS = 50  # of a caption, where nothing else sets a length
 
 
 def resolve_generation_config(
-    defaults: GenerationConfig, given: GenerationConfig | None, options: dict[str, Any]
+    captioner_config: PreTrainedConfig,
+    defaults: GenerationConfig,
+    given: GenerationConfig | None,
+    options: dict[str, Any],
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """Combine decoding options into one configuration that counts only the tokens of the caption.
 
-    `max_length` and `min_length` mean the length of the caption, as `max_new_tokens` and `min_new_tokens` do. Options
-    override the `given` configuration. Only the length falls back to the `defaults` of the captioner.
+    Options override the `given` configuration. Unset fields of it fall back to the `defaults` of the captioner, and
+    special tokens then to the captioner's configuration. `max_length` and `min_length` mean the length of the caption,
+    as `max_new_tokens` and `min_new_tokens` do.
 
     Returns:
         The configuration, and the remaining options, which are arguments of the language model.
     """
-    config, options = copy.deepcopy(defaults if given is None else given), dict(options)
+    config = copy.deepcopy(given) if given is not None else GenerationConfig()
+    defaults, options = copy.deepcopy(defaults), dict(options)
     for length, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        for layer in (config, defaults):
+            if getattr(layer, new_tokens) is None:
+                setattr(layer, new_tokens, getattr(layer, length))
+            setattr(layer, length, None)
         value = options.pop(length, None)
-        if value is not None:
-            options.setdefault(new_tokens, value)
+        if options.get(new_tokens) is None:
+            options[new_tokens] = value
+        if options[new_tokens] is None:
+            del options[new_tokens]
+    config.update(**defaults.to_dict(), defaults_only=True, allow_custom_entries=True)
+    config.update(**special_tokens_of(captioner_config), max_new_tokens=MAX_NEW_TOKENS, defaults_only=True)
     model_kwargs = config.update(**options)
-    config.max_new_tokens = config.max_new_tokens or config.max_length or defaults.max_new_tokens
-    config.min_new_tokens = config.min_new_tokens or config.min_length
-    config.max_length = config.min_length = None
-    return config, model_kwargs
+    # `generate` of the language model would replace a special token that the caller set to `None`.
+    cleared = {name: None for name in options if name.endswith("_token_id") and options[name] is None}
+    return config, {**model_kwargs, **cleared}
+
+
+def check_generation_options(config: GenerationConfig, kwargs: dict[str, Any], is_encoder_decoder: bool) -> None:
+    """Refuse options of `generate` that would be ignored, or that need the token ids of the prefix.
+
+    Raises:
+        ValueError: for such an option; the message names it.
+    """
+    options = {**config.to_dict(), **kwargs}
+    neutral = {"guidance_scale": 1, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0}
+    computed = "the captioner computes it from `pixel_values` or `image_embeds` and a prompt in `input_ids`"
+    assisted = "assisted generation verifies token ids from the beginning, but the prefix of a caption is embeddings"
+    guided = "classifier-free guidance needs logits without the image, which a captioner is not trained for"
+    encoder = "it reads the token ids of an encoder, but the prefix of a caption is embeddings"
+    reasons = {
+        "inputs": computed,
+        "inputs_embeds": computed,
+        "encoder_outputs": computed,
+        "position_ids": computed,
+        "assistant_model": assisted,
+        "assistant_tokenizer": assisted,
+        "assistant_early_exit": assisted,
+        "prompt_lookup_num_tokens": assisted,
+        "use_mtp": assisted,
+        "guidance_scale": guided,
+        "negative_prompt_ids": guided,
+        "negative_prompt_attention_mask": guided,
+        "encoder_repetition_penalty": encoder,
+        "encoder_no_repeat_ngram_size": encoder,
+        "token_healing": "it replaces the last token of a prompt, but the prefix of a caption is embeddings",
+        "prefill_chunk_size": "it splits token ids, but the prefix of a caption is embeddings",
+    }
+    if not is_encoder_decoder:
+        reasons["forced_bos_token_id"] = "only the decoder of an encoder-decoder has a start token"
+    for name, reason in reasons.items():
+        value = options.get(name)
+        if not (value is None or value is False or (name in neutral and value == neutral[name])):
+            raise ValueError(f"Leave out `{name}`, which a captioner's `generate` does not support: {reason}.")
+    if kwargs.get("streamer") is not None and (config.num_beams or 1) > 1:
+        raise ValueError(
+            "Leave out `streamer`, or set `num_beams=1`: the tokens of a beam are not final until the end."
+        )
+    check_cache(config, kwargs.get("past_key_values"), is_encoder_decoder)
+
+
+def check_cache(config: GenerationConfig, cache: Cache | None, is_encoder_decoder: bool) -> None:
+    """Refuse a kind of KV cache that cannot hold a prefix, and a cache that holds the prefix of other images.
+
+    Raises:
+        ValueError: for such a cache.
+    """
+    kind = config.cache_implementation
+    if kind == "paged":
+        raise ValueError(
+            "Leave out `cache_implementation='paged'`, which a captioner's `generate` does not support: continuous "
+            "batching reads token ids, but the prefix of a caption is embeddings."
+        )
+    if kind in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
+        raise ValueError(
+            f"Leave out `cache_implementation={kind!r}`: it moves the cache away from a GPU, which this machine lacks."
+        )
+    if not isinstance(cache, Cache):
+        return
+    if is_encoder_decoder and not isinstance(cache, EncoderDecoderCache):
+        raise ValueError(
+            "`past_key_values` must be an `EncoderDecoderCache(DynamicCache(), DynamicCache())` for an "
+            f"encoder-decoder, not a {type(cache).__name__}."
+        )
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            f"`past_key_values` already holds {cache.get_seq_length()} positions: pass an empty cache, which is "
+            "filled with the prefix of these images."
+        )
 
 
 def generate_from_prefix(
@@ -47,6 +142,9 @@ def generate_from_prefix(
     Returns:
         Token ids of the captions, `[B * num_return_sequences, T]`, or an output object with these as `sequences`.
     """
+    is_encoder_decoder = language_model.config.is_encoder_decoder
+    if not is_encoder_decoder:
+        penalize_repetition(config, kwargs)
     if can_prefill_prefix(language_model, prefix, config, kwargs):
         num_copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         kwargs["past_key_values"] = prefill_shared_prefix(
@@ -54,12 +152,24 @@ def generate_from_prefix(
         )
     kwargs |= {"inputs_embeds": prefix, "attention_mask": prefix_mask, "generation_config": config}
     generated = language_model.generate(**kwargs)  # type: ignore[operator]
-    if not language_model.config.is_encoder_decoder:
-        return generated
-    if isinstance(generated, torch.Tensor):  # the start token of the decoder is not part of the caption
+    # The start token of the decoder is not part of the caption.
+    if is_encoder_decoder and isinstance(generated, torch.Tensor):
         return generated[:, 1:]
-    generated.sequences = generated.sequences[:, 1:]
+    if is_encoder_decoder and isinstance(generated, ModelOutput):
+        generated["sequences"] = generated["sequences"][:, 1:]
     return generated
+
+
+def penalize_repetition(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Move the repetition penalty of a decoder-only model to a logits processor, without the length of the padding.
+
+    `generate` exempts as many tokens from the penalty as a row has padding. That is right for token ids, which begin
+    with the padding. After embeddings the token ids are only the new ones, and the first of them would be exempt.
+    """
+    penalty, config.repetition_penalty = config.repetition_penalty, None
+    if penalty not in (None, 1.0):
+        processors = [RepetitionPenaltyLogitsProcessor(penalty), *(kwargs.get("logits_processor") or ())]
+        kwargs["logits_processor"] = LogitsProcessorList(processors)
 
 
 def can_prefill_prefix(
@@ -75,8 +185,9 @@ def can_prefill_prefix(
         and use_cache is not False
         and config.cache_implementation is None
         and not (config.output_attentions or config.output_hidden_states)  # also requested for the prefix
-        and "past_key_values" not in kwargs
-        and config.get_generation_mode(kwargs.get("assistant_model")).value in modes
+        and kwargs.get("past_key_values") is None
+        and kwargs.get("custom_generate") is None  # its own loop begins with an empty cache
+        and config.get_generation_mode().value in modes
     )
 
 

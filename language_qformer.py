@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
 from transformers.utils import logging
@@ -97,13 +97,13 @@ def encode_captions(
     prefix: torch.Tensor,
     prefix_mask: torch.Tensor,
     captions: torch.Tensor,
-    generation_config: GenerationConfig,
+    decoder_start_token_id: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Run the language model on captions `[B, K, T]` after a prefix `[B, S, D]` with mask `[B, S]`.
 
-    Positions labelled -100 are ignored anywhere in a caption. `generation_config` has the start token of the decoder of
-    an encoder-decoder. `kwargs` are passed to the decoder.
+    Positions labelled -100 are ignored anywhere in a caption. The decoder of an encoder-decoder needs a start token.
+    `kwargs` are passed to the decoder.
 
     Returns:
         Hidden states of the decoder that predict the tokens of the captions, `[B*K*T, D]`.
@@ -116,9 +116,9 @@ def encode_captions(
     order = (captions == -100).int().argsort(dim=2, stable=True)  # [B, K, T], ignored positions last
     packed = captions.gather(2, order)
     if language_model.config.is_encoder_decoder:
-        start = generation_config.decoder_start_token_id
-        start = generation_config.bos_token_id if start is None else start
-        hidden_states = encode_with_encoder_decoder(language_model, prefix, prefix_mask, packed, start, **kwargs)
+        hidden_states = encode_with_encoder_decoder(
+            language_model, prefix, prefix_mask, packed, decoder_start_token_id, **kwargs
+        )
     elif captions.shape[1] > 1 and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
         hidden_states = encode_with_shared_prefix(language_model, prefix, prefix_mask, packed, **kwargs)
     else:
@@ -204,8 +204,7 @@ def encode_with_encoder_decoder(
     """
     if start is None:
         raise ValueError(
-            "The start token of the language model's decoder is not known: set `decoder_start_token_id` in the "
-            "captioner's generation configuration."
+            "The start token of the language model's decoder is not known: set `model.config.decoder_start_token_id`."
         )
     number, length = captions.shape[1:]
     encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state

@@ -58,8 +58,13 @@ from .backbones_qformer import (
     untie_t5_head,
     vision_model_from_config,
 )
-from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from .generation_qformer import generate_from_prefix, resolve_generation_config
+from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
+from .generation_qformer import (
+    MAX_NEW_TOKENS,
+    check_generation_options,
+    generate_from_prefix,
+    resolve_generation_config,
+)
 from .language_qformer import build_prefix, caption_loss, encode_captions
 from .processing_qformer import ImageInput, QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
@@ -527,9 +532,14 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         self.post_init()
         self.loss_type = None  # type: ignore[assignment]  # the Trainer would count shifted labels
         # The captioner has its own decoding defaults, because those of a chat model would sample.
-        self.generation_config.max_new_tokens = 50
+        self.generation_config.max_new_tokens = MAX_NEW_TOKENS
         self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
         self._freeze()
+
+    def _decoder_start_token_id(self) -> int | None:
+        """Return the token that `generate` starts the decoder of an encoder-decoder with."""
+        tokens: dict[str, Any] = {**special_tokens_of(self.config), **special_tokens_of(self.generation_config)}
+        return tokens.get("decoder_start_token_id", tokens.get("bos_token_id"))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -696,7 +706,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
         hidden_states = encode_captions(
-            self.language_model, prefix, prefix_mask, captions, self.generation_config, **kwargs
+            self.language_model, prefix, prefix_mask, captions, self._decoder_start_token_id(), **kwargs
         )  # [B*K*T, D]
         skip_logits = False if labels is None else skip_logits
         loss, losses, logits = caption_loss(self.language_model, hidden_states, targets.flatten(), skip_logits)
@@ -727,13 +737,17 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ):
-        """Generate the token ids of captions. All decoding options of transformers' `generate` are supported.
+        """Generate the token ids of captions, with the decoding options of transformers' `generate`.
+
+        An option that the caller does not set keeps its value in `self.generation_config`. Special tokens that are not
+        set there either are those of `self.config`. Options that need the token ids of the whole prefix are refused:
+        assisted generation, classifier-free guidance, token healing, and penalties on the tokens of an encoder.
 
         Args:
             pixel_values, input_ids, attention_mask, image_embeds, qformer_input_ids, qformer_attention_mask: as in
                 `forward`.
             labels: ignored, so that a training batch can be passed unchanged.
-            generation_config (`GenerationConfig`, *optional*): defaults to `self.generation_config`.
+            generation_config (`GenerationConfig`, *optional*): decoding options; arguments override it.
             kwargs: options such as `num_beams` and `do_sample`. `max_length` and `min_length` count the tokens of the
                 caption, as `max_new_tokens` and `min_new_tokens` do.
 
@@ -742,9 +756,12 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             `return_dict_in_generate=True`, an output object of transformers with these as `sequences`.
 
         Raises:
-            ValueError: as `forward` does.
+            ValueError: as `forward` does, and for an option that is not supported; the message names it.
         """
-        config, model_kwargs = resolve_generation_config(self.generation_config, generation_config, kwargs)
+        config, model_kwargs = resolve_generation_config(self.config, self.generation_config, generation_config, kwargs)
+        check_generation_options(config, model_kwargs, self.config.is_encoder_decoder)
+        if config.stop_strings is not None and self.processor is not None:
+            model_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
         return generate_from_prefix(self.language_model, prefix, prefix_mask, config, **model_kwargs)
@@ -764,7 +781,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: if an image is missing or cannot be read; the message names it.
-            ValueError: if the captioner has no processor.
+            ValueError: if the captioner has no processor, or for `return_dict_in_generate=True`.
 
         Example:
 
@@ -778,14 +795,20 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 "This captioner has no processor. Set `model.processor = QFormerCaptionerProcessor(image_processor, "
                 "tokenizer)`, or load the captioner from a folder with a processor."
             )
+        given = generation.get("generation_config")
+        if {**(vars(given) if given else {}), **generation}.get("return_dict_in_generate"):
+            raise ValueError(
+                "`caption` returns strings: for scores and other outputs, call "
+                "`model.generate(**model.processor(images, prompt), return_dict_in_generate=True)`."
+            )
         is_batch = isinstance(images, (list, tuple))
         if is_batch and not images:
             return []
         # Offloaded modules move their inputs themselves.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         inputs = self.processor(images=images, text=prompt).to(device)
-        captions = self.processor.batch_decode(self.generate(**inputs, **generation), skip_special_tokens=True)
-        captions = [caption.strip() for caption in captions]
+        token_ids = self.generate(**inputs, **{**generation, "return_dict_in_generate": False})
+        captions = [caption.strip() for caption in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
         return captions if is_batch or len(captions) > 1 else captions[0]
 
     # --- Trainable and frozen parts -----------------------------------------------------------------------------------
@@ -937,10 +960,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         )
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
-        # Only the special tokens of the language model's decoding defaults are kept. A chat model ends at one of
-        # several tokens.
-        defaults = cast(GenerationConfig, language_model.generation_config).to_dict().items()
-        special_tokens = {name: value for name, value in defaults if name.endswith("_token_id") and value is not None}
         if qformer is not None:
             qformer.float().resize_image_features(vision_model.config.hidden_size)
         config = QFormerCaptionerConfig(
@@ -956,8 +975,10 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             freeze_language_model=freeze_language_model,
             projection_per_query=projection_per_query,
         )
+        # Only the special tokens of the language model's decoding defaults are kept. A chat model ends at one of
+        # several tokens.
+        config.keep_special_tokens(cast(GenerationConfig, language_model.generation_config))
         model = cls(config, vision_model=vision_model, qformer=qformer, language_model=language_model)
-        model.generation_config.update(**special_tokens)
         model.processor = QFormerCaptionerProcessor.from_backbones(
             vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
         )

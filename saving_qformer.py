@@ -380,8 +380,10 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         self, source: str | os.PathLike, generation_config: GenerationConfig | None, hub_kwargs: dict[str, Any]
     ) -> None:
         """Load the generation configuration and the processor that are saved next to the weights."""
-        if generation_config is None:  # transformers silently ignores a damaged file, so read it here
-            self.generation_config = GenerationConfig.from_pretrained(source, **hub_kwargs)
+        saved = GenerationConfig.from_pretrained(source, **hub_kwargs)  # transformers silently ignores a damaged file
+        self.config.keep_special_tokens(saved)
+        if generation_config is None:
+            self.generation_config = saved
         self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
         # peft writes `name_or_path` into adapter folders, and transformers writes `config.name_or_path` into
         # configurations.

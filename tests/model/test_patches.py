@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from qformer_captioner.backbones_qformer import keep_gradients_on_cpu, untie_t5_head
 
@@ -47,3 +47,15 @@ def test_bitsandbytes_loses_gradients_on_a_cpu_after_an_evaluation(patched):
     if outputs.requires_grad:
         outputs.sum().backward()
     assert (inputs.grad is not None) == patched
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty` with `inputs_embeds`:UserWarning")
+def test_transformers_still_exempts_tokens_after_padded_embeddings_from_the_repetition_penalty():
+    """Fails when `penalize_repetition` is no longer needed."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.text_config("llama")).eval()
+    embeds, mask = torch.randn(8, 6, tiny.TEXT_WIDTH), torch.tensor([[0, 0, 0, 1, 1, 1]] * 8)
+    options = dict(max_new_tokens=6, min_new_tokens=6, repetition_penalty=100.0)
+    padded = model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    alone = model.generate(inputs_embeds=embeds[:, 3:], attention_mask=mask[:, 3:], **options)
+    assert alone.tolist() != padded.tolist()
