@@ -203,7 +203,7 @@ class CaptionDataset(Dataset[CaptionRow]):
 
     def _no_readable_image(self, error: OSError) -> InputError:
         return InputError(
-            f"No image of the {self.split[:100]} split can be read: {one_line(error, 200)} Check the files, or the "
+            f"No image of the {self.split[:100]} split can be read: {one_line(error, 330)} Check the files, or the "
             f"column {self.source.image_column[:50]!r}."
         )
 

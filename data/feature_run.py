@@ -183,7 +183,7 @@ def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
     columns = {}
     for split in splits:
         if split not in existing:
-            raise missing_split(args.dataset_name, split, existing)
+            raise missing_split(args.dataset_name, split, existing, "--splits")
         if not isinstance(split, str) or not re.fullmatch(SPLIT_NAME, split):
             raise InputError(f"The split {split!r} cannot be the name of a folder: choose others with --splits.")
         rows = existing[split]

@@ -14,8 +14,10 @@ from ..common.errors import InputError
 from .columns import Rows
 from .row_files import find_files
 
+MAX_PATH = 4096  # characters of the longest path on Linux
 MAX_SHOWN = 150  # characters of a path within a message
-# Kinds of files that count as images in a folder or tar. Those that cannot be opened are named as such later.
+
+# Kinds of files that count as images. Those that cannot be opened are named as such later.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
     | {".jxl", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
@@ -63,6 +65,8 @@ class ImageFolder:
             raise OSError(
                 f"{shown} is not the path of a file but a URL, and images are not downloaded: download it first."
             )
+        if len(path) > MAX_PATH:
+            raise OSError(f"{shown}... is not the path of a file: it has {len(path):,} characters.")
         outside = None
         for wanted in self._candidates(path):
             if not self._allows(wanted):
@@ -109,20 +113,25 @@ class ImageFolder:
         Raises:
             OSError: if several fit.
         """
-        if os.path.exists(path):
-            return path
-        folder = None if path == path.parent else self._fitting(path.parent)
-        if folder is None or not folder.is_dir():
-            return None
-        if folder not in self._names:
-            self._names[folder] = FileNames(os.listdir(folder))
-        names = self._names[folder].fitting(path.name)
-        if len(names) > 1:
-            several = ", ".join(map(repr, names[:3]))[:MAX_SHOWN]
-            raise OSError(
-                f"The path {path.name[:MAX_SHOWN]!r} fits several files, {several}: write the whole name of one."
-            )
-        return folder / names[0] if names else None
+        missing: list[str] = []
+        while not os.path.exists(path):
+            missing.append(path.name)
+            path = path.parent
+        for name in reversed(missing):
+            if not path.is_dir():
+                return None
+            if path not in self._names:
+                self._names[path] = FileNames(os.listdir(path))
+            names = self._names[path].fitting(name)
+            if len(names) > 1:
+                several = ", ".join(map(repr, names[:3]))[:MAX_SHOWN]
+                raise OSError(
+                    f"The path {name[:MAX_SHOWN]!r} fits several files, {several}: write the whole name of one."
+                )
+            if not names:
+                return None
+            path /= names[0]
+        return path
 
 
 class FileNames:

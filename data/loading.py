@@ -9,9 +9,14 @@ from typing import Any
 
 import datasets
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
+from ..common.logging import get_logger
 from .columns import Rows, column_names
+from .folders import read_folder
 from .row_files import check_table, dataset_loading_error, find_files, read_files, reason_of
+from .skipped_rows import SkippedRows
+
+logger = get_logger(__name__)
 
 PEEK_ROWS = 10_000  # rows of a stream that are read to find its splits
 
@@ -23,6 +28,7 @@ def load_rows(
     split: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    skipped: SkippedRows | None = None,
 ) -> dict[str, Rows]:
     """Load the splits of a data set.
 
@@ -30,7 +36,7 @@ def load_rows(
         name: one of
 
             - a data set on the Hub;
-            - a local folder: images with a `metadata.jsonl` or `metadata.csv`, or parquet files;
+            - a local folder: images with captions, as [`read_folder`] finds them, or parquet files;
             - a file of rows (`.parquet`, `.json`, `.jsonl`, `.csv`, `.tsv`), of webdataset samples (`.tar`), or of
               COCO's annotations;
             - several such files: `shards/*.tar` or `train-{000..015}.tar`.
@@ -38,6 +44,7 @@ def load_rows(
         split_column: column with the name of each row's split, for data sets that keep all rows in one split.
         split: load and download this split only.
         revision: branch, tag or commit of a data set on the Hub.
+        skipped: record of the rows that belong to no split, and of what a folder holds besides its rows.
         streaming: return streams, which read rows on demand and do not store them. Their images are undecoded.
 
     Returns:
@@ -54,22 +61,26 @@ def load_rows(
     ```
     """
     files = find_files(name)
+    skipped = SkippedRows() if skipped is None else skipped
+    splits: dict[str, Rows] | None = None
     try:
-        for file in files or Path(name).rglob("*.json*"):
-            check_table(file)
         if files:
+            for file in files:
+                check_table(file)
             splits = read_files(files, streaming)
-        else:
+        elif os.path.isdir(name) and config_name is None:
+            splits = read_folder(name, streaming, skipped)
+        if splits is None:
             splits = load_from_hub_or_folder(name, config_name, split, revision, streaming)
         if streaming:
             next(iter(undecoded(next(iter(splits.values())))))  # raise an error now if the first row cannot be read
     except Exception as error:  # `datasets` raises a different class for each way of failing
         raise dataset_loading_error(name, files, error) from error
     if len(splits) == 1 and split_column in column_names(rows := next(iter(splits.values()))):
-        by_label = split_by_column(rows, split_column)
+        by_label = split_by_column(rows, split_column, skipped) or splits
         splits = by_label if split is None or split in by_label else splits
     if split is not None and split not in splits:
-        raise missing_split(name, split, splits)
+        raise missing_split(name, split, splits, "--split")
     return {label: undecoded(rows) if streaming else rows for label, rows in splits.items()}
 
 
@@ -77,6 +88,8 @@ def load_from_hub_or_folder(
     name: str, config_name: str | None, split: str | None, revision: str | None, streaming: bool
 ) -> dict[str, Rows]:
     """Load a data set on the Hub, or a local folder, with `datasets`."""
+    for file in Path(name).rglob("*.json*"):
+        check_table(file)
     path = os.path.abspath(name) if os.path.isdir(name) else name  # `datasets` does not accept "."
     data_files = None
     if split is not None:  # otherwise files of all splits would be downloaded
@@ -85,28 +98,49 @@ def load_from_hub_or_folder(
     return datasets.load_dataset(path, config_name, data_files=data_files, revision=revision, streaming=streaming)
 
 
-def split_by_column(rows: Rows, column: str) -> dict[str, Rows]:
-    """Return the rows of each split, named by a column. For a stream, the splits are those of its first rows."""
+def split_by_column(rows: Rows, column: str, skipped: SkippedRows) -> dict[str, Rows]:
+    """Return the rows of each split, named by a column. For a stream, the splits are those of its first rows.
+
+    Args:
+        rows: all rows.
+        column: the column.
+        skipped: record of the rows whose cell is empty. They belong to no split.
+
+    Returns:
+        The rows of each split. The result is empty if all cells are empty.
+    """
     if isinstance(rows, datasets.Dataset):
-        labels = rows[column]
-        return {
-            label: rows.select([index for index, other in enumerate(labels) if other == label])
-            for label in dict.fromkeys(labels)
-        }
-    rows = undecoded(rows)
-    labels = dict.fromkeys(row[column] for row in rows.select_columns(column).take(PEEK_ROWS))
-    return {label: rows.filter(functools.partial(operator.eq, label), input_columns=column) for label in labels}
+        labels = list(rows[column])
+    else:
+        rows = undecoded(rows)
+        labels = [row[column] for row in rows.select_columns(column).take(PEEK_ROWS)]
+    numbers: dict[str, list[int]] = {}
+    without = []
+    for number, label in enumerate(labels):
+        if label is None or not str(label).strip():
+            without.append(number)
+        else:
+            numbers.setdefault(label, []).append(number)
+    if numbers and without:
+        for number in without:
+            skipped.add("none", number, None, f"The row has no split: its column {column!r} is empty.")
+        logger.warning("%d rows have no split in the column %r and are left out.", len(without), column)
+    if isinstance(rows, datasets.Dataset):
+        return {label: rows.select(own) for label, own in numbers.items()}
+    return {label: rows.filter(functools.partial(operator.eq, label), input_columns=column) for label in numbers}
 
 
-def missing_split(name: str, split: str, existing: Any) -> InputError:
+def missing_split(name: str, split: str, existing: Any, options: str) -> InputError:
     """Return the error for a split that a data set does not have.
 
     Args:
         name: name of the data set.
         split: the split that was asked for.
         existing: names of the splits that the data set has.
+        options: the command-line options that choose a split.
     """
-    return InputError(f"The data set {name!r} has no split {split!r}; it has {', '.join(map(repr, existing))}.")
+    names = one_line(", ".join(map(repr, existing)), 200)
+    return InputError(f"The data set {name[-100:]!r} has no split {split!r}; it has {names}. Choose with {options}.")
 
 
 def undecoded(rows: datasets.IterableDataset) -> datasets.IterableDataset:

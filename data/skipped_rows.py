@@ -34,7 +34,7 @@ def skipped_row(split: str, row: int | None, file: str | None, reason: object) -
 
     Args:
         split: name of the split.
-        row: number of the row; `None` for a row of a stream.
+        row: number of the row; `None` for a row of a stream, and for a file that is not part of a row.
         file: path of its image, if it has one.
         reason: why it cannot be used, or the error that says so.
     """
@@ -72,7 +72,7 @@ class SkippedRows:
 
         Args:
             split: name of the split.
-            row: number of the row; `None` for a row of a stream.
+            row: number of the row; `None` for a row of a stream, and for a file that is not part of a row.
             file: path of its image, if it has one.
             reason: why it cannot be used.
             place: position in the first pass, for a row of a stream.
@@ -114,7 +114,7 @@ class SkippedRows:
         if self.path is not None and self.path.exists():
             entries += read_json_lines(self.path)
         rows = {
-            json.dumps([entry["split"], entry["row"], entry.get("place")])
+            json.dumps([entry["split"], entry["row"], entry.get("place", entry["row"] is None and entry.get("file"))])
             for entry in entries
             if isinstance(entry, dict) and {"split", "row"} <= entry.keys()
         }

@@ -4,10 +4,14 @@ from collections.abc import Iterable
 
 import datasets
 
-from ..common.errors import InputError
+from ..common.errors import one_line
+from ..common.logging import get_logger
 from .columns import Rows
 from .loading import iterate_rows, load_rows, missing_split, undecoded
 from .scenes import load_scenes
+from .skipped_rows import SkippedRows
+
+logger = get_logger(__name__)
 
 VALIDATION_SPLITS = ("validation", "val", "dev")  # the usual names
 STREAMED_EVAL_SAMPLES = 500
@@ -49,6 +53,7 @@ def load_splits(
     revision: str | None = None,
     streaming: bool = False,
     evaluate: bool = True,
+    skipped: SkippedRows | None = None,
 ) -> tuple[Rows, datasets.Dataset | None]:
     """Load the rows to train on and the rows to evaluate on.
 
@@ -66,6 +71,7 @@ def load_splits(
         streaming: return the rows to train on as a stream. The rows to evaluate on are read into memory, at most 500 by
             default.
         evaluate: whether to load rows to evaluate on.
+        skipped: record of the rows that belong to no split, and of what a folder holds besides its rows.
 
     Returns:
         The rows to train on, and the rows to evaluate on or `None`.
@@ -77,12 +83,15 @@ def load_splits(
         scenes = load_scenes(max_train_samples or TRAIN_SCENES, max_eval_samples or EVAL_SCENES, seed=seed)
         train_scenes = undecoded(scenes["train"].to_iterable_dataset()) if streaming else scenes["train"]
         return train_scenes, scenes["validation"]
-    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
+    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming, skipped=skipped)
     if eval_split is None:
         eval_split = default_eval_split(splits)
     for split in (train_split, eval_split if evaluate else None):
         if split is not None and split not in splits:
-            raise missing_split(name, split, splits)
+            raise missing_split(name, split, splits, "--train_split and --eval_split")
+    if unused := [split for split in splits if split not in (train_split, eval_split)]:
+        names = one_line(", ".join(map(repr, unused)), 200)
+        logger.info("%s also has %s: --train_split and --eval_split choose the splits.", name, names)
     train_rows = splits[train_split] if streaming else first_rows(splits[train_split], max_train_samples)
     if not evaluate or eval_split is None:
         return train_rows, None
@@ -97,6 +106,7 @@ def load_eval_split(
     max_eval_samples: int | None = None,
     revision: str | None = None,
     streaming: bool = False,
+    skipped: SkippedRows | None = None,
 ) -> datasets.Dataset:
     """Load the rows to evaluate on from a separate data set.
 
@@ -110,12 +120,12 @@ def load_eval_split(
     """
     if name == "scenes":
         return load_scenes(1, max_eval_samples or EVAL_SCENES)["validation"]
-    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming)
+    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming, skipped=skipped)
     split = eval_split or default_eval_split(splits)
     if eval_split is None and len(splits) == 1:
         (split,) = splits
     if split is None or split not in splits:
-        raise InputError(f"{missing_split(name, split or 'validation', splits)} Choose one with --eval_split.")
+        raise missing_split(name, split or "validation", splits, "--eval_split")
     return in_memory(splits[split], f"The split {split!r} of {name!r}", max_eval_samples)
 
 

@@ -153,7 +153,7 @@ def load_datasets(
     Raises:
         InputError: if a data set cannot be loaded, or lacks a split or a column that the options name.
     """
-    train_rows, eval_rows = load_rows(args, features)
+    train_rows, eval_rows = load_rows(args, features, skipped)
     sources = training_sources(args, train_rows)
     if args.streaming:
         stream = CaptionStream(
@@ -181,7 +181,9 @@ def load_datasets(
     return CaptionMixture(parts, args.dataset_weights or [1.0] * len(parts)), eval_data
 
 
-def load_rows(args: DataArguments, features: FeatureStore | None) -> tuple[list[Rows], datasets.Dataset | None]:
+def load_rows(
+    args: DataArguments, features: FeatureStore | None, skipped: SkippedRows
+) -> tuple[list[Rows], datasets.Dataset | None]:
     """Load the training rows of each data set and the evaluation rows.
 
     An evaluation split of the first data set is loaded together with its training split.
@@ -201,6 +203,7 @@ def load_rows(args: DataArguments, features: FeatureStore | None) -> tuple[list[
             revision=spec.revision,
             streaming=args.streaming,
             evaluate=number == 0 and first_is_evaluated,
+            skipped=skipped,
         )
         train_rows.append(rows)
         eval_rows = held_out_rows if number == 0 else eval_rows
@@ -214,6 +217,7 @@ def load_rows(args: DataArguments, features: FeatureStore | None) -> tuple[list[
             args.max_eval_samples,
             revision=spec.revision,
             streaming=args.streaming,
+            skipped=skipped,
         )
     return train_rows, eval_rows
 

@@ -208,7 +208,7 @@ def test_metadata_of_a_folder_cannot_name_a_file_outside_it(name, folder):
 def test_metadata_that_leads_out_of_the_folder_is_refused(name, folder):
     row = {"file_name": NAMES[name].format(outside=folder.parent), "caption": "a picture"}
     (folder / "metadata.jsonl").write_text(json.dumps(row))
-    with pytest.raises(InputError, match="cannot be loaded: Invalid metadata file_name"):
+    with pytest.raises(InputError, match="leads out of the folder of images"):
         readable_rows(folder)
 
 

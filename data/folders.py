@@ -1,0 +1,186 @@
+"""Local folders of images: which of their files holds the captions, and which splits they have."""
+
+import os
+from pathlib import Path
+
+import datasets
+
+from ..common.errors import InputError, one_line
+from ..common.logging import get_logger
+from .columns import Rows
+from .folder_files import FolderFiles, ImageFinder, splits_of_files, splits_of_folders
+from .names import IMAGE_NAMES, find_name
+from .row_files import check_table, dataset_loading_error, read_files
+from .sidecars import rows_of_sidecars
+from .skipped_rows import SkippedRows
+
+logger = get_logger(__name__)
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".token")
+STREAM_SHARDS = 64  # so many readers share a stream without reading each other's rows
+
+
+def read_folder(name: str, streaming: bool, skipped: SkippedRows) -> dict[str, Rows] | None:
+    """Read a folder of images. Names of image files never decide anything.
+
+    The captions come from the first of these that exists:
+
+    1. `metadata.jsonl` or `metadata.csv`, in the folder or in its subfolders;
+    2. another file of captions: one with "caption" in its name, or else any table with a column of images;
+    3. a text of the same name as each image: `dog.caption`, `dog.txt` or `dog.json`.
+
+    A column of splits or the names of the files of captions give the splits. Otherwise folders such as `train` and
+    `val2017` are splits, and each folder beside them is a split of its own name.
+
+    Args:
+        name: the folder.
+        streaming: return streams.
+        skipped: record of the images that a file of captions does not mention, and of texts without an image.
+
+    Returns:
+        The rows of each split, whose column `image` holds paths. `None` for a folder that `datasets` reads, without
+        images or with configurations in its README.md.
+
+    Raises:
+        InputError: if several files could hold the captions, or the file of captions cannot be read.
+    """
+    files = FolderFiles.of(name)
+    if not files.images or has_configurations(name):
+        return None
+    for link in files.links:
+        logger.warning("The folder %r of %r is a symbolic link, which is not read: give it as a data set.", link, name)
+    parts = tables_of_captions(name, files)
+    of_files = splits_of_files(list(parts)) if len(parts) > 1 else {}
+    if parts:
+        record_unmentioned(files, parts, skipped)
+        rows, source = datasets.concatenate_datasets(list(parts.values())), f"captions from {', '.join(parts)}"
+    else:
+        rows, source = rows_of_sidecars(name, files, skipped)
+    logger.info("%r has %d images and %d rows with %s.", name, len(files.images), len(rows), one_line(source, 300))
+    if of_files:
+        labels = [of_files[file] for file, part in parts.items() for _ in range(len(part))]
+    elif "split" in rows.column_names:
+        labels = ["train"] * len(rows)  # `load_rows` splits them by the column
+    else:
+        labels = splits_of_folders(rows["image"])
+    rows = with_whole_paths(rows, name, files)
+    splits = {}
+    for split in dict.fromkeys(labels):
+        splits[split] = rows.select([number for number, label in enumerate(labels) if label == split])
+    if streaming:
+        return {split: part.to_iterable_dataset(min(STREAM_SHARDS, len(part))) for split, part in splits.items()}
+    return splits
+
+
+def with_whole_paths(rows: datasets.Dataset, name: str, files: FolderFiles) -> datasets.Dataset:
+    """Return the rows with absolute paths of the images in the folder, so that rows are usable without its name.
+
+    All other values stay as written: where they may lead is checked when they are opened.
+    """
+    root, images = os.path.abspath(name), set(files.images)
+    paths = [os.path.join(root, path) if isinstance(path, str) and path in images else path for path in rows["image"]]
+    others = rows.remove_columns("image")
+    return others.add_column("image", paths).select_columns(["image", *others.column_names])
+
+
+def has_configurations(name: str) -> bool:
+    """Return whether the README.md of a folder says how `datasets` should read it."""
+    readme = Path(name) / "README.md"
+    if not readme.is_file():
+        return False
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    return text.startswith("---") and "\nconfigs:" in text.split("\n---")[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of captions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tables_of_captions(name: str, files: FolderFiles) -> dict[str, datasets.Dataset]:
+    """Read the files of captions of a folder, with the paths of their images relative to the folder.
+
+    Raises:
+        InputError: if files compete, or the only one cannot be read.
+    """
+    stems = {os.path.splitext(image)[0] for image in files.images} | set(files.images)
+    tables = [
+        file
+        for file in files.others
+        if os.path.splitext(file)[1].lower() in TABLES and os.path.splitext(file)[0] not in stems
+    ]
+    named = {file: os.path.basename(file).lower() for file in tables}
+    groups = (  # the more explicit a name is, the earlier
+        [file for file in tables if os.path.splitext(named[file])[0] == "metadata"],
+        [file for file in tables if "caption" in named[file]],
+        [] if any(file.lower().endswith(".caption") for file in files.others) else tables,
+    )
+    for group in groups:
+        parts, errors = {}, []
+        for file in group:
+            try:
+                part = read_table(name, file, files)
+            except InputError as error:
+                errors.append(error)
+                continue
+            if part is not None:
+                parts[file] = part
+        if errors and (parts or group is not tables):
+            raise errors[0]
+        if parts:
+            check_competition(name, list(parts))
+            return parts
+    return {}
+
+
+def read_table(name: str, file: str, files: FolderFiles) -> datasets.Dataset | None:
+    """Read a file of captions, or return `None` for a table without a column of images.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    path = os.path.join(name, file)
+    try:
+        check_table(path)
+        rows = read_files([path], streaming=False)["train"]
+    except Exception as error:  # `datasets` raises a different class for each way of failing
+        raise dataset_loading_error(path, [path], error) from error
+    column = find_name(IMAGE_NAMES, rows.column_names)
+    if column is None:
+        return None
+    finder, folder = ImageFinder(files.images), os.path.dirname(file)
+    images = [finder.find(value, folder) for value in rows[column]]
+    return rows.remove_columns(column).add_column("image", images)
+
+
+def check_competition(name: str, files: list[str]) -> None:
+    """Check that each image can be in only one of several files of captions.
+
+    Files of different splits do not compete, nor do files in different folders, unless one contains the other.
+
+    Raises:
+        InputError: if files compete.
+    """
+    folders = [os.path.dirname(file) for file in files]
+    nested = any(
+        one == other or other.startswith(f"{one}/" if one else "")
+        for number, one in enumerate(folders)
+        for place, other in enumerate(folders)
+        if number != place
+    )
+    if nested and not splits_of_files(files):
+        shown = one_line(", ".join(map(repr, files)), 150)
+        raise InputError(
+            f"Several files of {name[-100:]!r} hold captions, {shown}: choose one, such as --dataset_name "
+            f"{os.path.join(name, files[0])[-100:]} --image_folder {name[-100:]}."
+        )
+
+
+def record_unmentioned(files: FolderFiles, parts: dict[str, datasets.Dataset], skipped: SkippedRows) -> None:
+    """Record the images that no file of captions mentions."""
+    mentioned = {path for part in parts.values() for path in part["image"] if isinstance(path, str)}
+    unmentioned = [image for image in files.images if image not in mentioned]
+    for image in unmentioned:
+        skipped.add("train", None, image, "No file of captions mentions this image.")
+    if unmentioned:
+        logger.info("%d images are left out, as no file of captions mentions them.", len(unmentioned))
