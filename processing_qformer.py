@@ -24,11 +24,24 @@ QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 ImageInput = str | os.PathLike | Image.Image
 
-# This template reduces chat messages to their text, because the language model captions and does not converse.
-PLAIN_TEXT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
+# This template reduces chat messages to their text, because the language model captions and does not converse. The
+# content of a message is a string or a list of parts. Parts are separated by a space, and messages by a line break.
+PLAIN_TEXT_TEMPLATE = """
+{%- set chat = namespace(text='', gap='') -%}
+{%- for message in messages -%}
+    {%- set content = message['content'] or [] -%}
+    {%- for part in ([content] if content is string else content) -%}
+        {%- set text = part if part is string else (part['text'] or '' if part['type'] == 'text' else '') -%}
+        {%- if text -%}
+            {%- set is_apart = chat.text[-1:].isspace() or text[:1].isspace() -%}
+            {%- set chat.text = chat.text ~ ('' if is_apart else chat.gap) ~ text -%}
+            {%- set chat.gap = ' ' -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- set chat.gap = '\n' if chat.text else '' -%}
+{%- endfor -%}
+{{- chat.text -}}
+"""
 
 CARD = """---
 {{ card_data }}
@@ -154,9 +167,19 @@ def fetch(url: str) -> bytes:
 
 
 def flatten_images(images: Any) -> list[ImageInput]:
-    """Flatten nested lists of images, in which pipelines pass the images of chat messages."""
+    """Flatten nested lists of images, in which pipelines pass the images of each conversation.
+
+    Raises:
+        ValueError: if a nested list does not hold exactly one image.
+    """
     if not isinstance(images, (list, tuple)):
         return [images]
+    for number, entry in enumerate(images, start=1):
+        if isinstance(entry, (list, tuple)) and len(entry) != 1:
+            raise ValueError(
+                f"A captioner reads one image for each prompt, but conversation {number} has {len(entry)}: give each "
+                "conversation exactly one image."
+            )
     return [image for entry in images for image in flatten_images(entry)]
 
 
