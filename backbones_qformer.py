@@ -8,6 +8,10 @@ import copy
 import json
 import math
 import os
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -400,15 +404,37 @@ def single_device(device_map: str | int | torch.device | dict | None) -> str | i
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def weight_files(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
+def weights_name(variant: str | None = None, index: bool = False) -> str:
+    """Return the name of the file with all weights, or of the index of a sharded file.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner.backbones_qformer import weights_name
+    >>> weights_name(), weights_name("fp16", index=True)
+    ('model.safetensors', 'model.safetensors.index.fp16.json')
+    ```
+    """
+    name = SAFE_WEIGHTS_INDEX_NAME if index else SAFE_WEIGHTS_NAME
+    start, end = name.rsplit(".", 1)
+    return name if variant is None else f"{start}.{variant}.{end}"
+
+
+def weight_files(path: str | os.PathLike, variant: str | None = None, **hub_kwargs: Any) -> list[str]:
     """Return the paths of the safetensors files of a folder or Hub repository, sharded or not.
+
+    A file with all weights precedes an index, as in transformers.
 
     Raises:
         OSError: if no file exists, or if the index is damaged or names files outside its folder.
     """
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+    whole = cached_file(path, weights_name(variant), **optional)
+    if whole is not None:
+        return [whole]
+    index = cached_file(path, weights_name(variant, index=True), **optional)
     if index is None:
-        return [fetch_file(path, SAFE_WEIGHTS_NAME, **hub_kwargs)]
+        return [fetch_file(path, weights_name(variant), **hub_kwargs)]
     try:
         with open(index, encoding="utf-8") as file:
             names = set(json.load(file)["weight_map"].values())
@@ -419,6 +445,60 @@ def weight_files(path: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
         wrong = outside[0] if outside else "nothing"
         raise OSError(f"{index!r} is not a valid index of weights: it names {wrong!r}. Fetch it again.")
     return [fetch_file(path, name, **hub_kwargs) for name in sorted(names)]
+
+
+@contextmanager
+def replacing_weights(folder: str | os.PathLike, variant: str | None = None) -> Iterator[None]:
+    """Leave a folder with one reading after a `with` block in which transformers saves a model there.
+
+    transformers keeps the index of earlier shards and an earlier file with all weights, so that old weights could be
+    read. It also deletes the shards of other variants.
+
+    Args:
+        folder: folder to which the model is saved.
+        variant: variant of the weights that is saved.
+    """
+    whole, index = (Path(folder, weights_name(variant, index)) for index in (False, True))
+    others = Path(folder).glob("model.*-?????-of-?????.safetensors") if variant is None else ()
+    # transformers does not touch hidden files.
+    aside = {file: file.with_name(f".{file.name}") for file in (index, *others) if file.is_file()}
+    for file, hidden in aside.items():
+        file.replace(hidden)
+    try:
+        yield
+        if index.exists():
+            whole.unlink(missing_ok=True)
+        if index in aside and (index.exists() or whole.exists()):  # and not only an adapter was saved
+            aside.pop(index).unlink()
+    finally:
+        for file, hidden in aside.items():
+            hidden.replace(file)
+
+
+def replaced_weights(written: Collection[str], existing: Iterable[str]) -> list[str]:
+    """Return the files of a repository whose weights were replaced by an upload.
+
+    Args:
+        written: names of the files that were uploaded.
+        existing: names of the files that the repository has.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner.backbones_qformer import replaced_weights
+    >>> replaced_weights(["model.safetensors"], ["model.safetensors", "model.safetensors.index.json"])
+    ['model.safetensors.index.json']
+    ```
+    """
+    pattern = re.compile(
+        r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json"
+    )
+    variant_of = {name: match[1] or match[2] for name in existing if (match := pattern.fullmatch(name))}
+    return [
+        name
+        for name, variant in variant_of.items()
+        if name not in written and {weights_name(variant), weights_name(variant, index=True)} & set(written)
+    ]
 
 
 def fetch_file(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> str:

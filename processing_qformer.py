@@ -8,6 +8,7 @@ import base64
 import io
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -264,8 +265,11 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save the processor as `ProcessorMixin.save_pretrained` does, and the Q-Former's tokenizer in a subfolder."""
+        folder = os.path.join(save_directory, QFORMER_TOKENIZER)
         if self.qformer_tokenizer is not None:
-            self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
+            self.qformer_tokenizer.save_pretrained(folder)
+        else:  # loading would read the one of an earlier processor
+            shutil.rmtree(folder, ignore_errors=True)
         return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
@@ -275,11 +279,10 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         """Load a processor as `ProcessorMixin.from_pretrained` does, and the Q-Former's tokenizer if it was saved."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        file = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
-        if cached_file(pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
-            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
-                pretrained_model_name_or_path, subfolder=QFORMER_TOKENIZER, **hub_kwargs
-            )
+        hub_kwargs["subfolder"] = os.path.join(kwargs.get("subfolder") or "", QFORMER_TOKENIZER)
+        optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+        if cached_file(pretrained_model_name_or_path, "tokenizer_config.json", **optional):
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         return processor
 
     @classmethod

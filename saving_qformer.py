@@ -7,13 +7,14 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub import CommitOperationDelete, HfApi
 from torch import nn
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
 from .backbones_qformer import (
@@ -28,6 +29,8 @@ from .backbones_qformer import (
     load_backbone,
     quantize,
     read_weights,
+    replaced_weights,
+    replacing_weights,
     single_device,
     ties_of,
 )
@@ -260,6 +263,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         dtype = kwargs.pop("torch_dtype", dtype)  # its former name, which transformers still accepts
         device = None if quantization_config is None else single_device(kwargs.pop("device_map", None))
         hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
+        files = {**hub_kwargs, "variant": kwargs.get("variant")}
         # `AutoModel` passes the path of an adapter here. transformers loses it where the weights are a `state_dict`.
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter = adapter_kwargs.pop("_adapter_model_path", None)
@@ -267,7 +271,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         config = cls._resolve_config(source, config, dtype, load_vision_model, hub_kwargs)
         kwargs |= {"config": config, "dtype": dtype, "use_safetensors": True}
         if kwargs.get("state_dict") is None:
-            kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, hub_kwargs)
+            kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, files)
         # With a `state_dict` no file of the folder is read.
         loaded = super().from_pretrained(source if kwargs.get("state_dict") is None else None, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
@@ -321,7 +325,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         config: QFormerCaptionerConfig,
         dtype: str | torch.dtype | None,
         load_vision_model: bool,
-        hub_kwargs: dict[str, Any],
+        files: dict[str, Any],
     ) -> dict[str, Any]:
         """Fetch the backbones that are not in the folder, and add their weights to those of the folder.
 
@@ -333,11 +337,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         if not load_vision_model:
             parts.add("vision_model")
         if not parts:
-            cls._check_size(source, config, count_weights(source, **hub_kwargs))
+            cls._check_size(source, config, count_weights(source, **files))
             return {}
-        weights = read_weights(source, **hub_kwargs)
+        weights = read_weights(source, **files)
         arguments: dict[str, Any] = {}
-        download = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+        download = {name: files[name] for name in HUB_KWARGS if name in files and name != "revision"}
         for part in parts:
             backbone = load_backbone(
                 part,
@@ -387,7 +391,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
         # peft writes `name_or_path` into adapter folders, and transformers writes `config.name_or_path` into
         # configurations.
-        self.name_or_path = self.config.name_or_path = os.fspath(source)
+        folder = os.path.join(source, hub_kwargs.get("subfolder") or "")
+        self.name_or_path = self.config.name_or_path = folder if os.path.isdir(folder) else os.fspath(source)
 
     def _load_adapter(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
         """Load an adapter and, if its folder holds one, its processor, which may have another prompt."""
@@ -404,6 +409,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
         *args: Any,
         include_backbones: bool | Sequence[str] | None = None,
         **kwargs: Any,
@@ -420,11 +427,14 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             state_dict (`dict[str, torch.Tensor]`, *optional*): weights to save, by default those of the model.
             push_to_hub (`bool`, defaults to `False`): upload the folder too. By default it then has the weights of
                 backbones that were loaded from a local folder.
+            max_shard_size (`int` or `str`, defaults to `"50GB"`): largest size of a file of weights.
+            variant (`str`, *optional*): part of the names of the weights, as in `model.fp16.safetensors`. Weights that
+                were saved before as the same variant are replaced, sharded or not. Other variants stay.
             include_backbones (`bool` or list of `str`, *optional*): `True` saves the weights of both backbones, a list
                 such as `["language_model"]` those of the named ones. The other frozen backbones are kept by reference
                 if their names can be fetched. By default the choice of loading is kept: a captioner from
                 `from_backbones` keeps both frozen backbones by reference. Trained backbones are always saved.
-            args, kwargs: passed to `PreTrainedModel.save_pretrained` (`max_shard_size`, `repo_id`, ...).
+            args, kwargs: passed to `PreTrainedModel.save_pretrained` (`repo_id`, `token`, ...).
 
         Raises:
             OSError: if the vision encoder has to be fetched but cannot be; the message names it.
@@ -453,8 +463,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         config = self._config_to_save(included, referenced)
         if self.processor is not None and is_main_process:
             self.processor.save_pretrained(save_directory)
-        with self._temporary(config, self._keys_of(referenced, weights)):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+        replacing = replacing_weights(save_directory, variant) if is_main_process else nullcontext()
+        with self._temporary(config, self._keys_of(referenced, weights)), replacing:
+            super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
+            )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload the captioner, including the weights of backbones that were loaded from a local folder.
@@ -479,14 +492,28 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         local = self.local_backbones()
         return [part for part in self.config.referenced_backbones or [] if part not in local]
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Remove local paths from the configuration that `push_to_hub` is about to upload."""
+    def _upload_modified_files(  # type: ignore[override]  # transformers passes the rest as keywords
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        """Remove local paths from the configuration before the upload, and delete the weights that it replaced.
+
+        A repository whose earlier weights were sharded in another way would hold two readings. They are deleted in a
+        second commit, because transformers makes the first.
+        """
         path = os.path.join(working_dir, CONFIG_NAME)
         with open(path, encoding="utf-8") as file:
             config = without_local_paths(json.load(file))
         with open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        timestamps = self._get_files_timestamps(working_dir)
+        written = [name for name, time in timestamps.items() if time > files_timestamps.get(name, 0)]
+        commit = super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+        api, revision = HfApi(token=kwargs.get("token")), commit.pr_revision or kwargs.get("revision")
+        existing = api.list_repo_files(repo_id, revision=revision)
+        if replaced := replaced_weights(written, existing):
+            deletions = [CommitOperationDelete(name) for name in replaced]
+            api.create_commit(repo_id, deletions, commit_message="Delete replaced weights", revision=revision)
+        return commit
 
     def _backbones_to_include(self, include_backbones: bool | Sequence[str]) -> list[str]:
         if isinstance(include_backbones, bool):
@@ -527,7 +554,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         config.referenced_backbones = list(referenced)
         config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
         # Loading ties the output layer to the embedding by this field, which an adapter or a new layer does not change.
-        config.text_config.tie_word_embeddings = bool(ties_of(self.language_model))
+        cast(PreTrainedConfig, config.text_config).tie_word_embeddings = bool(ties_of(self.language_model))
         for part in BACKBONES:
             setattr(config, f"freeze_{part}", part in frozen)
             name = getattr(config, f"{part}_name_or_path")

@@ -26,7 +26,7 @@ PUBLISHED_FILES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     "model*.safetensors",
-    SAFE_WEIGHTS_INDEX_NAME,
+    "model.safetensors.index*.json",
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
     "*_qformer.py",
@@ -148,12 +148,15 @@ def _check_referenced_backbones(folder: Path, config: dict[str, Any]) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a captioner, sharded or not."""
-    if not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    weight_map = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return [whole]
+    weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and is_published(name) for name in names):
         raise InputError(f"{SAFE_WEIGHTS_INDEX_NAME} in {str(folder)!r} is not an index of weights: save it again.")
+    if whole.is_file():  # transformers reads it first
+        return [whole]
     return [folder / name for name in sorted(set(names))]
 
 
