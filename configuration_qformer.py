@@ -226,12 +226,13 @@ class QFormerCaptionerConfig(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
         if getattr(self, "auto_map", None) is None:
-            # A class can register itself for a single Auto class. This map lets all four open a folder in a process
+            # A class can register itself for a single Auto class. This map lets all of them open a folder in a process
             # that has not imported this package.
             self.auto_map = {
                 "AutoConfig": "configuration_qformer.QFormerCaptionerConfig",
                 "AutoModel": "modeling_qformer.QFormerCaptioner",
                 "AutoModelForImageTextToText": "modeling_qformer.QFormerCaptioner",
+                "AutoModelForMultimodalLM": "modeling_qformer.QFormerCaptioner",
                 "AutoProcessor": "processing_qformer.QFormerCaptionerProcessor",
             }
 

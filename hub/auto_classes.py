@@ -17,12 +17,19 @@ from typing import Any
 
 PACKAGE = __name__.partition(".")[0]
 CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
+MODELING_AUTO = "transformers.models.auto.modeling_auto"
 PROCESSING_AUTO = "transformers.models.auto.processing_auto"
 
 
 def register_classes() -> None:
     """Register our classes, so that the Auto classes prefer them to the code next to the weights."""
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoProcessor,
+    )
 
     from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
     from ..modeling_qformer import QFormerCaptioner, QFormerModel
@@ -33,6 +40,7 @@ def register_classes() -> None:
     AutoConfig.register(QFormerCaptionerConfig.model_type, QFormerCaptionerConfig)
     AutoModel.register(QFormerCaptionerConfig, QFormerCaptioner)
     AutoModelForImageTextToText.register(QFormerCaptionerConfig, QFormerCaptioner)
+    AutoModelForMultimodalLM.register(QFormerCaptionerConfig, QFormerCaptioner)
     AutoProcessor.register(QFormerCaptionerConfig, QFormerCaptionerProcessor)
 
 
@@ -62,17 +70,35 @@ class QFormerCaptionerConfig(metaclass=Placeholder):
     pass
 
 
+class QFormerModel(metaclass=Placeholder):
+    pass
+
+
+class QFormerCaptioner(metaclass=Placeholder):
+    pass
+
+
 class QFormerCaptionerProcessor(metaclass=Placeholder):
     pass
 
 
 def register_placeholders(module: ModuleType) -> None:
-    """Register the placeholders that belong to one of the two Auto modules."""
+    """Register the placeholders that belong to one of the Auto modules.
+
+    The Auto classes of models and processors look up the type of a configuration, which a placeholder cannot replace.
+    """
     if module.__name__ == CONFIGURATION_AUTO:
         module.AutoConfig.register("qformer", QFormerConfig)
         module.AutoConfig.register("qformer_captioner", QFormerCaptionerConfig)
+        return
+    configuration = importlib.import_module(f"{PACKAGE}.configuration_qformer")  # imports no torch
+    if module.__name__ == MODELING_AUTO:
+        module.MODEL_MAPPING.register(configuration.QFormerConfig, QFormerModel)
+        module.MODEL_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
+        module.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
+        module.MODEL_FOR_MULTIMODAL_LM_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
     else:
-        module.AutoProcessor.register(QFormerCaptionerConfig, QFormerCaptionerProcessor)
+        module.AutoProcessor.register(configuration.QFormerCaptionerConfig, QFormerCaptionerProcessor)
 
 
 class AutoModuleFinder(importlib.abc.MetaPathFinder):
@@ -120,7 +146,7 @@ class AutoModuleLoader(importlib.abc.Loader):
 
 def register_with_transformers() -> None:
     """Register the placeholders with the Auto modules, for those not yet imported through an import hook."""
-    for name in (CONFIGURATION_AUTO, PROCESSING_AUTO):
+    for name in (CONFIGURATION_AUTO, MODELING_AUTO, PROCESSING_AUTO):
         if name in sys.modules:
             register_placeholders(sys.modules[name])
         else:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ..fixtures import tiny
+
 ORDERS = {
     "the package first": "import qformer_captioner; from transformers import AutoConfig, AutoProcessor",
     "transformers first": "from transformers import AutoConfig, AutoProcessor; import qformer_captioner",
@@ -43,6 +45,36 @@ def test_our_classes_are_imported_when_a_placeholder_is_used():
         "before = name in sys.modules; AutoConfig.for_model('qformer_captioner'); print(before, name in sys.modules)"
     )
     assert run(program) == "False True"
+
+
+@pytest.mark.slow
+def test_the_auto_classes_take_our_configuration_objects(tmp_path):
+    """Each class is asked before anything else has used our classes."""
+    tiny.captioner().save_pretrained(tmp_path)
+    program = f"""
+from qformer_captioner import QFormerCaptionerConfig, QFormerConfig
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+processor = PROCESSOR_MAPPING[QFormerCaptionerConfig]
+config = QFormerCaptionerConfig.from_pretrained({str(tmp_path)!r})
+qformer = AutoModel.from_config(QFormerConfig(num_hidden_layers=1))
+made = [auto.from_config(config) for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)]
+loaded = AutoModel.from_pretrained({str(tmp_path)!r}, config=config)
+print(processor.__name__, type(qformer).__name__, *(type(model).__name__ for model in [*made, loaded]))
+print(type(loaded).__module__, sum(weight.numel() for weight in loaded.parameters()))
+"""
+    classes, loaded = run(program).splitlines()
+    assert classes == "QFormerCaptionerProcessor QFormerModel" + 4 * " QFormerCaptioner"
+    assert loaded == f"qformer_captioner.modeling_qformer {tiny.captioner().num_parameters()}"
+
+
+@pytest.mark.slow
+def test_the_auto_classes_take_our_configuration_objects_if_transformers_comes_first():
+    program = (
+        "from transformers import AutoModel; from qformer_captioner import QFormerConfig; "
+        "print(type(AutoModel.from_config(QFormerConfig(num_hidden_layers=1))).__name__)"
+    )
+    assert run(program) == "QFormerModel"
 
 
 @pytest.mark.slow
