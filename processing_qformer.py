@@ -12,12 +12,10 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
@@ -189,6 +187,16 @@ def flatten_images(images: Any) -> list[ImageInput]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], return_tensors: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a tokenizer computes for prompts: `input_ids` and `attention_mask` (`[B, P]`, long; P may be 0)."""
+    tokens = dict(tokenizer(prompts, return_tensors=return_tensors, **options))
+    if return_tensors == "pt":  # empty prompts come as float tensors
+        tokens = {name: value.long() for name, value in tokens.items()}
+    return tokens
+
+
 class PushWithCard(PushToHubMixin):
     """Mixin whose `push_to_hub` writes a model card that shows how to use the repository.
 
@@ -345,33 +353,45 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             images (PIL image, path or URL, or a list of these, *optional*): images to caption.
             text (`str` or list of `str`, *optional*): one prompt for all images, or one for each. A missing or empty
                 prompt is replaced by the prompt of the processor.
-            kwargs: options of the image processor, such as `do_resize=False`.
+            kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer, such as
+                `max_length=20` with `truncation=True`. A tokenizer of the Q-Former gets the same options, but pads on
+                the right. `images_kwargs` and `text_kwargs` hold options of one of them.
 
         Returns:
             `pixel_values` (`[B, 3, H, W]`, float), if there are images. `input_ids` and `attention_mask` (`[B, P]`,
             long; P may be 0). With a `qformer_tokenizer` also `qformer_input_ids` and `qformer_attention_mask`
-            (`[B, P']`, long).
+            (`[B, P']`, long). `return_tensors` sets their type, which is `"pt"` by default.
 
         Raises:
             OSError: if an image cannot be read; the message names it.
-            ValueError: if the number of prompts is neither one nor the number of images.
+            ValueError: if there are neither images nor prompts, or if the number of prompts is neither one nor the
+                number of images.
         """
-        batch = {}
-        images = [] if images is None else flatten_images(images)
+        if images is None and text is None:
+            raise ValueError("There is nothing to process: pass `images`, `text` or both.")
         options = self._merge_kwargs(
-            ProcessingKwargs,  # type: ignore[arg-type]  # the stub asks for an instance of the class
+            self.valid_processor_kwargs,
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
             **kwargs,
         )
+        # The tokenizer's own `padding_side` is that of its pretraining, so only the caller's replaces ours.
+        asked = {**kwargs, **kwargs.get("text_kwargs", {})}
+        text_options = {"padding": True, "return_token_type_ids": False, **options["text_kwargs"]}
+        text_options["padding_side"] = asked.get("padding_side", "right" if self.is_encoder_decoder else "left")
+        return_tensors = text_options.pop("return_tensors", "pt")
+
+        batch = {}
+        images = [] if images is None else flatten_images(images)
         if images:
             upright = [open_image(image) for image in images]
-            image_options = {**options["images_kwargs"], "return_tensors": "pt"}
+            image_options = {"return_tensors": return_tensors, **options["images_kwargs"]}
             batch["pixel_values"] = self.image_processor(upright, **image_options)["pixel_values"]
         prompts = self._prompts_for(text, len(images))
-        batch.update(self._tokenize_prompts(prompts))
+        batch.update(tokenize_prompts(self.tokenizer, prompts, return_tensors, text_options))
         if self.qformer_tokenizer is not None:
-            tokens = self.qformer_tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
-            batch["qformer_input_ids"], batch["qformer_attention_mask"] = tokens["input_ids"], tokens["attention_mask"]
+            text_options["padding_side"] = "right"
+            tokens = tokenize_prompts(self.qformer_tokenizer, prompts, return_tensors, text_options)
+            batch.update({f"qformer_{name}": value for name, value in tokens.items()})
         return BatchFeature(batch)
 
     def as_chat(self, prompt: str) -> str:
@@ -403,19 +423,6 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 f"There are {number_of_images} images but {len(prompts)} prompts: give one prompt, or one for each."
             )
         return [prompt or self.prompt for prompt in prompts]
-
-    def _tokenize_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` (`[B, P]`, long), padded where the language model needs it."""
-        if not any(prompts) and not self.tokenizer("").input_ids:
-            empty = torch.zeros(len(prompts), 0, dtype=torch.long)  # a tokenizer would return empty float tensors
-            return {"input_ids": empty, "attention_mask": empty}
-        tokens = self.tokenizer(
-            prompts,
-            padding=True,
-            padding_side="right" if self.is_encoder_decoder else "left",
-            return_tensors="pt",
-        )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
     # --- Captions -----------------------------------------------------------------------------------------------------
 

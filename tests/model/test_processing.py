@@ -3,6 +3,7 @@
 import base64
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -137,7 +138,7 @@ def test_an_empty_caption_is_refused(make, name, caption):
 
 
 @pytest.mark.parametrize("name", ["words", "gpt2"])
-@pytest.mark.parametrize("text, rows", [(None, 1), ("", 1), (["", ""], 2)])
+@pytest.mark.parametrize("text, rows", [("", 1), (["", ""], 2)])
 def test_an_empty_prompt_is_an_integer_tensor_of_width_zero(make, name, text, rows):
     batch = make(name)(text=text)
     for key in ("input_ids", "attention_mask"):
@@ -354,3 +355,45 @@ def test_the_chat_template_of_the_language_model_survives_saving(tmp_path):
 def test_a_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(ValueError, match="has no chat template: leave out --use_chat_template"):
         tiny.processor().as_chat("What is this?")
+
+
+OPTIONS = {  # options of the tokenizer, and the expected lengths of the first two captions, of 7 and 3 tokens
+    "max_length and truncation": (dict(max_length=4, truncation=True), [4, 3]),
+    "padding to a length": (dict(padding="max_length", max_length=9), [7, 3]),
+    "in text_kwargs": (dict(text_kwargs=dict(max_length=2, truncation=True)), [2, 2]),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("reader", ["language model", "qformer"])
+def test_prompts_follow_the_options_of_the_tokenizer(case, reader):
+    options, lengths = OPTIONS[case]
+    processor = tiny.processor()
+    processor.qformer_tokenizer = tiny.tokenizer()
+    batch = processor(text=tiny.CAPTIONS[:2], **options)
+    mask = batch["attention_mask" if reader == "language model" else "qformer_attention_mask"]
+    assert mask.sum(dim=1).tolist() == lengths
+    assert mask.shape[1] == (9 if options.get("padding") else max(lengths))
+    assert mask[1, 0 if reader == "language model" else -1] == (lengths[0] == lengths[1])  # the side of the padding
+
+
+def test_the_caller_chooses_the_side_of_the_padding():
+    batch = tiny.processor()(text=tiny.CAPTIONS[:2], padding_side="right")
+    assert batch["attention_mask"][1].tolist() == [1, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
+def test_the_batch_has_the_type_that_was_asked_for(kind, expected):
+    batch = tiny.processor()(images=tiny.picture(), text="a red star", return_tensors=kind)
+    assert {type(value) for value in batch.values()} == {expected}
+    assert batch["input_ids"][0] is not None and np.asarray(batch["input_ids"]).shape == (1, 3)
+
+
+def test_what_the_tokenizer_was_asked_for_is_returned():
+    batch = tiny.processor()(text="a red star", return_offsets_mapping=True)
+    assert batch["offset_mapping"].tolist() == [[[0, 1], [1, 5], [5, 10]]]
+
+
+def test_a_call_without_images_and_text_is_refused():
+    with pytest.raises(ValueError, match="nothing to process: pass `images`, `text` or both"):
+        tiny.processor("a photo of")()
