@@ -139,7 +139,7 @@ def open_in_folder(references: ReferenceSet, folder: Path) -> OpenImage:
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}: give the folder of the images with --image_folder.")
     from qformer_captioner.data.image_paths import ImageFolder
-    from qformer_captioner.processing_qformer import open_image
+    from qformer_captioner.images_qformer import open_image
 
     images = ImageFolder(folder)
     return lambda image: open_image(images.locate(references.files.get(image, str(image))))

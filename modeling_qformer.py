@@ -17,7 +17,7 @@ size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,8 +65,9 @@ from .generation_qformer import (
     generate_from_prefix,
     resolve_generation_config,
 )
+from .images_qformer import ImageInput, flatten_images, is_batch
 from .language_qformer import build_prefix, caption_loss, encode_captions
-from .processing_qformer import ImageInput, QFormerCaptionerProcessor
+from .processing_qformer import QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -767,21 +768,24 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         return generate_from_prefix(self.language_model, prefix, prefix_mask, config, **model_kwargs)
 
     def caption(
-        self, images: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str] | None = None, **generation
+        self, images: ImageInput | Iterable[ImageInput], prompt: str | Sequence[str] | None = None, **generation
     ) -> str | list[str]:
         r"""Caption one image or a list of images.
 
         Args:
-            images: a PIL image, a path or a URL, or a list of these.
+            images: an image as [`open_image`] takes it (a PIL image, an array, a tensor, a path, a URL, bytes ...), or
+                several: a list, a column of `datasets`, or an array `[B, H, W, C]`.
             prompt (`str` or list of `str`, *optional*): text that the caption continues; defaults to the processor's.
             generation: options of `generate`, such as `num_beams=5`.
 
         Returns:
-            A string for one image, and a list of strings for a list or with `num_return_sequences` above 1.
+            A string for one image, and a list of strings for several or with `num_return_sequences` above 1.
 
         Raises:
             OSError: if an image is missing or cannot be read; the message names it.
-            ValueError: if the captioner has no processor, or for `return_dict_in_generate=True`.
+            TypeError: if an image is of a type that does not hold images.
+            ValueError: if the captioner has no processor, or for `return_dict_in_generate=True`. Also if an array does
+                not have the shape or the values of an image.
 
         Example:
 
@@ -801,15 +805,15 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 "`caption` returns strings: for scores and other outputs, call "
                 "`model.generate(**model.processor(images, prompt), return_dict_in_generate=True)`."
             )
-        is_batch = isinstance(images, (list, tuple))
-        if is_batch and not images:
+        images, is_one = flatten_images(images), not is_batch(images)
+        if not images:
             return []
         # Offloaded modules move their inputs themselves.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         inputs = self.processor(images=images, text=prompt).to(device)
         token_ids = self.generate(**inputs, **{**generation, "return_dict_in_generate": False})
         captions = [caption.strip() for caption in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
-        return captions if is_batch or len(captions) > 1 else captions[0]
+        return captions[0] if is_one and len(captions) == 1 else captions
 
     # --- Trainable and frozen parts -----------------------------------------------------------------------------------
 

@@ -4,24 +4,22 @@ A `QFormerCaptionerProcessor` joins the image processor of the vision encoder an
 The language model needs no `<image>` token: the model puts the soft prompt in front of the embedded prompt.
 """
 
-import base64
-import io
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import httpx
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
+from .images_qformer import ImageInput, are_floats, flatten_images, open_image
+
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-ImageInput = str | os.PathLike | Image.Image
 
 # This template reduces chat messages to their text, because the language model captions and does not converse. The
 # content of a message is a string or a list of parts. Parts are separated by a space, and messages by a line break.
@@ -61,126 +59,6 @@ print(model.caption("image.png"))
 `trust_remote_code=True` runs Python files of this repository: read them, and pin what you read with `revision="..."`.
 The code is under Apache-2.0; weights follow the terms of the models and data that they come from.
 """
-
-# Images may come from untrusted sources. Pillow opens many more formats, and executes code in some of them
-# (PostScript).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-MAX_PIXELS = 2**27  # half a gigabyte in memory; cameras with 100 megapixels need less.
-MAX_ASPECT_RATIO = 200  # a 1 x 10,000 image needs gigabytes once its shorter side has 224 pixels.
-MAX_BYTES = 2**28  # size limit of a downloaded image.
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def open_image(image: ImageInput | bytes, name: str | None = None) -> Image.Image:
-    """Open an image as upright RGB. A decoded PIL image that is already upright RGB is returned unchanged.
-
-    Args:
-        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path, URL (`http`, `https` or `data`), content of a
-            file, or PIL image.
-        name (`str`, *optional*): name of the image in error messages. Defaults to its path or URL, if it has one.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        OSError: if the image is damaged, too large, or not in one of the formats that are read; the message names it.
-
-    Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from qformer_captioner.processing_qformer import open_image
-    >>> open_image(Image.new("L", (4, 3))).mode
-    'RGB'
-    ```
-    """
-    if name is None and isinstance(image, (str, os.PathLike)):
-        name = os.fspath(image)
-    name = (name or getattr(image, "filename", "") or "without a name")[:200]
-    if is_local_path(image) and not os.path.isfile(image):  # opening a pipe would block
-        raise FileNotFoundError(f"There is no image file {name!r}. Check the path.")
-    try:
-        if isinstance(image, Image.Image):
-            return as_upright_rgb(image)
-        Image.init()
-        formats = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow may be built without some of them
-        with Image.open(image_file(image), formats=formats) as opened:
-            return as_upright_rgb(opened)
-    except Exception as error:  # Pillow raises many types: truncated, unidentified, decompression bomb, bad EXIF ...
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
-        raise OSError(
-            f"The image {name!r} cannot be read, it may be damaged or not an image at all ({reason})."
-        ) from error
-
-
-def is_local_path(image: ImageInput | bytes) -> TypeGuard[str | os.PathLike]:
-    """Return True for a path, in contrast to a URL, the content of a file, or a PIL image."""
-    return isinstance(image, os.PathLike) or (
-        isinstance(image, str) and not image.startswith(("http:", "https:", "data:"))
-    )
-
-
-def image_file(image: str | os.PathLike | bytes) -> str | os.PathLike | io.BytesIO:
-    """Return a path, or an in-memory file with the content of a URL or of bytes, for Pillow to open."""
-    if isinstance(image, str) and image.startswith(("http:", "https:")):
-        image = fetch(image)
-    elif isinstance(image, str) and image.startswith("data:"):
-        image = base64.b64decode(image.partition(",")[2])
-    return io.BytesIO(image) if isinstance(image, bytes) else image
-
-
-def as_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB and apply its EXIF orientation, unless it is decoded upright RGB already.
-
-    Raises:
-        ValueError: if its size would exhaust the memory, when it is decoded or when an image processor resizes it.
-    """
-    longer, shorter = max(image.size), min(image.size)
-    if longer * shorter > MAX_PIXELS or longer > MAX_ASPECT_RATIO * shorter:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} pixels and an aspect ratio of "
-            f"{MAX_ASPECT_RATIO} are allowed"
-        )
-    # Training images are already upright. Subclasses such as `JpegImageFile` may not be decoded yet.
-    is_decoded_rgb = type(image) is Image.Image and image.mode == "RGB"
-    if is_decoded_rgb and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def fetch(url: str) -> bytes:
-    """Download the content of a URL.
-
-    Raises:
-        ValueError: if it is too large for an image.
-    """
-    content = bytearray()
-    with httpx.stream("GET", url, timeout=60, follow_redirects=True) as response:
-        response.raise_for_status()
-        for part in response.iter_bytes():
-            content += part
-            if len(content) > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    return bytes(content)
-
-
-def flatten_images(images: Any) -> list[ImageInput]:
-    """Flatten nested lists of images, in which pipelines pass the images of each conversation.
-
-    Raises:
-        ValueError: if a nested list does not hold exactly one image.
-    """
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    for number, entry in enumerate(images, start=1):
-        if isinstance(entry, (list, tuple)) and len(entry) != 1:
-            raise ValueError(
-                f"A captioner reads one image for each prompt, but conversation {number} has {len(entry)}: give each "
-                "conversation exactly one image."
-            )
-    return [image for entry in images for image in flatten_images(entry)]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The processor
@@ -341,16 +219,32 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
     # --- Images and prompts -------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def open_image(image: ImageInput, name: str | None = None) -> Image.Image:
+        """Open an image as the processor does: upright RGB, transparent pixels white.
+
+        Args:
+            image: path, URL, bytes, array, tensor, PIL image, or another form that [`open_image`] takes.
+            name: name of the image in error messages.
+
+        Raises:
+            OSError: if the image cannot be read; the message names it and says what it is.
+            TypeError: if the image is of a type that does not hold images.
+            ValueError: if an array does not have the shape or the values of an image.
+        """
+        return open_image(image, name)
+
     def __call__(
         self,
-        images: ImageInput | Sequence[ImageInput] | None = None,
+        images: ImageInput | Iterable[ImageInput] | None = None,
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Convert images and prompts to a batch of padded torch tensors.
 
         Args:
-            images (PIL image, path or URL, or a list of these, *optional*): images to caption.
+            images (*optional*): an image to caption, in any form that [`open_image`] takes, or several: a list, a
+                column of `datasets`, or an array `[B, H, W, C]` or `[B, C, H, W]`.
             text (`str` or list of `str`, *optional*): one prompt for all images, or one for each. A missing or empty
                 prompt is replaced by the prompt of the processor.
             kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer, such as
@@ -364,8 +258,9 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
         Raises:
             OSError: if an image cannot be read; the message names it.
+            TypeError: if an image is of a type that does not hold images.
             ValueError: if there are neither images nor prompts, or if the number of prompts is neither one nor the
-                number of images.
+                number of images. Also if an array does not have the shape or the values of an image.
         """
         if images is None and text is None:
             raise ValueError("There is nothing to process: pass `images`, `text` or both.")
@@ -383,8 +278,11 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         batch = {}
         images = [] if images is None else flatten_images(images)
         if images:
-            upright = [open_image(image) for image in images]
             image_options = {"return_tensors": return_tensors, **options["images_kwargs"]}
+            data_format = image_options.pop("input_data_format", None)
+            upright = [open_image(image, input_data_format=data_format) for image in images]
+            if are_floats(images):
+                image_options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
             batch["pixel_values"] = self.image_processor(upright, **image_options)["pixel_values"]
         prompts = self._prompts_for(text, len(images))
         batch.update(tokenize_prompts(self.tokenizer, prompts, return_tensors, text_options))
@@ -470,4 +368,4 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
 QFormerCaptionerProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["QFormerCaptionerProcessor", "open_image"]
+__all__ = ["QFormerCaptionerProcessor"]

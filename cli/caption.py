@@ -112,7 +112,7 @@ def caption_files(
         Each file with its caption, or with the error for an image that cannot be read.
     """
     from ..common.onednn import onednn_linears
-    from ..processing_qformer import open_image
+    from ..images_qformer import open_image
 
     for start in range(0, len(files), batch_size):
         images: dict[str, Image.Image] = {}

@@ -15,7 +15,7 @@ from .captions import captions_of
 from .columns import Rows, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
-from .images import ImageCell, open_cell, undecoded_images
+from .images import ImageCell, file_of_image, open_cell, undecoded_images
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
 
@@ -198,8 +198,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         return open_cell(self._cell(index), self.source.image_folder)
 
     def _skip(self, index: int, reason: str) -> None:
-        cell = self._cell(index)
-        self.skipped.add(self.split, index, cell["path"] if cell else None, reason)
+        self.skipped.add(self.split, index, file_of_image(self._cell(index)), reason)
 
     def _no_readable_image(self, error: OSError) -> InputError:
         return InputError(

@@ -18,7 +18,7 @@ from ..common.onednn import onednn_linears
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch
 from .image_paths import ImageFolder
-from .images import ImageCell, open_cell
+from .images import ImageCell, file_of_image, open_cell
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRow, skipped_row
 
@@ -223,7 +223,7 @@ class ImageViews(Dataset):
         return pixel_values
 
     def _skipped(self, row: int, cell: ImageCell | None, error: Exception) -> SkippedRow:
-        return skipped_row(self.split, row, cell["path"] if cell else None, error)
+        return skipped_row(self.split, row, file_of_image(cell), error)
 
 
 def random_view(image: Image.Image, row: int, view: int, augmentation: Augmentation) -> Image.Image:

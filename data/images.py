@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from ..common.errors import InputError
-from ..processing_qformer import MAX_BYTES, open_image
+from ..common.errors import InputError, one_line
+from ..images_qformer import MAX_BYTES, embedded_content, open_image, shown
 from .image_paths import ImageFolder
 
 
@@ -38,29 +39,52 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
     Raises:
         InputError: if the column cannot hold images.
     """
+    feature = rows.features[column]
     try:
+        if isinstance(feature, dict) and not {"bytes", "path"} & feature.keys():
+            raise TypeError("`datasets` would read it as a column without images")
         return rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
-            f"The column {column!r} holds {rows.features[column]}, not images or paths. Choose another column with "
+            f"The column {column!r} holds {one_line(feature, 200)}, not images or paths. Choose another column with "
             f"{option}."
         ) from error
 
 
 def image_cell(value: Any) -> ImageCell | None:
-    """Return a value of an untyped stream (a dict, bytes or a path) as an undecoded cell."""
-    if isinstance(value, dict):
-        return {"bytes": value.get("bytes"), "path": value.get("path")}
+    """Return a value of an untyped stream (a dict, bytes, or a text) as an undecoded cell.
+
+    Raises:
+        OSError: if the value does not hold an image. The message names its type.
+    """
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys():
+        content, path = value.get("bytes"), value.get("path")
+        if isinstance(content, str | bytes | None) and isinstance(path, str | None):
+            return {"bytes": content.encode() if isinstance(content, str) else content, "path": path}
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
-    return None if value is None else {"bytes": None, "path": str(value)}
+    if isinstance(value, str | None):
+        return None if value is None else {"bytes": None, "path": value}
+    keys = f" with the keys {reprlib.repr(list(value))}" if isinstance(value, dict) else ""
+    raise OSError(f"The image column of the row holds a value of type {type(value).__name__!r}{keys}, not an image.")
+
+
+def file_of_image(value: Any) -> str | None:
+    """Return the path of an undecoded image, or `None` for an image that the data set itself holds.
+
+    Args:
+        value: a cell, or a value of an untyped stream.
+    """
+    path = value.get("path") if isinstance(value, dict) else value
+    return path if isinstance(path, str) and embedded_content(path) is None else None
 
 
 def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Image.Image:
     """Open an undecoded image as upright RGB.
 
     Args:
-        cell: the image. Its bytes are used if present, otherwise its path.
+        cell: the image. Its bytes are used if present, otherwise its path. The path may also be a `data:` URL or base64
+            text, which hold the image themselves.
         folder: folder where the path starts and that it must not leave. By default any path is allowed.
 
     Raises:
@@ -69,11 +93,11 @@ def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Imag
     if cell is None or (cell["bytes"] is None and not cell["path"]):
         raise OSError("The row has no image.")
     content, path = cell["bytes"], cell["path"]
-    if not isinstance(content, bytes | None) or not isinstance(path, str | None):  # from a stream without a schema
-        raise OSError("The image column of the row does not hold an image.")
     if content is not None:
         return open_image(content, os.path.basename(path or ""))
     assert path is not None
+    if (embedded := embedded_content(path)) is not None:
+        return open_image(embedded, path)
     member, _, archive = path.partition("::")
     if path.startswith("zip://") and archive and "::" not in archive:  # a stream of images in an archive
         path = f"{member}::{archive if folder is None else folder.locate(archive)}"
@@ -83,15 +107,15 @@ def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Imag
         with fsspec.open(path) as file:
             content = file.read(MAX_BYTES)
     except Exception as error:  # each archive format raises its own errors
-        raise OSError(f"The image {path[:200]!r} cannot be read ({error}).") from error
+        raise OSError(f"The image {shown(path)} cannot be read ({one_line(error, 200)}).") from error
     return open_image(content, os.path.basename(member))
 
 
 def image_keys(images: datasets.Dataset, column: str) -> np.ndarray:
     """Return keys that identify the images of a data set: `[rows]` of uint64.
 
-    A key is a hash of the image's file name and, if the data set stores the image, of its size. Keys stay the same when
-    a folder moves, and change when rows change or are reordered.
+    A key is a hash of the image's file name and, if the data set stores the image, of its size. For an image in base64
+    it is a hash of the text. Keys stay the same when a folder moves, and change when rows change or are reordered.
 
     Args:
         images: undecoded images, as [`undecoded_images`] returns them.
@@ -102,6 +126,7 @@ def image_keys(images: datasets.Dataset, column: str) -> np.ndarray:
         cells = pa.chunked_array(batch.column(column)).combine_chunks()
         sizes = pc.binary_length(cells.field("bytes")).to_pylist()
         for path, size in zip(cells.field("path").to_pylist(), sizes, strict=True):
-            text = f"{os.path.basename(path or '')}|{size}".encode()
+            file = file_of_image(path)
+            text = f"{path or '' if file is None else os.path.basename(file)}|{size}".encode()
             keys.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
     return np.array(keys, dtype=np.uint64)

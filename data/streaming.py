@@ -14,7 +14,7 @@ from .augmentation import Augmentation
 from .captions import captions_of
 from .columns import column_names, missing_column, nested_value
 from .dataset import CaptionRow, CaptionSource
-from .images import image_cell, open_cell
+from .images import file_of_image, image_cell, open_cell
 from .loading import PEEK_ROWS, iterate_rows
 from .skip_limit import STREAM_ROWS, SkipLimit, try_images
 from .skipped_rows import SkippedRows
@@ -115,8 +115,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
                 except OSError as error:
                     last_error = error
                     if epoch == 0:
-                        cell = image_cell(nested_value(row, source.image_column))
-                        file = cell["path"] if cell else None
+                        file = file_of_image(nested_value(row, source.image_column))
                         self.skipped.add(source.name, None, file, str(error), place=place)
                 else:
                     readable = True

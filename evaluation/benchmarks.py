@@ -16,7 +16,7 @@ from ..common.errors import InputError, one_line
 from ..data.captions import captions_of
 from ..data.columns import with_nested_columns
 from ..data.image_paths import ImageFolder, folder_of_images
-from ..data.images import image_keys, open_cell
+from ..data.images import file_of_image, image_keys, open_cell
 from ..data.loading import load_rows
 from .caption_files import ImageId, ReferenceSet
 from .scoring import FaultyImage
@@ -309,7 +309,7 @@ def load_evaluation_set(
     repeated = [image for image, count in Counter(ids).items() if count > 1]
     if repeated and not row_per_caption:
         raise InputError(f"{len(repeated)} images occur more than once; the first of them is {repeated[0]!r}.")
-    paths = {image: cells[row]["path"] for image, row in row_of.items() if cells[row] is not None}
+    paths = {image: file_of_image(cells[row]) for image, row in row_of.items()}
     names = {image: os.path.basename(path) for image, path in paths.items() if path}
     usable = [image for image, texts in captions.items() if texts or hidden_references]
     if not usable:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, CLIPModel
 
 from ..common.errors import InputError, one_line
-from ..processing_qformer import ImageInput, open_image
+from ..images_qformer import ImageInput, open_image
 from .checks import check_predictions, check_references
 
 PREFIX = "A photo depicts "  # the paper puts it before every caption and every reference

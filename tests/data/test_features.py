@@ -23,7 +23,7 @@ from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
 from qformer_captioner.data.feature_store import FeatureStore, finish_store
 from qformer_captioner.data.loading import load_rows
 from qformer_captioner.data.vision_fingerprint import VisionFingerprint
-from qformer_captioner.processing_qformer import open_image
+from qformer_captioner.images_qformer import open_image
 
 from ..conftest import ROOT
 from ..fixtures import tiny

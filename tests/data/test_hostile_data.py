@@ -26,7 +26,7 @@ from qformer_captioner.data.image_paths import folder_of_images
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
 from qformer_captioner.data.streaming import CaptionStream
-from qformer_captioner.processing_qformer import open_image
+from qformer_captioner.images_qformer import open_image
 from tests.fixtures import tiny
 
 CANARY = (255, 0, 0)

@@ -24,7 +24,6 @@ from ..fixtures.captioned_files import COLOURS, captioned, rows_with_paths, seen
         ("linked/secret.png", "leads out of the folder of images"),
         ("https://example.com/a.png", "is not the path of a file"),
         ("file:///etc/passwd", "is not the path of a file"),
-        ("data:image/png;base64,AAAA", "is not the path of a file"),
         ("a\0.png", "is not the path of a file"),
         ("pictures/gone.png", "There is no image file"),
     ],

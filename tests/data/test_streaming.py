@@ -83,7 +83,7 @@ def test_a_damaged_image_of_a_stream_is_skipped(folder):
     for kind in ("folder of images", "parquet, images"):
         skipped = SkippedRows()
         assert take(stream(KINDS[kind](folder), skipped=skipped), 1)[0][1] == tuple(CAPTIONS[1])
-        assert "cannot be read, it may be damaged" in skipped.pending[0]["reason"], kind
+        assert "cannot be read: it is plain text" in skipped.pending[0]["reason"], kind
 
 
 def test_a_skipped_row_of_a_stream_is_recorded_once(folder):

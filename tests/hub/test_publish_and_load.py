@@ -334,7 +334,7 @@ def test_the_usage_example_of_the_card_runs_unchanged(hub, stranger, repo):
 
 # --- What is in a repository ------------------------------------------------------------------------------------------
 
-PARTS = ("backbones", "configuration", "generation", "language", "modeling", "processing", "saving")
+PARTS = ("backbones", "configuration", "generation", "images", "language", "modeling", "processing", "saving")
 CODE = {f"{name}_qformer.py" for name in PARTS}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CAPTIONER = CODE | PROCESSOR | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -351,7 +351,13 @@ PICTURES = {"captions.png", "loss_curve.png"}
             "tester/adapter",
             PROCESSOR
             | PICTURES
-            | {"README.md", "adapter_config.json", "adapter_model.safetensors", "processing_qformer.py"},
+            | {
+                "README.md",
+                "adapter_config.json",
+                "adapter_model.safetensors",
+                "images_qformer.py",
+                "processing_qformer.py",
+            },
         ),
     ],
 )

@@ -1,17 +1,12 @@
 """Processor: images, prompts and captions become inputs of the model. Each test states one property."""
 
-import base64
-import io
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from qformer_captioner import QFormerCaptionerProcessor
-from qformer_captioner.processing_qformer import open_image
 
 from ..fixtures import tiny
 
@@ -205,23 +200,6 @@ def test_a_conversation_becomes_plain_text(make):
 # --- Images -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
-def test_images_of_every_mode_have_three_channels(make, mode):
-    """The pixels equal those of Pillow's conversion to RGB."""
-    picture = tiny.picture(mode=mode)
-    pixels = make("words")(picture).pixel_values
-    assert pixels.shape == (1, 3, tiny.SIDE, tiny.SIDE)
-    assert torch.equal(pixels, make("words")(picture.convert("RGB")).pixel_values)
-    assert pixels.std() > 0.1
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_files_of_every_mode_have_three_channels(make, mode, tmp_path):
-    tiny.picture(mode=mode).save(tmp_path / "noise.png")
-    pixels = make("words")(tmp_path / "noise.png").pixel_values
-    assert torch.equal(pixels, make("words")(tiny.picture(mode=mode)).pixel_values)
-
-
 def test_images_of_unequal_size_make_a_batch(make):
     sizes = [(40, 50), (300, 7), (1, 1)]
     pixels = make("words")([tiny.picture(size=size) for size in sizes]).pixel_values
@@ -242,70 +220,6 @@ def test_without_images_there_are_no_pixels(make):
 def test_options_reach_the_image_processor(make):
     pixels = make("words")(tiny.picture(size=(40, 50)), do_resize=False).pixel_values
     assert pixels.shape == (1, 3, 50, 40)
-
-
-def test_photographs_are_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the orientation of a camera on its side
-    tiny.picture(size=(40, 20)).save(tmp_path / "photo.jpg", exif=exif)
-    assert open_image(tmp_path / "photo.jpg").size == (20, 40)
-
-
-def test_a_decoded_upright_rgb_image_is_not_copied():
-    picture = tiny.picture()
-    assert open_image(picture) is picture
-
-
-def test_a_decoded_image_with_an_exif_orientation_is_turned_upright():
-    picture, exif = tiny.picture(size=(40, 20)), Image.Exif()
-    exif[0x0112] = 6
-    picture.info["exif"] = exif.tobytes()
-    upright = open_image(picture)
-    assert upright.size == (20, 40)
-    assert open_image(upright) is upright
-
-
-def test_a_decoded_image_of_absurd_size_is_refused():
-    with pytest.raises(OSError, match="1 x 10000 pixels"):
-        open_image(Image.new("RGB", (1, 10_000)))
-
-
-def test_a_data_url_holds_its_image():
-    buffer = io.BytesIO()
-    tiny.picture().save(buffer, "PNG")
-    opened = open_image("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
-    assert opened.tobytes() == tiny.picture().tobytes()
-
-
-@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
-def test_the_error_for_a_missing_file_names_it(tmp_path, kind):
-    with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
-        open_image(kind(tmp_path / "absent.jpg"))
-
-
-def test_a_folder_is_not_an_image(tmp_path):
-    with pytest.raises(OSError, match=tmp_path.name):
-        open_image(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-@pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_the_error_for_a_damaged_file_names_it(tmp_path, damage, ending):
-    path = tmp_path / f"broken.{ending}"
-    tiny.picture(size=(200, 200)).save(path)
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"not an image", "empty": b""}[damage])
-    with pytest.raises(OSError, match=rf"broken\.{ending}"):
-        open_image(path)
-
-
-def test_the_error_for_an_image_opened_from_a_damaged_file_names_it(tmp_path):
-    """Pillow decodes the pixels only when they are used."""
-    path = tmp_path / "broken.png"
-    tiny.picture(size=(200, 200)).save(path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(OSError, match=r"broken\.png"):
-        open_image(Image.open(path))
 
 
 # --- Saving -----------------------------------------------------------------------------------------------------------

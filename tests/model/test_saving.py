@@ -23,6 +23,7 @@ import qformer_captioner
 from qformer_captioner import QFormerCaptioner, saving_qformer
 from qformer_captioner.saving_qformer import BackboneFingerprint
 
+from ..conftest import ROOT
 from ..fixtures import tiny
 
 LANGUAGES = {
@@ -304,13 +305,7 @@ def test_a_folder_holds_all_files_that_open_it(folders, folder):
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
-        "configuration_qformer.py",
-        "backbones_qformer.py",
-        "generation_qformer.py",
-        "language_qformer.py",
-        "modeling_qformer.py",
-        "processing_qformer.py",
-        "saving_qformer.py",
+        *(file.name for file in ROOT.glob("*_qformer.py")),
     }
 
 

@@ -1,0 +1,116 @@
+"""Images that a data set itself holds, in base64 or as `data:` URLs, and columns that hold none."""
+
+import base64
+
+import datasets
+import pytest
+
+from qformer_captioner.common.errors import InputError
+from qformer_captioner.data.images import file_of_image, image_keys, undecoded_images
+from qformer_captioner.data.skipped_rows import SkippedRows
+
+from ..fixtures.captioned_files import (
+    COLOURS,
+    captioned,
+    png,
+    seen,
+    stream,
+    take,
+    write_jsonl,
+    write_parquet,
+)
+
+RGB = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255), (0, 0, 0)]
+EMBEDDED = {
+    "base64": lambda text: text,
+    "data URL": lambda text: f"data:image/png;base64,{text}",
+    "dict of base64": lambda text: {"bytes": text, "path": None},
+    "dict of a data URL": lambda text: {"path": f"data:image/png;base64,{text}"},
+}
+
+
+def embedded_rows(folder, form):
+    """Return rows whose image column holds the pictures themselves."""
+    texts = [base64.b64encode(png(folder, colour)).decode() for colour in COLOURS]
+    return [
+        {"image": EMBEDDED[form](text), "caption": f"all {colour}"} for text, colour in zip(texts, COLOURS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("form", EMBEDDED)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "stream of jsonl", "stream of parquet"])
+def test_images_in_base64_are_read(folder, form, kind):
+    rows = embedded_rows(folder, form)
+    if kind.endswith("parquet"):
+        name = write_parquet(folder / "rows.parquet", [row["image"] for row in rows])
+    else:
+        name = write_jsonl(folder / "rows.jsonl", rows)
+    if kind.startswith("stream"):
+        colours = [colour for colour, _ in take(stream(name), len(RGB))]
+    else:
+        data = captioned(name)
+        colours = [seen(data[row])[0] for row in range(len(data))]
+    assert colours == RGB
+
+
+def test_images_in_base64_of_a_csv_file_are_read(folder):
+    lines = [f"{row['image']},{row['caption']}" for row in embedded_rows(folder, "base64")]
+    (folder / "rows.csv").write_text("\n".join(["image,caption", *lines]))
+    data = captioned(folder / "rows.csv")
+    assert [seen(data[row]) for row in (0, 2)] == [(RGB[0], ("all red",)), (RGB[2], ("all blue",))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "image",
+    ["data:image/png;base64,AAAA", "QUJD" * 5000, {"bytes": "QUJD" * 5000, "path": None}],
+    ids=["URL", "text", "dict"],
+)
+def test_the_record_of_a_broken_image_in_base64_does_not_repeat_it(folder, image, streaming):
+    good = embedded_rows(folder, "base64")[2]
+    if isinstance(image, dict):
+        good["image"] = {"bytes": good["image"], "path": None}
+    name = write_jsonl(folder / "rows.jsonl", [{"image": image, "caption": "one"}, good])
+    skipped = SkippedRows()
+    data = stream(name, skipped=skipped) if streaming else captioned(name, skipped=skipped)
+    assert seen(next(iter(data))) == (RGB[2], ("all blue",))
+    (entry,) = skipped.pending
+    assert entry["file"] is None
+    assert "cannot be read" in entry["reason"] and len(entry["reason"]) < 200
+
+
+def test_keys_tell_images_in_base64_apart():
+    """Their last parts are equal, as those of all PNG files are."""
+    texts = [
+        base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes([number]) * 90 + b"IEND").decode() + "/AAA" for number in (1, 2)
+    ]
+    rows = datasets.Dataset.from_dict({"image": texts})
+    first, second = image_keys(undecoded_images(rows, "image", "--image_column"), "image")
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, True, {f"name {number}": 1 for number in range(500)}, ["a.jpg", "b.jpg"], [{"url": "a"}]],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_column_that_cannot_hold_images_is_refused(value):
+    rows = datasets.Dataset.from_dict({"image": [value]})
+    with pytest.raises(InputError, match="The column 'image' holds .* not images or paths") as refused:
+        undecoded_images(rows, "image", "--image_column")
+    assert len(str(refused.value)) <= 500
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(5, "'int'"), ([1, 2], "'list'"), ({"src": "a"}, r"'dict' with the keys \['src'\]")]
+)
+def test_a_value_of_a_stream_that_is_not_an_image_is_named(folder, value, kind):
+    skipped = SkippedRows()
+    name = write_jsonl(folder / "rows.jsonl", [{"image": value, "caption": "one"}])
+    with pytest.raises(InputError, match=f"a value of type {kind}, not an image"):
+        next(iter(stream(name, skipped=skipped)))
+
+
+def test_the_file_of_an_image_is_its_path():
+    assert file_of_image({"bytes": None, "path": "a.jpg"}) == file_of_image("a.jpg") == "a.jpg"
+    assert file_of_image(None) is None
