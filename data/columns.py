@@ -41,6 +41,35 @@ def nested_value(row: dict[str, Any], column: str) -> Any:
     return value
 
 
+def with_label_names(rows: Rows) -> Rows:
+    """Return the rows with the names of their classes instead of numbers, in each column of class labels.
+
+    Args:
+        rows: the data set. A number below 0 marks a row without a label, which becomes `None`.
+    """
+    labels = {name: kind for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.ClassLabel)}
+    if not labels:
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        features = datasets.Features({**rows.features, **dict.fromkeys(labels, datasets.Value("string"))})
+        return rows.map(names_in_row, fn_kwargs={"labels": labels}, input_columns=list(labels), features=features)
+    for name, kind in labels.items():
+        values = [class_name(kind, number) for number in rows[name]]
+        names = datasets.Dataset.from_dict({name: values}, features=datasets.Features({name: datasets.Value("string")}))
+        rows = datasets.concatenate_datasets([rows.remove_columns(name), names], axis=1)
+    return rows
+
+
+def names_in_row(*numbers: int | None, labels: dict[str, datasets.ClassLabel]) -> dict[str, str | None]:
+    """Return the names of the classes of a row."""
+    return {name: class_name(kind, number) for (name, kind), number in zip(labels.items(), numbers, strict=True)}
+
+
+def class_name(labels: datasets.ClassLabel, number: int | None) -> str | None:
+    """Return the name of a class, or `None` if its number is missing or below 0."""
+    return None if number is None or number < 0 else labels.int2str(number)
+
+
 def missing_column(column: str, existing: Sequence[str], option: str) -> InputError:
     """Return the error for a column that a data set does not have.
 

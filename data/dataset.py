@@ -1,7 +1,7 @@
 """Data set of images with captions, read row by row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 
 from ..common.errors import InputError, one_line
 from .augmentation import Augmentation, RowText
-from .captions import captions_of
-from .columns import Rows, missing_column, with_nested_columns
+from .captions import captions_of, describe, why_no_caption
+from .columns import Rows, column_names, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
 from .images import ImageCell, file_of_image, open_cell, undecoded_images
+from .names import CAPTION_NAMES, IMAGE_NAMES, find_name
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
 
@@ -49,6 +50,22 @@ class CaptionSource:
     image_id_column: str | None = None
     image_folder: ImageFolder | None = None
     option_prefix: str = ""
+
+    def with_existing_columns(self) -> "CaptionSource":
+        """Return the source with the columns that the rows have.
+
+        Where the column "image" or "caption" is missing, the only column with the same meaning takes its place, such as
+        "file_name" or "text".
+        """
+        existing = column_names(self.rows)
+        image_column = find_name(IMAGE_NAMES, existing, self.image_column)
+        if image_column is None and self.image_column == "image" and "image_id" in existing:  # files as ids
+            image_column = "image_id"
+        return replace(
+            self,
+            image_column=image_column or self.image_column,
+            caption_column=find_name(CAPTION_NAMES, existing, self.caption_column) or self.caption_column,
+        )
 
 
 class CaptionDataset(Dataset[CaptionRow]):
@@ -87,7 +104,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         augmentation: Augmentation | None = None,
         features: SplitFeatures | None = None,
     ):
-        self.source = source
+        self.source = source = source.with_existing_columns()
         self.split = source.name
         self.rows: datasets.Dataset = with_nested_columns(source.rows, source.image_column, source.caption_column)
         self._check_columns(needs_images=features is None)
@@ -100,13 +117,14 @@ class CaptionDataset(Dataset[CaptionRow]):
             self.images = undecoded_images(
                 self.rows, source.image_column, option=f"--{source.option_prefix}image_column"
             )
-        self.captions = [captions_of(value) for value in self.rows[source.caption_column]]
+        cells = self.rows[source.caption_column]
+        self.captions = [captions_of(value) for value in cells]
         merged = self._merge_rows_of_an_image()
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
         for index in sorted(set(range(len(self.rows))) - set(self.indices) - merged):
-            self._skip(index, "no caption")
+            self._skip(index, why_no_caption(cells[index]))
         if not self.indices:
-            raise InputError(f"No row of the {self.split} split has a caption in its column {source.caption_column!r}.")
+            raise no_caption(self.split, source, cells, self.rows.column_names)
         if features is not None:
             self._check_features(features)
             self._drop_rows_without_features(features)
@@ -263,6 +281,23 @@ class CaptionDataset(Dataset[CaptionRow]):
         """Return the values of another column of the data set, one for each row."""
         values = self.rows[name]
         return [values[index] for index in self.indices]
+
+
+def no_caption(split: str, source: CaptionSource, cells: Sequence[Any], existing: Sequence[str]) -> InputError:
+    """Return the error for a column without captions, with what it holds instead.
+
+    Args:
+        split: name of the split.
+        source: the source of the rows.
+        cells: the values of the caption column.
+        existing: names of the columns.
+    """
+    held = next(filter(lambda held: held != "nothing", map(describe, cells)), "nothing")
+    return InputError(
+        f"No row of the {split} split has a caption in its column {source.caption_column!r}, which holds {held}; the "
+        f"columns are {one_line(', '.join(map(repr, existing)), 200)}. Choose another with "
+        f"--{source.option_prefix}caption_column."
+    )
 
 
 class ShuffledImages(Dataset[CaptionRow]):

@@ -11,7 +11,8 @@ import datasets
 
 from ..common.errors import InputError, one_line
 from ..common.logging import get_logger
-from .columns import Rows, column_names
+from .caption_forms import VizWizRules
+from .columns import Rows, column_names, with_label_names
 from .folders import read_folder
 from .row_files import check_table, dataset_loading_error, find_files, read_files, reason_of
 from .skipped_rows import SkippedRows
@@ -29,6 +30,7 @@ def load_rows(
     revision: str | None = None,
     streaming: bool = False,
     skipped: SkippedRows | None = None,
+    rules: VizWizRules | None = None,
 ) -> dict[str, Rows]:
     """Load the splits of a data set.
 
@@ -37,8 +39,8 @@ def load_rows(
 
             - a data set on the Hub;
             - a local folder: images with captions, as [`read_folder`] finds them, or parquet files;
-            - a file of rows (`.parquet`, `.json`, `.jsonl`, `.csv`, `.tsv`), of webdataset samples (`.tar`), or of
-              COCO's annotations;
+            - a file of rows: `.parquet`, `.json`, `.jsonl`, `.csv`, `.tsv` or `.txt`;
+            - a file of COCO's annotations or in another form of [`read_form`], or of webdataset samples (`.tar`);
             - several such files: `shards/*.tar` or `train-{000..015}.tar`.
         config_name: name of one of the data set's configurations.
         split_column: column with the name of each row's split, for data sets that keep all rows in one split.
@@ -46,9 +48,10 @@ def load_rows(
         revision: branch, tag or commit of a data set on the Hub.
         skipped: record of the rows that belong to no split, and of what a folder holds besides its rows.
         streaming: return streams, which read rows on demand and do not store them. Their images are undecoded.
+        rules: rules for the captions of VizWiz.
 
     Returns:
-        The rows of each split.
+        The rows of each split. Columns of class labels hold the names of the classes.
 
     Raises:
         InputError: if the data set or the split does not exist, or a file cannot be read.
@@ -67,11 +70,12 @@ def load_rows(
         if files:
             for file in files:
                 check_table(file)
-            splits = read_files(files, streaming)
+            splits = read_files(files, streaming, rules)
         elif os.path.isdir(name) and config_name is None:
             splits = read_folder(name, streaming, skipped)
         if splits is None:
             splits = load_from_hub_or_folder(name, config_name, split, revision, streaming)
+        splits = {label: with_label_names(rows) for label, rows in splits.items()}
         if streaming:
             next(iter(undecoded(next(iter(splits.values())))))  # raise an error now if the first row cannot be read
     except Exception as error:  # `datasets` raises a different class for each way of failing

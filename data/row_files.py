@@ -1,29 +1,24 @@
-"""Files of rows (parquet, JSON, CSV, tar): finding, checking and reading them, and clear errors."""
+"""Files of rows (text, parquet, tar): finding, checking and reading them, and clear errors."""
 
 import glob
-import json
+import itertools
 import os
 import re
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import datasets
+import pyarrow as pa
 
 from ..common.errors import InputError, one_line
-from .coco_annotations import read_coco_annotations
+from .caption_forms import VizWizRules, read_form
 from .columns import Rows
+from .row_builder import RowFiles, arrow_table
+from .text_files import MAX_COLUMNS
+from .text_rows import TEXT_SUFFIXES, read_document
 
-# The builder of `datasets` that reads each kind of file, and its options. Cells of CSV files are read as text, because
-# "NA" may be a caption.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".parquet": ("parquet", {}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".tar": ("webdataset", {}),
-}
-MAX_COLUMNS = 1000
+READERS = {".parquet": "parquet", ".tar": "webdataset"}  # builders of `datasets` for files that are not text
+SUFFIXES = (*TEXT_SUFFIXES, *READERS)
 MAX_NESTING = 1000  # of brackets in JSON
 MAX_REASON_CHARACTERS = 300  # of an error of a reader, within a message
 
@@ -50,13 +45,18 @@ def find_files(name: str) -> list[str]:
     if os.path.isfile(name) or "://" in name:
         return [name]
     files = sorted(glob.glob(name, recursive=True))
-    if not files and (glob.has_magic(name) or Path(name).suffix in READERS):
+    if not files and (glob.has_magic(name) or Path(name).suffix.lower() in SUFFIXES):
         raise InputError(f"There is no file {name!r}.")
     return files
 
 
-def read_files(files: list[str], streaming: bool) -> dict[str, Rows]:
-    """Read files of one kind.
+def read_files(files: list[str], streaming: bool, rules: VizWizRules | None = None) -> dict[str, Rows]:
+    """Read files of one kind. This is the border at which every form of file becomes rows with columns.
+
+    Args:
+        files: the files.
+        streaming: return a stream. A JSON document is read at once nevertheless.
+        rules: rules for the captions of VizWiz.
 
     Returns:
         Their rows, as the split "train".
@@ -64,17 +64,28 @@ def read_files(files: list[str], streaming: bool) -> dict[str, Rows]:
     Raises:
         InputError: if the files are of different kinds, or of a kind that cannot be read.
     """
-    kinds = {Path(file).suffix for file in files}
-    if len(kinds) > 1 or kinds - set(READERS):
+    suffixes = {Path(file).suffix.lower() for file in files}
+    if len(suffixes) > 1 or suffixes - set(SUFFIXES):
         raise InputError(
-            f"Files of rows must all have the same suffix, one of {', '.join(READERS)}; these have "
-            f"{', '.join(kind or 'none' for kind in sorted(kinds))}."
+            f"Files of rows must all have the same suffix, one of {', '.join(SUFFIXES)}; these have "
+            f"{', '.join(suffix or 'none' for suffix in sorted(suffixes))}."
         )
-    if kinds == {".json"} and len(files) == 1 and (rows := read_coco_annotations(files[0])) is not None:
+    escaped = {"train": list(map(glob.escape, files))}  # `datasets` interprets file names as patterns
+    if (suffix := suffixes.pop()) in READERS:
+        return dict(datasets.load_dataset(READERS[suffix], data_files=escaped, streaming=streaming))
+    documents = list(itertools.takewhile(lambda document: document is not None, map(read_document, files)))
+    if documents:
+        if len(documents) < len(files):
+            raise InputError(f"{files[0]!r} holds one JSON document, but {files[len(documents)]!r} holds rows.")
+        rules = rules or VizWizRules()
+        parts = [arrow_table(read_form(*named, rules)) for named in zip(documents, files, strict=True)]
+        rows = datasets.Dataset(pa.concat_tables(parts, promote_options="permissive"))
         return {"train": rows.to_iterable_dataset() if streaming else rows}
-    builder, options = READERS[kinds.pop()]
-    escaped = list(map(glob.escape, files))  # `datasets` interprets file names as patterns
-    return dict(datasets.load_dataset(builder, data_files={"train": escaped}, streaming=streaming, **options))
+    builder = RowFiles(data_files=escaped)
+    if streaming:
+        return {"train": builder.as_streaming_dataset(split="train")}
+    builder.download_and_prepare()
+    return {"train": builder.as_dataset(split="train")}
 
 
 def check_table(file: str | os.PathLike) -> None:
@@ -124,19 +135,18 @@ def has_shallow_nesting(file: IO[bytes]) -> bool:
 
 
 def dataset_loading_error(name: str, files: list[str], error: Exception) -> InputError:
-    """Return the error for a data set that could not be loaded, with the invalid line of a JSON file.
+    """Return the error for a data set that could not be loaded.
 
     Args:
         name: name of the data set.
         files: the files that the name matches, if any.
         error: the error that `datasets` raised.
     """
-    if isinstance(error, InputError):
-        return error
+    for raised in (error, error.__cause__):  # `datasets` wraps the errors of a builder
+        if isinstance(raised, InputError):
+            return raised
     reason = reason_of(error)
     if files:
-        if files[0].endswith(("json", "jsonl")):
-            reason = next(filter(None, map(find_invalid_json, files)), reason)
         return InputError(f"The file {name!r} cannot be read: {reason.rstrip('.')}.")
     kind = "folder" if os.path.exists(name) else "data set"
     return InputError(
@@ -153,26 +163,7 @@ def reason_of(error: Exception) -> str:
     """
     cause = error.__cause__ or error
     first_line = (str(cause).splitlines() or [""])[0]
-    reason = one_line(first_line, MAX_REASON_CHARACTERS).removeprefix("Error tokenizing data. C error: ")
+    reason = one_line(first_line, MAX_REASON_CHARACTERS)
     if isinstance(cause, StopIteration) or "corresponds to no data" in reason:
         return "it has no rows"
     return f"{reason} is missing" if isinstance(cause, KeyError) else reason
-
-
-def find_invalid_json(file: str) -> str | None:
-    """Return the position of the first invalid JSON in a file, or `None` if the file is valid JSON or JSON lines."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            if text.lstrip().startswith("["):
-                return f"line {error.lineno} is not valid JSON ({error.msg})"
-            for number, line in enumerate(text.splitlines(), start=1):
-                try:
-                    json.loads(line or "0")
-                except json.JSONDecodeError as line_error:
-                    return f"line {number} of {os.path.basename(file)} is not valid JSON ({line_error.msg})"
-    except (OSError, RecursionError, ValueError) as error:  # not UTF-8, or numbers of thousands of digits
-        return one_line(error, MAX_REASON_CHARACTERS)
-    return None

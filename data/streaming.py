@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..common.errors import InputError
 from .augmentation import Augmentation
-from .captions import captions_of
+from .captions import captions_of, why_no_caption
 from .columns import column_names, missing_column, nested_value
 from .dataset import CaptionRow, CaptionSource
 from .images import file_of_image, image_cell, open_cell
@@ -58,6 +58,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
         process_index: int = 0,
         num_processes: int = 1,
     ):
+        sources = [source.with_existing_columns() for source in sources]
         for source in sources:
             columns = column_names(source.rows)
             for option, column in (("image_column", source.image_column), ("caption_column", source.caption_column)):
@@ -140,9 +141,10 @@ class CaptionStream(IterableDataset[CaptionRow]):
         Raises:
             OSError: if the row has no caption, or its image cannot be read.
         """
-        captions = captions_of(nested_value(row, source.caption_column))
+        cell = nested_value(row, source.caption_column)
+        captions = captions_of(cell)
         if not captions:
-            raise OSError("no caption")
+            raise OSError(why_no_caption(cell))
         image = self._open_image(source, row)
         generator = self.augmentation.generator(epoch, place)
         image = self.augmentation.augment_image(image, generator)

@@ -280,7 +280,7 @@ NO_CAPTIONS = {
     "control characters alone": "\0\x1b\x07",
     "not a number": float("nan"),
     "list in a list": [["a dog"]],
-    "other fields": {"text": "a dog"},
+    "other fields": {"mood": "a dog"},
     "bytes": b"a dog",
     "truth": True,
 }

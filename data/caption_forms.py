@@ -1,0 +1,198 @@
+"""Forms in which benchmarks and tools store captions in one JSON document, as columns of rows."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..common.errors import InputError, one_line
+from .captions import captions_of, describe
+from .json_files import Document, columns_of
+from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, normal
+from .skipped_rows import SkippedRows
+from .text_files import Columns
+
+
+@dataclass(frozen=True)
+class VizWizRules:
+    """Rules of VizWiz about captions that its own evaluation leaves out.
+
+    Args:
+        ignore_rejected: leave out captions that were rejected as spam (`is_rejected`).
+        ignore_precanned: leave out ready-made captions about the quality of the image (`is_precanned`).
+        skipped: record of the captions that are left out.
+
+    Example:
+
+    ```python
+    >>> rules = VizWizRules(ignore_precanned=False)
+    >>> rules.ignores({"caption": "asdf", "is_rejected": True}, 7, "a.jpg"), len(rules.skipped)
+    (True, 1)
+    ```
+    """
+
+    ignore_rejected: bool = True
+    ignore_precanned: bool = True
+    skipped: SkippedRows = field(default_factory=SkippedRows)
+
+    def ignores(self, annotation: dict[str, Any], number: int, file: str | None) -> bool:
+        """Return whether a caption is left out, and record it.
+
+        Args:
+            annotation: the caption with its flags.
+            number: its position among the annotations.
+            file: the image.
+        """
+        flags = {"is_rejected": self.ignore_rejected, "is_precanned": self.ignore_precanned}
+        for flag, is_ignored in flags.items():
+            if is_ignored and annotation.get(flag):
+                reason = f"annotation {number} is left out, because VizWiz marks it: {flag}"
+                self.skipped.add("train", None, file, reason, place=number)
+                return True
+        return False
+
+
+def read_form(document: Document, name: str, rules: VizWizRules) -> Columns:
+    """Return the rows of a JSON document as columns.
+
+    Args:
+        document: COCO's annotations (also VizWiz, NoCaps), Karpathy's splits, TextCaps, captions by image, an object
+            that holds one list of rows, or a single row.
+        name: the file, for messages.
+        rules: rules for the captions of VizWiz.
+
+    Returns:
+        The columns `image` (a path, or `None`) and `caption`. Forms that have them also give `image_id`, `split` and
+        `domain`. A list of rows keeps its own columns.
+
+    Raises:
+        InputError: if the document has no known form, or an entry does not have the fields of its form.
+    """
+    lists = {key: value for key, value in document.items() if is_list_of_objects(value)}
+    if "images" in lists and any("sentences" in image for image in lists["images"]):
+        return karpathy_columns(lists["images"], name)
+    if isinstance(document.get("images"), list) and isinstance(document.get("annotations"), list):
+        return coco_columns(document["images"], document["annotations"], name, rules)
+    if "data" in lists and any("reference_strs" in row for row in lists["data"]):
+        return textcaps_columns(lists["data"], name)
+    known_names = IMAGE_NAMES + CAPTION_NAMES + ID_NAMES
+    if any(normal(key) in known_names for key in document.keys() - lists.keys()):
+        return columns_of([document], name)  # one row
+    captions = list(map(captions_of, document.values()))
+    if captions and all(captions):
+        return {"image": list(document), "image_id": list(document), "caption": captions}
+    if len(lists) == 1:
+        (rows,) = lists.values()
+        return columns_of(rows, name)
+    keys = ", ".join(repr(key[:40]) for key in list(document)[:8])
+    raise InputError(
+        f"The file {name!r} holds a JSON object with {keys or 'nothing'}, which is not a known form of captions: give "
+        "a list of rows, or COCO's annotations."
+    )
+
+
+def is_list_of_objects(value: Any) -> bool:
+    """Return whether a value is a list of dicts that is not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# COCO, VizWiz, NoCaps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def coco_columns(images: list, annotations: list, name: str, rules: VizWizRules) -> Columns:
+    """Gather the captions of each image of COCO's annotations."""
+    without_id = (n for n, image in enumerate(images) if not isinstance(image, dict) or not is_id(image.get("id")))
+    refuse(name, without_id, lambda n: f'image {n} has no valid id, as in {{"id": 1, "file_name": "a.jpg"}}')
+    refuse(name, repeated(image["id"] for image in images), lambda image: f"image {image!r} occurs more than once")
+    captions: dict[int | str, list] = {image["id"]: [] for image in images}
+    files = {image["id"]: image.get("file_name") for image in images}
+    refuse(
+        name,
+        (image for image, file in files.items() if not isinstance(file, str | None)),
+        lambda image: f"the file name of image {image!r} is {files[image]!r}, which is not a string",
+    )
+    without_caption = [n for n, a in enumerate(annotations) if not isinstance(a, dict) or "caption" not in a]
+    if annotations and len(without_caption) == len(annotations):
+        raise InputError(f"The file {name!r} holds no captions: its annotations are {describe(annotations)}.")
+    refuse(name, without_caption, lambda number: f"annotation {number} has no 'caption'")
+    refuse(
+        name,
+        (n for n, a in enumerate(annotations) if not is_id(a.get("image_id")) or a["image_id"] not in captions),
+        lambda number: (
+            f"annotation {number} is of image {annotations[number].get('image_id')!r}, which is not among its images"
+        ),
+    )
+    for number, annotation in enumerate(annotations):
+        image = annotation["image_id"]
+        if not rules.ignores(annotation, number, files[image]):
+            captions[image].append(annotation["caption"])
+    columns = {"image": list(files.values()), "image_id": list(captions), "caption": list(captions.values())}
+    for key in ("split", "domain"):
+        if any(image.get(key) is not None for image in images):
+            columns[key] = [image.get(key) for image in images]
+    return columns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other benchmarks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def karpathy_columns(images: list[dict[str, Any]], name: str) -> Columns:
+    """Return the images of Karpathy's splits. The split "restval" becomes part of "train", as is usual."""
+    for key in ("filename", "sentences"):
+        refuse(name, (n for n, i in enumerate(images) if key not in i), lambda n, key=key: f"image {n} has no {key!r}")
+    splits = [image.get("split") for image in images]
+    return {
+        "image": [os.path.join(str(image.get("filepath") or ""), str(image["filename"])) for image in images],
+        "image_id": [image.get("cocoid", image.get("imgid", image["filename"])) for image in images],
+        "caption": [captions_of(image["sentences"]) for image in images],
+        "split": ["train" if split == "restval" else split for split in splits],
+    }
+
+
+def textcaps_columns(rows: list[dict[str, Any]], name: str) -> Columns:
+    """Gather the captions of each image of TextCaps, which has a row for each caption."""
+    refuse(name, (n for n, row in enumerate(rows) if "image_id" not in row), lambda n: f"row {n} has no 'image_id'")
+    captions: dict[Any, dict[str, None]] = {}
+    first_rows: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        first_rows.setdefault(row["image_id"], row)
+        texts = row.get("reference_strs") or row.get("caption_str")
+        captions.setdefault(row["image_id"], {}).update(dict.fromkeys(captions_of(texts)))
+    paths = [row.get("image_path") or row.get("image_name") or row["image_id"] for row in first_rows.values()]
+    columns = {"image": paths, "image_id": list(captions), "caption": list(map(list, captions.values()))}
+    if all("set_name" in row for row in first_rows.values()):
+        columns["split"] = [row["set_name"] for row in first_rows.values()]
+    return columns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_id(value: object) -> bool:
+    """Return whether a value can identify an image: an integer or a string."""
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def repeated(values: Iterable) -> list:
+    """Return the values that occur more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def refuse(name: str, offenders: Iterable, describe_one: Callable[[Any], str]) -> None:
+    """Raise an error that names the first offender and counts all.
+
+    Args:
+        name: the file.
+        offenders: entries that cannot be used. Without any, no error is raised.
+        describe_one: function that says what is wrong with an offender.
+    """
+    if offenders := list(offenders):
+        count = f" ({len(offenders)} in all)" if len(offenders) > 1 else ""
+        raise InputError(f"In {name[-150:]!r}, {one_line(describe_one(offenders[0]), 250)}{count}.")
