@@ -3,13 +3,13 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import InputError, one_line
 from .captions import captions_of, describe
 from .json_files import Document, columns_of
-from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, normal
+from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, find_name, normal
 from .skipped_rows import SkippedRows
 from .text_files import Columns
 
@@ -21,39 +21,25 @@ class VizWizRules:
     Args:
         ignore_rejected: leave out captions that were rejected as spam (`is_rejected`).
         ignore_precanned: leave out ready-made captions about the quality of the image (`is_precanned`).
-        skipped: record of the captions that are left out.
 
     Example:
 
     ```python
-    >>> rules = VizWizRules(ignore_precanned=False)
-    >>> rules.ignores({"caption": "asdf", "is_rejected": True}, 7, "a.jpg"), len(rules.skipped)
-    (True, 1)
+    >>> VizWizRules(ignore_precanned=False).mark_of({"caption": "asdf", "is_rejected": True})
+    'is_rejected'
     ```
     """
 
     ignore_rejected: bool = True
     ignore_precanned: bool = True
-    skipped: SkippedRows = field(default_factory=SkippedRows)
 
-    def ignores(self, annotation: dict[str, Any], number: int, file: str | None) -> bool:
-        """Return whether a caption is left out, and record it.
-
-        Args:
-            annotation: the caption with its flags.
-            number: its position among the annotations.
-            file: the image.
-        """
-        flags = {"is_rejected": self.ignore_rejected, "is_precanned": self.ignore_precanned}
-        for flag, is_ignored in flags.items():
-            if is_ignored and annotation.get(flag):
-                reason = f"annotation {number} is left out, because VizWiz marks it: {flag}"
-                self.skipped.add("train", None, file, reason, place=number)
-                return True
-        return False
+    def mark_of(self, annotation: dict[str, Any]) -> str | None:
+        """Return the mark because of which a caption is left out, or `None`."""
+        ignored = {"is_rejected": self.ignore_rejected, "is_precanned": self.ignore_precanned}
+        return next((mark for mark, is_ignored in ignored.items() if is_ignored and annotation.get(mark)), None)
 
 
-def read_form(document: Document, name: str, rules: VizWizRules) -> Columns:
+def read_form(document: Document, name: str, rules: VizWizRules, skipped: SkippedRows) -> Columns:
     """Return the rows of a JSON document as columns.
 
     Args:
@@ -61,6 +47,7 @@ def read_form(document: Document, name: str, rules: VizWizRules) -> Columns:
             that holds one list of rows, or a single row.
         name: the file, for messages.
         rules: rules for the captions of VizWiz.
+        skipped: record of the captions that these rules leave out.
 
     Returns:
         The columns `image` (a path, or `None`) and `caption`. Forms that have them also give `image_id`, `split` and
@@ -73,23 +60,26 @@ def read_form(document: Document, name: str, rules: VizWizRules) -> Columns:
     if "images" in lists and any("sentences" in image for image in lists["images"]):
         return karpathy_columns(lists["images"], name)
     if isinstance(document.get("images"), list) and isinstance(document.get("annotations"), list):
-        return coco_columns(document["images"], document["annotations"], name, rules)
+        return coco_columns(document["images"], document["annotations"], name, rules, skipped)
     if "data" in lists and any("reference_strs" in row for row in lists["data"]):
         return textcaps_columns(lists["data"], name)
-    known_names = IMAGE_NAMES + CAPTION_NAMES + ID_NAMES
-    if any(normal(key) in known_names for key in document.keys() - lists.keys()):
+    if has_image(document) and find_name(CAPTION_NAMES, document) is not None:
         return columns_of([document], name)  # one row
-    captions = list(map(captions_of, document.values()))
+    if len(lists) == 1 and all(map(has_image, rows := next(iter(lists.values())))):
+        return columns_of(rows, name)
+    captions = [captions_of(value) if isinstance(value, str | list) else [] for value in document.values()]
     if captions and all(captions):
         return {"image": list(document), "image_id": list(document), "caption": captions}
-    if len(lists) == 1:
-        (rows,) = lists.values()
-        return columns_of(rows, name)
     keys = ", ".join(repr(key[:40]) for key in list(document)[:8])
     raise InputError(
         f"The file {name!r} holds a JSON object with {keys or 'nothing'}, which is not a known form of captions: give "
         "a list of rows, or COCO's annotations."
     )
+
+
+def has_image(row: dict[str, Any]) -> bool:
+    """Return whether an object names an image, by a file or by an id."""
+    return any(normal(key) in IMAGE_NAMES + ID_NAMES for key in row)
 
 
 def is_list_of_objects(value: Any) -> bool:
@@ -102,7 +92,7 @@ def is_list_of_objects(value: Any) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def coco_columns(images: list, annotations: list, name: str, rules: VizWizRules) -> Columns:
+def coco_columns(images: list, annotations: list, name: str, rules: VizWizRules, skipped: SkippedRows) -> Columns:
     """Gather the captions of each image of COCO's annotations."""
     without_id = (n for n, image in enumerate(images) if not isinstance(image, dict) or not is_id(image.get("id")))
     refuse(name, without_id, lambda n: f'image {n} has no valid id, as in {{"id": 1, "file_name": "a.jpg"}}')
@@ -127,8 +117,11 @@ def coco_columns(images: list, annotations: list, name: str, rules: VizWizRules)
     )
     for number, annotation in enumerate(annotations):
         image = annotation["image_id"]
-        if not rules.ignores(annotation, number, files[image]):
+        if (mark := rules.mark_of(annotation)) is None:
             captions[image].append(annotation["caption"])
+        else:
+            reason = f"a caption is left out, because VizWiz marks it as {mark}"
+            skipped.add("train", None, files[image], reason, place=number)
     columns = {"image": list(files.values()), "image_id": list(captions), "caption": list(captions.values())}
     for key in ("split", "domain"):
         if any(image.get(key) is not None for image in images):
@@ -143,8 +136,8 @@ def coco_columns(images: list, annotations: list, name: str, rules: VizWizRules)
 
 def karpathy_columns(images: list[dict[str, Any]], name: str) -> Columns:
     """Return the images of Karpathy's splits. The split "restval" becomes part of "train", as is usual."""
-    for key in ("filename", "sentences"):
-        refuse(name, (n for n, i in enumerate(images) if key not in i), lambda n, key=key: f"image {n} has no {key!r}")
+    incomplete = (n for n, image in enumerate(images) if not {"filename", "sentences"} <= image.keys())
+    refuse(name, incomplete, lambda number: f"image {number} has no 'filename' or no 'sentences'")
     splits = [image.get("split") for image in images]
     return {
         "image": [os.path.join(str(image.get("filepath") or ""), str(image["filename"])) for image in images],

@@ -75,9 +75,7 @@ def parse_list(text: str) -> Any:
             value = ast.literal_eval(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return text
-    items = as_list(value)
-    holds_captions = all(item is None or isinstance(item, str) or texts_of(item) for item in items)
-    return value if holds_captions and not any(isinstance(item, int | float) for item in items) else text
+    return value if all(isinstance(item, str | dict | None) for item in as_list(value)) else text
 
 
 def is_text(value: Any) -> bool:
@@ -102,6 +100,7 @@ def describe(value: Any) -> str:
     ("dictionaries with 'from', 'value'", 'nothing', 'bytes')
     ```
     """
+    value = parse_list(value) if isinstance(value, str) else value
     items = [item for item in as_list(value) if item is not None]
     if not items or (all(isinstance(item, str) and not item.strip() for item in items)):
         return "nothing"

@@ -7,6 +7,7 @@ import datasets
 
 from ..common.errors import InputError, one_line
 from ..common.logging import get_logger
+from .caption_forms import VizWizRules
 from .columns import Rows
 from .folder_files import FolderFiles, ImageFinder, splits_of_files, splits_of_folders
 from .names import IMAGE_NAMES, find_name
@@ -20,7 +21,9 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".token")
 STREAM_SHARDS = 64  # so many readers share a stream without reading each other's rows
 
 
-def read_folder(name: str, streaming: bool, skipped: SkippedRows) -> dict[str, Rows] | None:
+def read_folder(
+    name: str, streaming: bool, skipped: SkippedRows, rules: VizWizRules | None = None
+) -> dict[str, Rows] | None:
     """Read a folder of images. Names of image files never decide anything.
 
     The captions come from the first of these that exists:
@@ -36,6 +39,7 @@ def read_folder(name: str, streaming: bool, skipped: SkippedRows) -> dict[str, R
         name: the folder.
         streaming: return streams.
         skipped: record of the images that a file of captions does not mention, and of texts without an image.
+        rules: rules for the captions of VizWiz.
 
     Returns:
         The rows of each split, whose column `image` holds paths. `None` for a folder that `datasets` reads, without
@@ -49,7 +53,7 @@ def read_folder(name: str, streaming: bool, skipped: SkippedRows) -> dict[str, R
         return None
     for link in files.links:
         logger.warning("The folder %r of %r is a symbolic link, which is not read: give it as a data set.", link, name)
-    parts = tables_of_captions(name, files)
+    parts = tables_of_captions(name, files, rules, skipped)
     of_files = splits_of_files(list(parts)) if len(parts) > 1 else {}
     if parts:
         record_unmentioned(files, parts, skipped)
@@ -97,7 +101,9 @@ def has_configurations(name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def tables_of_captions(name: str, files: FolderFiles) -> dict[str, datasets.Dataset]:
+def tables_of_captions(
+    name: str, files: FolderFiles, rules: VizWizRules | None, skipped: SkippedRows
+) -> dict[str, datasets.Dataset]:
     """Read the files of captions of a folder, with the paths of their images relative to the folder.
 
     Raises:
@@ -119,7 +125,7 @@ def tables_of_captions(name: str, files: FolderFiles) -> dict[str, datasets.Data
         parts, errors = {}, []
         for file in group:
             try:
-                part = read_table(name, file, files)
+                part = read_table(name, file, files, rules, skipped)
             except InputError as error:
                 errors.append(error)
                 continue
@@ -133,7 +139,9 @@ def tables_of_captions(name: str, files: FolderFiles) -> dict[str, datasets.Data
     return {}
 
 
-def read_table(name: str, file: str, files: FolderFiles) -> datasets.Dataset | None:
+def read_table(
+    name: str, file: str, files: FolderFiles, rules: VizWizRules | None, skipped: SkippedRows
+) -> datasets.Dataset | None:
     """Read a file of captions, or return `None` for a table without a column of images.
 
     Raises:
@@ -142,7 +150,7 @@ def read_table(name: str, file: str, files: FolderFiles) -> datasets.Dataset | N
     path = os.path.join(name, file)
     try:
         check_table(path)
-        rows = read_files([path], streaming=False)["train"]
+        rows = read_files([path], False, rules, skipped)["train"]
     except Exception as error:  # `datasets` raises a different class for each way of failing
         raise dataset_loading_error(path, [path], error) from error
     column = find_name(IMAGE_NAMES, rows.column_names)

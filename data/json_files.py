@@ -39,7 +39,9 @@ def read_json(text: TextIO, name: str) -> Document | Iterator[Columns]:
             return batches(parse_lines(itertools.chain([first, second], text), name), name)
     if first.lstrip().startswith("["):
         return batches(parse_list(first, text, name), name)
-    return parse(first + text.read(), name)
+    document = parse(first + text.read(), name)
+    assert isinstance(document, dict)
+    return document
 
 
 def parse_list(first: str, text: TextIO, name: str) -> Iterator[Any]:

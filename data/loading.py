@@ -70,9 +70,9 @@ def load_rows(
         if files:
             for file in files:
                 check_table(file)
-            splits = read_files(files, streaming, rules)
+            splits = read_files(files, streaming, rules, skipped)
         elif os.path.isdir(name) and config_name is None:
-            splits = read_folder(name, streaming, skipped)
+            splits = read_folder(name, streaming, skipped, rules)
         if splits is None:
             splits = load_from_hub_or_folder(name, config_name, split, revision, streaming)
         splits = {label: with_label_names(rows) for label, rows in splits.items()}
@@ -167,5 +167,7 @@ def iterate_rows(rows: datasets.IterableDataset, name: str) -> Iterator[dict[str
     try:
         for batch in rows.iter(batch_size=1):
             yield {column: values[0] for column, values in batch.items()}
+    except InputError:
+        raise
     except Exception as error:  # each file reader raises its own errors
         raise InputError(f"{name} cannot be read: {reason_of(error).rstrip('.')}.") from error

@@ -1,7 +1,6 @@
 """Files of rows (text, parquet, tar): finding, checking and reading them, and clear errors."""
 
 import glob
-import itertools
 import os
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..common.errors import InputError, one_line
 from .caption_forms import VizWizRules, read_form
 from .columns import Rows
 from .row_builder import RowFiles, arrow_table
+from .skipped_rows import SkippedRows
 from .text_files import MAX_COLUMNS
 from .text_rows import TEXT_SUFFIXES, read_document
 
@@ -50,13 +50,16 @@ def find_files(name: str) -> list[str]:
     return files
 
 
-def read_files(files: list[str], streaming: bool, rules: VizWizRules | None = None) -> dict[str, Rows]:
+def read_files(
+    files: list[str], streaming: bool, rules: VizWizRules | None = None, skipped: SkippedRows | None = None
+) -> dict[str, Rows]:
     """Read files of one kind. This is the border at which every form of file becomes rows with columns.
 
     Args:
         files: the files.
         streaming: return a stream. A JSON document is read at once nevertheless.
         rules: rules for the captions of VizWiz.
+        skipped: record of the captions that these rules leave out.
 
     Returns:
         Their rows, as the split "train".
@@ -73,12 +76,16 @@ def read_files(files: list[str], streaming: bool, rules: VizWizRules | None = No
     escaped = {"train": list(map(glob.escape, files))}  # `datasets` interprets file names as patterns
     if (suffix := suffixes.pop()) in READERS:
         return dict(datasets.load_dataset(READERS[suffix], data_files=escaped, streaming=streaming))
-    documents = list(itertools.takewhile(lambda document: document is not None, map(read_document, files)))
-    if documents:
-        if len(documents) < len(files):
-            raise InputError(f"{files[0]!r} holds one JSON document, but {files[len(documents)]!r} holds rows.")
-        rules = rules or VizWizRules()
-        parts = [arrow_table(read_form(*named, rules)) for named in zip(documents, files, strict=True)]
+    documents = list(map(read_document, files))
+    if documents[0] is not None:
+        rules, skipped = rules or VizWizRules(), SkippedRows() if skipped is None else skipped
+        parts = []
+        for file, document in zip(files, documents, strict=True):
+            if document is None:
+                raise InputError(
+                    f"{files[0]!r} holds one JSON document, but {file!r} holds rows: read them separately."
+                )
+            parts.append(arrow_table(read_form(document, file, rules, skipped)))
         rows = datasets.Dataset(pa.concat_tables(parts, promote_options="permissive"))
         return {"train": rows.to_iterable_dataset() if streaming else rows}
     builder = RowFiles(data_files=escaped)

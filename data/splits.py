@@ -6,6 +6,7 @@ import datasets
 
 from ..common.errors import one_line
 from ..common.logging import get_logger
+from .caption_forms import VizWizRules
 from .columns import Rows
 from .loading import iterate_rows, load_rows, missing_split, undecoded
 from .scenes import load_scenes
@@ -54,6 +55,7 @@ def load_splits(
     streaming: bool = False,
     evaluate: bool = True,
     skipped: SkippedRows | None = None,
+    rules: VizWizRules | None = None,
 ) -> tuple[Rows, datasets.Dataset | None]:
     """Load the rows to train on and the rows to evaluate on.
 
@@ -72,6 +74,7 @@ def load_splits(
             default.
         evaluate: whether to load rows to evaluate on.
         skipped: record of the rows that belong to no split, and of what a folder holds besides its rows.
+        rules: rules for the captions of VizWiz.
 
     Returns:
         The rows to train on, and the rows to evaluate on or `None`.
@@ -83,7 +86,9 @@ def load_splits(
         scenes = load_scenes(max_train_samples or TRAIN_SCENES, max_eval_samples or EVAL_SCENES, seed=seed)
         train_scenes = undecoded(scenes["train"].to_iterable_dataset()) if streaming else scenes["train"]
         return train_scenes, scenes["validation"]
-    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming, skipped=skipped)
+    splits = load_rows(
+        name, config_name, split_column, revision=revision, streaming=streaming, skipped=skipped, rules=rules
+    )
     if eval_split is None:
         eval_split = default_eval_split(splits)
     for split in (train_split, eval_split if evaluate else None):
@@ -107,6 +112,7 @@ def load_eval_split(
     revision: str | None = None,
     streaming: bool = False,
     skipped: SkippedRows | None = None,
+    rules: VizWizRules | None = None,
 ) -> datasets.Dataset:
     """Load the rows to evaluate on from a separate data set.
 
@@ -120,7 +126,9 @@ def load_eval_split(
     """
     if name == "scenes":
         return load_scenes(1, max_eval_samples or EVAL_SCENES)["validation"]
-    splits = load_rows(name, config_name, split_column, revision=revision, streaming=streaming, skipped=skipped)
+    splits = load_rows(
+        name, config_name, split_column, revision=revision, streaming=streaming, skipped=skipped, rules=rules
+    )
     split = eval_split or default_eval_split(splits)
     if eval_split is None and len(splits) == 1:
         (split,) = splits

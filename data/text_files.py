@@ -122,7 +122,8 @@ class TableLayout:
         if not any(map(is_image_reference, fields)):
             return cls(delimiter, unique_names(fields), has_header=True)
         images = [number for number, field in enumerate(fields) if is_image_reference(field)]
-        texts = [n for n, field in enumerate(fields) if n not in images and not field.strip().isdecimal()]
+        others = [number for number in range(len(fields)) if number not in images]
+        texts = others if len(others) == 1 else [n for n in others if not fields[n].strip().isdecimal()]
         if len(images) != 1 or len(texts) != 1:
             raise InputError(
                 f"The first line of {name!r} holds a row instead of names of columns: add a first line such as "
@@ -221,9 +222,12 @@ class TableRows(Iterator[list[str | None]]):
         self.layout = layout
         self.name = name
         self.skipped_lines = skipped_lines
-        quoting = csv.QUOTE_MINIMAL if layout.has_quotes else csv.QUOTE_NONE
         self.reader = csv.reader(
-            lines, delimiter=layout.delimiter, quoting=quoting, strict=True, skipinitialspace=layout.has_quotes
+            lines,
+            delimiter=layout.delimiter,
+            quoting=csv.QUOTE_MINIMAL if layout.has_quotes else csv.QUOTE_NONE,
+            strict=True,
+            skipinitialspace=layout.has_quotes,
         )
 
     def __next__(self) -> list[str | None]:
@@ -244,7 +248,7 @@ class TableRows(Iterator[list[str | None]]):
             row[image : image + 1] = [re.sub(r"#\d+\s*$", "", cell) for cell in row[image : image + 1]]
         if not self.layout.has_quotes and any('""' in cell for cell in row):
             row = list(map(unquoted, row))
-        return row if len(row) == len(self.layout.columns) else self.fit(row)
+        return [*row] if len(row) == len(self.layout.columns) else self.fit(row)
 
     def fit(self, row: list[str]) -> list[str | None]:
         """Return a row of another length with as many fields as the table has columns."""

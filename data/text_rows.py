@@ -8,6 +8,7 @@ from typing import TextIO
 
 from .caption_forms import VizWizRules, read_form
 from .json_files import Document, read_json
+from .skipped_rows import SkippedRows
 from .text_files import Columns, open_text, read_table
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".token", ".json", ".jsonl")
@@ -46,12 +47,13 @@ def read_batches(file: str) -> Iterator[Columns]:
         yield from content
 
 
-def read_columns(file: str, rules: VizWizRules | None = None) -> Columns:
+def read_columns(file: str, rules: VizWizRules | None = None, skipped: SkippedRows | None = None) -> Columns:
     """Read all rows of a text file.
 
     Args:
         file: a table, JSON rows, or a JSON document in one of the forms of [`read_form`].
         rules: rules for the captions of VizWiz.
+        skipped: record of the captions that these rules leave out.
 
     Raises:
         InputError: for a file that is not valid.
@@ -64,7 +66,7 @@ def read_columns(file: str, rules: VizWizRules | None = None) -> Columns:
     ```
     """
     if (document := read_document(file)) is not None:
-        return read_form(document, file, rules or VizWizRules())
+        return read_form(document, file, rules or VizWizRules(), SkippedRows() if skipped is None else skipped)
     columns: Columns = {}
     rows = 0
     for batch in read_batches(file):

@@ -106,6 +106,8 @@ class DataArguments:
     allowed_image_folders: list[str] | None = option(
         None, "Further folders that paths of images may lead into. Default: only the image folder.", "data"
     )
+    ignore_rejected: bool = option(True, "Leave out captions that VizWiz marks as rejected.", "data")
+    ignore_precanned: bool = option(True, "Leave out captions that VizWiz marks as precanned.", "data")
     train_split: str = option("train", "Split to train on.", "data")
     eval_split: str | None = option(
         None, "Split to evaluate on. Default: the first of validation, val, dev and test that exists.", "data"

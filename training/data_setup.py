@@ -10,6 +10,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..common.errors import InputError
 from ..common.logging import get_logger
 from ..data.augmentation import Augmentation
+from ..data.caption_forms import VizWizRules
 from ..data.columns import Rows
 from ..data.dataset import CaptionDataset, CaptionSource
 from ..data.feature_store import FeatureStore
@@ -189,6 +190,7 @@ def load_rows(
     An evaluation split of the first data set is loaded together with its training split.
     """
     eval_split = evaluation_split(args, features)
+    rules = VizWizRules(args.ignore_rejected, args.ignore_precanned)
     first_is_evaluated = args.eval_dataset_name is None and (features is None or eval_split is not None)
     train_rows, eval_rows = [], None
     for number, spec in enumerate(training_specs(args)):
@@ -204,6 +206,7 @@ def load_rows(
             streaming=args.streaming,
             evaluate=number == 0 and first_is_evaluated,
             skipped=skipped,
+            rules=rules,
         )
         train_rows.append(rows)
         eval_rows = held_out_rows if number == 0 else eval_rows
@@ -218,6 +221,7 @@ def load_rows(
             revision=spec.revision,
             streaming=args.streaming,
             skipped=skipped,
+            rules=rules,
         )
     return train_rows, eval_rows
 
