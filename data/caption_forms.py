@@ -63,7 +63,7 @@ def read_form(document: Document, name: str, rules: VizWizRules, skipped: Skippe
         return coco_columns(document["images"], document["annotations"], name, rules, skipped)
     if "data" in lists and any("reference_strs" in row for row in lists["data"]):
         return textcaps_columns(lists["data"], name)
-    if has_image(document) and find_name(CAPTION_NAMES, document) is not None:
+    if has_image(document) and (find_name(CAPTION_NAMES, document) is not None or not lists):
         return columns_of([document], name)  # one row
     if len(lists) == 1 and all(map(has_image, rows := next(iter(lists.values())))):
         return columns_of(rows, name)

@@ -35,7 +35,7 @@ def read_json(text: TextIO, name: str) -> Document | Iterator[Columns]:
         else:
             second = next((line for line in text if line.strip()), None)
             if second is None:
-                return row
+                return batches([row], name) if name.lower().endswith(".jsonl") else row
             return batches(parse_lines(itertools.chain([first, second], text), name), name)
     if first.lstrip().startswith("["):
         return batches(parse_list(first, text, name), name)
