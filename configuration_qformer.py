@@ -190,6 +190,14 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     """
 
     model_type = "qformer_captioner"
+    # The Trainer leaves these outputs out of its predictions, which are then the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "losses",
+        "soft_prompt",
+        "vision_outputs",
+        "qformer_outputs",
+        "language_model_outputs",
+    ]
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "qformer_config": QFormerConfig,

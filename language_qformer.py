@@ -18,7 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    ModelOutput,
+    MoEModelOutput,
+    MoEModelOutputWithPastAndCrossAttentions,
+    Seq2SeqModelOutput,
+)
 from transformers.utils import logging
 
 from .backbones_qformer import embedding_weights
@@ -99,14 +104,16 @@ def encode_captions(
     captions: torch.Tensor,
     decoder_start_token_id: int | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ModelOutput]:
     """Run the language model on captions `[B, K, T]` after a prefix `[B, S, D]` with mask `[B, S]`.
 
     Positions labelled -100 are ignored anywhere in a caption. The decoder of an encoder-decoder needs a start token.
-    `kwargs` are passed to the decoder.
+    `kwargs` are passed to the decoder. With `output_hidden_states` or `output_attentions`, captions do not share a
+    sequence, so that each has a row in the output.
 
     Returns:
-        Hidden states of the decoder that predict the tokens of the captions, `[B*K*T, D]`.
+        Hidden states of the decoder that predict the tokens of the captions, `[B*K*T, D]`, and the output of the
+        language model without its output layer.
 
     Raises:
         ValueError: if the start token of an encoder-decoder is not known.
@@ -115,26 +122,33 @@ def encode_captions(
     kwargs["use_cache"] = False  # each caption needs only one pass
     order = (captions == -100).int().argsort(dim=2, stable=True)  # [B, K, T], ignored positions last
     packed = captions.gather(2, order)
+    may_share = captions.shape[1] > 1 and not requested_outputs(kwargs)
     if language_model.config.is_encoder_decoder:
-        hidden_states = encode_with_encoder_decoder(
-            language_model, prefix, prefix_mask, packed, decoder_start_token_id, **kwargs
+        hidden_states, output = encode_with_encoder_decoder(
+            language_model, prefix, prefix_mask, packed, decoder_start_token_id, may_share, **kwargs
         )
-    elif captions.shape[1] > 1 and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
-        hidden_states = encode_with_shared_prefix(language_model, prefix, prefix_mask, packed, **kwargs)
+    elif may_share and shares_prefix(language_model, prefix.shape[1] + captions.shape[2]):
+        hidden_states, output = encode_with_shared_prefix(language_model, prefix, prefix_mask, packed, **kwargs)
     else:
-        if captions.shape[1] > 1:
+        if may_share:
             logger.warning_once(
                 f"A {language_model.config.model_type!r} language model cannot share a prefix among the captions of an "
                 "image. The prefix is repeated for each caption, which gives the same results but takes longer."
             )
-        hidden_states = encode_with_decoder_only(language_model, prefix, prefix_mask, packed, **kwargs)
+        hidden_states, output = encode_with_decoder_only(language_model, prefix, prefix_mask, packed, **kwargs)
     original = order.argsort(dim=2).flatten(0, 1)  # [B*K, T]
-    return select_positions(hidden_states.reshape(*original.shape, -1), original).flatten(0, 1)
+    hidden_states = select_positions(hidden_states.reshape(*original.shape, -1), original)
+    return hidden_states.flatten(0, 1), output
+
+
+def requested_outputs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that ask each part of a captioner for its hidden states or its attention weights."""
+    return {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
 
 
 def encode_with_decoder_only(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ModelOutput]:
     """Run one row `[prefix, caption]` for each caption `[B, K, T]`, and return the hidden states `[B*K, T, D]`."""
     number, length = captions.shape[1:]
     inputs = captions.flatten(0, 1)[:, :-1]  # [B*K, T-1]; the last token predicts nothing
@@ -144,12 +158,12 @@ def encode_with_decoder_only(
         kwargs["position_ids"] = position_ids_of(mask)
     embedded = torch.cat([prefix.repeat_interleave(number, dim=0), embedded], dim=1)
     output = decoder_of(language_model)(inputs_embeds=embedded, attention_mask=mask, **kwargs)
-    return output.last_hidden_state[:, -length:]
+    return output.last_hidden_state[:, -length:], output
 
 
 def encode_with_shared_prefix(
     language_model: PreTrainedModel, prefix: torch.Tensor, prefix_mask: torch.Tensor, captions: torch.Tensor, **kwargs
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ModelOutput]:
     """Run one row `[prefix, caption 1, ..., caption K]` for each image, and return the hidden states `[B, K*T, D]`.
 
     Each caption attends to the prefix and to itself, and its positions continue those of the prefix. The last token of
@@ -186,7 +200,7 @@ def encode_with_shared_prefix(
     # The last position of the prefix predicts the first token of every caption.
     predicting = prefix_length + packed_position.unflatten(1, (number, length - 1))  # [B, K, T-1]
     first = predicting.new_full((len(predicting), number, 1), prefix_length - 1)
-    return select_positions(output.last_hidden_state, torch.cat([first, predicting], dim=2).flatten(1))
+    return select_positions(output.last_hidden_state, torch.cat([first, predicting], dim=2).flatten(1)), output
 
 
 def encode_with_encoder_decoder(
@@ -195,25 +209,29 @@ def encode_with_encoder_decoder(
     prefix_mask: torch.Tensor,
     captions: torch.Tensor,
     start: int | None,
+    may_share: bool,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Seq2SeqModelOutput]:
     """Run the encoder once per image and the decoder on its captions, and return `[B, K*T, D]` or `[B*K, T, D]`.
 
-    The captions of an image share one sequence of a T5 decoder, in which each attends to itself. T5 has relative
-    positions, so they need no change. Other decoders have absolute positions, so each caption gets a row.
+    If they may, the captions of an image share one sequence of a T5 decoder, in which each attends to itself. T5 has
+    relative positions, so they need no change. Other decoders have absolute positions, so each caption gets a row.
     """
     if start is None:
         raise ValueError(
             "The start token of the language model's decoder is not known: set `model.config.decoder_start_token_id`."
         )
     number, length = captions.shape[1:]
-    encoded = language_model.get_encoder()(inputs_embeds=prefix, attention_mask=prefix_mask).last_hidden_state
+    encoder_output = language_model.get_encoder()(
+        inputs_embeds=prefix, attention_mask=prefix_mask, **requested_outputs(kwargs)
+    )
+    encoded = encoder_output.last_hidden_state
     # Inputs are the labels shifted right by one position, after the start token that `generate` uses. (mBART's own
     # `prepare_decoder_input_ids_from_labels` would start with the last label.)
     inputs = captions.clamp(min=0).roll(1, dims=2)  # [B, K, T]
     inputs[:, :, 0] = start
     packed_position = None
-    if number > 1 and language_model.config.model_type in ("t5", "mt5", "umt5"):
+    if may_share and language_model.config.model_type in ("t5", "mt5", "umt5"):
         order, packed_position = pack((captions != -100).flatten(1))  # [B, W], [B, K*T]
         inputs = inputs.flatten(1).gather(1, order)  # [B, W]
         caption = torch.arange(number, device=inputs.device).repeat_interleave(length)[order]
@@ -223,10 +241,21 @@ def encode_with_encoder_decoder(
         inputs = inputs.flatten(0, 1)  # [B*K, T]
         encoded = encoded.repeat_interleave(number, dim=0)
         prefix_mask = prefix_mask.repeat_interleave(number, dim=0)
-    hidden_states = decoder_of(language_model)(
+    output = decoder_of(language_model)(
         input_ids=inputs, encoder_hidden_states=encoded, encoder_attention_mask=prefix_mask, **kwargs
-    ).last_hidden_state
-    return hidden_states if packed_position is None else select_positions(hidden_states, packed_position)
+    )
+    hidden_states = output.last_hidden_state
+    if packed_position is not None:
+        hidden_states = select_positions(hidden_states, packed_position)
+    return hidden_states, Seq2SeqModelOutput(
+        last_hidden_state=output.last_hidden_state,
+        decoder_hidden_states=output.get("hidden_states"),
+        decoder_attentions=output.get("attentions"),
+        cross_attentions=output.get("cross_attentions"),
+        encoder_last_hidden_state=encoder_output.last_hidden_state,
+        encoder_hidden_states=encoder_output.get("hidden_states"),
+        encoder_attentions=encoder_output.get("attentions"),
+    )
 
 
 def shares_prefix(language_model: PreTrainedModel, length: int) -> bool:

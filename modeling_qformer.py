@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -66,7 +67,7 @@ from .generation_qformer import (
     resolve_generation_config,
 )
 from .images_qformer import ImageInput, flatten_images, is_batch
-from .language_qformer import build_prefix, caption_loss, encode_captions
+from .language_qformer import build_prefix, caption_loss, encode_captions, requested_outputs
 from .processing_qformer import QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
 
@@ -445,17 +446,28 @@ class QFormerCaptionerOutput(ModelOutput):
 
     Args:
         loss (`[]`, float32, *optional*): mean cross-entropy of the caption tokens in nats, with labels.
-        losses (`[B]` or `[B, K]`, float32, *optional*): cross-entropy of each caption in nats, summed over its tokens;
-            without gradient.
         logits (`[B, T, V]` or `[B, K, T, V]`, *optional*): logits at each label; without labels, at the first token of
             a caption (T = 1). `None` if they were skipped (`skip_logits`).
+        losses (`[B]` or `[B, K]`, float32, *optional*): cross-entropy of each caption in nats, summed over its tokens;
+            without gradient.
         soft_prompt (`[B, Q, D]`): representation of the image that the language model attends to.
+        vision_outputs, qformer_outputs, language_model_outputs (`ModelOutput`, *optional*): outputs of the three models
+            with `output_hidden_states=True` or `output_attentions=True`. The sequence of a decoder-only language model
+            is the soft prompt, the prompt and the caption, without padding between them. With several captions of an
+            image, each has a row (`[B*K, ...]`).
     """
 
     loss: torch.Tensor | None = None
-    losses: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    losses: torch.Tensor | None = None
     soft_prompt: torch.Tensor | None = None
+    vision_outputs: ModelOutput | None = None
+    qformer_outputs: ModelOutput | None = None
+    language_model_outputs: ModelOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return the values that are not `None`, with the outputs of the three models as tuples."""
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
@@ -542,6 +554,17 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         tokens: dict[str, Any] = {**special_tokens_of(self.config), **special_tokens_of(self.generation_config)}
         return tokens.get("decoder_start_token_id", tokens.get("bos_token_id"))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, and keep a compiled part in place of its wrapper.
+
+        `torch.compile(part)` returns a wrapper that changes the type of the part and the names of its weights.
+        `part.compile()` changes neither.
+        """
+        if isinstance(value, OptimizedModule):
+            wrapper, value = value, value._orig_mod
+            value._compiled_call_impl = wrapper.dynamo_ctx(value._call_impl)
+        super().__setattr__(name, value)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ProjectionPerQuery):
@@ -600,13 +623,12 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         ```
         """
         vision_outputs = self.encode_images(pixel_values, **kwargs)
-        requested = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         qformer_outputs = self.qformer(
             vision_outputs.last_hidden_state,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
             return_dict=True,
-            **requested,
+            **requested_outputs(kwargs),
         )
         return BaseModelOutputWithVisionQformerOutputs(
             last_hidden_state=vision_outputs.last_hidden_state,
@@ -635,14 +657,31 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             ValueError: if both or neither of `pixel_values` and `image_embeds` are given, or the Q-Former does not
                 accept the features or the prompt.
         """
+        _, qformer_outputs = self._run_qformer(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
+        return self.language_projection(qformer_outputs.last_hidden_state)
+
+    def _run_qformer(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+        qformer_input_ids: torch.Tensor | None,
+        qformer_attention_mask: torch.Tensor | None,
+        **requested: Any,
+    ) -> tuple[BaseModelOutputWithPooling | None, BaseModelOutputWithPoolingAndCrossAttentions]:
+        """Return the outputs of the vision encoder, if it ran, and of the Q-Former."""
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
+        vision_outputs = None
         if pixel_values is not None:
-            image_embeds = self.encode_images(pixel_values).last_hidden_state
-        queries = self.qformer(
-            image_embeds, input_ids=qformer_input_ids, attention_mask=qformer_attention_mask, return_dict=True
+            vision_outputs = self.encode_images(pixel_values, **requested)
+            image_embeds = vision_outputs.last_hidden_state
+        return vision_outputs, self.qformer(
+            image_embeds,
+            input_ids=qformer_input_ids,
+            attention_mask=qformer_attention_mask,
+            return_dict=True,
+            **requested,
         )
-        return self.language_projection(queries.last_hidden_state)
 
     def get_prefix(
         self,
@@ -677,6 +716,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> QFormerCaptionerOutput:
         """Compute the loss of captions. The batch is the same for decoder-only and encoder-decoder language models.
@@ -687,40 +728,60 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             input_ids, attention_mask (`[B, P]`, long, *optional*): the prompt without the caption.
             qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): the prompt in tokens of the
                 Q-Former, if it reads prompts.
-            labels (`[B, T]` or `[B, K, T]`, long, *optional*): one caption or K captions of each image with
-                end-of-sequence tokens. Positions labelled -100 are ignored. The image is encoded once for all captions.
+            labels (`[B, T]`, `[B, K, T]` or `[B*K, T]`, long, *optional*): one caption or K captions of each image with
+                end-of-sequence tokens, without the prompt. Positions labelled -100 are ignored. The image is encoded
+                once for all captions.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): divisor of the summed loss, by default the number
                 of caption tokens. The Trainer passes it, so that gradient accumulation weighs all tokens equally.
             skip_logits (`bool`, *optional*): return no logits, and compute the loss without storing all of them.
-                Defaults to `True` if they would take more than 32 MiB in float32. Ignored without labels.
+                Defaults to `False` in evaluation mode, and in training mode to `True` if they would take more than 32
+                MiB in float32. Ignored without labels.
+            output_attentions, output_hidden_states (`bool`, *optional*): return the outputs of the three models with
+                their attention weights (of eager attention) or hidden states.
             kwargs: `return_dict`, and arguments of the language model's decoder.
 
         Returns:
             A [`QFormerCaptionerOutput`].
 
         Raises:
-            ValueError: if the features have the wrong width, or prefix and caption are too long.
+            ValueError: if the features have the wrong width, prefix and caption are too long, `labels` repeat
+                `input_ids`, or the Trainer has removed the labels.
         """
+        attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        requested = requested_outputs({"output_attentions": attentions, "output_hidden_states": states})
+        vision_outputs, qformer_outputs = self._run_qformer(
+            pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask, **requested
+        )
+        soft_prompt = self.language_projection(qformer_outputs.last_hidden_state)
+        check_labels(labels, len(soft_prompt), input_ids, num_items_in_batch)
         max_new_tokens = 1 if labels is None else labels.shape[-1]
-        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
         prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, max_new_tokens)  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
-        hidden_states = encode_captions(
-            self.language_model, prefix, prefix_mask, captions, self._decoder_start_token_id(), **kwargs
+        hidden_states, language_model_outputs = encode_captions(
+            self.language_model,
+            prefix,
+            prefix_mask,
+            captions,
+            self._decoder_start_token_id(),
+            **requested,
+            **kwargs,
         )  # [B*K*T, D]
-        skip_logits = False if labels is None else skip_logits
+        if labels is None or (skip_logits is None and not self.training):
+            skip_logits = False
         loss, losses, logits = caption_loss(self.language_model, hidden_states, targets.flatten(), skip_logits)
         logits = None if logits is None else logits.view(*targets.shape, -1)
-        if labels is None:
-            return QFormerCaptionerOutput(logits=logits, soft_prompt=soft_prompt)
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels != -100).sum().clamp(min=1)
+        if labels is not None:
+            loss = loss / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return QFormerCaptionerOutput(
-            loss=loss / num_items_in_batch,
-            losses=losses.view(targets.shape).sum(dim=-1),
+            loss=None if labels is None else loss,
             logits=logits,
+            losses=None if labels is None else losses.view(targets.shape).sum(dim=-1),
             soft_prompt=soft_prompt,
+            vision_outputs=vision_outputs if requested else None,
+            qformer_outputs=qformer_outputs if requested else None,
+            language_model_outputs=language_model_outputs if requested else None,
         )
 
     # --- Captioning ---------------------------------------------------------------------------------------------------
@@ -822,6 +883,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         super().train(mode)
         for part in self.frozen_backbones():
             getattr(self, part).eval()
+        # NEFTune of the Trainer adds noise to embeddings in training mode. The mode changes nothing else in them.
+        self.get_input_embeddings().training = mode
         if self.language_model.is_activation_checkpointing:
             # transformers recomputes the activations of a layer only if the layer is in training mode. The mode changes
             # nothing else, except in layers that apply dropout themselves (OPT, BART), which are left out.
@@ -1002,6 +1065,41 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         # random vectors with a large norm would first have to be unlearned.
         embedding_std = embedding_weights(self.language_model).float().std().item()
         nn.init.normal_(self.language_projection.weight, std=3 * embedding_std / self.qformer.config.hidden_size**0.5)
+
+
+def check_labels(
+    labels: torch.Tensor | None,
+    num_images: int,
+    input_ids: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> None:
+    """Check the labels of a batch, which other models take in other forms.
+
+    Raises:
+        ValueError: if the Trainer removed the labels, if their number is not that of the images, or if they repeat the
+            prompt.
+    """
+    if labels is None:
+        if num_items_in_batch is not None:
+            raise ValueError(
+                "The Trainer has removed the labels, which a captioner reads: leave out `label_smoothing_factor` and "
+                "`compute_loss_func`. For a loss of your own, override `compute_loss` of the Trainer and use the "
+                "logits of `model(**inputs, skip_logits=False)`, which are those of the labels."
+            )
+        return
+    if labels.shape[0] != num_images and (labels.dim() != 2 or labels.shape[0] % num_images):
+        raise ValueError(
+            f"`labels` of shape {tuple(labels.shape)} do not fit {num_images} images: give one caption of each image "
+            "(`[B, T]`) or K captions of each image (`[B, K, T]` or `[B*K, T]`)."
+        )
+    # A caption of one token is an empty caption, and its end-of-sequence token may also be the whole prompt.
+    if input_ids is not None and labels.shape == input_ids.shape and labels.shape[1] > 1:
+        is_label = labels != -100
+        if is_label.any() and torch.equal(labels[is_label], input_ids[is_label]):
+            raise ValueError(
+                "`labels` repeat `input_ids`, so the captioner would read the caption before it predicts it: pass only "
+                "the prompt as `input_ids`, and only the caption with its end-of-sequence token as `labels`."
+            )
 
 
 def check_qformer_arguments(qformer: QFormerModel | None, fields: dict[str, Any]) -> None:

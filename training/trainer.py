@@ -275,7 +275,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             inputs = self._prepare_inputs(batch)
             labels = inputs["labels"].flatten(1)  # [B, K*T]
             with self.compute_loss_context_manager():
-                losses = model(**inputs).losses.view(len(labels), -1).sum(dim=1)  # [B]
+                losses = model(**inputs, skip_logits=True).losses.view(len(labels), -1).sum(dim=1)  # [B]
             losses, counts = self.accelerator.gather_for_metrics((losses, (labels != -100).sum(dim=1)))
             nats, tokens = nats + losses.double().sum().item(), tokens + int(counts.sum())
         return nats / max(tokens, 1)

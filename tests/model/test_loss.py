@@ -101,7 +101,7 @@ def test_loss_and_gradients_in_chunks_are_those_of_all_logits(language, frozen, 
     monkeypatch.setattr(
         language_qformer, "MAX_LOGITS_PER_CHUNK", 23 * tiny.WORDS
     )  # 23 of the 24 positions, and then one
-    loss, gradients = loss_and_gradients(model, **batch())
+    loss, gradients = loss_and_gradients(model, **batch(), skip_logits=True)
     torch.testing.assert_close(loss, expected_loss)
     assert gradients.keys() == expected.keys()
     for name in expected:
@@ -113,7 +113,7 @@ def test_an_adapter_on_the_output_layer_has_the_same_gradients_in_chunks(monkeyp
     model = get_peft_model(tiny.captioner(), config).eval()
     expected_loss, expected = loss_and_gradients(model, **batch())
     monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
-    loss, gradients = loss_and_gradients(model, **batch())
+    loss, gradients = loss_and_gradients(model, **batch(), skip_logits=True)
     torch.testing.assert_close(loss, expected_loss)
     assert any("lm_head" in name for name in gradients)
     for name in expected:
@@ -127,20 +127,27 @@ def test_no_array_of_logits_is_larger_than_the_limit(language, monkeypatch):
     model.qformer.requires_grad_(True)
     monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 4 * tiny.WORDS)
     with Largest() as largest:
-        loss_and_gradients(model, **batch())
+        loss_and_gradients(model.train(), **batch())
     assert largest.elements == 4 * tiny.WORDS
     with Largest() as largest:
         loss_and_gradients(model, **batch(), skip_logits=False)
     assert largest.elements == 3 * 2 * 6 * tiny.WORDS  # at labels, and not at the prompt
 
 
-def test_logits_are_skipped_if_there_are_many_and_labels(monkeypatch):
-    model = captioner("llama")
+def test_logits_are_skipped_in_training_if_there_are_many_and_labels(monkeypatch):
+    model = captioner("llama").train()
     assert model(**batch()).logits is not None
     monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 30 * tiny.WORDS)
     assert model(**batch()).logits is None
     assert model(**{**batch(), "labels": None}).logits is not None
     assert model(**batch(), skip_logits=False).logits.shape == (3, 2, 6, tiny.WORDS)
+
+
+def test_logits_are_there_in_evaluation_however_many_they_are(monkeypatch):
+    monkeypatch.setattr(language_qformer, "MAX_LOGITS_PER_CHUNK", 1)
+    model = captioner("llama")
+    assert model(**batch()).logits.shape == (3, 2, 6, tiny.WORDS)
+    assert model(**batch(), skip_logits=True).logits is None
 
 
 @pytest.mark.parametrize("skip_logits", [True, False])
