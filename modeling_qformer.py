@@ -297,9 +297,22 @@ class QFormerModel(PreTrainedModel):
             # Equal queries would stay equal. LAVIS initialises them at random, transformers' BLIP-2 with zeros.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
 
-    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
+    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
         """Return the embeddings of the prompt, or `None` for a Q-Former without text input."""
         return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embeddings of the prompt.
+
+        Raises:
+            ValueError: if the Q-Former reads no prompt.
+        """
+        if not self.config.use_qformer_text_input:
+            raise ValueError(
+                "This Q-Former does not read prompts and has no embeddings to replace: build a Q-Former with "
+                "`use_qformer_text_input=True`."
+            )
+        self.embeddings.word_embeddings = value
 
     @torch.no_grad()
     def normalize_image_features(self, encoder_hidden_states: torch.Tensor) -> None:
@@ -564,6 +577,16 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             wrapper, value = value, value._orig_mod
             value._compiled_call_impl = wrapper.dynamo_ctx(value._call_impl)
         super().__setattr__(name, value)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False, so that transformers initialises missing weights of the backbones as it does in its own models.
+
+        In models of other packages it skips modules without parameters of their own, such as CLIP's attention, and
+        leaves their layers on another scale. The precaution is for `_init_weights` methods that overwrite loaded
+        weights.
+        """
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -930,7 +953,9 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:  # type: ignore[override]
         """Resize the vocabulary of the language model, as `PreTrainedModel.resize_token_embeddings` does."""
-        return self.language_model.resize_token_embeddings(*args, **kwargs)
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.vocab_size = self.config.get_text_config().vocab_size
+        return embeddings
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable parameters and of all parameters, as `PeftModel` does."""

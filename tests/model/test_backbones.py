@@ -1,5 +1,7 @@
 """Captioners built from pretrained backbones: frozen parts, dtypes, output layers, initial projection."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -264,6 +266,15 @@ def test_a_tied_t5_stays_tied(tmp_path):
 def test_a_larger_vocabulary_reaches_inputs_outputs_and_configuration(language):
     model = tiny.captioner("clip", language)
     model.resize_token_embeddings(tiny.WORDS + 7)
-    assert model.config.text_config.vocab_size == tiny.WORDS + 7
+    assert model.config.get_text_config().vocab_size == model.vocab_size == tiny.WORDS + 7
     assert model.language_model.get_input_embeddings().weight.shape[0] == tiny.WORDS + 7
     assert model(**tiny.batch()).logits.shape == (3, 5, tiny.WORDS + 7)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
+def test_missing_weights_of_a_backbone_have_the_scale_of_a_new_model(vision):
+    config = tiny.captioner(vision).config
+    new = QFormerCaptioner(copy.deepcopy(config))
+    loaded = QFormerCaptioner.from_pretrained(None, config=config, state_dict={})
+    for (name, weight), missing in zip(new.named_parameters(), loaded.parameters(), strict=True):
+        assert missing.std().item() == pytest.approx(weight.std().item(), rel=0.5, abs=1e-6), name

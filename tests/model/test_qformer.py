@@ -200,3 +200,19 @@ def test_resizing_image_features_to_the_same_width_changes_nothing():
     expected = model(features()).last_hidden_state
     model.resize_image_features(WIDTH)
     assert torch.equal(model(features()).last_hidden_state, expected)
+
+
+def test_the_embeddings_of_the_prompt_can_be_replaced_and_resized():
+    model = make_qformer(use_qformer_text_input=True, vocab_size=50)
+    new = torch.nn.Embedding(50, tiny.QFORMER_WIDTH)
+    model.set_input_embeddings(new)
+    assert model.get_input_embeddings() is model.embeddings.word_embeddings is new
+    weight = new.weight.detach().clone()
+    model.resize_token_embeddings(60)
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 60
+    assert torch.equal(model.get_input_embeddings().weight[:50], weight)
+
+
+def test_a_qformer_without_prompts_has_no_embeddings_to_replace():
+    with pytest.raises(ValueError, match="does not read prompts"):
+        make_qformer().set_input_embeddings(torch.nn.Embedding(50, tiny.QFORMER_WIDTH))
