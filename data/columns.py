@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import datasets
 
 from ..common.errors import InputError
+from .names import IMAGE_NAMES, find_name
 
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -13,6 +14,24 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 def column_names(rows: Rows) -> list[str]:
     """Return the names of the columns. For a stream without a schema, return the keys of its first row."""
     return rows.column_names or list(next(iter(rows), {}))
+
+
+def image_column_of(rows: Rows, asked: str) -> str:
+    """Return the column that holds the images.
+
+    Args:
+        rows: the data set.
+        asked: the column that was asked for. Where the usual one, "image", is missing, the only column with the same
+            meaning takes its place. Otherwise it is the only one of images, such as `jpg` in tars, or `image_id`.
+    """
+    existing = column_names(rows)
+    found = find_name(IMAGE_NAMES, existing, asked)
+    if found is not None or asked != "image":
+        return found or asked
+    of_images = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
+    if len(of_images) == 1:
+        return of_images[0]
+    return "image_id" if "image_id" in existing else asked
 
 
 def with_nested_columns(rows: datasets.Dataset, *columns: str) -> datasets.Dataset:

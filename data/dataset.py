@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 from ..common.errors import InputError, one_line
 from .augmentation import Augmentation, RowText
 from .captions import captions_of, describe, why_no_caption
-from .columns import Rows, column_names, missing_column, with_nested_columns
+from .columns import Rows, column_names, image_column_of, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
 from .images import ImageCell, file_of_image, open_cell, undecoded_images
-from .names import CAPTION_NAMES, IMAGE_NAMES, find_name
+from .names import CAPTION_NAMES, find_name
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
 
@@ -58,12 +58,9 @@ class CaptionSource:
         "file_name" or "text".
         """
         existing = column_names(self.rows)
-        image_column = find_name(IMAGE_NAMES, existing, self.image_column)
-        if image_column is None and self.image_column == "image" and "image_id" in existing:  # files as ids
-            image_column = "image_id"
         return replace(
             self,
-            image_column=image_column or self.image_column,
+            image_column=image_column_of(self.rows, self.image_column),
             caption_column=find_name(CAPTION_NAMES, existing, self.caption_column) or self.caption_column,
         )
 

@@ -24,7 +24,7 @@ from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
 from ..common.run_folder import RunFolder
 from .augmentation import Augmentation, check_image_augmentation
-from .columns import missing_column
+from .columns import image_column_of, missing_column
 from .embeddings_column import EmbeddingsColumn
 from .feature_arguments import FeatureArguments
 from .feature_extraction import ImageFeatures, VisionEncoder, load_image_processor
@@ -179,6 +179,7 @@ def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
             f"There is no split {args.train_split!r} whose images could get {args.views} views: choose one with "
             "--train_split."
         )
+    args.image_column = image_column_of(next(iter(existing.values())), args.image_column)
     column = args.embeddings_column or args.image_column
     columns = {}
     for split in splits:

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .image_paths import IMAGE_SUFFIXES, FileNames
+from .image_paths import FileNames
+from .names import IMAGE_SUFFIXES
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),

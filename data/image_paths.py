@@ -12,16 +12,11 @@ from urllib.parse import unquote
 
 from ..common.errors import InputError
 from .columns import Rows
+from .names import IMAGE_SUFFIXES
 from .row_files import find_files
 
 MAX_PATH = 4096  # characters of the longest path on Linux
 MAX_SHOWN = 150  # characters of a path within a message
-
-# Kinds of files that count as images. Those that cannot be opened are named as such later.
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-    | {".jxl", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
-)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,14 @@ CAPTION_NAMES = (
 )
 ID_NAMES = ("image_id", "id")
 
-IMAGE_FILE = re.compile(r"[^\s|].*\.(jpe?g|png|webp|gif|bmp|tiff?|heic|heif|avif|jxl)(\.\d+)?(#\d+)?", re.IGNORECASE)
+# Kinds of files that count as images. Those that cannot be opened are named as such later.
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+    | {".jxl", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+)
+IMAGE_FILE = re.compile(
+    rf"[^\s|].*\.({'|'.join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))})(\.\d+)?(#\d+)?", re.IGNORECASE
+)
 URL = re.compile(r"https?://\S+", re.IGNORECASE)
 
 

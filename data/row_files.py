@@ -14,11 +14,11 @@ from .caption_forms import VizWizRules, read_form
 from .columns import Rows
 from .row_builder import RowFiles, arrow_table
 from .skipped_rows import SkippedRows
+from .tars import TarSamples
 from .text_files import MAX_COLUMNS
 from .text_rows import TEXT_SUFFIXES, read_document
 
-READERS = {".parquet": "parquet", ".tar": "webdataset"}  # builders of `datasets` for files that are not text
-SUFFIXES = (*TEXT_SUFFIXES, *READERS)
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".tar")
 MAX_NESTING = 1000  # of brackets in JSON
 MAX_REASON_CHARACTERS = 300  # of an error of a reader, within a message
 
@@ -74,8 +74,10 @@ def read_files(
             f"{', '.join(suffix or 'none' for suffix in sorted(suffixes))}."
         )
     escaped = {"train": list(map(glob.escape, files))}  # `datasets` interprets file names as patterns
-    if (suffix := suffixes.pop()) in READERS:
-        return dict(datasets.load_dataset(READERS[suffix], data_files=escaped, streaming=streaming))
+    if (suffix := suffixes.pop()) == ".parquet":
+        return dict(datasets.load_dataset("parquet", data_files=escaped, streaming=streaming))
+    if suffix == ".tar":
+        return build(TarSamples(data_files=escaped), streaming)
     documents = list(map(read_document, files))
     if documents[0] is not None:
         rules, skipped = rules or VizWizRules(), SkippedRows() if skipped is None else skipped
@@ -88,7 +90,11 @@ def read_files(
             parts.append(arrow_table(read_form(document, file, rules, skipped)))
         rows = datasets.Dataset(pa.concat_tables(parts, promote_options="permissive"))
         return {"train": rows.to_iterable_dataset() if streaming else rows}
-    builder = RowFiles(data_files=escaped)
+    return build(RowFiles(data_files=escaped), streaming)
+
+
+def build(builder: datasets.DatasetBuilder, streaming: bool) -> dict[str, Rows]:
+    """Return the rows that a builder reads, as the split "train"."""
     if streaming:
         return {"train": builder.as_streaming_dataset(split="train")}
     builder.download_and_prepare()

@@ -31,7 +31,7 @@ def caption_kinds(samples: Iterable[dict[str, list[str]]]) -> tuple[str, ...]:
     """Return the kinds of texts that hold the captions, in the order in which they are tried.
 
     Args:
-        samples: the captions of each sample, by the kind of their text.
+        samples: the captions of each sample, by the kind of their text, or by a suffix that ends in it (`en.txt`).
 
     Returns:
         All kinds that occur, if no sample has different captions in two of them. Otherwise only `caption` if it occurs,
@@ -49,7 +49,7 @@ def caption_kinds(samples: Iterable[dict[str, list[str]]]) -> tuple[str, ...]:
         filled = [value for value in captions.values() if value]
         seen.update(kind for kind, value in captions.items() if value)
         differ = differ or any(value != filled[0] for value in filled)
-    kinds = tuple(kind for kind in TEXT_KINDS if kind in seen)
+    kinds = tuple(sorted(seen, key=lambda kind: TEXT_KINDS.index(kind.rpartition(".")[2])))
     return tuple(kind for kind in kinds if kind == "caption") if differ else kinds
 
 

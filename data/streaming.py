@@ -62,7 +62,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
         for source in sources:
             columns = column_names(source.rows)
             for option, column in (("image_column", source.image_column), ("caption_column", source.caption_column)):
-                if column.split(".")[0] not in columns:
+                if not {column, column.split(".")[0]} & set(columns):
                     raise missing_column(column, columns, f"{source.option_prefix}{option}")
         self.sources = sources
         self.skipped = skipped

@@ -345,19 +345,20 @@ TABLES = {
     ),
     "names that are numbers": ("metadata.jsonl", b'{"file_name": 5, "caption": "a"}'),
     "names that are lists": ("metadata.jsonl", b'{"file_name": ["good.png"], "caption": "a"}'),
-    "pickled tensors": ("rows.tar", None),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_hostile_table_ends_in_one_sentence(name, folder):
     file, content = TABLES[name]
-    if content is None:
-        code = b"cos\nsystem\n(S'touch " + str(folder.parent / "ran").encode() + b"'\ntR."
-        write_tar(folder / file, ("a.png", GOOD), ("a.txt", b"a"), ("a.pth", code))
-    else:
-        (folder / file).write_bytes(content)
+    (folder / file).write_bytes(content)
     with pytest.raises(InputError) as caught:
         readable_rows(folder if file.startswith("metadata") else folder / file)
     assert len(str(caught.value)) < 2000
-    assert not (folder.parent / "ran").exists()
+
+
+def test_a_pickle_in_a_tar_does_not_run(folder):
+    code = b"cos\nsystem\n(S'touch " + str(folder.parent / "ran").encode() + b"'\ntR."
+    write_tar(folder / "rows.tar", ("a.png", GOOD), ("a.txt", b"a"), ("a.pth", code))
+    rows, _ = readable_rows(folder / "rows.tar")
+    assert len(rows) == 1 and not (folder.parent / "ran").exists()

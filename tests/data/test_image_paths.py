@@ -114,7 +114,7 @@ def test_a_file_named_exactly_as_written_comes_first(tmp_path, name):
     ("written", "files"), [("a", ["a.jpg", "a.png"]), ("b.JPG", ["b.jpg", "B.jpg"]), ("c", ["c.jpg", "c.JPG"])]
 )
 def test_a_path_that_several_files_fit_is_refused_with_their_names(tmp_path, written, files):
-    with pytest.raises(OSError, match=f"fits several files, .*{files[0]}.*: write a whole name"):
+    with pytest.raises(OSError, match=f"fits several files, .*{files[0]}.*: write the whole name"):
         touched(tmp_path, *files).locate(written)
 
 
