@@ -85,7 +85,9 @@ class SkippedRows:
             return
         self._known.add(line)
         if len(self._known) <= LOGGED_ROWS:
-            logger.info("A row of %s is skipped: %s", split, entry["reason"])
+            place = "A row" if row is None else f"Row {row}"
+            name = f" ({entry['file']})" if entry["file"] else ""
+            logger.info("%s of %s%s is skipped: %s", place, split, name, entry["reason"])
         if self.path is None:
             self.pending.append(entry)
         else:

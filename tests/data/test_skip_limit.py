@@ -117,4 +117,4 @@ def test_the_first_reasons_are_logged(rows, log):
     skipped = read_data("--dataset_name", rows(5, 5), "--max_skipped", 1).skipped
     shown = [message for message in log.messages if "is skipped" in message]
     assert len(skipped) == 5 and len(shown) == 3
-    assert shown[0].startswith("A row of train is skipped: There is no image file 'gone0.png'")
+    assert shown[0].startswith("Row 5 of train (gone0.png) is skipped: There is no image file 'gone0.png'")
