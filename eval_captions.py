@@ -24,6 +24,7 @@ from qformer_captioner.common.command import run_command
 from qformer_captioner.common.errors import InputError, printable
 from qformer_captioner.common.files import write_atomically
 from qformer_captioner.common.logging import get_logger
+from qformer_captioner.common.machine_faults import explain_faults
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.evaluation.arguments import CaptioningArguments, ScoringArguments, check_arguments
 from qformer_captioner.evaluation.caption_files import (
@@ -91,11 +92,13 @@ def evaluate(arguments: Sequence[str]) -> None:
         ValueError: for options of `generate` that contradict each other.
     """
     scoring, captioning = parse_arguments(arguments)
-    run = read_files(scoring) if captioning.model is None else caption_data_set(captioning, scoring)
-    if run is None:  # nothing to score in this process
-        return
-    scored = score(run, scoring)
-    write_results(run, scored, scoring)
+    output = Path(scoring.output or "scores.json").parent if captioning.model is None else Path(captioning.output_dir)
+    with explain_faults(output, "The captions so far are kept, and the same command continues."):
+        run = read_files(scoring) if captioning.model is None else caption_data_set(captioning, scoring)
+        if run is None:  # nothing to score in this process
+            return
+        scored = score(run, scoring)
+        write_results(run, scored, scoring)
     report_faults(scored.skipped, scored.blank, scoring)
 
 

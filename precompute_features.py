@@ -13,6 +13,7 @@ same command is given again. Embeddings that a data set already holds can also b
 """
 
 from qformer_captioner.common.command import run_command
+from qformer_captioner.common.machine_faults import explain_faults
 from qformer_captioner.common.option_parser import OptionParser
 from qformer_captioner.data.feature_arguments import FeatureArguments
 
@@ -45,12 +46,13 @@ def precompute(words: list[str]) -> None:
     from qformer_captioner.data.feature_run import claim_folder, finish, resolve, write_shards
 
     run = resolve(args)
-    run_folder = claim_folder(run)
-    write_shards(run)
-    run.state.wait_for_everyone()
-    run.state.destroy_process_group()  # every process but the main one ends here
-    if run_folder is not None:
-        finish(run, run_folder)
+    with explain_faults(run.folder, "Finished shards are kept, and the same command continues."):
+        run_folder = claim_folder(run)
+        write_shards(run)
+        run.state.wait_for_everyone()
+        run.state.destroy_process_group()  # every process but the main one ends here
+        if run_folder is not None:
+            finish(run, run_folder)
 
 
 def main() -> None:

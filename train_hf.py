@@ -15,10 +15,15 @@ as `--output_dir`, `--num_train_epochs` and `--per_device_train_batch_size`.
 was killed.
 """
 
+import contextlib
+import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qformer_captioner.common.command import run_command
+from qformer_captioner.common.errors import InputError, one_line
 from qformer_captioner.common.logging import get_logger
+from qformer_captioner.common.machine_faults import explain_faults
 from qformer_captioner.common.option_parser import OptionParser, asks_for_help
 from qformer_captioner.common.recipes import read_recipes, recipes_of
 from qformer_captioner.training.arguments import (
@@ -51,8 +56,8 @@ def train(argv: list[str]) -> None:
         argv: the command line without the name of the program. Without arguments the recipe is `scenes`.
 
     Raises:
-        InputError: if options contradict each other, a model or data set cannot be loaded, the output folder holds
-            another run, or the Hub refuses the captioner.
+        InputError: if options contradict each other, a model or data set cannot be loaded, or the output folder holds
+            another run. Also if the disk is full or a worker is killed, or if the Hub refuses the captioner.
         OSError: if the output folder cannot be written.
 
     Example:
@@ -64,6 +69,7 @@ def train(argv: list[str]) -> None:
     parser, words = expand_recipes(argv)
     model_args, data_args, run_args, training_args = parser.parse(words)
 
+    from huggingface_hub.constants import HF_HOME
     from transformers import set_seed
 
     from qformer_captioner.training.data_setup import load_data
@@ -77,15 +83,17 @@ def train(argv: list[str]) -> None:
         report_finished(run)
         return
     set_seed(run.training_args.seed)
-    train_data, eval_data = load_data(run)
-    captioner = build_model(run, train_data)
-    run.claim_folder()
-    model: QFormerCaptioner | PeftModel = captioner
-    if run.model_args.lora_r is not None:
-        model = add_adapters(run, captioner)
-    trainer = build_trainer(run, model, train_data, eval_data)
-    output = fit(run, trainer)
-    summary = finish(run, trainer, output)
+    with explain_faults(HF_HOME, "The environment variable HF_HOME names another folder for downloads."):
+        train_data, eval_data = load_data(run)
+        captioner = build_model(run, train_data)
+    with explain_faults(run.output_dir, "Complete checkpoints are kept, and the same command continues from the last."):
+        run.claim_folder()
+        model: QFormerCaptioner | PeftModel = captioner
+        if run.model_args.lora_r is not None:
+            model = add_adapters(run, captioner)
+        trainer = build_trainer(run, model, train_data, eval_data)
+        output = fit(run, trainer)
+        summary = finish(run, trainer, output)
     if run.is_main_process:
         report(run, trainer, summary)
 
@@ -151,7 +159,8 @@ def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
     logger.info("    model = AutoModel.from_pretrained(%r, trust_remote_code=True)", str(run.output_dir))
     logger.info('    print(model.caption("image.png"))')
     if run.training_args.push_to_hub:
-        trainer.push_to_hub()
+        with explain_push(run, str(trainer.hub_model_id)):
+            trainer.push_to_hub()
         logger.info("\nThe captioner is on the Hub as %s.", trainer.hub_model_id)
 
 
@@ -172,15 +181,42 @@ def report_finished(run: "TrainingRun") -> None:
     length = f"--max_steps {steps}" if steps > 0 else f"--num_train_epochs {epochs:g}"
     logger.info("To train it longer, give more than %s. To start again, add --overwrite_output_dir.", length)
     if args.push_to_hub and run.is_main_process:
-        repo_id = publish(
-            run.output_dir,
-            args.hub_model_id or run.output_dir.absolute().name,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            token=args.hub_token,
-            commit_message="End of training",
-        )
+        name = args.hub_model_id or run.output_dir.absolute().name
+        with explain_push(run, name):
+            repo_id = publish(
+                run.output_dir,
+                name,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+                token=args.hub_token,
+                commit_message="End of training",
+            )
         logger.info("The captioner is on the Hub as %s.", repo_id)
+
+
+@contextlib.contextmanager
+def explain_push(run: "TrainingRun", repo_id: str) -> Iterator[None]:
+    """Add to an error of publishing that the captioner is kept, and the command that publishes it.
+
+    Args:
+        run: the finished run.
+        repo_id: repository on the Hub.
+
+    Raises:
+        InputError: if publishing failed.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        command = ["qformer-captioner", "push", str(run.output_dir), repo_id]
+        if run.training_args.hub_private_repo:
+            command.append("--private")
+        if run.training_args.hub_revision is not None:
+            command += ["--revision", run.training_args.hub_revision]
+        raise InputError(
+            f"{one_line(error, 200)} The captioner is kept in {str(run.output_dir)!r}; to publish it later: "
+            f"{shlex.join(command)}"
+        ) from error
 
 
 def main() -> None:

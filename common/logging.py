@@ -45,6 +45,8 @@ class MessageHandler(logging.Handler):
                 sys.stdout.flush()
             else:
                 sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
+        except OSError:  # the disk of a redirected stdout is full: a traceback for each message would not help
+            pass
         except Exception:  # as in every handler of the standard library: a failed message must not end the run
             self.handleError(record)
 

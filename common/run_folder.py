@@ -3,11 +3,17 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from .errors import InputError, one_line
 from .files import write_atomically
+from .logging import get_logger
+
+logger = get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"  # the name in `transformers.trainer`, whose import takes seconds
 REMEDY = "Choose another --output_dir, or replace that run with --overwrite_output_dir."
@@ -104,19 +110,30 @@ class RunFolder:
         return self.record["finished"]
 
     @property
+    def checkpoints(self) -> list[Path]:
+        """Folders of checkpoints, the last one first. Some may be incomplete."""
+        paths = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
+        return sorted(paths, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+    @property
     def last_checkpoint(self) -> str | None:
         """Last complete checkpoint, to resume from, or `None`."""
         if self.overwrite:
             return None
-        checkpoints = [path for path in self.path.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-        checkpoints.sort(key=lambda path: int(path.name.split("-")[1]), reverse=True)
-        return next((str(path) for path in checkpoints if is_complete(path)), None)
+        return next((str(path) for path in self.checkpoints if is_complete(path)), None)
 
     def start(self) -> None:
-        """Create the folder and record that the run has started. With `overwrite`, delete the old run first."""
+        """Create the folder and record that the run has started. With `overwrite`, delete the old run first.
+
+        Checkpoints that a kill or a full disk cut off are deleted. The Trainer would count them among those to keep.
+        """
         if self.overwrite and self.path.exists():
             shutil.rmtree(self.path)
         self.overwrite = False
+        for checkpoint in self.checkpoints:
+            if not is_complete(checkpoint):
+                logger.warning("Deleting %s, which is incomplete.", checkpoint)
+                shutil.rmtree(checkpoint)
         self.path.mkdir(parents=True, exist_ok=True)
         self.record["finished"] = None
         self._write_record()
@@ -135,9 +152,16 @@ class RunFolder:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return True if a checkpoint is complete, which its state shows because the Trainer writes it last."""
+    """Return True if a checkpoint is complete.
+
+    The Trainer writes its state last. The ends of the other files are checked, too, because they may have been cut off
+    later, for example in a copy.
+    """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, "np"):  # compares the size of the file with its header
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    return all(map(zipfile.is_zipfile, (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))))

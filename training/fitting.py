@@ -8,6 +8,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..common.errors import InputError, one_line
 from ..common.logging import get_logger
+from ..common.machine_faults import describe_fault
 from ..data.collator import CaptionCollator
 from ..data.dataset import CaptionDataset
 from ..modeling_qformer import QFormerCaptioner
@@ -75,6 +76,8 @@ def fit(run: TrainingRun, trainer: CaptionTrainer) -> TrainOutput:
     try:
         return trainer.train(resume_from_checkpoint=run.checkpoint)
     except (pickle.UnpicklingError, SafetensorError) as error:  # torch's own message advises unsafe loading
+        if run.checkpoint is None or describe_fault(error, run.output_dir):  # a checkpoint could not be written
+            raise
         raise InputError(
             f"The checkpoint {run.checkpoint} is damaged, or holds more than tensors: delete it."
         ) from error

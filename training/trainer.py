@@ -14,12 +14,13 @@ from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import PushInProgress
 
 from ..common.errors import InputError
 from ..common.logging import get_logger
 from ..common.onednn import has_relu, onednn_linears
+from ..common.run_folder import is_complete
 from ..data.collator import CaptionCollator
 from ..data.dataset import CaptionDataset, ShuffledImages
 from ..data.streaming import CaptionStream
@@ -349,6 +350,19 @@ class CaptionTrainer(Seq2SeqTrainer):
             )
         else:  # adapters already leave out the frozen weights
             self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=is_main_process)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save a checkpoint as the Trainer does, and delete it if it could not be written as a whole.
+
+        The Trainer deletes old checkpoints afterwards, so a full disk leaves the last complete checkpoint.
+        """
+        folder = self.args.output_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.is_world_process_zero() and not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random state as the Trainer does, then wait until all processes have saved theirs.

@@ -1,5 +1,6 @@
 """Precomputed features: `precompute_features.py` as a user runs it, and reading the store that it writes."""
 
+import errno
 import json
 import os
 import pickle
@@ -247,6 +248,25 @@ def test_complete_shards_are_kept_and_incomplete_ones_are_computed_again(views, 
     precompute_features.precompute(command(vision, pictures, folder, *VIEWS))
     assert content(folder) == content(views)
     assert (folder / "train" / "00002.npy").stat().st_ino == kept
+
+
+def test_after_a_full_disk_the_same_command_computes_the_other_shards(views, vision, pictures, tmp_path, monkeypatch):
+    def write_two(self, shard, batches):
+        if shard == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, shard, batches)
+
+    original = SplitLayout.write
+    folder = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitLayout, "write", write_two)
+        with pytest.raises(InputError, match=f"the disk of '{folder}' .*Finished shards are kept"):
+            precompute_features.precompute(command(vision, pictures, folder, *VIEWS))
+    kept = [path.stat().st_ino for path in sorted(folder.glob("*/0*.npy"))]
+    assert len(kept) >= 2
+    precompute_features.precompute(command(vision, pictures, folder, *VIEWS))
+    assert content(folder) == content(views)
+    assert set(kept) < {path.stat().st_ino for path in folder.glob("*/0*.npy")}
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

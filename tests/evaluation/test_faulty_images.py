@@ -1,5 +1,6 @@
 """Broken images and blank captions are counted and listed, and all other captions are scored."""
 
+import errno
 import json
 
 import pytest
@@ -195,3 +196,25 @@ def test_a_broken_image_is_left_out_of_the_scores_with_clip_score(tmp_path, monk
     scored = score_captions(PREDICTIONS, references, open_image, extra_metrics=["clip_score"])
     assert scored.images == [1, 3] and scored.scores["clip_score"] == 2
     assert [(each.image_id, each.file_name) for each in scored.skipped] == [(2, "2.png")]
+
+
+# --- Faults of the machine --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("written", ["eval_captions.write_predictions", "eval_captions.write_atomically"])
+def test_a_full_disk_is_named_and_no_caption_is_computed_again(
+    written, captioner, captions_of_images, tmp_path, monkeypatch
+):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    table = write_rows(tmp_path, {"1.png": "a star 7", "2.png": "a cat"}, {"1.png": 7, "2.png": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(f"qformer_captioner.{written}", no_space)
+        message = f"the disk of '{tmp_path / 'run'}' .No space left on device.* the same command continues"
+        with pytest.raises(InputError, match=message):
+            run(captioner, table, tmp_path / "run")
+    assert not (tmp_path / "run" / "scores.json").exists()
+    monkeypatch.setattr(QFormerCaptioner, "caption", lambda *args, **kwargs: pytest.fail("captions an image again"))
+    run(captioner, table, tmp_path / "run")
+    assert scores_of(tmp_path / "run")["images"] == 2
