@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitOperationDelete, HfApi
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -62,6 +63,12 @@ def embedding_weights(language_model: PreTrainedModel) -> torch.Tensor:
     weights = language_model.get_input_embeddings().weight
     assert isinstance(weights, torch.Tensor)
     return weights
+
+
+def first_row_and_column(weight: torch.Tensor) -> torch.Tensor:
+    """Return the first column and the first row of a weight `[R, ...]` as one vector on the CPU."""
+    rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().flatten()[None]
+    return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
 
 
 def ties_of(model: nn.Module) -> dict[str, str]:
@@ -334,6 +341,31 @@ def untie_t5_head(language_model: PreTrainedModel) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def bits_and_bytes_config(quantization_config: BitsAndBytesConfig | dict[str, Any]) -> BitsAndBytesConfig:
+    """Return a configuration for 4 or 8 bits, which may be given as a dictionary.
+
+    Raises:
+        ValueError: if it is of another kind, or names neither 4 nor 8 bits.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner.backbones_qformer import bits_and_bytes_config
+    >>> bits_and_bytes_config({"load_in_4bit": True}).load_in_4bit
+    True
+    ```
+    """
+    config = quantization_config
+    if isinstance(config, dict):
+        config = BitsAndBytesConfig.from_dict(config)
+    if not isinstance(config, BitsAndBytesConfig) or not (config.load_in_4bit or config.load_in_8bit):
+        raise ValueError(
+            "`quantization_config` must be a `BitsAndBytesConfig` or a dictionary with `load_in_4bit=True` or "
+            f"`load_in_8bit=True`, not {str(quantization_config)[:200]}."
+        )
+    return config
+
+
 def quantize(
     language_model: PreTrainedModel,
     quantization_config: BitsAndBytesConfig,
@@ -481,14 +513,6 @@ def replaced_weights(written: Collection[str], existing: Iterable[str]) -> list[
     Args:
         written: names of the files that were uploaded.
         existing: names of the files that the repository has.
-
-    Example:
-
-    ```python
-    >>> from qformer_captioner.backbones_qformer import replaced_weights
-    >>> replaced_weights(["model.safetensors"], ["model.safetensors", "model.safetensors.index.json"])
-    ['model.safetensors.index.json']
-    ```
     """
     pattern = re.compile(
         r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json"
@@ -499,6 +523,14 @@ def replaced_weights(written: Collection[str], existing: Iterable[str]) -> list[
         for name, variant in variant_of.items()
         if name not in written and {weights_name(variant), weights_name(variant, index=True)} & set(written)
     ]
+
+
+def delete_replaced_weights(repo_id: str, written: Collection[str], revision: str | None, token: Any) -> None:
+    """Delete the weights that an upload replaced, in a second commit, because transformers makes the first."""
+    api = HfApi(token=token)
+    if replaced := replaced_weights(written, api.list_repo_files(repo_id, revision=revision)):
+        deletions = [CommitOperationDelete(name) for name in replaced]
+        api.create_commit(repo_id, deletions, commit_message="Delete replaced weights", revision=revision)
 
 
 def fetch_file(path: str | os.PathLike, name: str, **hub_kwargs: Any) -> str:

@@ -9,27 +9,31 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitOperationDelete, HfApi
 from torch import nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.hub import DownloadKwargs
 
 from .backbones_qformer import (
     BACKBONES,
     VisionModelPlaceholder,
+    bits_and_bytes_config,
     check_number_of_layers,
     count_weights,
+    delete_replaced_weights,
     dtype_of,
+    first_row_and_column,
     forget_broken_ties,
     is_frozen,
     is_quantized,
     load_backbone,
     quantize,
     read_weights,
-    replaced_weights,
     replacing_weights,
     single_device,
     ties_of,
@@ -88,12 +92,6 @@ class BackboneFingerprint:
         )
 
 
-def first_row_and_column(weight: torch.Tensor) -> torch.Tensor:
-    """Return the first column and the first row of a weight `[R, ...]` as one vector on the CPU."""
-    rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().flatten()[None]
-    return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
-
-
 class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     """Base class that loads and saves a captioner, and records which of its backbones are kept by reference.
 
@@ -117,6 +115,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         self.processor = None
         self._fingerprints = {}
         self._reported_backbones = set()
+        self._was_loaded = False  # a captioner that was loaded keeps the name of its source
 
     # --- Backbones ----------------------------------------------------------------------------------------------------
 
@@ -147,7 +146,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             self._keep_by_reference(self.config.referenced_backbones or [])
 
     def quantize_language_model(
-        self, quantization_config: BitsAndBytesConfig, device: str | int | torch.device | None = None
+        self, quantization_config: BitsAndBytesConfig | dict[str, Any], device: str | int | torch.device | None = None
     ) -> None:
         """Quantise the linear layers of the frozen language model to 4 or 8 bits, to save memory.
 
@@ -156,12 +155,13 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         Q-Former or LoRA adapters can train. The whole captioner moves to the device of the quantised layers.
 
         Args:
-            quantization_config (`BitsAndBytesConfig`): `load_in_4bit=True` or `load_in_8bit=True`, and its options.
+            quantization_config (`BitsAndBytesConfig` or `dict`): `load_in_4bit=True` or `load_in_8bit=True`, and its
+                options.
             device (`str`, `int` or `torch.device`, *optional*): defaults to the GPU, or to the CPU without one.
 
         Raises:
             ImportError: if bitsandbytes is not installed.
-            ValueError: if the language model is trainable.
+            ValueError: if the language model is trainable, or `quantization_config` is of another kind.
 
         Example:
 
@@ -171,7 +171,13 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         ```
         """
         if not is_frozen(self.language_model):
-            raise ValueError("A quantised language model cannot train: freeze it, and put LoRA adapters on it.")
+            raise ValueError(
+                "A quantised language model cannot train. Save the captioner, load the folder with "
+                "`from_pretrained(folder, quantization_config=...)`, and train LoRA adapters on it."
+            )
+        quantization_config = bits_and_bytes_config(quantization_config)
+        if not self._matches_name("language_model", self.state_dict()):  # its rounded weights have no other source
+            self.config.language_model_name_or_path = self.config.language_model_revision = None
         self.language_model = quantize(self.language_model, quantization_config, device).requires_grad_(False)
         self.config.text_config = self.language_model.config
         # peft chooses the kind of adapter by these attributes of the whole model.
@@ -239,7 +245,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
                 was saved in.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
                 precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
-            quantization_config (`BitsAndBytesConfig`, *optional*): quantise the language model
+            quantization_config (`BitsAndBytesConfig` or `dict`, *optional*): quantise the language model, and freeze it
                 ([`~QFormerCaptioner.quantize_language_model`]). `device_map` must then be a single device.
             model_args, kwargs: passed to `PreTrainedModel.from_pretrained` (`device_map`, `revision`, `token`, ...).
 
@@ -247,7 +253,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             The captioner in evaluation mode. Backbones that were frozen when it was saved are frozen again.
 
         Raises:
-            OSError: if the captioner or one of its backbones cannot be fetched; the message names it.
+            OSError: if the captioner or one of its backbones cannot be fetched; the message names it. Also for an
+                adapter that does not name its captioner.
             ValueError: if `load_vision_model=False` and the vision encoder could not be fetched later, or if a
                 quantised captioner would be spread over devices.
 
@@ -260,13 +267,20 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         ```
         """
         source = pretrained_model_name_or_path
-        dtype = kwargs.pop("torch_dtype", dtype)  # its former name, which transformers still accepts
+        former_dtype = kwargs.pop("torch_dtype", None)  # its former name, which transformers still accepts
+        dtype = former_dtype if dtype is None else dtype
         device = None if quantization_config is None else single_device(kwargs.pop("device_map", None))
         hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
         files = {**hub_kwargs, "variant": kwargs.get("variant")}
         # `AutoModel` passes the path of an adapter here. transformers loses it where the weights are a `state_dict`.
-        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
-        adapter = adapter_kwargs.pop("_adapter_model_path", None)
+        adapter, source, adapter_kwargs = maybe_load_adapters(
+            source, cast(DownloadKwargs, hub_kwargs), **(kwargs.pop("adapter_kwargs", None) or {})
+        )
+        if adapter is not None and source is None:
+            raise OSError(
+                f"The adapter {str(adapter)!r} names no captioner. Write the folder of its captioner as "
+                "`base_model_name_or_path` into its `adapter_config.json`."
+            )
 
         config = cls._resolve_config(source, config, dtype, load_vision_model, hub_kwargs)
         kwargs |= {"config": config, "dtype": dtype, "use_safetensors": True}
@@ -282,6 +296,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         # A trainable backbone may differ from the pretrained model of its name, so it has no fingerprint.
         model._take_fingerprints(part for part in BACKBONES if getattr(config, f"freeze_{part}"))
         if quantization_config is not None:
+            model.language_model.requires_grad_(False)
             model.quantize_language_model(quantization_config, device)
         if source is not None:
             model._load_companions(source, kwargs.get("generation_config"), hub_kwargs)
@@ -314,7 +329,9 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
                 f"The captioner {str(source)!r} has its own vision encoder and cannot be loaded without it: "
                 "leave out `load_vision_model=False`."
             )
-        if dtype not in (None, "auto"):
+        # A user may also have changed `config.dtype`, in which transformers saves the dtype of the first part.
+        stored = (config.dtypes or {}).get("vision_model")
+        if dtype not in (None, "auto") or (stored and str(config.dtype).removeprefix("torch.") not in ("None", stored)):
             config.dtypes = None
         return config
 
@@ -391,8 +408,9 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
         # peft writes `name_or_path` into adapter folders, and transformers writes `config.name_or_path` into
         # configurations.
-        folder = os.path.join(source, hub_kwargs.get("subfolder") or "")
-        self.name_or_path = self.config.name_or_path = folder if os.path.isdir(folder) else os.fspath(source)
+        self._was_loaded = True
+        folder = Path(source, hub_kwargs.get("subfolder") or "")
+        self.name_or_path = self.config.name_or_path = str(folder if folder.is_dir() else source)
 
     def _load_adapter(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
         """Load an adapter and, if its folder holds one, its processor, which may have another prompt."""
@@ -400,6 +418,16 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         processor = QFormerCaptionerProcessor.from_folder_if_any(adapter, **hub_kwargs)
         if processor is not None:
             self.processor = processor
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the weights, and warn if peft saves adapters that would not find their captioner again."""
+        weights = super().state_dict(*args, **kwargs)
+        if not self.name_or_path and any(".base_layer." in name for name in weights):
+            logger.warning_once(
+                "The adapters are on a captioner that was never saved, so a saved adapter cannot name it: call the "
+                "captioner's `save_pretrained` before `get_peft_model`."
+            )
+        return weights
 
     # --- Saving -------------------------------------------------------------------------------------------------------
 
@@ -468,6 +496,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
             )
+        if not self._was_loaded and not push_to_hub:
+            self.name_or_path = os.path.abspath(save_directory)  # by which an adapter finds its captioner
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload the captioner, including the weights of backbones that were loaded from a local folder.
@@ -485,7 +515,10 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         config = copy.deepcopy(self.config)
         config.referenced_backbones = referenced
         with self._temporary(config, self._keys_to_ignore_on_save):
-            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+            commit = super().push_to_hub(repo_id, **kwargs)  # type: ignore[arg-type]
+        if not self._was_loaded:
+            self.name_or_path = repo_id
+        return commit
 
     def _public_references(self) -> list[str]:
         """Return the referenced backbones that others can fetch."""
@@ -495,24 +528,14 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     def _upload_modified_files(  # type: ignore[override]  # transformers passes the rest as keywords
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
     ) -> Any:
-        """Remove local paths from the configuration before the upload, and delete the weights that it replaced.
-
-        A repository whose earlier weights were sharded in another way would hold two readings. They are deleted in a
-        second commit, because transformers makes the first.
-        """
-        path = os.path.join(working_dir, CONFIG_NAME)
-        with open(path, encoding="utf-8") as file:
-            config = without_local_paths(json.load(file))
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        """Upload a folder without local paths in its configuration, and delete the weights that the upload replaces."""
+        file = Path(working_dir, CONFIG_NAME)
+        config = without_local_paths(json.loads(file.read_text(encoding="utf-8")))
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         timestamps = self._get_files_timestamps(working_dir)
         written = [name for name, time in timestamps.items() if time > files_timestamps.get(name, 0)]
         commit = super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
-        api, revision = HfApi(token=kwargs.get("token")), commit.pr_revision or kwargs.get("revision")
-        existing = api.list_repo_files(repo_id, revision=revision)
-        if replaced := replaced_weights(written, existing):
-            deletions = [CommitOperationDelete(name) for name in replaced]
-            api.create_commit(repo_id, deletions, commit_message="Delete replaced weights", revision=revision)
+        delete_replaced_weights(repo_id, written, commit.pr_revision or kwargs.get("revision"), kwargs.get("token"))
         return commit
 
     def _backbones_to_include(self, include_backbones: bool | Sequence[str]) -> list[str]:
