@@ -112,6 +112,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             model, prompts are padded on the left, and captions get only the end-of-sequence token.
         language_chat_template (`str`, *optional*): chat template of the language model for
             [`~QFormerCaptionerProcessor.as_chat`]; defaults to the tokenizer's.
+        use_chat_template (`bool`, defaults to `False`): whether the language model reads each prompt as a user's turn
+            in its chat template. The tokenizer of a Q-Former gets the prompt without the template.
 
     Example:
 
@@ -133,6 +135,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         prompt: str = "",
         is_encoder_decoder: bool = False,
         language_chat_template: str | None = None,
+        use_chat_template: bool = False,
     ):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -143,6 +146,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         self.language_chat_template = language_chat_template or template_of_tokenizer
         self.prompt = prompt
         self.is_encoder_decoder = is_encoder_decoder
+        self.use_chat_template = use_chat_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Not an argument of the constructor: ProcessorMixin would require it, and most Q-Formers read no prompt.
         self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
@@ -285,12 +289,17 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 image_options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
             batch["pixel_values"] = self.image_processor(upright, **image_options)["pixel_values"]
         prompts = self._prompts_for(text, len(images))
-        batch.update(tokenize_prompts(self.tokenizer, prompts, return_tensors, text_options))
+        texts = [self.format_prompt(prompt) for prompt in prompts]
+        batch.update(tokenize_prompts(self.tokenizer, texts, return_tensors, text_options))
         if self.qformer_tokenizer is not None:
             text_options["padding_side"] = "right"
             tokens = tokenize_prompts(self.qformer_tokenizer, prompts, return_tensors, text_options)
             batch.update({f"qformer_{name}": value for name, value in tokens.items()})
         return BatchFeature(batch)
+
+    def format_prompt(self, prompt: str) -> str:
+        """Return a prompt as the language model reads it: in its chat template with `use_chat_template`."""
+        return self.as_chat(prompt) if self.use_chat_template else prompt
 
     def as_chat(self, prompt: str) -> str:
         """Format a prompt as a user's turn in the chat template of the language model, up to the start of its answer.
@@ -354,7 +363,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         caption = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), " ", caption).strip()
         if max_length is not None:
             caption = caption[: 100 * max_length]  # a very long text would otherwise be tokenised in full
-        prompt = prompt or self.prompt
+        prompt = self.format_prompt(prompt or self.prompt)
         if not self.is_encoder_decoder and prompt and not prompt[-1].isspace():
             caption = " " + caption  # the caption follows the prompt, and tokenizers distinguish " a" from "a"
         ids = self.tokenizer(caption, add_special_tokens=self.is_encoder_decoder, split_special_tokens=True)[

@@ -15,7 +15,7 @@ CROP_ATTEMPTS = 10
 
 
 class RowText(TypedDict):
-    """Text of a training row: its captions, and its prompt if prompts are drawn at random."""
+    """Text of a training row: its captions, and its prompt if it has its own or prompts are drawn at random."""
 
     captions: list[str]
     prompt: NotRequired[str]
@@ -33,8 +33,8 @@ class Augmentation:
             keeps, as in the `scale` of torchvision's `RandomResizedCrop`. By default images are not cropped.
         horizontal_flip_prob (`float`, defaults to 0.0): probability that an image is mirrored left to right.
         captions_per_image (`int`, *optional*): number of captions of an image to draw. By default all are used.
-        prompts (`Sequence[str]`): prompts from which one is drawn for each row. By default, rows have the prompt of the
-            processor.
+        prompts (`Sequence[str]`): prompts from which one is drawn for each row without its own. By default, such rows
+            have the prompt of the processor.
         sample_view (`bool`, defaults to `False`): whether to draw one of the views of precomputed features. By default
             view 0 is used, which is the whole image.
         seed (`int`, defaults to 0): random seed of all draws.
@@ -78,11 +78,19 @@ class Augmentation:
             return 0
         return int(torch.randint(num_views, (), generator=generator))
 
-    def draw_text(self, captions: list[str], generator: torch.Generator) -> RowText:
-        """Return the `"captions"` to train on and, if there are prompts to choose from, a `"prompt"`."""
+    def draw_text(self, captions: list[str], generator: torch.Generator, prompt: str = "") -> RowText:
+        """Return the `"captions"` to train on, and the `"prompt"` of the row or one of several prompts.
+
+        Args:
+            captions: the captions of the row.
+            generator: source of the random numbers.
+            prompt: the row's own prompt. If it is empty, one of `prompts` is drawn.
+        """
         if self.captions_per_image is not None:
             drawn = torch.randperm(len(captions), generator=generator)[: self.captions_per_image]
             captions = [captions[number] for number in drawn]
+        if prompt:
+            return {"captions": captions, "prompt": prompt}
         if not self.prompts:
             return {"captions": captions}
         prompt = self.prompts[int(torch.randint(len(self.prompts), (), generator=generator))]

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..common.errors import InputError, one_line
 from .augmentation import Augmentation, RowText
-from .captions import captions_of, describe, why_no_caption
+from .captions import describe
 from .columns import Rows, column_names, image_column_of, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
@@ -19,6 +19,7 @@ from .images import ImageCell, file_of_image, open_cell, undecoded_images
 from .names import CAPTION_NAMES, find_name
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
+from .texts import caption_columns, rows_of_texts
 
 
 class CaptionRow(RowText, total=False):
@@ -36,11 +37,13 @@ class CaptionSource:
         name: name of the split, for messages and for the record of skipped rows.
         rows: the rows. The images of a stream must be undecoded, as [`load_rows`] returns them.
         image_column: column of images, or of paths of images.
-        caption_column: column of captions: a string or a list in each row. It may be nested (`json.caption`).
+        caption_column: column of captions: a string, a list or a conversation in each row. It may be nested
+            (`json.caption`). Several columns have commas between them; all their captions are used.
         image_id_column: column that identifies images. Rows with the same value are merged into one row that has all
             their captions. Streams ignore it.
         image_folder: where paths of images start, and where they may lead. By default any path is allowed.
         option_prefix: prefix of the command-line options that choose the columns ("eval_"), for error messages.
+        prompt_column: column of prompts. A row with an empty cell has the prompt of the captioner.
     """
 
     name: str
@@ -50,6 +53,7 @@ class CaptionSource:
     image_id_column: str | None = None
     image_folder: ImageFolder | None = None
     option_prefix: str = ""
+    prompt_column: str | None = None
 
     def with_existing_columns(self) -> "CaptionSource":
         """Return the source with the columns that the rows have.
@@ -68,7 +72,8 @@ class CaptionSource:
 class CaptionDataset(Dataset[CaptionRow]):
     """Map-style data set of images with captions.
 
-    Rows without a caption are left out. An unreadable image is discovered only when it is opened. Both kinds of rows
+    A row is an image with captions that continue one prompt. A conversation gives a row for each round. Rows without a
+    caption are left out. An unreadable image is discovered only when it is opened. Both kinds of rows
     are recorded in `skipped`.
 
     **`dataset[i]` returns the next readable row if the image of row `i` cannot be read**, so that batches stay full.
@@ -103,7 +108,7 @@ class CaptionDataset(Dataset[CaptionRow]):
     ):
         self.source = source = source.with_existing_columns()
         self.split = source.name
-        self.rows: datasets.Dataset = with_nested_columns(source.rows, source.image_column, source.caption_column)
+        self.rows: datasets.Dataset = with_nested_columns(source.rows, source.image_column)
         self._check_columns(needs_images=features is None)
         self.skipped = skipped
         self.augmentation = augmentation or Augmentation()
@@ -114,14 +119,23 @@ class CaptionDataset(Dataset[CaptionRow]):
             self.images = undecoded_images(
                 self.rows, source.image_column, option=f"--{source.option_prefix}image_column"
             )
-        cells = self.rows[source.caption_column]
-        self.captions = [captions_of(value) for value in cells]
+        self.row_of: list[int] = []  # of each text
+        self.prompts: list[str] = []
+        self.captions: list[list[str]] = []
+        reasons: dict[int, str] = {}
+        columns = source.caption_column, source.prompt_column, source.option_prefix
+        for index, (row, text) in enumerate(rows_of_texts(self.rows, *columns)):
+            self.row_of.append(row)
+            self.prompts.append(text.prompt)
+            self.captions.append(text.captions)
+            if not text.captions:
+                reasons[index] = text.reason
         merged = self._merge_rows_of_an_image()
         self.indices = [index for index, captions in enumerate(self.captions) if captions]
-        for index in sorted(set(range(len(self.rows))) - set(self.indices) - merged):
-            self._skip(index, why_no_caption(cells[index]))
+        for index in sorted(reasons.keys() - merged):
+            self._skip(index, reasons[index])
         if not self.indices:
-            raise no_caption(self.split, source, cells, self.rows.column_names)
+            raise no_caption(self.split, source, self.rows)
         if features is not None:
             self._check_features(features)
             self._drop_rows_without_features(features)
@@ -130,7 +144,6 @@ class CaptionDataset(Dataset[CaptionRow]):
         prefix = self.source.option_prefix
         columns = {
             f"{prefix}image_column": self.source.image_column if needs_images else None,
-            f"{prefix}caption_column": self.source.caption_column,
             "image_id_column": self.source.image_id_column,
         }
         for option, column in columns.items():
@@ -138,15 +151,16 @@ class CaptionDataset(Dataset[CaptionRow]):
                 raise missing_column(column, self.rows.column_names, option)
 
     def _merge_rows_of_an_image(self) -> set[int]:
-        """Give all captions of an image to the first of its rows, and return the other rows."""
+        """Give all captions of an image with one prompt to the first of its rows, and return the other rows."""
         if self.source.image_id_column is None:
             return set()
         first_rows: dict[Any, int] = {}
         merged = set()
-        for index, image_id in enumerate(self._image_ids(self.source.image_id_column)):
-            if image_id is None or image_id == "":  # the id is unknown, so the row is not merged
+        image_ids = self._image_ids(self.source.image_id_column)
+        for index, (row, prompt) in enumerate(zip(self.row_of, self.prompts, strict=True)):
+            if image_ids[row] is None or image_ids[row] == "":  # the id is unknown, so the row is not merged
                 continue
-            first = first_rows.setdefault(image_id, index)
+            first = first_rows.setdefault((image_ids[row], prompt), index)
             if first != index:
                 self.captions[first] += self.captions[index]
                 self.captions[index] = []
@@ -171,9 +185,9 @@ class CaptionDataset(Dataset[CaptionRow]):
 
     def _drop_rows_without_features(self, features: SplitFeatures) -> None:
         for index in self.indices:
-            if not features.present[index]:
+            if not features.present[self.row_of[index]]:
                 self._skip(index, "no features: its image could not be read")
-        self.indices = [index for index in self.indices if features.present[index]]
+        self.indices = [index for index in self.indices if features.present[self.row_of[index]]]
         if not self.indices:
             raise InputError(f"No row of the {self.split} split has features.")
 
@@ -201,19 +215,21 @@ class CaptionDataset(Dataset[CaptionRow]):
         generator = self.augmentation.generator(int(self.epoch), index)
         if self.features is not None:
             view = self.augmentation.draw_view(self.features.views, generator)
-            text = self.augmentation.draw_text(self.captions[index], generator)
-            return {"image_embeds": FeatureRef(self.features, index, view), **text}
+            return {"image_embeds": FeatureRef(self.features, self.row_of[index], view), **self._text(index, generator)}
         image = self.augmentation.augment_image(self._open_image(index), generator)
-        return {"image": image, **self.augmentation.draw_text(self.captions[index], generator)}
+        return {"image": image, **self._text(index, generator)}
+
+    def _text(self, index: int, generator: torch.Generator) -> RowText:
+        return self.augmentation.draw_text(self.captions[index], generator, self.prompts[index])
 
     def _cell(self, index: int) -> ImageCell | None:
-        return None if self.images is None else self.images[index][self.source.image_column]
+        return None if self.images is None else self.images[self.row_of[index]][self.source.image_column]
 
     def _open_image(self, index: int) -> Image.Image:
         return open_cell(self._cell(index), self.source.image_folder)
 
     def _skip(self, index: int, reason: str) -> None:
-        self.skipped.add(self.split, index, file_of_image(self._cell(index)), reason)
+        self.skipped.add(self.split, self.row_of[index], file_of_image(self._cell(index)), reason)
 
     def _no_readable_image(self, error: OSError) -> InputError:
         return InputError(
@@ -274,24 +290,31 @@ class CaptionDataset(Dataset[CaptionRow]):
         """Return the captions of each row."""
         return [self.captions[index] for index in self.indices]
 
+    def row_prompts(self) -> list[str]:
+        """Return the prompt of each row. An empty prompt is that of the captioner."""
+        return [self.prompts[index] for index in self.indices]
+
     def column(self, name: str) -> list:
         """Return the values of another column of the data set, one for each row."""
         values = self.rows[name]
-        return [values[index] for index in self.indices]
+        return [values[self.row_of[index]] for index in self.indices]
 
 
-def no_caption(split: str, source: CaptionSource, cells: Sequence[Any], existing: Sequence[str]) -> InputError:
-    """Return the error for a column without captions, with what it holds instead.
+def no_caption(split: str, source: CaptionSource, rows: datasets.Dataset) -> InputError:
+    """Return the error for columns without captions, with what they hold instead.
 
     Args:
         split: name of the split.
         source: the source of the rows.
-        cells: the values of the caption column.
-        existing: names of the columns.
+        rows: the rows of the split.
     """
+    existing = rows.column_names
+    columns = caption_columns(source.caption_column, existing)
+    rows = with_nested_columns(rows, *columns)
+    cells = (cell for column in columns for cell in rows[column])
     held = next(filter(lambda held: held != "nothing", map(describe, cells)), "nothing")
     return InputError(
-        f"No row of the {split} split has a caption in its column {source.caption_column!r}, which holds {held}; the "
+        f"No row of the {split} split has a caption in its column {','.join(columns)!r}, which holds {held}; the "
         f"columns are {one_line(', '.join(map(repr, existing)), 200)}. Choose another with "
         f"--{source.option_prefix}caption_column."
     )
@@ -323,5 +346,10 @@ class ShuffledImages(Dataset[CaptionRow]):
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> CaptionRow:
-        captions = self.dataset.captions[self.dataset.indices[position]]
-        return {**self.dataset[self.image_of[position]], "captions": captions}
+        index = self.dataset.indices[position]
+        row: CaptionRow = {**self.dataset[self.image_of[position]], "captions": self.dataset.captions[index]}
+        if self.dataset.prompts[index]:
+            row["prompt"] = self.dataset.prompts[index]
+        else:
+            row.pop("prompt", None)
+        return row

@@ -57,3 +57,7 @@ class CaptionMixture(Dataset[CaptionRow]):
     def references(self) -> list[list[str]]:
         """Return the captions of all rows of all data sets."""
         return [captions for part in self.parts for captions in part.references()]
+
+    def row_prompts(self) -> list[str]:
+        """Return the prompts of all rows of all data sets."""
+        return [prompt for part in self.parts for prompt in part.row_prompts()]

@@ -11,13 +11,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..common.errors import InputError
 from .augmentation import Augmentation
-from .captions import captions_of, why_no_caption
 from .columns import column_names, missing_column, nested_value
 from .dataset import CaptionRow, CaptionSource
 from .images import file_of_image, image_cell, open_cell
 from .loading import PEEK_ROWS, iterate_rows
 from .skip_limit import STREAM_ROWS, SkipLimit, try_images
 from .skipped_rows import SkippedRows
+from .texts import Text, caption_columns, texts_in_row
 
 
 class CaptionStream(IterableDataset[CaptionRow]):
@@ -61,8 +61,10 @@ class CaptionStream(IterableDataset[CaptionRow]):
         sources = [source.with_existing_columns() for source in sources]
         for source in sources:
             columns = column_names(source.rows)
-            for option, column in (("image_column", source.image_column), ("caption_column", source.caption_column)):
-                if not {column, column.split(".")[0]} & set(columns):
+            asked = [("image_column", source.image_column), ("prompt_column", source.prompt_column)]
+            asked += [("caption_column", column) for column in caption_columns(source.caption_column, columns)]
+            for option, column in asked:
+                if column is not None and not {column, column.split(".")[0]} & set(columns):
                     raise missing_column(column, columns, f"{source.option_prefix}{option}")
         self.sources = sources
         self.skipped = skipped
@@ -108,11 +110,13 @@ class CaptionStream(IterableDataset[CaptionRow]):
         source = self.sources[number]
         for epoch in itertools.count():
             last_error, readable = None, False
-            for count, row in enumerate(self._one_pass(source, epoch, reader, num_readers)):
+            rows = self._one_pass(source, epoch, reader, num_readers)
+            texts = ((row, text) for row in rows for text in texts_of_source(source, row))
+            for count, (row, text) in enumerate(texts):
                 # The place is different for all rows of a pass, and seeds the augmentation.
                 place = (count * num_readers + reader) * len(self.sources) + number
                 try:
-                    prepared = self._prepare(source, row, epoch, place)
+                    prepared = self._prepare(source, row, text, epoch, place)
                 except OSError as error:
                     last_error = error
                     if epoch == 0:
@@ -135,28 +139,43 @@ class CaptionStream(IterableDataset[CaptionRow]):
         rows = split_dataset_by_node(rows, reader, num_readers, "shards" if by_files else "examples")
         return iterate_rows(rows, source.name)
 
-    def _prepare(self, source: CaptionSource, row: dict[str, Any], epoch: int, place: int) -> CaptionRow:
+    def _prepare(self, source: CaptionSource, row: dict[str, Any], text: Text, epoch: int, place: int) -> CaptionRow:
         """Open the image of a row, and augment the row.
 
         Raises:
             OSError: if the row has no caption, or its image cannot be read.
         """
-        cell = nested_value(row, source.caption_column)
-        captions = captions_of(cell)
-        if not captions:
-            raise OSError(why_no_caption(cell))
+        if not text.captions:
+            raise OSError(text.reason)
         image = self._open_image(source, row)
         generator = self.augmentation.generator(epoch, place)
         image = self.augmentation.augment_image(image, generator)
-        return {"image": image, **self.augmentation.draw_text(captions, generator)}
+        return {"image": image, **self.augmentation.draw_text(text.captions, generator, text.prompt)}
 
     def references(self) -> Iterator[list[str]]:
         """Yield the captions of the first rows of each source, 10,000 rows in all."""
+        for text in self._first_texts():
+            yield text.captions
+
+    def row_prompts(self) -> Iterator[str]:
+        """Yield the prompts of the same rows. An empty prompt is that of the captioner."""
+        for text in self._first_texts():
+            yield text.prompt
+
+    def _first_texts(self) -> Iterator[Text]:
         for source in self.sources:
-            column = source.caption_column.split(".")[0]
-            rows = source.rows.select_columns(column).take(PEEK_ROWS // len(self.sources))
+            existing = column_names(source.rows)
+            asked = [*caption_columns(source.caption_column, existing), *filter(None, [source.prompt_column])]
+            columns = {column if column in existing else column.split(".")[0] for column in asked}
+            rows = source.rows.select_columns(sorted(columns)).take(PEEK_ROWS // len(self.sources))
             for row in iterate_rows(rows, source.name):
-                yield captions_of(nested_value(row, source.caption_column))
+                yield from texts_of_source(source, row)
+
+
+def texts_of_source(source: CaptionSource, row: dict[str, Any]) -> list[Text]:
+    """Return the texts of a row of a stream."""
+    cells = [nested_value(row, column) for column in caption_columns(source.caption_column, row)]
+    return texts_in_row(cells, None if source.prompt_column is None else nested_value(row, source.prompt_column))
 
 
 def no_usable_row(name: str, last_error: Exception | None, num_readers: int) -> InputError:

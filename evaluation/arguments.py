@@ -18,6 +18,7 @@ COLUMN_OPTIONS = (
     "split_column",
     "image_column",
     "caption_column",
+    "prompt_column",
     "image_id_column",
 )
 
@@ -97,7 +98,13 @@ class CaptioningArguments:
     )
     image_column: str = option("image", "Column of the images, or of their paths.", "data")
     caption_column: str = option(
-        "caption", "Column of the references: a string or a list of strings in each row.", "data"
+        "caption",
+        "Column of the references: a string or a list of strings in each row. a,b are two columns. Default: caption, "
+        "or a column of conversations.",
+        "data",
+    )
+    prompt_column: str | None = option(
+        None, "Column of prompts. Default: all images have the prompt of --prompt.", "data"
     )
     image_id_column: str | None = option(
         None, "Column of image ids. Rows with the same id, by default the same file, describe one image.", "data"

@@ -13,11 +13,11 @@ import datasets
 from PIL import Image
 
 from ..common.errors import InputError, one_line
-from ..data.captions import captions_of
 from ..data.columns import with_nested_columns
 from ..data.image_paths import ImageFolder, folder_of_images
 from ..data.images import file_of_image, image_keys, open_cell
 from ..data.loading import load_rows
+from ..data.texts import Text, rows_of_texts
 from .caption_files import ImageId, ReferenceSet
 from .scoring import FaultyImage
 
@@ -117,6 +117,7 @@ class EvaluationSet:
         row_of: for each image, the index of its row. Images are captioned in this order.
         image_folder: where paths of images start, and where they may lead; `None` allows any path.
         skipped: images that are left out because they have no caption.
+        prompts: prompt of each image that has its own.
     """
 
     references: ReferenceSet
@@ -124,6 +125,7 @@ class EvaluationSet:
     row_of: dict[ImageId, int]
     image_folder: ImageFolder | None = None
     skipped: list[FaultyImage] = field(default_factory=list)
+    prompts: dict[ImageId, str] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -157,15 +159,15 @@ class EvaluationSet:
         return replace(self, references=self.references.select(images), row_of=row_of, skipped=[])
 
     def fingerprints(self) -> dict[ImageId, str]:
-        """Return a text for each image that changes if the image is replaced.
+        """Return a text for each image that changes if the image or its prompt is replaced.
 
-        It holds a hash of the image's name and size in the data set, and the size and time of its file.
+        It holds a hash of the image's name and size in the data set, the size and time of its file, and its prompt.
         """
         rows = self.rows.select(self.row_of.values())
         (column,) = rows.column_names
         keys = image_keys(rows, column).tolist()
         return {
-            image: f"{key:016x}{self._file_stamp(cell)}"
+            image: f"{key:016x}{self._file_stamp(cell)}{self.prompts.get(image, '')}"
             for image, key, cell in zip(self.row_of, keys, rows[column], strict=True)
         }
 
@@ -279,33 +281,43 @@ def load_evaluation_set(
     row_per_caption: bool = False,
     hidden_references: bool = False,
     image_folder: ImageFolder | None = None,
+    prompt_column: str | None = None,
 ) -> EvaluationSet:
-    """Return the images and references of a split.
+    """Return the images and references of a split. An image with several prompts is one image for each prompt.
 
     Args:
         rows: the rows of the split.
         image_column: column of images, or of their paths.
-        caption_column: column of references: a string, a list of strings, or a list of `{"raw": string}`.
-        id_column: column of image ids. Without it, the id of an image is the index of its first row, and rows that name
-            the same file belong to one image.
+        caption_column: column of references: a string, a list of strings, a list of `{"raw": string}` or a
+            conversation. Several columns have commas between them.
+        id_column: column of image ids. Without it, the id of an image is the index of its first row. Rows with the same
+            file and the same prompt then belong to one image.
         row_per_caption: accept several rows for one image, each with some of its captions.
         hidden_references: keep images without captions. Otherwise they are left out, and listed in the result.
         image_folder: where paths of images start, and where they may lead; `None` allows any path.
+        prompt_column: column of prompts, if images have their own.
 
     Raises:
         InputError: for a column that does not exist or an id that is not valid. Also for an image that occurs more than
-            once, or if no image has a caption.
+            once or has several prompts with one id, or if no image has a caption.
     """
-    rows = with_nested_columns(rows, image_column, caption_column)
-    _check_columns(rows, image_column, caption_column, id_column)
+    rows = with_nested_columns(rows, image_column)
+    _check_columns(rows, image_column, id_column)
+    texts = list(rows_of_texts(rows, caption_column, prompt_column))
     images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     cells = images[image_column]
-    ids = _ids_by_file(cells) if id_column is None else _ids_in_column(rows, id_column)
+    ids = _ids_by_file(cells, texts) if id_column is None else _ids_in_column(rows, id_column, texts)
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
-    for row, (image, value) in enumerate(zip(ids, rows[caption_column], strict=True)):
+    prompts: dict[ImageId, str] = {}
+    for image, (row, text) in zip(ids, texts, strict=True):
         row_of.setdefault(image, row)
-        captions.setdefault(image, []).extend(captions_of(value))
+        captions.setdefault(image, []).extend(text.captions)
+        if prompts.setdefault(image, text.prompt) != text.prompt:
+            raise InputError(
+                f"The image {image!r} has several prompts: leave out --image_id_column, so that each prompt of an "
+                "image gets its own id."
+            )
     repeated = [image for image, count in Counter(ids).items() if count > 1]
     if repeated and not row_per_caption:
         raise InputError(f"{len(repeated)} images occur more than once; the first of them is {repeated[0]!r}.")
@@ -318,7 +330,14 @@ def load_evaluation_set(
     skipped = [FaultyImage(image, str(names.get(image, image)), reason) for image in captions.keys() - set(usable)]
     skipped.sort(key=lambda each: row_of[each.image_id])
     references = ReferenceSet(captions, names).select(usable)
-    return EvaluationSet(references, images, {image: row_of[image] for image in usable}, image_folder, skipped)
+    return EvaluationSet(
+        references,
+        images,
+        {image: row_of[image] for image in usable},
+        image_folder,
+        skipped,
+        {image: prompts[image] for image in usable if prompts[image]},
+    )
 
 
 def _check_columns(rows: datasets.Dataset, *columns: str | None) -> None:
@@ -326,25 +345,28 @@ def _check_columns(rows: datasets.Dataset, *columns: str | None) -> None:
         if column is not None and column not in rows.column_names:
             raise InputError(
                 f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
-                "Choose with --image_column, --caption_column and --image_id_column."
+                "Choose with --image_column and --image_id_column."
             )
 
 
-def _ids_in_column(rows: datasets.Dataset, column: str) -> list[ImageId]:
-    ids = rows[column]
+def _ids_in_column(rows: datasets.Dataset, column: str, texts: Sequence[tuple[int, Text]]) -> list[ImageId]:
+    """Return the id of the image of each text."""
+    ids = list(rows[column])
     for image in ids:
         if isinstance(image, bool) or not isinstance(image, ImageId):
             raise InputError(f"In the column {column!r}, {image!r} is not an image id (an integer or a string).")
-    return list(ids)
+    return [ids[row] for row, _ in texts]
 
 
-def _ids_by_file(cells: list[dict | None]) -> list[ImageId]:
-    """Return, for each row, the index of the first row that names the same file."""
-    first_row: dict[str, int] = {}
+def _ids_by_file(cells: Sequence[dict | None], texts: Sequence[tuple[int, Text]]) -> list[ImageId]:
+    """Return, for each text, the index of the first text with the same file and the same prompt."""
+    paths = [
+        None if cell is None or cell["bytes"] is not None or cell["path"] is None else os.path.normpath(cell["path"])
+        for cell in cells
+    ]
+    first: dict[tuple[str, str], int] = {}
     ids: list[ImageId] = []
-    for row, cell in enumerate(cells):
-        if cell is None or cell["bytes"] is not None or cell["path"] is None:
-            ids.append(row)
-        else:
-            ids.append(first_row.setdefault(os.path.normpath(cell["path"]), row))
+    for index, (row, text) in enumerate(texts):
+        path = paths[row]
+        ids.append(index if path is None else first.setdefault((path, text.prompt), index))
     return ids

@@ -83,6 +83,7 @@ class CaptioningRun:
             "split": self.split,
             "max_samples": self.args.max_samples,
             "prompt": self.prompt or (processor.prompt if processor is not None else ""),
+            "images_with_own_prompt": len(self.images.prompts),
             "batch_size": self.args.batch_size,
             "generation": self.generation,
         }
@@ -178,6 +179,7 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
         args.image_id_column,
         row_per_caption=True,
         image_folder=folder_of_images(name, rows, image_folder, args.allowed_image_folders),
+        prompt_column=args.prompt_column,
     )
     return split, images
 
@@ -270,7 +272,7 @@ def run_settings(run: CaptioningRun) -> dict[str, Any]:
     the same name, the existing captions are not valid.
     """
     settings = {name: value for name, value in asdict(run.args).items() if name not in UNRELATED_OPTIONS}
-    references = json.dumps(list(run.images.references.captions.items()))
+    references = json.dumps([*run.images.references.captions.items(), *run.images.prompts.items()])
     return {
         **settings,
         "prompt": run.prompt,

@@ -39,7 +39,7 @@ def caption_images(
         model: the captioner, on the device where it should run.
         evaluation_set: the images and their ids.
         folder: folder for the finished captions (`progress-*.jsonl`), on a disk that all processes share.
-        prompt: text that captions continue; an empty prompt is the captioner's own.
+        prompt: text that captions of images without their own prompt continue; an empty prompt is the captioner's own.
         batch_size: number of images in a batch.
         num_workers: number of processes that open images in advance, for each process that captions.
         generation: arguments of the captioner's `generate`.
@@ -81,7 +81,8 @@ def caption_images(
             unreadable |= {image: one_line(content) for image, content in batch if isinstance(content, OSError)}
             if opened:
                 with onednn_linears(model.device):
-                    texts = model.caption(list(opened.values()), prompt, **generation)
+                    prompts = [evaluation_set.prompts.get(image, prompt) for image in opened]
+                    texts = model.caption(list(opened.values()), prompts, **generation)
                 batch_captions = dict(zip(opened, texts, strict=True))
                 _write_progress(file, batch_captions, fingerprints)
                 new_captions |= batch_captions

@@ -94,8 +94,11 @@ class DataArguments:
     caption_column: list[str] | None = option(
         None,
         "Column of captions, each a string or a list, for each data set or for all. a.b is the field b inside the "
-        'column a. Default: "caption".',
+        'column a. a,b are two columns of one data set. Default: "caption", or a column of conversations.',
         "data",
+    )
+    prompt_column: list[str] | None = option(
+        None, "Column of prompts, for each data set or for all. Default: all rows have the prompt of --prompt.", "data"
     )
     image_id_column: str | None = option(
         None, "Column that identifies the image. Rows with the same value become one row with all captions.", "data"
@@ -128,6 +131,9 @@ class DataArguments:
     )
     eval_caption_column: str | None = option(
         None, "Caption column of --eval_dataset_name. Default: that of the first training data set.", "data"
+    )
+    eval_prompt_column: str | None = option(
+        None, "Prompt column of --eval_dataset_name. Default: that of the first training data set.", "data"
     )
     eval_image_folder: str | None = option(
         None, "Image folder of --eval_dataset_name. Default: that of the first training data set.", "data"

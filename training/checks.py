@@ -14,6 +14,15 @@ from .arguments import DataArguments, ModelArguments, RunArguments
 from .scores import CAPTION_SCORES, SCENE_SCORES
 from .training_arguments import CaptionTrainingArguments
 
+EVAL_DATASET_OPTIONS = (  # each describes --eval_dataset_name with the prefix "eval_"
+    "dataset_config_name",
+    "dataset_revision",
+    "image_column",
+    "caption_column",
+    "prompt_column",
+    "image_folder",
+)
+
 
 def check_options(
     model_args: ModelArguments,
@@ -69,7 +78,7 @@ def check_data(args: DataArguments, max_steps: int) -> None:
     if args.streaming:
         check_streaming(args, max_steps)
     if args.eval_dataset_name is None:
-        for name in ("dataset_config_name", "dataset_revision", "image_column", "caption_column", "image_folder"):
+        for name in EVAL_DATASET_OPTIONS:
             if getattr(args, f"eval_{name}") is not None:
                 raise InputError(f"--eval_{name} describes --eval_dataset_name, which is missing: add it.")
     if args.eval_image_folder is not None and not os.path.isdir(args.eval_image_folder):

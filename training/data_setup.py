@@ -40,6 +40,7 @@ class DatasetSpec:
         image_column: column of images or of their paths.
         caption_column: column of captions.
         image_folder: folder that paths in the image column are relative to; by default the folder of the data set.
+        prompt_column: column of prompts, if rows have their own.
     """
 
     name: str
@@ -48,6 +49,7 @@ class DatasetSpec:
     image_column: str = "image"
     caption_column: str = "caption"
     image_folder: str | None = None
+    prompt_column: str | None = None
 
 
 def training_specs(args: DataArguments) -> list[DatasetSpec]:
@@ -74,6 +76,7 @@ def training_specs(args: DataArguments) -> list[DatasetSpec]:
         values("image_column", "image"),
         values("caption_column", "caption"),
         values("image_folder"),
+        values("prompt_column"),
         strict=True,
     )
     return [DatasetSpec(*fields) for fields in columns]
@@ -91,6 +94,7 @@ def evaluation_spec(args: DataArguments) -> DatasetSpec:
         args.eval_image_column or first.image_column,
         args.eval_caption_column or first.caption_column,
         args.eval_image_folder or first.image_folder,
+        args.eval_prompt_column or first.prompt_column,
     )
 
 
@@ -249,6 +253,7 @@ def training_sources(args: DataArguments, train_rows: list[Rows]) -> list[Captio
             spec.caption_column,
             args.image_id_column,
             folder_of_images(spec.name, rows, spec.image_folder, args.allowed_image_folders),
+            prompt_column=spec.prompt_column,
         )
         for spec, rows in zip(specs, train_rows, strict=True)
     ]
@@ -269,6 +274,7 @@ def evaluation_data(
         args.image_id_column,
         folder_of_images(spec.name, eval_rows, spec.image_folder, args.allowed_image_folders),
         option_prefix="" if args.eval_dataset_name is None else "eval_",
+        prompt_column=spec.prompt_column,
     )
     split_features = None if features is None else features.split(split)
     return CaptionDataset(source, skipped, features=split_features).drop_unreadable(SkipLimit(args.max_skipped))

@@ -34,8 +34,10 @@ def write_evaluation_files(
     references = rows.references()
     stem = folder / f"captions_step_{state.global_step}"
     with stem.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
-        for row, (caption, row_references) in enumerate(zip(captions, references, strict=True)):
+        texts = zip(captions, references, rows.row_prompts(), strict=True)
+        for row, (caption, row_references, prompt) in enumerate(texts):
             line = {"image_id": row, "caption": caption, "references": row_references}
+            line |= {"prompt": prompt} if prompt else {}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     shown = range(0, len(rows), math.ceil(len(rows) / SHEET_IMAGES))
     draw_caption_sheet(

@@ -36,7 +36,9 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
     """
     args = run.model_args
     try:
-        model = load_captioner(args, train_data.references(), load_vision_model=run.features is None)
+        texts = zip(train_data.row_prompts(), train_data.references(), strict=True)
+        train_texts = ([*filter(None, [prompt]), *captions] for prompt, captions in texts)
+        model = load_captioner(args, train_texts, load_vision_model=run.features is None)
         processor = model.processor
         if processor is None:
             raise InputError(
@@ -70,13 +72,21 @@ def set_prompts(processor: QFormerCaptionerProcessor, run: TrainingRun) -> None:
     """Set the prompt of the processor to the first prompt of the options, and let the augmentation draw from several.
 
     An existing captioner keeps its own prompt if the options give none.
+
+    Raises:
+        InputError: if the prompt of an existing captioner may already be in the chat template.
+        ValueError: if the language model has no chat template.
     """
     args = run.model_args
     prompts = args.prompt or ([""] if args.model_name_or_path is None else [])
-    if args.use_chat_template:  # the template may already be applied to the prompt of an existing captioner
-        prompts = [processor.as_chat(prompt) for prompt in prompts]
     if prompts:
-        processor.prompt = prompts[0]
+        processor.prompt, processor.use_chat_template = prompts[0], args.use_chat_template
+    elif args.use_chat_template and not processor.use_chat_template:
+        raise InputError(
+            f"The captioner {args.model_name_or_path!r} was trained without --use_chat_template: give its --prompt "
+            "again, or leave out the option."
+        )
+    processor.format_prompt("")  # raises the error of a missing template now
     run.augmentation.prompts = prompts if len(prompts) > 1 else ()
 
 
@@ -86,13 +96,13 @@ def set_prompts(processor: QFormerCaptionerProcessor, run: TrainingRun) -> None:
 
 
 def load_captioner(
-    args: ModelArguments, train_captions: Iterable[list[str]], load_vision_model: bool = True
+    args: ModelArguments, train_texts: Iterable[list[str]], load_vision_model: bool = True
 ) -> QFormerCaptioner:
     """Load an existing captioner, join pretrained backbones, or build a captioner from scratch.
 
     Args:
         args: the options of the model.
-        train_captions: the captions of each training image, from which a captioner from scratch makes its tokenizer.
+        train_texts: prompt and captions of each training row, from which a captioner from scratch makes its tokenizer.
         load_vision_model: `False` leaves the vision encoder out of memory.
 
     Raises:
@@ -112,7 +122,7 @@ def load_captioner(
             parse_config(args.vision_config, "vision_config"),
             parse_config(args.text_config, "text_config"),
             parse_config(args.qformer_config, "qformer_config"),
-            (caption for captions in train_captions for caption in captions),
+            (text for texts in train_texts for text in texts),
             prompt=args.prompt[0] if args.prompt else "",
         )
     if all(backbones):

@@ -72,9 +72,11 @@ def describe_run(
         **describe_machine(run.training_args.world_size),
     }
     if eval_data is not None:
+        prompt = "" if processor is None else processor.prompt
+        prompt = "that of each row" if any(eval_data.row_prompts()) else prompt
         facts["evaluation"] = {
             **describe_evaluation(run.data_args, eval_data),
-            "prompt": "" if processor is None else processor.prompt,
+            "prompt": prompt,
             "num_beams": run.training_args.generation_num_beams,
             "max_new_tokens": run.training_args.generation_max_length,
         }
@@ -158,7 +160,7 @@ def describe_data(args: DataArguments, train_data: TrainingData) -> list[dict]:
             "revision": content_version(spec, part.rows),
             "split": args.train_split,
             "rows": len(part) if isinstance(part, CaptionDataset) else None,
-            "columns": [spec.image_column, spec.caption_column],
+            "columns": [spec.image_column, spec.caption_column, *filter(None, [spec.prompt_column])],
         }
         for spec, part in zip(training_specs(args), parts, strict=True)
     ]

@@ -116,7 +116,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.bag_of_words_loss: BagOfWordsLoss | None = None
         if self.args.bag_of_words_loss_weight:
             encode = self.data_collator.processor.encode_caption
-            captions = [encode(caption) for row in self.train_dataset.references() for caption in row]
+            rows = zip(self.train_dataset.row_prompts(), self.train_dataset.references(), strict=True)
+            captions = [encode(caption, prompt) for prompt, row in rows for caption in row]
             embeddings = captioner_of(self.model).get_input_embeddings()
             self.bag_of_words_loss = BagOfWordsLoss(captions, embeddings.get_parameter("weight"))
 
@@ -249,8 +250,10 @@ class CaptionTrainer(Seq2SeqTrainer):
             "loss_shuffled": self._mean_loss(shuffled_rows, "shuffled images"),
         }
         captions = self.generate_captions(rows)
-        # A caption depends only on its image, so shuffling the images shuffles the captions in the same way.
-        shuffled_captions = [captions[shuffled_rows.image_of[row]] for row in range(len(rows))]
+        if any(rows.row_prompts()):
+            shuffled_captions = self.generate_captions(shuffled_rows)
+        else:  # a caption depends only on its image, so shuffling the images shuffles the captions in the same way
+            shuffled_captions = [captions[shuffled_rows.image_of[row]] for row in range(len(rows))]
         scores, shuffled_scores = self.score(captions, rows), self.score(shuffled_captions, rows)
         for name in scores:
             metrics |= {name: scores[name], f"{name}_shuffled": shuffled_scores[name]}
@@ -286,7 +289,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         with onednn_linears(self.args.device):
             return super().prediction_step(*args, **kwargs)
 
-    def generate_captions(self, rows: CaptionDataset) -> list[str]:
+    def generate_captions(self, rows: CaptionDataset | ShuffledImages) -> list[str]:
         """Generate a caption for every row, in order, with the number of beams and the length in the options."""
         model = self.accelerator.unwrap_model(self.model).eval()
         processor = self.data_collator.processor
