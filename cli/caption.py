@@ -4,7 +4,7 @@ r"""Caption images.
     qformer-captioner caption photos "more/**/*.png" --model USER/CAPTIONER --prompt "a photo of" --num_beams 5 \
         --output captions.jsonl
 
-IMAGE is a file, a folder (all images in it and below it) or a pattern. Each caption is printed as a line
+IMAGE is a file, a folder (all images in it and below it), a pattern or a URL. Each caption is printed as a line
 `file: caption` as soon as it exists. For an image that cannot be read, an error is printed, and the other images are
 captioned.
 """
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # torch and the model take seconds to import, so only the functions that use them import them.
 
 
+MAX_PATTERN = 4096  # characters; longer text is an image in base64 or a mistake, and `glob` would fail on it
+
+
 def parse_options(words: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line.
 
@@ -41,7 +44,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         InputError: if an option does not exist or has a value that is not valid.
     """
     parser = CommandParser(description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder or pattern.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder, pattern or URL.")
     parser.add_argument("--model", required=True, help="Captioner or adapter, as a Hub id or folder.")
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
     parser.add_argument("--prompt", help="Text that the captions continue; by default the captioner's own prompt.")
@@ -66,12 +69,14 @@ def find_images(patterns: Sequence[str]) -> list[str]:
     Args:
         patterns: paths of files, paths of folders, and patterns as in a shell. `**` matches any folders.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    from ..images_qformer import image_suffixes
+
+    suffixes = image_suffixes()
 
     def files_of(pattern: str) -> list[str]:
-        if Path(pattern).is_dir():
+        if os.path.isdir(pattern):
             return sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in suffixes)
-        if Path(pattern).exists():  # the name of a file may itself have brackets
+        if os.path.exists(pattern) or len(pattern) > MAX_PATTERN:  # the name of a file may itself have brackets
             return [pattern]
         return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
@@ -118,7 +123,7 @@ def caption_files(
         images: dict[str, Image.Image] = {}
         for file in files[start : start + batch_size]:
             try:
-                images[file] = open_image(Path(file))
+                images[file] = open_image(file)
             except OSError as error:
                 yield file, error
         if images:

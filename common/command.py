@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from .errors import InputError, printable
+from .errors import InputError, printable, without_middle
 from .logging import setup_logging
 
 
@@ -30,7 +30,7 @@ def run_command(
     try:
         command(sys.argv[1:])
     except expected as error:
-        raise SystemExit(f"error: {printable(error)}") from error
+        raise SystemExit(without_middle(f"error: {printable(error)}")) from error
     except KeyboardInterrupt:
         if interrupted is not None:
             sys.stderr.write(f"\n{interrupted}\n")

@@ -18,8 +18,40 @@ UNUSABLE = (
 )
 
 
+MAX_MESSAGE = 500  # characters
+
+
 class InputError(ValueError):
-    """Error for a mistake in the user's input. The message is one sentence that names the mistake and the remedy."""
+    """Error for a mistake in the user's input. The message is one sentence that names the mistake and the remedy.
+
+    The middle of a long message is left out, because it quotes what the user gave.
+
+    Args:
+        message: the sentence.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(without_middle(message))
+
+
+def without_middle(text: str, max_length: int = MAX_MESSAGE) -> str:
+    """Return a text whose middle is replaced by "..." if it is long.
+
+    Args:
+        text: the text.
+        max_length: the largest number of characters.
+
+    Example:
+
+    ```python
+    >>> without_middle("There is no file 'aaaaaaaaaaaaaaaaaaaaaaaaaaaa'. Check it.", 40)
+    "There is no file 'a ... aaaa'. Check it."
+    ```
+    """
+    if len(text) <= max_length:
+        return text
+    half = (max_length - len(" ... ")) // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def one_line(error: object, max_length: int = 400) -> str:

@@ -14,6 +14,8 @@ import logging
 import os
 import sys
 
+from .errors import without_middle
+
 PACKAGE = "qformer_captioner"
 
 
@@ -35,7 +37,10 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class MessageHandler(logging.Handler):
-    """Handler that writes messages to stdout, and warnings and errors to stderr with their level in front."""
+    """Handler that writes messages to stdout, and warnings and errors to stderr with their level in front.
+
+    The middle of a long warning or error is left out.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message to the current `sys.stdout` or `sys.stderr`."""
@@ -44,7 +49,7 @@ class MessageHandler(logging.Handler):
                 sys.stdout.write(f"{self.format(record)}\n")
                 sys.stdout.flush()
             else:
-                sys.stderr.write(f"{record.levelname.lower()}: {self.format(record)}\n")
+                sys.stderr.write(without_middle(f"{record.levelname.lower()}: {self.format(record)}") + "\n")
         except OSError:  # the disk of a redirected stdout is full: a traceback for each message would not help
             pass
         except Exception:  # as in every handler of the standard library: a failed message must not end the run

@@ -12,7 +12,6 @@ import io
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,14 +23,11 @@ import gradio as gr
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModel, PreTrainedModel, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils.hub import cached_file
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 50_000_000
 MAX_PROMPT_LENGTH = 300  # characters
-MAX_ASPECT_RATIO = 50  # resizing the shorter side makes the longer side very large
 MAX_EXAMPLES = 24
 GREEDY, SAMPLING, BEAMS = "greedy (streams)", "sampling (streams)", "beam search (no streaming)"
 COLUMNS = {"caption": "58%", "score": "12%", "probability": "18%", "tokens": "12%"}
@@ -64,10 +60,11 @@ class ImageFile(gr.Image):
         return payload.path if payload is not None else None
 
 
-def open_image(path: str) -> Image.Image:
-    """Open an uploaded file as an upright RGB image.
+def open_upload(model: PreTrainedModel, path: str) -> Image.Image:
+    """Open an uploaded file as the captioner's processor does, as an upright RGB image.
 
     Args:
+        model: the captioner.
         path: path of the file.
 
     Raises:
@@ -75,26 +72,9 @@ def open_image(path: str) -> Image.Image:
             visitor.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-            image = Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"The image has far more than {MAX_PIXELS // 10**6} million pixels: make it smaller."
-        ) from None
-    except Exception:  # Pillow raises many classes
-        raise ValueError(f"The file cannot be read as an image: use a {', '.join(FORMATS[:-1])} or BMP file.") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"The image has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million: make it smaller."
-        )
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"The image has {width} x {height} pixels, which is too narrow: crop it.")
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:
-        raise ValueError("The image file is damaged or not complete: upload it again, or another one.") from None
+        return model.processor.open_image(Path(path), Path(path).name)
+    except OSError as error:
+        raise ValueError(str(error)) from None
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------------
@@ -327,7 +307,7 @@ class CaptionPage:
             return
         try:
             yield blank | {self.status: status_html("Reading the image ...")}
-            image = attention.encode_image(self.model, open_image(path), prompt[:MAX_PROMPT_LENGTH])
+            image = attention.encode_image(self.model, open_upload(self.model, path), prompt[:MAX_PROMPT_LENGTH])
             sizes = int(num_beams), int(max_tokens), int(num_captions)
             for text, captions in generate_captions(self.model, image, search, *sizes):  # noqa: B007, used below
                 yield {self.caption: text, self.status: status_html("Writing ...")}
@@ -347,7 +327,9 @@ class CaptionPage:
         token_ids = tokens_of_caption.get(selection.row_value[0])
         if path is None or token_ids is None:
             return {self.status: ""}
-        return self.draw(attention.encode_image(self.model, open_image(path), prompt[:MAX_PROMPT_LENGTH]), token_ids)
+        return self.draw(
+            attention.encode_image(self.model, open_upload(self.model, path), prompt[:MAX_PROMPT_LENGTH]), token_ids
+        )
 
     def draw(self, image: attention.EncodedImage, token_ids: list[int]) -> dict:
         if image.grid is None:
@@ -386,10 +368,13 @@ def load_captioner(model_name_or_path: str, revision: str | None) -> PreTrainedM
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def find_examples(folder: str | None, model_name_or_path: str, revision: str | None) -> list[str]:
+def find_examples(
+    model: PreTrainedModel, folder: str | None, model_name_or_path: str, revision: str | None
+) -> list[str]:
     """Return the paths of example images. Files that are not suitable images are reported and left out.
 
     Args:
+        model: the captioner.
         folder: folder of images; by default the folder `examples` beside the weights of the model.
         model_name_or_path: folder or Hub id of the model.
         revision: branch, tag or commit on the Hub.
@@ -407,7 +392,7 @@ def find_examples(folder: str | None, model_name_or_path: str, revision: str | N
     examples = []
     for path in sorted(Path(folder).glob("*"))[:MAX_EXAMPLES]:
         try:
-            open_image(str(path))
+            open_upload(model, str(path))
             examples.append(str(path))
         except ValueError as error:
             print(f"The example {path.name!r} is left out. {error}", file=sys.stderr)
@@ -439,7 +424,7 @@ def main() -> None:
         parser.error("name a model with --model, or with the variable MODEL_ID on a Space")
     try:
         model = load_captioner(arguments.model, arguments.revision)
-        examples = find_examples(arguments.examples, arguments.model, arguments.revision)
+        examples = find_examples(model, arguments.examples, arguments.model, arguments.revision)
     except Exception as error:  # each kind of damaged folder raises another class
         sys.exit(f"{arguments.model!r} cannot be shown: {(str(error) or type(error).__name__).splitlines()[0]}")
     CaptionPage(model, arguments.model, examples).blocks.launch(

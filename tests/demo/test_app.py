@@ -6,6 +6,7 @@ import sys
 import attention
 import pytest
 import torch
+from PIL import Image
 
 from ..conftest import ROOT
 from ..fixtures import tiny
@@ -17,7 +18,12 @@ app = pytest.importorskip("app", reason="make test EXTRAS=test,demo runs the tes
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_an_unsuitable_file_is_refused_with_the_reason(tmp_path, kind):
     with pytest.raises(ValueError, match=BAD_FILES[kind]):
-        app.open_image(str(bad_file(kind, tmp_path)))
+        app.open_upload(tiny.captioner(), str(bad_file(kind, tmp_path)))
+
+
+def test_transparency_is_laid_on_white_as_everywhere(tmp_path):
+    Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(tmp_path / "logo.png")
+    assert app.open_upload(tiny.captioner(), str(tmp_path / "logo.png")).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("search", [app.GREEDY, app.SAMPLING])
