@@ -186,3 +186,22 @@ def test_blocks_run(page, server, tmp_path, request):
     for block in blocks_to_run(page):
         done = server.run(block.language, block.source, tmp_path)
         assert done.returncode == 0, f"{page_id(page)}:{block.line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.slow
+def test_the_script_with_a_trainer_continues_as_an_unbroken_run(server, tmp_path):
+    (script, *_) = blocks_to_run(ROOT / "docs" / "trainer.md")
+    losses = {}
+    for name, epochs in (("broken", ("1", "2")), ("unbroken", ("2",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        make_files(folder)
+        for number in epochs:
+            schedule = f'num_train_epochs={number}, lr_scheduler_type="constant", logging_steps=1'
+            done = server.run("python", script.source.replace("num_train_epochs=2", schedule), folder)
+            assert done.returncode == 0, done.stderr[-4000:]
+        (last, *_) = sorted(folder.glob("outputs/mine/checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+        history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses["broken"] == pytest.approx(losses["unbroken"], rel=1e-4)
+    assert len(losses["broken"]) == 6  # two epochs of three batches
