@@ -412,26 +412,27 @@ def caption_loss(
     Args:
         language_model: its head computes the logits.
         hidden_states (`[N, D]`): output of [`encode_captions`].
-        targets (`[N]`, long): token ids; positions labelled -100 are ignored.
+        targets (`[...]` with N elements, long): token ids; positions labelled -100 are ignored.
         skip_logits: compute the loss in chunks, without storing the logits of all positions. Defaults to `True` for
             more than `MAX_LOGITS_PER_CHUNK` logits.
 
     Returns:
-        Sum of the losses in nats `[]`, the loss of each position `[N]` (no gradient), and logits `[N, V]` or `None`.
+        Sum of the losses in nats `[]`, loss of each position `[...]` (no gradient), and logits `[..., V]` or `None`.
+        The sum is a function of these logits.
     """
     head, vocab_size = LogitsHead(language_model), language_model.config.vocab_size
     if skip_logits is None:
         skip_logits = targets.numel() * vocab_size > MAX_LOGITS_PER_CHUNK
     if not skip_logits:
-        logits = head(hidden_states)
-        losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return losses.sum(), losses.detach(), logits
+        logits = head(hidden_states).view(*targets.shape, -1)
+        losses = nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+        return losses.sum(), losses.detach().view(targets.shape), logits
     is_target = targets != -100
     chunk_size = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
     weights = head.trainable_weights() if torch.is_grad_enabled() else []
-    inputs = hidden_states[is_target], targets[is_target]
+    inputs = hidden_states[is_target.flatten()], targets[is_target]
     loss, losses = ChunkedCrossEntropy.apply(head, chunk_size, *inputs, *weights)
-    return loss, losses.new_zeros(len(targets)).masked_scatter(is_target, losses), None
+    return loss, losses.new_zeros(targets.shape).masked_scatter(is_target, losses), None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

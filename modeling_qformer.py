@@ -793,14 +793,13 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         )  # [B*K*T, D]
         if labels is None or (skip_logits is None and not self.training):
             skip_logits = False
-        loss, losses, logits = caption_loss(self.language_model, hidden_states, targets.flatten(), skip_logits)
-        logits = None if logits is None else logits.view(*targets.shape, -1)
+        loss, losses, logits = caption_loss(self.language_model, hidden_states, targets, skip_logits)
         if labels is not None:
             loss = loss / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return QFormerCaptionerOutput(
             loss=None if labels is None else loss,
             logits=logits,
-            losses=None if labels is None else losses.view(targets.shape).sum(dim=-1),
+            losses=None if labels is None else losses.sum(dim=-1),
             soft_prompt=soft_prompt,
             vision_outputs=vision_outputs if requested else None,
             qformer_outputs=qformer_outputs if requested else None,

@@ -174,3 +174,16 @@ def test_without_grad_no_gradient_is_computed(monkeypatch):
     model = captioner("llama")  # all parts are trainable
     with torch.no_grad():
         assert model(**batch(), skip_logits=True).loss > 0
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([[5, 6, 1], [7, 1, -100]]), torch.tensor([[[5, 1]] * 2, [[7, 1]] * 2])]
+)
+def test_the_loss_is_a_function_of_the_logits(language, labels):
+    model = tiny.captioner("clip", language)
+    outputs = model(tiny.images(2), labels=labels)
+    (gradient,) = torch.autograd.grad(outputs.loss, outputs.logits)
+    tokens, is_token = labels.clamp(min=0), labels != -100
+    expected = outputs.logits.softmax(dim=-1) - torch.nn.functional.one_hot(tokens, tiny.WORDS)
+    torch.testing.assert_close(gradient, expected * is_token[..., None] / is_token.sum())
