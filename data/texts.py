@@ -87,7 +87,7 @@ def texts_in_row(cells: Sequence[Any], prompt: Any = None) -> list[Text]:
     [Text(prompt='Describe it.', captions=['a dog', 'a brown dog'], reason='')]
     ```
     """
-    own = clean_caption(str(prompt)) if is_text(prompt) else ""
+    own = clean_caption(str(prompt)) if prompt is not None and is_text(prompt) else ""
     captions: list[str] = []
     rounds: list[Text] = []
     for cell in cells:

@@ -284,7 +284,7 @@ def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | N
     """Move the last rows of the training data to a new data set for evaluation, and return it.
 
     The last rows are used instead of random rows, so that the captions of an image, which are usually adjacent, stay
-    together.
+    together. The rounds of a conversation always do.
 
     Args:
         train_data: the training rows. The held-out rows are removed from them.
@@ -295,6 +295,9 @@ def hold_out(train_data: CaptionDataset, share: float, max_eval_samples: int | N
         InputError: if the share leaves no row to train on or no row to evaluate on.
     """
     first = len(train_data) - round(share * len(train_data))
+    rows = [train_data.row_of[index] for index in train_data.indices]
+    while 0 < first < len(rows) and rows[first - 1] == rows[first]:
+        first -= 1
     if not 0 < first < len(train_data):
         raise InputError(
             f"--train_val_split {share:g} of {len(train_data)} training rows leaves no row to "

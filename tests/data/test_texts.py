@@ -14,6 +14,7 @@ from qformer_captioner.data.conversations import is_conversation, rounds_of
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource, ShuffledImages
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.streaming import CaptionStream
+from qformer_captioner.training.data_setup import hold_out
 
 from ..fixtures import tiny
 from ..fixtures.read_rows import colour_of
@@ -194,6 +195,37 @@ def test_a_stream_of_conversations_has_a_row_for_each_round(images):
         ("red", "What is it?", ["a wall"]),
         ("red", "Where?", ["at home"]),
     ]
+
+
+class FeaturesOfRows(list):
+    """Stand-in for precomputed features."""
+
+    views = 1
+
+    @property
+    def present(self):
+        return [True] * len(self)
+
+    def check_rows(self, rows, column):
+        assert len(rows) == len(self)
+
+
+def test_the_rounds_of_a_conversation_share_the_features_of_their_image(images):
+    rows = datasets.Dataset.from_dict({"image": images[:2], "conversations": [llava(WHAT, WHERE), llava(WHAT)]})
+    data = CaptionDataset(CaptionSource("train", rows), SkippedRows(), features=FeaturesOfRows("ab"))
+    read = [data[index] for index in range(3)]
+    assert [(row["image_embeds"].row, row["prompt"]) for row in read] == [
+        (0, "What is it?"),
+        (0, "Where?"),
+        (1, "What is it?"),
+    ]
+
+
+def test_the_rounds_of_a_conversation_are_held_out_together(images):
+    chats = [llava(WHAT), llava(WHAT), llava(WHAT, WHERE)]
+    data = read(datasets.Dataset.from_dict({"image": images, "conversations": chats}))
+    assert hold_out(data, 0.25, None).references() == [["a wall"], ["at home"]]
+    assert data.references() == [["a wall"], ["a wall"]]
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
