@@ -8,12 +8,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import CONFIG_NAME, logging
@@ -24,72 +23,26 @@ from .backbones_qformer import (
     VisionModelPlaceholder,
     bits_and_bytes_config,
     check_number_of_layers,
-    count_weights,
-    delete_replaced_weights,
     dtype_of,
-    first_row_and_column,
-    forget_broken_ties,
     is_frozen,
     is_quantized,
     load_backbone,
     quantize,
-    read_weights,
-    replacing_weights,
     single_device,
-    ties_of,
 )
 from .configuration_qformer import QFormerCaptionerConfig, without_local_paths
 from .processing_qformer import HUB_KWARGS, PushWithCard, QFormerCaptionerProcessor
+from .weights_qformer import (
+    BackboneFingerprint,
+    count_weights,
+    delete_replaced_weights,
+    forget_broken_ties,
+    read_weights,
+    replacing_weights,
+    ties_of,
+)
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class BackboneFingerprint:
-    """Fingerprint of the weights of a backbone: the shape, first row and first column of each weight.
-
-    Training, merging an adapter or resizing the vocabulary changes at least one of these values.
-
-    Args:
-        rows_and_columns (`dict[str, tuple[torch.Size, torch.Tensor]]`): by the name of the weight inside the backbone.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from qformer_captioner.saving_qformer import BackboneFingerprint
-    >>> layer = torch.nn.Linear(3, 2)
-    >>> fingerprint = BackboneFingerprint.of(layer)
-    >>> fingerprint.matches(layer.state_dict())
-    True
-    >>> fingerprint.matches({"weight": layer.weight * 2})
-    False
-    ```
-    """
-
-    rows_and_columns: dict[str, tuple[torch.Size, torch.Tensor]]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "BackboneFingerprint":
-        """Take the fingerprint of a module. Weights that are offloaded to disk are left out."""
-        weights = {name: weight for name, weight in module.state_dict().items() if not weight.is_meta}
-        return cls({name: (weight.shape, first_row_and_column(weight)) for name, weight in weights.items()})
-
-    def matches(self, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Return True if the given weights have the values of the fingerprint, whatever their dtype is.
-
-        Args:
-            weights: weights by their name inside the backbone. Missing and offloaded weights are not compared. A weight
-                that the fingerprint lacks, such as the bias of a new output layer, does not match.
-        """
-        if any(name not in self.rows_and_columns and not weight.is_meta for name, weight in weights.items()):
-            return False
-        return all(
-            weights[name].shape == shape
-            and torch.equal(first_row_and_column(weights[name]), values.to(weights[name].dtype))
-            for name, (shape, values) in self.rows_and_columns.items()
-            if name in weights and not weights[name].is_meta
-        )
 
 
 class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -591,10 +544,16 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
 
     @contextmanager
     def _temporary(self, config: QFormerCaptionerConfig, keys_to_ignore: Iterable[str] | None) -> Iterator[None]:
-        """Replace the configuration and the keys to save inside a `with` block, and restore them after it."""
-        kept = self.config, self._keys_to_ignore_on_save
+        """Replace the configuration and the keys to save inside a `with` block, and restore them after it.
+
+        `fully_shard` (FSDP2) gives a module a class of its own, whose code transformers would save instead of ours.
+        Inside the block the module has its original class.
+        """
+        kept = self.__class__, self.config, self._keys_to_ignore_on_save
+        if isinstance(self, FSDPModule):
+            _, self.__class__ = type(self).__bases__
         self.config, self._keys_to_ignore_on_save = config, set(keys_to_ignore or ())
         try:
             yield
         finally:
-            self.config, self._keys_to_ignore_on_save = kept
+            self.__class__, self.config, self._keys_to_ignore_on_save = kept

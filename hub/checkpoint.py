@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..backbones_qformer import check_number_of_layers, open_weights, weight_files
+from ..backbones_qformer import check_number_of_layers
 from ..common.errors import UNUSABLE, InputError
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from ..weights_qformer import open_weights, weight_files
 
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

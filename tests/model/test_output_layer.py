@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.backbones_qformer import ties_of
+from qformer_captioner.weights_qformer import ties_of
 
 from ..fixtures import tiny
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, AutoProcessor
 
 from qformer_captioner import QFormerCaptioner
-from qformer_captioner.backbones_qformer import replaced_weights
 from qformer_captioner.hub.layout import check_folder
+from qformer_captioner.weights_qformer import replaced_weights
 
 from ..conftest import ROOT
 from ..fixtures import tiny

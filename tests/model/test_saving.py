@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import qformer_captioner
 from qformer_captioner import QFormerCaptioner, saving_qformer
-from qformer_captioner.saving_qformer import BackboneFingerprint
+from qformer_captioner.weights_qformer import BackboneFingerprint
 
 from ..conftest import ROOT
 from ..fixtures import tiny
