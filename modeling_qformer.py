@@ -556,6 +556,10 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             self.language_projection = nn.Linear(*sizes, dtype=dtype("language_projection"))
         self.language_model = language_model
         self.post_init()
+        # post_init adds the names of the backbones. FSDP refuses a name that no module has, such as CLIP's text layers.
+        self._no_split_modules = sorted(
+            set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
+        )
         self.loss_type = None  # type: ignore[assignment]  # the Trainer would count shifted labels
         # The captioner has its own decoding defaults, because those of a chat model would sample.
         self.generation_config.max_new_tokens = MAX_NEW_TOKENS

@@ -300,6 +300,8 @@ class CaptionTrainer(Seq2SeqTrainer):
                     **self._prepare_inputs(batch),
                     num_beams=self.args.generation_num_beams,
                     max_new_tokens=self.args.generation_max_length,
+                    # All processes must take the same number of steps, in which they gather the sharded weights.
+                    synced_gpus=self.is_fsdp_enabled or None,
                 )
             ids = self.accelerator.pad_across_processes(ids, dim=1, pad_index=processor.tokenizer.pad_token_id)
             ids = self.accelerator.gather_for_metrics(ids)
@@ -341,18 +343,15 @@ class CaptionTrainer(Seq2SeqTrainer):
         output_dir = output_dir or str(self.args.output_folder)
         os.makedirs(output_dir, exist_ok=True)
         if self.ema is not None:
-            self.ema.save(output_dir)
-        is_main_process = self.args.should_save
+            self.ema.save(output_dir, self.args.should_save)
+        if not self.args.should_save:
+            return
         if isinstance(self.model, QFormerCaptioner):
             self.model.save_pretrained(
-                output_dir,
-                include_backbones=False,
-                state_dict=state_dict,
-                is_main_process=is_main_process,
-                save_original_format=False,
+                output_dir, include_backbones=False, state_dict=state_dict, save_original_format=False
             )
         else:  # adapters already leave out the frozen weights
-            self.model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=is_main_process)
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint as the Trainer does, and delete it if it could not be written as a whole.
@@ -375,11 +374,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load a checkpoint as the Trainer does, with its EMA."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema is not None:
-            self.ema.load(resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the optimizer and the schedule of a checkpoint as the Trainer does, and its EMA.
+
+        The Trainer calls this method after FSDP or DeepSpeed has prepared the model and loaded its weights.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.ema is not None and checkpoint is not None:
+            self.ema.load(checkpoint)
 
     # --- The final folder and the Hub ---------------------------------------------------------------------------------
 
