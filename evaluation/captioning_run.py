@@ -14,9 +14,11 @@ from transformers.utils.hub import extract_commit_hash
 from transformers.utils.logging import disable_progress_bar
 
 from ..common.errors import InputError
+from ..common.logging import get_logger
 from ..common.run_folder import RunFolder
 from ..data.image_paths import folder_of_images
 from ..data.loading import load_rows
+from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split
 from ..hub.load import load_captioner
 from ..modeling_qformer import QFormerCaptioner
@@ -25,6 +27,8 @@ from .benchmarks import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark, loa
 from .caption_files import ImageId
 from .inference import caption_images
 from .scoring import FaultyImage
+
+logger = get_logger(__name__)
 
 DEFAULT_GENERATION: dict[str, int | float] = {"num_beams": 5, "max_new_tokens": 30}
 # Options that do not change the captions. A run can continue with other values of them.
@@ -46,6 +50,7 @@ class CaptioningRun:
         images: the images to caption.
         prompt: text that captions continue; an empty prompt is the captioner's own.
         generation: arguments of `generate`.
+        skipped_rows: record of the rows that are not in the data set's splits, such as rejected captions.
     """
 
     args: CaptioningArguments
@@ -58,6 +63,7 @@ class CaptioningRun:
     images: EvaluationSet
     prompt: str
     generation: dict[str, int | float]
+    skipped_rows: SkippedRows
 
     @property
     def name(self) -> str:
@@ -124,7 +130,8 @@ def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> C
     disable_progress_bar()  # for loading weights
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_captioner(args.model, args.revision, dtype).to(state.device)
-    split, whole_split = load_images(args, image_folder)
+    skipped_rows = SkippedRows()
+    split, whole_split = load_images(args, image_folder, skipped_rows)
     return CaptioningRun(
         args=args,
         benchmark=benchmark,
@@ -136,6 +143,7 @@ def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> C
         images=whole_split.first(args.max_samples),
         prompt=resolve_prompt(args, benchmark),
         generation=resolve_generation(args, benchmark),
+        skipped_rows=skipped_rows,
     )
 
 
@@ -146,12 +154,15 @@ def start_processes(use_cpu: bool) -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(hours=2))
 
 
-def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[str, EvaluationSet]:
+def load_images(
+    args: CaptioningArguments, image_folder: str | None, skipped: SkippedRows | None = None
+) -> tuple[str, EvaluationSet]:
     """Return the name of the split, and its images and references.
 
     Args:
         args: the options, which name a benchmark or a data set.
         image_folder: folder of the images, if it is not the folder of the data set.
+        skipped: record of the rows that belong to no split, and of rejected captions.
 
     Raises:
         InputError: if the benchmark, the data set, the split or a column does not exist, or a file cannot be read.
@@ -166,7 +177,9 @@ def load_images(args: CaptioningArguments, image_folder: str | None) -> tuple[st
         images = load_benchmark(args.benchmark, args.dataset_name, image_folder, args.allowed_image_folders)
         return get_benchmark(args.benchmark).split, images
     name = str(args.dataset_name)
-    splits = load_rows(name, args.dataset_config_name, args.split_column, revision=args.dataset_revision)
+    splits = load_rows(
+        name, args.dataset_config_name, args.split_column, revision=args.dataset_revision, skipped=skipped
+    )
     only_split = next(iter(splits)) if len(splits) == 1 else "test"
     split = args.split or default_eval_split(splits, prefer_test=True) or only_split
     if split not in splits:
@@ -247,7 +260,11 @@ def caption_all(run: CaptioningRun) -> tuple[dict[ImageId, str], list[FaultyImag
         InputError: if the folder holds another run, or no image can be read.
     """
     if run.state.is_main_process:
-        RunFolder(Path(run.args.output_dir), run_settings(run), run.args.overwrite_output_dir).start()
+        folder = Path(run.args.output_dir)
+        RunFolder(folder, run_settings(run), run.args.overwrite_output_dir).start()
+        if len(run.skipped_rows):
+            run.skipped_rows.write_to(folder / "skipped_rows.jsonl")
+            logger.info("%d rows could not be used; %s lists them.", len(run.skipped_rows), run.skipped_rows.path)
     run.state.wait_for_everyone()
     captions, unreadable = caption_images(
         run.model,

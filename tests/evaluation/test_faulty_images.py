@@ -124,6 +124,20 @@ def test_a_row_without_a_caption_is_listed_and_not_captioned(captioner, captions
     assert content["images"] == 2
 
 
+def test_captions_that_the_benchmark_rejects_are_counted_and_listed(captioner, captions_of_images, tmp_path, log):
+    Image.new("RGB", (7, 8)).save(tmp_path / "1.png")
+    annotations = [
+        {"id": 1, "image_id": 1, "caption": "a star 7", "is_rejected": False},
+        {"id": 2, "image_id": 1, "caption": "asdf", "is_rejected": True},
+    ]
+    content = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": annotations}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    run(captioner, tmp_path / "captions.json", tmp_path / "run")
+    assert scores_of(tmp_path / "run")["references"] == 1
+    assert "is_rejected" in (tmp_path / "run" / "skipped_rows.jsonl").read_text()
+    assert f"1 rows could not be used; {tmp_path / 'run' / 'skipped_rows.jsonl'} lists them." in log.messages
+
+
 def test_a_data_set_of_broken_images_is_an_error_that_names_the_first(captioner, captions_of_images, tmp_path):
     table = write_rows(tmp_path, {"a.png": "a star", "b.png": "a cat"}, {})
     with pytest.raises(InputError, match=r"No image can be read; the first of 2: .*a\.png"):
