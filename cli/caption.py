@@ -25,6 +25,7 @@ from ..common.arguments import CommandParser, check_at_least
 from ..common.command import run_command
 from ..common.errors import InputError, check_output, printable
 from ..common.files import write_atomically
+from ..common.machine_faults import explain_faults
 from ..evaluation.caption_files import ImageId, write_predictions
 from ..hub.load import load_captioner
 
@@ -195,7 +196,8 @@ def caption(words: Sequence[str]) -> None:
                 captions[file] = text
     finally:  # keep the captions so far after Ctrl-C
         if options.output is not None:
-            save_captions(captions, options.output)
+            with explain_faults(Path(options.output).parent, "The captions are printed above."):
+                save_captions(captions, options.output)
     if len(captions) < len(files):
         raise InputError(f"{len(files) - len(captions)} of {len(files)} images have no caption.")
 

@@ -1,6 +1,7 @@
 """The command `qformer-captioner`: its help, and captions from the command line."""
 
 import argparse
+import errno
 import re
 import shlex
 import sys
@@ -167,6 +168,16 @@ def test_saved_captions_can_be_scored(folder, tmp_path, capsys, name):
     caption([str(folder / "images"), *options_for(folder, output=tmp_path / name)])
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert read_predictions(tmp_path / name) == printed
+
+
+def test_captions_are_printed_even_if_the_disk_of_the_file_is_full(folder, tmp_path, capsys, monkeypatch):
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qformer_captioner.cli.caption.write_predictions", no_space)
+    with pytest.raises(SystemExit, match="No space left on device.*make room. The captions are printed above"):
+        run(monkeypatch, "caption", str(folder / "images" / "b.png"), *options_for(folder, output=tmp_path / "a.json"))
+    assert capsys.readouterr().out.startswith(str(folder / "images" / "b.png"))
 
 
 def test_control_characters_are_escaped(folder, tmp_path, capsys):
