@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, TrainerState
 
 from ..backbones_qformer import BACKBONES, VisionModelPlaceholder, dtype_of, is_quantized
 from ..configuration_qformer import is_hub_id
-from ..data.columns import Rows
+from ..data.columns import Rows, column_names
 from ..data.dataset import CaptionDataset, CaptionSource
 from ..data.mixture import CaptionMixture
 from ..data.streaming import CaptionStream
+from ..data.texts import caption_columns
 from ..evaluation.scoring import SCORE_NAMES
 from ..hub.model_card import text_sha256
 from ..metrics.tokenizers import describe_tokenizer
@@ -160,10 +161,16 @@ def describe_data(args: DataArguments, train_data: TrainingData) -> list[dict]:
             "revision": content_version(spec, part.rows),
             "split": args.train_split,
             "rows": len(part) if isinstance(part, CaptionDataset) else None,
-            "columns": [spec.image_column, spec.caption_column, *filter(None, [spec.prompt_column])],
+            "columns": columns_of(part.source if isinstance(part, CaptionDataset) else part),
         }
         for spec, part in zip(training_specs(args), parts, strict=True)
     ]
+
+
+def columns_of(source: CaptionSource) -> list[str]:
+    """Return the columns of images, captions and prompts that are read."""
+    captions = caption_columns(source.caption_column, column_names(source.rows))
+    return [source.image_column, *captions, *filter(None, [source.prompt_column])]
 
 
 def describe_evaluation(args: DataArguments, rows: CaptionDataset) -> dict:

@@ -20,6 +20,7 @@ from qformer_captioner.train_hf import parse_options
 from qformer_captioner.training.arguments import ModelArguments
 from qformer_captioner.training.data_setup import load_datasets, training_specs
 from qformer_captioner.training.model_setup import set_prompts
+from qformer_captioner.training.run_facts import columns_of
 from qformer_captioner.training.scores import CaptionScorer
 from qformer_captioner.training.trainer import CaptionTrainer
 from qformer_captioner.training.training_arguments import CaptionTrainingArguments
@@ -180,3 +181,10 @@ def test_a_captioner_without_a_chat_template_needs_its_prompt_again():
         run_with(tiny.processor(prompt="a star"), model_name_or_path="mine", use_chat_template=True)
     with pytest.raises(ValueError, match="has no chat template"):
         run_with(tiny.processor(), use_chat_template=True)
+
+
+def test_the_model_card_names_the_columns_that_are_read(rows):
+    source = CaptionSource("train", rows, caption_column="caption,question", prompt_column="question")
+    assert columns_of(source) == ["image", "caption", "question", "question"]
+    conversations = rows.remove_columns("caption").rename_column("question", "messages")
+    assert columns_of(CaptionSource("train", conversations)) == ["image", "messages"]
