@@ -186,7 +186,7 @@ class CaptionDataset(Dataset[CaptionRow]):
     def _drop_rows_without_features(self, features: SplitFeatures) -> None:
         for index in self.indices:
             if not features.present[self.row_of[index]]:
-                self._skip(index, "no features: its image could not be read")
+                self._skip(index, f"no features: {features.reasons[index]}")
         self.indices = [index for index in self.indices if features.present[self.row_of[index]]]
         if not self.indices:
             raise InputError(f"No row of the {self.split} split has features.")

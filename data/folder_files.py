@@ -123,9 +123,13 @@ def splits_of_files(files: Sequence[str]) -> dict[str, str]:
 
     The result is empty unless every file has such a word and no two files have the same.
     """
-    words = {file: set(re.findall("[a-z]+", os.path.basename(file).lower())) & SPLIT_WORDS.keys() for file in files}
-    splits = {file: {SPLIT_WORDS[word] for word in found} for file, found in words.items()}
-    if any(len(found) != 1 for found in splits.values()):
-        return {}
-    names = {file: next(iter(found)) for file, found in splits.items()}
-    return names if len(set(names.values())) == len(files) else {}
+    splits = {file: split_of_file(file) for file in files}
+    named = {file: split for file, split in splits.items() if split is not None}
+    return named if len(named) == len(set(named.values())) == len(files) else {}
+
+
+def split_of_file(file: str) -> str | None:
+    """Return the split that words in the name of a file mean, or `None` without such words or for several splits."""
+    words = set(re.findall("[a-z]+", os.path.basename(file).lower())) & SPLIT_WORDS.keys()
+    splits = {SPLIT_WORDS[word] for word in words}
+    return splits.pop() if len(splits) == 1 else None

@@ -9,7 +9,7 @@ from ..common.errors import InputError, one_line
 from ..common.logging import get_logger
 from .caption_forms import VizWizRules
 from .columns import Rows
-from .folder_files import FolderFiles, ImageFinder, splits_of_files, splits_of_folders
+from .folder_files import FolderFiles, ImageFinder, split_of_file, splits_of_files, splits_of_folders
 from .names import IMAGE_NAMES, find_name
 from .row_files import check_table, dataset_loading_error, read_files
 from .sidecars import rows_of_sidecars
@@ -42,15 +42,17 @@ def read_folder(
         rules: rules for the captions of VizWiz.
 
     Returns:
-        The rows of each split, whose column `image` holds paths. `None` for a folder that `datasets` reads, without
-        images or with configurations in its README.md.
+        The rows of each split, whose column `image` holds paths. `None` for a folder that `datasets` reads: one of
+        parquet files, or with configurations in its README.md.
 
     Raises:
         InputError: if several files could hold the captions, or the file of captions cannot be read.
     """
     files = FolderFiles.of(name)
-    if not files.images or has_configurations(name):
+    if has_configurations(name):
         return None
+    if not files.images:
+        return rows_of_files(name, files, streaming, rules, skipped)
     for link in files.links:
         logger.warning("The folder %r of %r is a symbolic link, which is not read: give it as a data set.", link, name)
     parts = tables_of_captions(name, files, rules, skipped)
@@ -76,6 +78,22 @@ def read_folder(
     return splits
 
 
+def rows_of_files(
+    name: str, files: FolderFiles, streaming: bool, rules: VizWizRules | None, skipped: SkippedRows
+) -> dict[str, Rows] | None:
+    """Read a folder of tables or tars without images, or return `None` if it holds anything else.
+
+    The split of a file is a word in its name, or its outermost folder. Without them, all files are "train".
+    """
+    tables = [file for file in files.others if os.path.splitext(file)[1].lower() in (".csv", ".tsv", ".jsonl", ".tar")]
+    if not tables or any(file.lower().endswith((".parquet", ".arrow")) for file in files.others):
+        return None
+    by_split: dict[str, list[str]] = {}
+    for file, folder_split in zip(tables, splits_of_folders(tables), strict=True):
+        by_split.setdefault(split_of_file(file) or folder_split, []).append(os.path.join(name, file))
+    return {split: read_files(paths, streaming, rules, skipped)["train"] for split, paths in by_split.items()}
+
+
 def with_whole_paths(rows: datasets.Dataset, name: str, files: FolderFiles) -> datasets.Dataset:
     """Return the rows with absolute paths of the images in the folder, so that rows are usable without its name.
 
@@ -84,7 +102,8 @@ def with_whole_paths(rows: datasets.Dataset, name: str, files: FolderFiles) -> d
     root, images = os.path.abspath(name), set(files.images)
     paths = [os.path.join(root, path) if isinstance(path, str) and path in images else path for path in rows["image"]]
     others = rows.remove_columns("image")
-    return others.add_column("image", paths).select_columns(["image", *others.column_names])
+    whole = datasets.Dataset.from_dict({"image": paths})
+    return datasets.concatenate_datasets([whole, others], axis=1) if others.column_names else whole
 
 
 def has_configurations(name: str) -> bool:
@@ -110,18 +129,14 @@ def tables_of_captions(
         InputError: if files compete, or the only one cannot be read.
     """
     stems = {os.path.splitext(image)[0] for image in files.images} | set(files.images)
-    tables = [
-        file
-        for file in files.others
-        if os.path.splitext(file)[1].lower() in TABLES and os.path.splitext(file)[0] not in stems
-    ]
-    named = {file: os.path.basename(file).lower() for file in tables}
-    groups = (  # the more explicit a name is, the earlier
-        [file for file in tables if os.path.splitext(named[file])[0] == "metadata"],
-        [file for file in tables if "caption" in named[file]],
-        [] if any(file.lower().endswith(".caption") for file in files.others) else tables,
-    )
-    for group in groups:
+    suffixes = {file: os.path.splitext(file)[1].lower() for file in files.others}
+    beside = {suffixes[file] for file in files.others if os.path.splitext(file)[0] in stems}  # texts of single images
+    tables = [file for file in files.others if suffixes[file] in TABLES and os.path.splitext(file)[0] not in stems]
+    names = {file: os.path.basename(file).lower() for file in tables}
+    metadata = [file for file in tables if os.path.splitext(names[file])[0] == "metadata"]
+    captions = [file for file in tables if "caption" in names[file]]
+    others = [file for file in tables if suffixes[file] not in beside]
+    for group in (metadata, captions, others):  # the more explicit a name is, the earlier
         parts, errors = {}, []
         for file in group:
             try:
@@ -131,10 +146,15 @@ def tables_of_captions(
                 continue
             if part is not None:
                 parts[file] = part
-        if errors and (parts or group is not tables):
+            elif group is metadata:
+                raise InputError(f"{os.path.join(name, file)[-200:]!r} has no column of images: add file_name.")
+        # A table of another purpose may be beside the captions, but without any captions it is the one to mend.
+        if errors and (group is not others or not (parts or beside)):
             raise errors[0]
+        for error in errors:
+            logger.info("Left out as a file of captions: %s", error)
         if parts:
-            check_competition(name, list(parts))
+            check_competition(name, list(parts), files)
             return parts
     return {}
 
@@ -161,7 +181,7 @@ def read_table(
     return rows.remove_columns(column).add_column("image", images)
 
 
-def check_competition(name: str, files: list[str]) -> None:
+def check_competition(name: str, tables: list[str], files: FolderFiles) -> None:
     """Check that each image can be in only one of several files of captions.
 
     Files of different splits do not compete, nor do files in different folders, unless one contains the other.
@@ -169,18 +189,19 @@ def check_competition(name: str, files: list[str]) -> None:
     Raises:
         InputError: if files compete.
     """
-    folders = [os.path.dirname(file) for file in files]
+    folders = [os.path.dirname(table) for table in tables]
     nested = any(
         one == other or other.startswith(f"{one}/" if one else "")
         for number, one in enumerate(folders)
         for place, other in enumerate(folders)
         if number != place
     )
-    if nested and not splits_of_files(files):
-        shown = one_line(", ".join(map(repr, files)), 150)
+    if nested and not splits_of_files(tables):
+        shown = one_line(", ".join(map(repr, tables)), 150)
+        of_images = os.path.commonpath([os.path.dirname(os.path.join(name, image)) for image in files.images])
         raise InputError(
-            f"Several files of {name[-100:]!r} hold captions, {shown}: choose one, such as --dataset_name "
-            f"{os.path.join(name, files[0])[-100:]} --image_folder {name[-100:]}."
+            f"Several files of {name[-90:]!r} hold captions, {shown}: choose one, such as --dataset_name "
+            f"{os.path.join(name, tables[0])[-90:]} --image_folder {of_images[-90:]}."
         )
 
 

@@ -44,7 +44,8 @@ def caption_kinds(samples: Iterable[dict[str, list[str]]]) -> tuple[str, ...]:
     (('caption', 'txt'), ())
     ```
     """
-    seen, differ = set(), False
+    seen: set[str] = set()
+    differ = False
     for captions in samples:
         filled = [value for value in captions.values() if value]
         seen.update(kind for kind, value in captions.items() if value)

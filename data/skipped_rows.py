@@ -85,9 +85,9 @@ class SkippedRows:
             return
         self._known.add(line)
         if len(self._known) <= LOGGED_ROWS:
-            place = "A row" if row is None else f"Row {row}"
+            what = "A row" if row is None else f"Row {row}"
             name = f" ({entry['file']})" if entry["file"] else ""
-            logger.info("%s of %s%s is skipped: %s", place, split, name, entry["reason"])
+            logger.info("%s of %s%s is skipped: %s", what, split, name, entry["reason"])
         if self.path is None:
             self.pending.append(entry)
         else:

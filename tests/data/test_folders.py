@@ -263,3 +263,31 @@ def test_rows_without_a_split_are_counted(colours, name, log):
 def test_a_column_of_empty_splits_is_no_split(colours):
     put(colours, "rows.csv", "image,caption,split\na.jpg,one,\nb.png,two,\n")
     assert len(load_splits(str(colours / "rows.csv"))[0]) == 2
+
+
+# --- Tables and folders without captions ------------------------------------------------------------------------------
+
+
+def test_a_folder_without_captions_is_answered_with_its_columns(colours):
+    with pytest.raises(InputError, match="no column 'caption'; its columns are 'image'"):
+        train(colours)
+    assert len(load_rows(str(colours))["train"]) == 3
+
+
+def test_metadata_without_a_column_of_images_is_named(colours):
+    with pytest.raises(InputError, match="metadata.csv' has no column of images: add file_name"):
+        train(put(colours, "metadata.csv", "name,caption\na.jpg,one\n"))
+
+
+def test_a_table_of_another_purpose_does_not_hide_the_captions(colours):
+    put(put(colours, "notes.csv", "x,y\n1,2,3\n"), "a.txt", "one")
+    assert train(colours) == [("red", ["one"])]
+
+
+def test_tables_without_images_are_splits_by_their_names_and_read_as_text(colours, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tables")
+    put(folder, "train-0.csv", f"image,caption\n{colours}/a.jpg,007\n")
+    put(folder, "train-1.csv", f"image,caption\n{colours}/b.png,NA\n")
+    put(folder, "val.csv", f"image,caption\n{colours}/c.webp,True\n")
+    data = read_data("--dataset_name", folder, "--allowed_image_folders", colours)
+    assert (data.train, data.evaluation) == ([("red", ["007"]), ("green", ["NA"])], [("blue", ["True"])])
