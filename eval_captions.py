@@ -26,11 +26,13 @@ from qformer_captioner.common.files import write_atomically
 from qformer_captioner.common.logging import get_logger
 from qformer_captioner.common.machine_faults import explain_faults
 from qformer_captioner.common.option_parser import OptionParser
+from qformer_captioner.data.caption_forms import VizWizRules
 from qformer_captioner.evaluation.arguments import CaptioningArguments, ScoringArguments, check_arguments
 from qformer_captioner.evaluation.caption_files import (
     ImageId,
     ReferenceSet,
     file_sha256,
+    join,
     read_predictions,
     read_references,
     write_predictions,
@@ -122,9 +124,10 @@ def read_files(scoring: ScoringArguments) -> EvaluationRun:
     """
     if scoring.predictions is None or scoring.references is None:
         raise InputError("Give both --predictions and --references.")
-    references = read_references(scoring.references)
+    rules = VizWizRules(scoring.ignore_rejected, scoring.ignore_precanned)
+    captions, references = join(read_predictions(scoring.predictions), read_references(scoring.references, rules))
     return EvaluationRun(
-        captions=read_predictions(scoring.predictions),
+        captions=captions,
         references=references,
         open_image=None if scoring.image_folder is None else open_in_folder(references, Path(scoring.image_folder)),
         facts=facts_of_files(scoring.predictions, scoring.references),

@@ -28,11 +28,15 @@ class ScoringArguments:
     """Options for the captions to score and for the files of scores."""
 
     predictions: str | None = option(
-        None, "Captions to score: COCO results JSON, or JSON lines with image_id and caption.", "scoring"
+        None,
+        "Captions to score, in any form that training reads, such as COCO results or a table.",
+        "scoring",
     )
     references: str | None = option(
-        None, "References: COCO annotation JSON, or JSON lines with image_id and captions.", "scoring"
+        None, "References, in any form that training reads: COCO's or Karpathy's annotations, rows, tables.", "scoring"
     )
+    ignore_rejected: bool = option(True, "Leave out references that VizWiz marks as rejected.", "data")
+    ignore_precanned: bool = option(True, "Leave out references that VizWiz marks as precanned.", "data")
     image_folder: str | None = option(
         None, "Folder of the images that the references name, for the report and CLIPScore.", "data"
     )
