@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 2 eval_captions.py --model outputs/mine --benchmark flickr30k_karpathy_test
 
 BLEU, ROUGE-L and CIDEr equal those of the COCO caption toolkit to 1e-12, without Java. Files are COCO's JSON
-(annotations and results) or JSON lines. A killed captioning run continues when the same command is given again.
+(annotations and results) or tables. A killed captioning run continues when the same command is given again.
 
 Images that cannot be read and blank captions do not stop a run. They are counted and listed on the terminal and in the
 file of scores. The exit status is then 1, and 0 with --allow_missing and --allow_empty.
@@ -125,7 +125,8 @@ def read_files(scoring: ScoringArguments) -> EvaluationRun:
     if scoring.predictions is None or scoring.references is None:
         raise InputError("Give both --predictions and --references.")
     rules = VizWizRules(scoring.ignore_rejected, scoring.ignore_precanned)
-    captions, references = join(read_predictions(scoring.predictions), read_references(scoring.references, rules))
+    references = read_references(scoring.references, rules)
+    captions, references = join(read_predictions(scoring.predictions), references)
     return EvaluationRun(
         captions=captions,
         references=references,
@@ -159,7 +160,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     """
     from qformer_captioner.evaluation.captioning_run import caption_all, resolve_run
 
-    run = resolve_run(captioning, scoring.image_folder)
+    run = resolve_run(captioning, scoring.image_folder, VizWizRules(scoring.ignore_rejected, scoring.ignore_precanned))
     logger.info("%s: %s.", run.name, run.images)
     captions, skipped = caption_all(run)
     if not run.state.is_main_process:

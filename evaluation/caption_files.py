@@ -294,8 +294,8 @@ def write_predictions(captions: dict[ImageId, str], path: str | os.PathLike) -> 
 def join(predictions: dict[ImageId, str], references: ReferenceSet) -> tuple[dict[ImageId, str], ReferenceSet]:
     """Return the predictions by the ids of the references, and the references of the splits that they belong to.
 
-    Ids are compared as they are. If no id is the same, they are compared as text, then by the name of the file, and at
-    last by the number in it. Predictions for images that the references leave out are left out.
+    Ids are compared as they are. If none is the same, they are compared as text, then by the name of the file. The last
+    way is the number in that name. Predictions for images that the references leave out are left out.
 
     Args:
         predictions: the caption of each image.

@@ -16,6 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 from ..common.errors import InputError
 from ..common.logging import get_logger
 from ..common.run_folder import RunFolder
+from ..data.caption_forms import VizWizRules
+from ..data.dataset import CaptionSource
 from ..data.image_paths import folder_of_images
 from ..data.loading import load_rows
 from ..data.skipped_rows import SkippedRows
@@ -111,12 +113,15 @@ class CaptioningRun:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> CaptioningRun:
+def resolve_run(
+    args: CaptioningArguments, image_folder: str | None = None, rules: VizWizRules | None = None
+) -> CaptioningRun:
     """Start the processes, load the captioner and the images, and choose prompt and decoding.
 
     Args:
         args: the options.
         image_folder: folder of the images, if it is not the folder of the data set.
+        rules: rules for the captions of VizWiz.
 
     Raises:
         InputError: if the captioner or the data cannot be loaded.
@@ -131,7 +136,7 @@ def resolve_run(args: CaptioningArguments, image_folder: str | None = None) -> C
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_captioner(args.model, args.revision, dtype).to(state.device)
     skipped_rows = SkippedRows()
-    split, whole_split = load_images(args, image_folder, skipped_rows)
+    split, whole_split = load_images(args, image_folder, skipped_rows, rules)
     return CaptioningRun(
         args=args,
         benchmark=benchmark,
@@ -155,7 +160,10 @@ def start_processes(use_cpu: bool) -> PartialState:
 
 
 def load_images(
-    args: CaptioningArguments, image_folder: str | None, skipped: SkippedRows | None = None
+    args: CaptioningArguments,
+    image_folder: str | None,
+    skipped: SkippedRows | None = None,
+    rules: VizWizRules | None = None,
 ) -> tuple[str, EvaluationSet]:
     """Return the name of the split, and its images and references.
 
@@ -163,6 +171,7 @@ def load_images(
         args: the options, which name a benchmark or a data set.
         image_folder: folder of the images, if it is not the folder of the data set.
         skipped: record of the rows that belong to no split, and of rejected captions.
+        rules: rules for the captions of VizWiz.
 
     Raises:
         InputError: if the benchmark, the data set, the split or a column does not exist, or a file cannot be read.
@@ -178,17 +187,18 @@ def load_images(
         return get_benchmark(args.benchmark).split, images
     name = str(args.dataset_name)
     splits = load_rows(
-        name, args.dataset_config_name, args.split_column, revision=args.dataset_revision, skipped=skipped
+        name, args.dataset_config_name, args.split_column, revision=args.dataset_revision, skipped=skipped, rules=rules
     )
     only_split = next(iter(splits)) if len(splits) == 1 else "test"
     split = args.split or default_eval_split(splits, prefer_test=True) or only_split
     if split not in splits:
         raise InputError(f"{name!r} has no split {split!r}; choose with --split: {', '.join(map(repr, splits))}.")
     rows = splits[split]
+    source = CaptionSource(split, rows, args.image_column, args.caption_column).with_existing_columns()
     images = load_evaluation_set(
         rows,
-        args.image_column,
-        args.caption_column,
+        source.image_column,
+        source.caption_column,
         args.image_id_column,
         row_per_caption=True,
         image_folder=folder_of_images(name, rows, image_folder, args.allowed_image_folders),
