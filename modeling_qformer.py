@@ -297,11 +297,11 @@ class QFormerModel(PreTrainedModel):
             # Equal queries would stay equal. LAVIS initialises them at random, transformers' BLIP-2 with zeros.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
 
-    def get_input_embeddings(self) -> nn.Module | None:  # type: ignore[override]
+    def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
         """Return the embeddings of the prompt, or `None` for a Q-Former without text input."""
         return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         """Replace the embeddings of the prompt.
 
         Raises:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -231,13 +231,15 @@ def normalize_image_features(
     Raises:
         InputError: if there are fewer than two images.
     """
-    rows, features = itertools.islice(iter(train_data), num_samples), []
+    rows = itertools.islice(iter(train_data), num_samples)
+    features: list[torch.Tensor] = []
     while batch_rows := list(itertools.islice(rows, 32)):
         batch = collate(batch_rows)
         image_embeds = batch.get("image_embeds")
         if image_embeds is None:
             with onednn_linears(model.device):
-                image_embeds = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state
+                outputs = model.encode_images(batch["pixel_values"].to(model.device))
+            image_embeds = cast(torch.Tensor, outputs.last_hidden_state)
         features.append(image_embeds)
     if sum(map(len, features)) < 2:
         raise InputError("--normalize_image_features_samples needs at least two training images.")
