@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,6 +36,11 @@ MAX_LAYERS = 1000
 # ----------------------------------------------------------------------------------------------------------------------
 # Properties of a module
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def without_compiler(module: nn.Module) -> nn.Module:
+    """Return the module inside the wrapper of `torch.compile`; any other module is returned unchanged."""
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
 def is_frozen(module: nn.Module) -> bool:

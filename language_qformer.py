@@ -26,7 +26,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
-from .backbones_qformer import embedding_weights
+from .backbones_qformer import embedding_weights, without_compiler
 
 logger = logging.get_logger(__name__)
 
@@ -123,6 +123,7 @@ def encode_captions(
     order = (captions == -100).int().argsort(dim=2, stable=True)  # [B, K, T], ignored positions last
     packed = captions.gather(2, order)
     may_share = captions.shape[1] > 1 and not requested_outputs(kwargs)
+    output: ModelOutput
     if language_model.config.is_encoder_decoder:
         hidden_states, output = encode_with_encoder_decoder(
             language_model, prefix, prefix_mask, packed, decoder_start_token_id, may_share, **kwargs
@@ -288,12 +289,13 @@ def decoder_of(language_model: PreTrainedModel) -> PreTrainedModel:
     `get_decoder` returns the output layer of a ModernBERT and the whole of a Llama 4.
     """
     decoder = language_model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) and decoder is not language_model else language_model.model
+    is_decoder = isinstance(without_compiler(decoder), PreTrainedModel) and decoder is not language_model
+    return decoder if is_decoder else language_model.model
 
 
 def accepts(language_model: PreTrainedModel, name: str) -> bool:
     """Return True if the decoder has this argument. BLOOM has no `position_ids`, Mamba no `past_key_values`."""
-    return name in inspect.signature(type(decoder_of(language_model)).forward).parameters
+    return name in inspect.signature(type(without_compiler(decoder_of(language_model))).forward).parameters
 
 
 def position_ids_of(mask: torch.Tensor) -> torch.Tensor:
@@ -365,7 +367,7 @@ class LogitsHead:
         decoder = decoder_of(language_model)
         path = next(name for name, module in language_model.named_modules() if module is decoder)
         self.clone = parent = shallow_clone(language_model)
-        *parents, last = path.split(".")
+        *parents, last = (name for name in path.split(".") if name != "_orig_mod")
         for name in parents:
             parent._modules[name] = shallow_clone(parent.get_submodule(name))
             parent = parent.get_submodule(name)
@@ -392,6 +394,7 @@ class LogitsHead:
 
 def shallow_clone(module: nn.Module) -> nn.Module:
     """Return a copy of a module without hooks. It shares its submodules with the original until they are replaced."""
+    module = without_compiler(module)  # setting an attribute of the wrapper would change the original
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()

@@ -37,6 +37,7 @@ from .weights_qformer import (
     count_weights,
     delete_replaced_weights,
     forget_broken_ties,
+    plain_name,
     read_weights,
     replacing_weights,
     ties_of,
@@ -373,14 +374,26 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
             self.processor = processor
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the weights, and warn if peft saves adapters that would not find their captioner again."""
+        """Return the weights, and warn if peft saves adapters that would not find their captioner again.
+
+        Their names are the same if a layer is wrapped by `torch.compile`.
+        """
         weights = super().state_dict(*args, **kwargs)
+        for name in [name for name in weights if name != plain_name(name)]:
+            weights[plain_name(name)] = weights.pop(name)
         if not self.name_or_path and any(".base_layer." in name for name in weights):
             logger.warning_once(
                 "The adapters are on a captioner that was never saved, so a saved adapter cannot name it: call the "
                 "captioner's `save_pretrained` before `get_peft_model`."
             )
         return weights
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights under the names that `state_dict()` gives them."""
+        names = {plain_name(name): name for name, _ in self.named_parameters(remove_duplicate=False)}
+        names |= {plain_name(name): name for name, _ in self.named_buffers(remove_duplicate=False)}
+        weights = {names.get(name, name): weight for name, weight in state_dict.items()}
+        return super().load_state_dict(weights, *args, **kwargs)
 
     # --- Saving -------------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,11 @@ def first_row_and_column(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a weight as it is without the wrappers of `torch.compile`."""
+    return name.replace("_orig_mod.", "")
+
+
 def ties_of(model: nn.Module) -> dict[str, str]:
     """Return the weights that share their memory with another weight, mapped to the name of that weight.
 
@@ -93,17 +98,17 @@ def ties_of(model: nn.Module) -> dict[str, str]:
 
     ```python
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> from qformer_captioner.backbones_qformer import ties_of
+    >>> from qformer_captioner.weights_qformer import ties_of
     >>> ties_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=12)))
     {'lm_head.weight': 'transformer.wte.weight'}
     ```
     """
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = {plain_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     ties = {}
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             for target, source in (module._tied_weights_keys or {}).items():
-                names = [f"{prefix}.{name}" if prefix else name for name in (target, source)]
+                names = [plain_name(f"{prefix}.{name}" if prefix else name) for name in (target, source)]
                 if all(name in weights for name in names) and share_memory(*(weights[name] for name in names)):
                     ties[names[0]] = names[1]
     return ties
@@ -127,7 +132,7 @@ def forget_broken_ties(model: nn.Module) -> None:
     for prefix, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             for name in module.get_expanded_tied_weights_keys():  # none if the configuration does not tie them
-                if (f"{prefix}.{name}" if prefix else name) not in ties:
+                if plain_name(f"{prefix}.{name}" if prefix else name) not in ties:
                     forget_tie(module, name)
 
 
