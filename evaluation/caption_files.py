@@ -217,9 +217,8 @@ def read_references(path: str | os.PathLike, rules: VizWizRules | None = None) -
     )
     if skipped.pending:
         logger.info("VizWiz's rules leave out %d captions and %d images of %r.", len(skipped), len(ignored), name)
-    found = ReferenceSet(
-        captions, of_images(ids, files), *(of_images(ids, columns.get(k, [])) for k in ("domain", "split"))
-    )
+    domains, splits = (of_images(ids, columns.get(column, [])) for column in ("domain", "split"))
+    found = ReferenceSet(captions, of_images(ids, files), domains, splits)
     for image, domain in found.domains.items():
         if not isinstance(domain, str):
             raise InputError(f"In {name!r}, the domain of image {image!r} is {domain!r}, which is not a string.")
