@@ -6,8 +6,8 @@
     python eval_captions.py --model outputs/mine --dataset_name my_folder --split dev --caption_column captions
     torchrun --nproc_per_node 2 eval_captions.py --model outputs/mine --benchmark flickr30k_karpathy_test
 
-BLEU, ROUGE-L and CIDEr equal those of the COCO caption toolkit to 1e-12, without Java. Files are COCO's JSON
-(annotations and results) or tables. A killed captioning run continues when the same command is given again.
+BLEU, ROUGE-L and CIDEr equal those of the COCO caption toolkit to 1e-12, without Java. Files may have any form that
+training reads. A killed captioning run continues when the same command is given again.
 
 Images that cannot be read and blank captions do not stop a run. They are counted and listed on the terminal and in the
 file of scores. The exit status is then 1, and 0 with --allow_missing and --allow_empty.

@@ -155,7 +155,7 @@ def weights_name(variant: str | None = None, index: bool = False) -> str:
     Example:
 
     ```python
-    >>> from qformer_captioner.backbones_qformer import weights_name
+    >>> from qformer_captioner.weights_qformer import weights_name
     >>> weights_name(), weights_name("fp16", index=True)
     ('model.safetensors', 'model.safetensors.index.fp16.json')
     ```
