@@ -45,7 +45,6 @@ PLUGIN_FILES = {  # of formats that need a plug-in or a new Pillow
     "AVIF": rb"....ftypavi",
     "JXL": rb"\xff\n|\x00{3}\x0cJXL ",
 }
-PLUGIN_SUFFIXES = {".heic", ".heif", ".hif", ".avif", ".jxl"}
 REMEDIES = {
     "HEIF": "it is a HEIC image; `pip install pillow-heif` lets Pillow read it",
     "AVIF": "it is an AVIF image; `pip install --upgrade pillow` lets Pillow read it",
@@ -148,12 +147,6 @@ def readable_formats() -> tuple[str, ...]:
         with contextlib.suppress(ImportError):  # not installed
             importlib.import_module(plugin)  # adds its format to Pillow
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # Pillow may be built without some of them
-
-
-def image_suffixes() -> set[str]:
-    """Return the suffixes of image files, in lower case. Formats whose plug-in is not installed are included."""
-    readable = readable_formats()
-    return PLUGIN_SUFFIXES | {suffix for suffix, kind in Image.registered_extensions().items() if kind in readable}
 
 
 def as_upright_rgb(image: Image.Image) -> Image.Image:

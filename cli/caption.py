@@ -26,6 +26,7 @@ from ..common.command import run_command
 from ..common.errors import InputError, check_output, printable
 from ..common.files import write_atomically
 from ..common.machine_faults import explain_faults
+from ..data.names import IMAGE_SUFFIXES
 from ..evaluation.caption_files import ImageId, write_predictions
 from ..hub.load import load_captioner
 
@@ -70,13 +71,10 @@ def find_images(patterns: Sequence[str]) -> list[str]:
     Args:
         patterns: paths of files, paths of folders, and patterns as in a shell. `**` matches any folders.
     """
-    from ..images_qformer import image_suffixes
-
-    suffixes = image_suffixes()
 
     def files_of(pattern: str) -> list[str]:
         if os.path.isdir(pattern):
-            return sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in suffixes)
+            return sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if os.path.exists(pattern) or len(pattern) > MAX_PATTERN:  # the name of a file may itself have brackets
             return [pattern]
         return sorted(glob.glob(pattern, recursive=True)) or [pattern]

@@ -11,13 +11,12 @@ from .caption_forms import VizWizRules
 from .columns import Rows
 from .folder_files import FolderFiles, ImageFinder, split_of_file, splits_of_files, splits_of_folders
 from .names import IMAGE_NAMES, find_name
-from .row_files import check_table, dataset_loading_error, read_files
+from .row_files import TABLE_SUFFIXES, check_table, dataset_loading_error, read_files
 from .sidecars import rows_of_sidecars
 from .skipped_rows import SkippedRows
 
 logger = get_logger(__name__)
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".token")
 STREAM_SHARDS = 64  # so many readers share a stream without reading each other's rows
 
 
@@ -131,7 +130,9 @@ def tables_of_captions(
     stems = {os.path.splitext(image)[0] for image in files.images} | set(files.images)
     suffixes = {file: os.path.splitext(file)[1].lower() for file in files.others}
     beside = {suffixes[file] for file in files.others if os.path.splitext(file)[0] in stems}  # texts of single images
-    tables = [file for file in files.others if suffixes[file] in TABLES and os.path.splitext(file)[0] not in stems]
+    tables = [
+        file for file in files.others if suffixes[file] in TABLE_SUFFIXES and os.path.splitext(file)[0] not in stems
+    ]
     names = {file: os.path.basename(file).lower() for file in tables}
     metadata = [file for file in tables if os.path.splitext(names[file])[0] == "metadata"]
     captions = [file for file in tables if "caption" in names[file]]
@@ -140,7 +141,7 @@ def tables_of_captions(
         parts, errors = {}, []
         for file in group:
             try:
-                part = read_table(name, file, files, rules, skipped)
+                part = read_file_of_captions(name, file, files, rules, skipped)
             except InputError as error:
                 errors.append(error)
                 continue
@@ -159,7 +160,7 @@ def tables_of_captions(
     return {}
 
 
-def read_table(
+def read_file_of_captions(
     name: str, file: str, files: FolderFiles, rules: VizWizRules | None, skipped: SkippedRows
 ) -> datasets.Dataset | None:
     """Read a file of captions, or return `None` for a table without a column of images.

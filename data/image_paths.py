@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ..common.errors import InputError
+from ..images_qformer import MAX_PATH
 from .columns import Rows
 from .names import IMAGE_SUFFIXES
 from .row_files import find_files
 
-MAX_PATH = 4096  # characters of the longest path on Linux
 MAX_SHOWN = 150  # characters of a path within a message
 
 

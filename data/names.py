@@ -42,10 +42,11 @@ CAPTION_NAMES = (
 )
 ID_NAMES = ("image_id", "id")
 
-# Kinds of files that count as images. Those that cannot be opened are named as such later.
+# Suffixes of files that count as images. Those that cannot be opened are named as such later.
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-    | {".jxl", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga"}
+    | {".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
 )
 IMAGE_FILE = re.compile(
     rf"[^\s|].*\.({'|'.join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))})(\.\d+)?(#\d+)?", re.IGNORECASE

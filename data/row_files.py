@@ -18,7 +18,8 @@ from .tars import TarSamples
 from .text_files import MAX_COLUMNS
 from .text_rows import TEXT_SUFFIXES, read_document
 
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".tar")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+SUFFIXES = (*TABLE_SUFFIXES, ".tar")
 MAX_NESTING = 1000  # of brackets in JSON
 MAX_REASON_CHARACTERS = 300  # of an error of a reader, within a message
 

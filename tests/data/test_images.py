@@ -4,10 +4,13 @@ import base64
 
 import datasets
 import pytest
+from PIL import Image
 
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.images import file_of_image, image_keys, undecoded_images
+from qformer_captioner.data.names import IMAGE_SUFFIXES
 from qformer_captioner.data.skipped_rows import SkippedRows
+from qformer_captioner.images_qformer import readable_formats
 
 from ..fixtures.captioned_files import (
     COLOURS,
@@ -114,3 +117,9 @@ def test_a_value_of_a_stream_that_is_not_an_image_is_named(folder, value, kind):
 def test_the_file_of_an_image_is_its_path():
     assert file_of_image({"bytes": None, "path": "a.jpg"}) == file_of_image("a.jpg") == "a.jpg"
     assert file_of_image(None) is None
+
+
+def test_folders_find_every_kind_of_image_that_is_opened():
+    registered = {suffix for suffix, kind in Image.registered_extensions().items() if kind in readable_formats()}
+    assert registered <= IMAGE_SUFFIXES
+    assert {".hif", ".jxl"} <= IMAGE_SUFFIXES  # of plug-ins that may be missing here
