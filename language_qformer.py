@@ -407,6 +407,41 @@ def return_inputs(*args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> Dec
     return DecoderOutputStub(last_hidden_state=inputs_embeds)
 
 
+def check_labels(
+    labels: torch.Tensor | None,
+    num_images: int,
+    input_ids: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> None:
+    """Check the labels of a batch, which other models take in other forms.
+
+    Raises:
+        ValueError: if the Trainer removed the labels, if their number is not that of the images, or if they repeat the
+            prompt.
+    """
+    if labels is None:
+        if num_items_in_batch is not None:
+            raise ValueError(
+                "The Trainer has removed the labels, which a captioner reads: leave out `label_smoothing_factor` and "
+                "`compute_loss_func`. For a loss of your own, override `compute_loss` of the Trainer and use the "
+                "logits of `model(**inputs, skip_logits=False)`, which are those of the labels."
+            )
+        return
+    if labels.shape[0] != num_images and (labels.dim() != 2 or labels.shape[0] % num_images):
+        raise ValueError(
+            f"`labels` of shape {tuple(labels.shape)} do not fit {num_images} images: give one caption of each image "
+            "(`[B, T]`) or K captions of each image (`[B, K, T]` or `[B*K, T]`)."
+        )
+    # A caption of one token is an empty caption, and its end-of-sequence token may also be the whole prompt.
+    if input_ids is not None and labels.shape == input_ids.shape and labels.shape[1] > 1:
+        is_label = labels != -100
+        if is_label.any() and torch.equal(labels[is_label], input_ids[is_label]):
+            raise ValueError(
+                "`labels` repeat `input_ids`, so the captioner would read the caption before it predicts it: pass only "
+                "the prompt as `input_ids`, and only the caption with its end-of-sequence token as `labels`."
+            )
+
+
 def caption_loss(
     language_model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor, skip_logits: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -7,9 +7,9 @@ soft prompt + prompt tokens -> language_model -> caption
 ```
 
 The file defines the Q-Former and its layers, then the captioner. language_qformer.py trains the language model after a
-prefix, generation_qformer.py generates captions after it, and saving_qformer.py loads and saves captioners. The
-Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters have the names of transformers'
-`Blip2QFormerModel`.
+prefix, and generation_qformer.py generates captions after it. The base classes of the captioner are in parts_qformer.py
+(embeddings, modes) and saving_qformer.py (loading, saving). The Q-Former is BLIP-2's (Li et al. 2023, arXiv
+2301.12597); its parameters have the names of transformers' `Blip2QFormerModel`.
 
 Shapes: B images, K captions of an image, N image tokens, Q queries, P prompt tokens, T tokens of a caption. V is the
 size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q-Former and the vision encoder.
@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -53,7 +52,6 @@ from .backbones_qformer import (
     dtype_of,
     embedding_weights,
     is_frozen,
-    is_quantized,
     language_model_from_config,
     load_backbone,
     untie_t5_head,
@@ -67,7 +65,13 @@ from .generation_qformer import (
     resolve_generation_config,
 )
 from .images_qformer import ImageInput, flatten_images, is_batch
-from .language_qformer import build_prefix, caption_loss, encode_captions, requested_outputs
+from .language_qformer import (
+    build_prefix,
+    caption_loss,
+    check_labels,
+    encode_captions,
+    requested_outputs,
+)
 from .processing_qformer import QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
 
@@ -561,36 +565,19 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
         )
         self.loss_type = None  # type: ignore[assignment]  # the Trainer would count shifted labels
-        # The captioner has its own decoding defaults, because those of a chat model would sample.
-        self.generation_config.max_new_tokens = MAX_NEW_TOKENS
-        self.language_model.generation_config = GenerationConfig.from_model_config(language_model.config)
+        # The captioner has its own decoding defaults: those of a chat model would sample, and those of Blenderbot read
+        # the token ids of its encoder, which gets embeddings.
+        tokens, text_tokens = (
+            special_tokens_of(GenerationConfig.from_model_config(own)) for own in (config, language_model.config)
+        )
+        self.generation_config = GenerationConfig(**tokens, max_new_tokens=MAX_NEW_TOKENS)
+        self.language_model.generation_config = GenerationConfig(**text_tokens)
         self._freeze()
 
     def _decoder_start_token_id(self) -> int | None:
         """Return the token that `generate` starts the decoder of an encoder-decoder with."""
         tokens: dict[str, Any] = {**special_tokens_of(self.config), **special_tokens_of(self.generation_config)}
         return tokens.get("decoder_start_token_id", tokens.get("bos_token_id"))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, and keep a compiled part in place of its wrapper.
-
-        `torch.compile(part)` returns a wrapper that changes the type of the part and the names of its weights.
-        `part.compile()` changes neither.
-        """
-        if isinstance(value, OptimizedModule):
-            wrapper, value = value, value._orig_mod
-            value._compiled_call_impl = wrapper.dynamo_ctx(value._call_impl)
-        super().__setattr__(name, value)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """Return False, so that transformers initialises missing weights of the backbones as it does in its own models.
-
-        In models of other packages it skips modules without parameters of their own, such as CLIP's attention, and
-        leaves their layers on another scale. The precaution is for `_init_weights` methods that overwrite loaded
-        weights.
-        """
-        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -902,91 +889,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         captions = [caption.strip() for caption in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
         return captions[0] if is_one and len(captions) == 1 else captions
 
-    # --- Trainable and frozen parts -----------------------------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> "QFormerCaptioner":
-        """Set the mode as `nn.Module.train` does, but keep frozen backbones in evaluation mode, without dropout."""
-        super().train(mode)
-        for part in self.frozen_backbones():
-            getattr(self, part).eval()
-        # NEFTune of the Trainer adds noise to embeddings in training mode. The mode changes nothing else in them.
-        self.get_input_embeddings().training = mode
-        if self.language_model.is_activation_checkpointing:
-            # transformers recomputes the activations of a layer only if the layer is in training mode. The mode changes
-            # nothing else, except in layers that apply dropout themselves (OPT, BART), which are left out.
-            for layer in self.language_model.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    dropouts = [rate for name, rate in vars(layer).items() if "dropout" in name]
-                    layer.training = mode and not any(dropouts)
-        return self
-
-    # --- The language model's layers ----------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the input embeddings of the language model, `[V, D]`."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the input embeddings of the language model."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output layer of the language model, which computes the logits."""
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output layer of the language model."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """Return the encoder of the language model, or of `modality="image"` the vision encoder.
-
-        A decoder-only language model answers with itself, as in transformers.
-        """
-        if modality is None:
-            return self.language_model.get_encoder()
-        return super().get_encoder(modality)
-
-    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
-        """Replace the module that [`~QFormerCaptioner.get_encoder`] returns."""
-        if modality is None:
-            self.language_model.set_encoder(encoder)
-        else:
-            super().set_encoder(encoder, modality)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:  # type: ignore[override]
-        """Resize the vocabulary of the language model, as `PreTrainedModel.resize_token_embeddings` does."""
-        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
-        self.vocab_size = self.config.get_text_config().vocab_size
-        return embeddings
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the numbers of trainable parameters and of all parameters, as `PeftModel` does."""
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trainable, self.num_parameters()
-
-    def print_trainable_parameters(self) -> None:
-        """Print a line for each part with its parameters, its trainable parameters and its dtype.
-
-        Example:
-
-        ```python
-        >>> model.print_trainable_parameters()  # doctest: +SKIP
-        vision_model              22,056,576 parameters               0 trainable  float32
-        qformer                    9,547,008 parameters       9,547,008 trainable  float32
-        language_projection          221,760 parameters         221,760 trainable  float32
-        language_model           134,515,008 parameters               0 trainable  float32
-        ```
-        """
-        for name, part in self.named_children():
-            total = sum(parameter.numel() for parameter in part.parameters())
-            if isinstance(part, PreTrainedModel) and is_quantized(part):  # an element holds several weights
-                total = part.num_parameters()
-            trainable = sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad)
-            dtype = str(dtype_of(part)).removeprefix("torch.")
-            line = f"{name:<20} {total:>15,} parameters {trainable:>15,} trainable  {dtype}"
-            print(line)  # noqa: T201 -- printing is the purpose of the method, as in peft
-
     # --- From two pretrained models -----------------------------------------------------------------------------------
 
     @classmethod
@@ -1093,41 +995,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         # random vectors with a large norm would first have to be unlearned.
         embedding_std = embedding_weights(self.language_model).float().std().item()
         nn.init.normal_(self.language_projection.weight, std=3 * embedding_std / self.qformer.config.hidden_size**0.5)
-
-
-def check_labels(
-    labels: torch.Tensor | None,
-    num_images: int,
-    input_ids: torch.Tensor | None,
-    num_items_in_batch: torch.Tensor | int | None,
-) -> None:
-    """Check the labels of a batch, which other models take in other forms.
-
-    Raises:
-        ValueError: if the Trainer removed the labels, if their number is not that of the images, or if they repeat the
-            prompt.
-    """
-    if labels is None:
-        if num_items_in_batch is not None:
-            raise ValueError(
-                "The Trainer has removed the labels, which a captioner reads: leave out `label_smoothing_factor` and "
-                "`compute_loss_func`. For a loss of your own, override `compute_loss` of the Trainer and use the "
-                "logits of `model(**inputs, skip_logits=False)`, which are those of the labels."
-            )
-        return
-    if labels.shape[0] != num_images and (labels.dim() != 2 or labels.shape[0] % num_images):
-        raise ValueError(
-            f"`labels` of shape {tuple(labels.shape)} do not fit {num_images} images: give one caption of each image "
-            "(`[B, T]`) or K captions of each image (`[B, K, T]` or `[B*K, T]`)."
-        )
-    # A caption of one token is an empty caption, and its end-of-sequence token may also be the whole prompt.
-    if input_ids is not None and labels.shape == input_ids.shape and labels.shape[1] > 1:
-        is_label = labels != -100
-        if is_label.any() and torch.equal(labels[is_label], input_ids[is_label]):
-            raise ValueError(
-                "`labels` repeat `input_ids`, so the captioner would read the caption before it predicts it: pass only "
-                "the prompt as `input_ids`, and only the caption with its end-of-sequence token as `labels`."
-            )
 
 
 def check_qformer_arguments(qformer: QFormerModel | None, fields: dict[str, Any]) -> None:

@@ -269,7 +269,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         if images is None and text is None:
             raise ValueError("There is nothing to process: pass `images`, `text` or both.")
         options = self._merge_kwargs(
-            self.valid_processor_kwargs,
+            self.valid_processor_kwargs,  # type: ignore[arg-type]  # the stub asks for an instance of the class
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
             **kwargs,
         )

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import DownloadKwargs
@@ -31,6 +31,7 @@ from .backbones_qformer import (
     single_device,
 )
 from .configuration_qformer import QFormerCaptionerConfig, without_local_paths
+from .parts_qformer import QFormerCaptionerParts
 from .processing_qformer import HUB_KWARGS, PushWithCard, QFormerCaptionerProcessor
 from .weights_qformer import (
     BackboneFingerprint,
@@ -46,7 +47,7 @@ from .weights_qformer import (
 logger = logging.get_logger(__name__)
 
 
-class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
+class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     """Base class that loads and saves a captioner, and records which of its backbones are kept by reference.
 
     A folder may leave out a frozen backbone that can be fetched by its name and commit, which are in the configuration.
@@ -56,10 +57,6 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
     Subclasses set `vision_model` and `language_model`, and their constructor accepts both as keywords.
     """
 
-    config_class = QFormerCaptionerConfig
-    config: QFormerCaptionerConfig
-    vision_model: PreTrainedModel | VisionModelPlaceholder
-    language_model: PreTrainedModel
     processor: QFormerCaptionerProcessor | None
     _fingerprints: dict[str, BackboneFingerprint]  # of the backbones as they were fetched
     _reported_backbones: set[str]  # a warning said that their weights have changed
@@ -72,10 +69,6 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         self._was_loaded = False  # a captioner that was loaded keeps the name of its source
 
     # --- Backbones ----------------------------------------------------------------------------------------------------
-
-    def frozen_backbones(self) -> list[str]:
-        """Return the names of the backbones that have no trainable parameters."""
-        return [part for part in BACKBONES if is_frozen(getattr(self, part))]
 
     def local_backbones(self) -> list[str]:
         """Return the names of the backbones that were loaded from a local folder and that others cannot fetch.
@@ -158,11 +151,6 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         weights = self.state_dict() if weights is None else weights
         referenced = self._backbones_to_reference(self._backbones_to_include(include_backbones), weights)
         return self._keys_of(referenced, weights)
-
-    def _freeze(self) -> None:
-        for part in BACKBONES:
-            if getattr(self.config, f"freeze_{part}"):
-                getattr(self, part).requires_grad_(False)
 
     def _take_fingerprints(self, parts: Iterable[str]) -> None:
         for part in parts:
@@ -373,7 +361,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, PreTrainedModel):
         if processor is not None:
             self.processor = processor
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights, and warn if peft saves adapters that would not find their captioner again.
 
         Their names are the same if a layer is wrapped by `torch.compile`.

@@ -152,8 +152,8 @@ def tables_of_captions(
         # A table of another purpose may be beside the captions, but without any captions it is the one to mend.
         if errors and (group is not others or not (parts or beside)):
             raise errors[0]
-        for error in errors:
-            logger.info("Left out as a file of captions: %s", error)
+        for reason in errors:
+            logger.info("Left out as a file of captions: %s", reason)
         if parts:
             check_competition(name, list(parts), files)
             return parts

@@ -137,6 +137,11 @@ def index_of(*names):
     return change
 
 
+def index_that_is_not_json(folder):
+    (folder / WEIGHTS).unlink()  # the whole file is read first
+    (folder / INDEX).write_bytes(b"[1")
+
+
 def pickled(name):
     """Return a function that replaces the weights by a pickle that runs a command."""
 
@@ -186,7 +191,7 @@ CHECKPOINTS = {
     "an index of pickles": index_of("pytorch_model.bin"),
     "an index of numbers": index_of(1, 2),
     "an index of nothing": index_of(),
-    "an index that is not JSON": write(INDEX, b"[1"),
+    "an index that is not JSON": index_that_is_not_json,
     "configuration cut off": lambda folder: os.truncate(folder / "config.json", 300),
     "decoding defaults cut off": write("generation_config.json", b"{"),
     "configuration is a list": write("config.json", b"[]"),
@@ -433,7 +438,7 @@ PREDICTIONS = {
     "an id of 5,000 digits in the second line": b'{"image_id": 1, "caption": "a"}\n{"image_id": ' + b"9" * 5000 + b"}",
     "an id twice": b'[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]',
     "a caption of none": b'[{"image_id": 1, "caption": null}]',
-    "a caption in a list": b'[{"image_id": 1, "caption": ["a"]}]',
+    "captions in a list": b'[{"image_id": 1, "caption": ["a", "b"]}]',
     "Latin-1": b'[{"image_id": 1, "caption": "caf\xe9"}]',
     "NULs": b"\0" * 100,
     "cut off": b'[{"image_id": 1, "capt',
@@ -452,7 +457,7 @@ def test_a_hostile_caption_file_ends_in_one_error(name, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("file_name", ["5", "[1]", "null", "{}"])
+@pytest.mark.parametrize("file_name", ["5", "[1]", "{}"])
 def test_a_file_name_in_the_references_must_be_text(file_name, tmp_path):
     images = f'[{{"id": 1, "file_name": {file_name}}}]'
     path = tmp_path / "references.json"
