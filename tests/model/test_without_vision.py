@@ -108,7 +108,7 @@ def command(folder, output_dir, **more) -> list[str]:
 
 def precompute(folder, output_dir, **more) -> None:
     values = {"vision_model_name_or_path": folder / "vision", "dataset_name": folder / "pictures"} | more
-    precompute_features.precompute(command_line(**values, output_dir=output_dir))
+    precompute_features.precompute(command_line(**values, output_dir=output_dir, max_skipped=1))
 
 
 def losses(output_dir) -> torch.Tensor:

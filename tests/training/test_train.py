@@ -326,7 +326,7 @@ NO_FOLDER = {"dataset_name": "/no/such/folder", "metric_for_best_model": "cider"
         ({}, ["--horizontal_flip_prob", "7"], "--horizontal_flip_prob"),
         ({}, ["--captions_per_image", "0"], "--captions_per_image must be at least 1, not 0"),
         ({}, ["--max_caption_length", "0"], "--max_caption_length must be at least 2, not 0"),
-        ({}, ["--image_column", "scene"], "of the evaluation split can be"),
+        ({}, ["--image_column", "scene"], "rows of train cannot be read"),
         ({}, ["--prompt", "a photo of", ""], "One of several prompts is empty"),
         ({}, ["--lora_r", "4", "--freeze_language_model", "false"], "--lora_r trains adapters on frozen backbones"),
     ],
