@@ -9,7 +9,7 @@ from typing import Any
 from ..common.errors import InputError, one_line
 from .captions import captions_of, describe
 from .json_files import Document, columns_of
-from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, find_name, normal
+from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, find_name, normal, split_word
 from .skipped_rows import SkippedRows
 from .text_files import Columns
 
@@ -43,8 +43,8 @@ def read_form(document: Document, name: str, rules: VizWizRules, skipped: Skippe
     """Return the rows of a JSON document as columns.
 
     Args:
-        document: COCO's annotations (also VizWiz, NoCaps), Karpathy's splits, TextCaps, captions by image, an object
-            that holds one list of rows, or a single row.
+        document: COCO's annotations (also VizWiz, NoCaps), Karpathy's splits, TextCaps, captions or rows by image,
+            or a single row. An object may also hold columns, one list of rows, or a list for each split.
         name: the file, for messages.
         rules: rules for the captions of VizWiz.
         skipped: record of the captions that these rules leave out.
@@ -56,20 +56,28 @@ def read_form(document: Document, name: str, rules: VizWizRules, skipped: Skippe
     Raises:
         InputError: if the document has no known form, or an entry does not have the fields of its form.
     """
-    lists = {key: value for key, value in document.items() if is_list_of_objects(value)}
+    lists = {key: value for key, value in document.items() if value and is_list_of_rows(value)}
     if "images" in lists and any("sentences" in image for image in lists["images"]):
         return karpathy_columns(lists["images"], name)
     if isinstance(document.get("images"), list) and isinstance(document.get("annotations"), list):
         return coco_columns(document["images"], document["annotations"], name, rules, skipped)
     if "data" in lists and any("reference_strs" in row for row in lists["data"]):
         return textcaps_columns(lists["data"], name)
+    if (columns := columns_in(document, name)) is not None:
+        return columns
     if has_image(document) and (find_name(CAPTION_NAMES, document) is not None or not lists):
         return columns_of([document], name)  # one row
     if len(lists) == 1 and all(map(has_image, rows := next(iter(lists.values())))):
         return columns_of(rows, name)
-    captions = [captions_of(value) if isinstance(value, str | list) else [] for value in document.values()]
-    if captions and all(captions):
-        return {"image": list(document), "image_id": list(document), "caption": captions}
+    if lists and all((split_word(key) is not None) == is_list_of_rows(value) for key, value in document.items()):
+        rows = [{**row, "split": split_word(key)} for key, part in lists.items() for row in part]
+        return columns_of(rows, name)
+    if not has_image(document) and find_name(CAPTION_NAMES, document) is None:
+        captions = [captions_of(value) if isinstance(value, str | list) else [] for value in document.values()]
+        if captions and all(captions):
+            return {"image": list(document), "image_id": list(document), "caption": captions}
+        if document and all(map(is_captioned, document.values())):
+            return columns_of([{"image": key, **row} for key, row in document.items()], name)
     keys = ", ".join(repr(key[:40]) for key in list(document)[:8])
     raise InputError(
         f"The file {name!r} holds a JSON object with {keys or 'nothing'}, which is not a known form of captions: give "
@@ -82,9 +90,36 @@ def has_image(row: dict[str, Any]) -> bool:
     return any(normal(key) in IMAGE_NAMES + ID_NAMES for key in row)
 
 
-def is_list_of_objects(value: Any) -> bool:
-    """Return whether a value is a list of dicts that is not empty."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+def is_list_of_rows(value: Any) -> bool:
+    """Return whether a value is a list of dicts."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def is_captioned(value: Any) -> bool:
+    """Return whether a value is a dict with a caption."""
+    return isinstance(value, dict) and find_name(CAPTION_NAMES, value) is not None
+
+
+def columns_in(document: Document, name: str) -> Columns | None:
+    """Return the columns of a document that stores lists or, as pandas does, objects by row number.
+
+    Raises:
+        InputError: if the columns of images and captions have different lengths.
+    """
+    image = find_name(IMAGE_NAMES, document)
+    caption = find_name(CAPTION_NAMES, document)
+    if image is None or caption is None or not isinstance(document[image], list | dict):
+        return None
+    by_number = isinstance(document[image], dict)
+    rows = list(document[image])
+    columns = {key: value for key, value in document.items() if isinstance(value, type(document[image]))}
+    if caption in columns and (list(columns[caption]) == rows if by_number else len(columns[caption]) == len(rows)):
+        return {
+            key: [value[row] for row in rows] if by_number else value
+            for key, value in columns.items()
+            if len(value) == len(rows) and (not by_number or value.keys() == document[image].keys())
+        }
+    raise InputError(f"In {name[-150:]!r}, the columns {image!r} and {caption!r} do not have the same rows.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

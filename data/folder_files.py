@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .image_paths import FileNames
-from .names import IMAGE_SUFFIXES
-
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+from .names import IMAGE_SUFFIXES, SPLIT_WORDS, split_word
 
 
 @dataclass(frozen=True)
@@ -111,11 +105,6 @@ def splits_of_folders(paths: Sequence[object]) -> list[str]:
     if not any(names.values()):
         return ["train"] * len(outermost)
     return [names[folder] or folder or "train" for folder in outermost]
-
-
-def split_word(folder: str) -> str | None:
-    """Return the split that the whole name of a folder means: "train" for `Train` or `train2017`."""
-    return SPLIT_WORDS.get(re.sub(r"[\W\d_]+$", "", folder.lower()))
 
 
 def splits_of_files(files: Sequence[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
     """Return a data set with only the image column, undecoded.
 
     `datasets` decodes whole batches and fails on the first damaged image. Undecoded images are opened one by one, so
-    that a damaged one can be skipped.
+    that a damaged one can be skipped. A list of one image counts as that image, and any other list as an empty cell.
 
     Args:
         rows: the data set.
@@ -40,10 +40,16 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
         InputError: if the column cannot hold images.
     """
     feature = rows.features[column]
+    images = rows.select_columns(column)
     try:
-        if isinstance(feature, dict) and not {"bytes", "path"} & feature.keys():
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            images = only_items(images, column)
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, dict) and not {"bytes", "path"} & inner.keys():
             raise TypeError("`datasets` would read it as a column without images")
-        return rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        if isinstance(inner, datasets.Value) and "int" in inner.dtype:  # names of files without suffixes
+            images = images.cast_column(column, datasets.Value("string"))
+        return images.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"The column {column!r} holds {one_line(feature, 200)}, not images or paths. Choose another column with "
@@ -51,20 +57,43 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
         ) from error
 
 
+def only_items(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Return the only item of each list in a column, and `None` for a list of no item or several.
+
+    Raises:
+        TypeError: if no list has exactly one item.
+    """
+    parts = []
+    for chunk in rows.flatten_indices().data.column(column).chunks:
+        counts = pc.fill_null(pc.list_value_length(chunk), 0)
+        items = chunk.flatten()
+        if not pc.all(pc.equal(counts, 1)).as_py():  # otherwise nothing is copied
+            ends = pc.cumulative_sum(counts)
+            items = items.take(pc.if_else(pc.equal(counts, 1), pc.subtract(ends, 1), None))
+        parts.append(items)
+    if all(part.null_count == len(part) for part in parts):
+        raise TypeError("no list holds exactly one image")
+    return datasets.Dataset(pa.table({column: pa.chunked_array(parts)}))
+
+
 def image_cell(value: Any) -> ImageCell | None:
-    """Return a value of an untyped stream (a dict, bytes, or a text) as an undecoded cell.
+    """Return a value of an untyped stream (a dict, bytes, a text, or a list of one of these) as an undecoded cell.
 
     Raises:
         OSError: if the value does not hold an image. The message names its type.
     """
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
+        return image_cell(value[0]) if len(value) == 1 else None
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         content, path = value.get("bytes"), value.get("path")
         if isinstance(content, str | bytes | None) and isinstance(path, str | None):
             return {"bytes": content.encode() if isinstance(content, str) else content, "path": path}
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
-    if isinstance(value, str | None):
-        return None if value is None else {"bytes": None, "path": value}
+    if isinstance(value, str | int) and not isinstance(value, bool):  # a number names a file, too
+        return {"bytes": None, "path": str(value)}
+    if value is None:
+        return None
     keys = f" with the keys {reprlib.repr(list(value))}" if isinstance(value, dict) else ""
     raise OSError(f"The image column of the row holds a value of type {type(value).__name__!r}{keys}, not an image.")
 
@@ -75,6 +104,7 @@ def file_of_image(value: Any) -> str | None:
     Args:
         value: a cell, or a value of an untyped stream.
     """
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     path = value.get("path") if isinstance(value, dict) else value
     return path if isinstance(path, str) and embedded_content(path) is None else None
 
@@ -91,7 +121,7 @@ def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Imag
         OSError: if the cell is empty or the image cannot be read. The message names the image.
     """
     if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise OSError("The row has no image.")
+        raise OSError("The row has no image, or several.")
     content, path = cell["bytes"], cell["path"]
     if content is not None:
         return open_image(content, os.path.basename(path or ""))

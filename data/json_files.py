@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
@@ -9,6 +10,8 @@ from ..common.errors import InputError, one_line
 from .text_files import ROWS_PER_BATCH, Columns
 
 Document = dict[str, Any]
+
+NUMBERS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}  # as Python writes them
 
 
 def read_json(text: TextIO, name: str) -> Document | Iterator[Columns]:
@@ -29,7 +32,7 @@ def read_json(text: TextIO, name: str) -> Document | Iterator[Columns]:
         raise InputError(f"The file {name!r} is empty.")
     if first.lstrip().startswith("{"):
         try:
-            row = json.loads(first)
+            row = decode(first)
         except (ValueError, RecursionError):  # the first line of a document of several lines, or not valid
             pass
         else:
@@ -52,16 +55,42 @@ def parse_list(first: str, text: TextIO, name: str) -> Iterator[Any]:
 def parse(content: str, name: str) -> list | Document:
     """Return the list or object that a text holds."""
     try:
-        value = json.loads(content)
+        value = decode(content)
     except json.JSONDecodeError as error:
         raise InputError(
             f"The file {name!r} cannot be read: line {error.lineno} is not valid JSON ({error.msg} in column "
             f"{error.colno}); it may have been cut off."
         ) from error
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # a repeated name, thousands of digits, or thousands of brackets
         raise InputError(f"The file {name!r} cannot be read: {one_line(error, 200)}.") from error
     if not isinstance(value, list | dict):
         raise InputError(f"The file {name!r} does not hold rows: it holds a JSON value of type {type(value).__name__}.")
+    return value
+
+
+def decode(text: str) -> Any:
+    """Return the value of a JSON text, in which NaN is an empty cell.
+
+    Raises:
+        ValueError: if the text is not valid, or an object has two values of the same name.
+
+    Example:
+
+    ```python
+    >>> decode('{"image": "a.jpg", "caption": NaN}')
+    {'image': 'a.jpg', 'caption': None}
+    ```
+    """
+    return json.loads(text, object_pairs_hook=unique_names, parse_constant=lambda name: NUMBERS[name])
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, and raise a ValueError if a value would be lost because another has the same name."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        lost = next((name for name, own in pairs if own != value[name]), None)
+        if lost is not None:
+            raise ValueError(f"an object has several values named {lost[:100]!r}: give them as one list")
     return value
 
 
@@ -71,7 +100,7 @@ def parse_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield decode(line)
         except (ValueError, RecursionError) as error:
             reason = one_line(getattr(error, "msg", error), 200)
             raise InputError(

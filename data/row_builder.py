@@ -21,7 +21,7 @@ class RowFiles(datasets.ArrowBasedBuilder):
     each file.
     """
 
-    VERSION = datasets.Version("1.0.0")  # increase it when the same file gives other rows: the cache depends on it
+    VERSION = datasets.Version("1.1.0")  # increase it when the same file gives other rows: the cache depends on it
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo()

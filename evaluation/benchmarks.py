@@ -15,7 +15,7 @@ from PIL import Image
 from ..common.errors import InputError, one_line
 from ..data.columns import with_nested_columns
 from ..data.image_paths import ImageFolder, folder_of_images
-from ..data.images import file_of_image, image_keys, open_cell
+from ..data.images import file_of_image, image_keys, open_cell, undecoded_images
 from ..data.loading import load_rows
 from ..data.texts import Text, rows_of_texts
 from .caption_files import ImageId, ReferenceSet
@@ -304,7 +304,7 @@ def load_evaluation_set(
     rows = with_nested_columns(rows, image_column)
     _check_columns(rows, image_column, id_column)
     texts = list(rows_of_texts(rows, caption_column, prompt_column))
-    images = rows.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    images = undecoded_images(rows, image_column, "--image_column")
     cells = images[image_column]
     ids = _ids_by_file(cells, texts) if id_column is None else _ids_in_column(rows, id_column, texts)
     captions: dict[ImageId, list[str]] = {}

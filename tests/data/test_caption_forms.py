@@ -65,6 +65,10 @@ FORMS = {
         {"image": "a.jpg", "caption": CAPTIONS["a.jpg"]},
         {"image": "b.jpg", "caption": "a green"},
     ],
+    "rows by image": {name[0]: {"caption": texts, "tags": "one, two"} for name, texts in CAPTIONS.items()},
+    "columns of lists": {"image": list(CAPTIONS), "caption": list(CAPTIONS.values())},
+    "columns by row number": {"image": dict(enumerate(CAPTIONS)), "captions": dict(enumerate(CAPTIONS.values()))},
+    "rows with lists of one image": [{"images": [name], "caption": texts} for name, texts in CAPTIONS.items()],
     "rows with files as ids": [{"image_id": name, "caption": texts} for name, texts in CAPTIONS.items()],
 }
 
@@ -107,12 +111,43 @@ def test_domains_and_splits_of_annotations_are_columns(pictures):
         ({"images": IMAGES, "annotations": [*ANNOTATIONS, {"image_id": 5}]}, "annotation 3 has no 'caption'"),
         ({"images": IMAGES * 2, "annotations": ANNOTATIONS}, r"image 5 occurs more than once \(2 in all\)"),
         ({"info": {}, "licenses": []}, "a JSON object with 'info', 'licenses', which is not a known form of captions"),
+        (
+            {"image_urls": ["http://a"], "captions": ["a red"]},
+            "with 'image_urls', 'captions', which is not a known form",
+        ),
+        ({"image": ["a.jpg"], "caption": ["a red", "a"]}, "'image' and 'caption' do not have the same rows"),
         (["a.jpg", "b.jpg"], "Row 1 of .* is of type str, not an object such as"),
     ],
 )
 def test_a_file_without_usable_captions_is_refused_by_name(pictures, content, message):
     (pictures / "captions.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
+        read_data("--dataset_name", pictures / "captions.json")
+
+
+def test_an_object_with_a_list_for_each_split_has_these_splits(pictures):
+    rows = [{"image": name, "caption": texts} for name, texts in CAPTIONS.items()]
+    (pictures / "captions.json").write_text(json.dumps({"train": rows[:1], "val": rows[1:], "test": [], "version": 1}))
+    data = read_data("--dataset_name", pictures / "captions.json")
+    assert (data.train, data.evaluation) == (EXPECTED[:1], EXPECTED[1:])
+
+
+@pytest.mark.parametrize("name", ["captions.json", "captions.jsonl"])
+def test_nan_in_json_is_an_empty_cell(pictures, name):
+    (pictures / name).write_text(
+        '{"image": "a.jpg", "caption": "a red"}\n{"image": "b.jpg", "caption": NaN, "size": Infinity}'
+    )
+    data = read_data("--dataset_name", pictures / name)
+    assert data.train == [("red", ["a red"])] and [row["reason"] for row in data.skipped] == ["no caption"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"a.jpg": "a red", "b.jpg": "a green", "a.jpg": "red"}', '{"image": "a.jpg", "text": "a", "text": "b"}\n' * 2],
+)
+def test_a_value_that_would_replace_another_of_the_same_name_is_refused(pictures, content):
+    (pictures / "captions.json").write_text(content)
+    with pytest.raises(InputError, match="an object has several values named '(a.jpg|text)'"):
         read_data("--dataset_name", pictures / "captions.json")
 
 

@@ -56,6 +56,38 @@ def test_images_in_base64_are_read(folder, form, kind):
     assert colours == RGB
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "images", "stream of jsonl", "stream of images"])
+def test_a_list_of_one_image_is_that_image_and_others_are_skipped_rows(folder, kind):
+    paths = [[f"pictures/{colour}.png"] for colour in COLOURS]
+    cells = [paths[0], [], None, [*paths[1], *paths[2]], *paths[4:]]
+    rows = [{"images": cell, "caption": str(number)} for number, cell in enumerate(cells)]
+    if kind.endswith("images"):
+        whole = datasets.Dataset.from_list(
+            [{**row, "images": [str(folder / p) for p in row["images"] or []]} for row in rows]
+        )
+        name = str(folder / "rows.parquet")
+        whole.cast_column("images", datasets.List(datasets.Image())).to_parquet(name)
+    elif kind == "parquet":
+        name = str(folder / "rows.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(name)
+    else:
+        name = write_jsonl(folder / "rows.jsonl", rows)
+    skipped = SkippedRows()
+    if kind.startswith("stream"):
+        read = take(stream(name, skipped=skipped), 3)
+    else:
+        data = captioned(name, skipped=skipped).drop_unreadable()
+        read = [seen(data[row]) for row in range(len(data))]
+    assert read == [(RGB[0], ("0",)), (RGB[4], ("4",)), (RGB[5], ("5",))]
+    assert [row["reason"] for row in skipped.pending] == ["The row has no image, or several."] * 3
+
+
+def test_a_number_is_the_name_of_a_file(folder):
+    (folder / "pictures" / "red.png").rename(folder / "7.png")
+    name = write_jsonl(folder / "rows.jsonl", [{"image_id": 7, "caption": "all red"}])
+    assert seen(captioned(name)[0]) == (RGB[0], ("all red",)) == take(stream(name), 1)[0]
+
+
 def test_images_in_base64_of_a_csv_file_are_read(folder):
     lines = [f"{row['image']},{row['caption']}" for row in embedded_rows(folder, "base64")]
     (folder / "rows.csv").write_text("\n".join(["image,caption", *lines]))
@@ -94,7 +126,7 @@ def test_keys_tell_images_in_base64_apart():
 
 @pytest.mark.parametrize(
     "value",
-    [5, True, {f"name {number}": 1 for number in range(500)}, ["a.jpg", "b.jpg"], [{"url": "a"}]],
+    [0.5, True, {f"name {number}": 1 for number in range(500)}, ["a.jpg", "b.jpg"], [{"url": "a"}]],
     ids=lambda value: type(value).__name__,
 )
 def test_a_column_that_cannot_hold_images_is_refused(value):
@@ -105,7 +137,8 @@ def test_a_column_that_cannot_hold_images_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(5, "'int'"), ([1, 2], "'list'"), ({"src": "a"}, r"'dict' with the keys \['src'\]")]
+    ("value", "kind"),
+    [(0.5, "'float'"), (True, "'bool'"), ([[1]], "'list'"), ({"src": "a"}, r"'dict' with the keys \['src'\]")],
 )
 def test_a_value_of_a_stream_that_is_not_an_image_is_named(folder, value, kind):
     skipped = SkippedRows()

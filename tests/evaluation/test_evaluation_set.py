@@ -4,6 +4,7 @@ import datasets
 import pytest
 from PIL import ImageColor
 
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.image_paths import folder_of_images
 from qformer_captioner.data.loading import load_rows
 from qformer_captioner.evaluation.benchmarks import load_evaluation_set
@@ -21,6 +22,18 @@ def test_rows_that_name_the_same_file_are_captions_of_one_image(tmp_path):
     rows = {"image": ["a.png", "b.png", "a.png", "c.png", "a.png"], "caption": ["one", "two", "three", "four", "five"]}
     found = load_evaluation_set(datasets.Dataset.from_dict(rows), "image", "caption", row_per_caption=True)
     assert found.references.captions == {0: ["one", "three", "five"], 1: ["two"], 3: ["four"]}
+
+
+def test_lists_of_one_image_become_an_evaluation_set(folder):
+    rows = datasets.Dataset.from_dict({"images": [[str(folder / "pictures/red.png")]], "caption": ["all red"]})
+    found = load_evaluation_set(rows, "images", "caption")
+    assert found.open(0).getpixel((0, 0)) == (255, 0, 0) and list(found.fingerprints()) == [0]
+
+
+def test_a_column_that_cannot_hold_images_is_refused_with_what_it_holds():
+    rows = datasets.Dataset.from_dict({"image": [0.5], "caption": ["all red"]})
+    with pytest.raises(InputError, match="The column 'image' holds Value.'float64'., not images or paths"):
+        load_evaluation_set(rows, "image", "caption")
 
 
 def test_rows_of_a_file_become_an_evaluation_set(folder):
