@@ -394,13 +394,18 @@ class QFormerModel(PreTrainedModel):
 
         Raises:
             ValueError: if the features have another width than `config.encoder_hidden_size`, or if the Q-Former cannot
-                read the prompt.
+                read the prompt. Also for a mask of a prompt without its tokens.
         """
         width = encoder_hidden_states.shape[-1]
         if width != self.config.encoder_hidden_size:
             raise ValueError(
                 f"The image features have width {width}, but this Q-Former accepts width "
                 f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained with."
+            )
+        if input_ids is None and attention_mask is not None:
+            raise ValueError(
+                "The Q-Former was given the mask of a prompt without its tokens: pass `input_ids` "
+                "(`qformer_input_ids` of a captioner), or leave out the mask."
             )
         encoder_hidden_states = encoder_hidden_states.to(self.query_tokens.dtype)
         queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]

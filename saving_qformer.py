@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.integrations.peft import maybe_load_adapters
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
 from transformers.utils.hub import DownloadKwargs
 
 from .backbones_qformer import (
@@ -37,8 +37,11 @@ from .weights_qformer import (
     BackboneFingerprint,
     count_weights,
     delete_replaced_weights,
+    fetch_file,
     forget_broken_ties,
+    open_weights,
     plain_name,
+    put_adapter_aside,
     read_weights,
     replacing_weights,
     ties_of,
@@ -126,6 +129,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         if not self._matches_name("language_model", self.state_dict()):  # its rounded weights have no other source
             self.config.language_model_name_or_path = self.config.language_model_revision = None
         self.language_model = quantize(self.language_model, quantization_config, device).requires_grad_(False)
+        self._take_fingerprints(["language_model"])  # an adapter may be merged into the quantised weights
         self.config.text_config = self.language_model.config
         # peft chooses the kind of adapter by these attributes of the whole model.
         self.is_loaded_in_4bit = quantization_config.load_in_4bit
@@ -227,7 +231,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         config = cls._resolve_config(source, config, dtype, load_vision_model, hub_kwargs)
         kwargs |= {"config": config, "dtype": dtype, "use_safetensors": True}
         if kwargs.get("state_dict") is None:
-            kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, files)
+            kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, files, adapter is not None)
         # With a `state_dict` no file of the folder is read.
         loaded = super().from_pretrained(source if kwargs.get("state_dict") is None else None, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
@@ -285,17 +289,19 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         dtype: str | torch.dtype | None,
         load_vision_model: bool,
         files: dict[str, Any],
+        has_adapter: bool,
     ) -> dict[str, Any]:
         """Fetch the backbones that are not in the folder, and add their weights to those of the folder.
 
         Returns:
             The arguments `state_dict` and, without the vision encoder, `vision_model` of `from_pretrained`. For a
-            folder that holds all weights, no arguments: transformers then reads the files itself.
+            folder that holds all weights, no arguments: transformers then reads the files itself. It would also read an
+            adapter in the same folder, which [`from_pretrained`] loads later.
         """
         parts = set(config.referenced_backbones or [])
         if not load_vision_model:
             parts.add("vision_model")
-        if not parts:
+        if not parts and not has_adapter:
             cls._check_size(source, config, count_weights(source, **files))
             return {}
         weights = read_weights(source, **files)
@@ -357,9 +363,21 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def _load_adapter(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
         """Load an adapter and, if its folder holds one, its processor, which may have another prompt."""
         self.load_adapter(adapter, adapter_kwargs=hub_kwargs)
+        self._load_dora_magnitudes(adapter, hub_kwargs)
         processor = QFormerCaptionerProcessor.from_folder_if_any(adapter, **hub_kwargs)
         if processor is not None:
             self.processor = processor
+
+    def _load_dora_magnitudes(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
+        """Load the magnitudes of DoRA, which transformers does not find by the names under which peft saves them."""
+        if any("lora_magnitude_vector" in name for name, _ in self.named_parameters()):
+            with open_weights(fetch_file(adapter, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs)) as tensors:
+                magnitudes = {
+                    name.removeprefix("base_model.model.") + ".default.weight": tensors.get_tensor(name)
+                    for name in tensors.keys()  # noqa: SIM118
+                    if name.endswith(".lora_magnitude_vector")
+                }
+            super().load_state_dict(magnitudes, strict=False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights, and warn if peft saves adapters that would not find their captioner again.
@@ -450,6 +468,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, *args, **kwargs
             )
+        if is_main_process and not self._hf_peft_config_loaded:
+            put_adapter_aside(save_directory)
         if not self._was_loaded and not push_to_hub:
             self.name_or_path = os.path.abspath(save_directory)  # by which an adapter finds its captioner
 
@@ -510,17 +530,17 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             named = getattr(self.config, f"{part}_name_or_path") is not None
             if part not in included and named and self._matches_name(part, weights):
                 referenced.append(part)
-        if is_quantized(self.language_model) and "language_model" not in referenced:
+        only_adapters = self._hf_peft_config_loaded
+        if is_quantized(self.language_model) and "language_model" not in referenced and not only_adapters:
             raise ValueError(
                 "A quantised language model has rounded weights, which are not saved: keep it by reference "
-                "(`include_backbones=False`), or load the captioner without `quantization_config`."
+                "(`include_backbones=False`), or load the captioner without `quantization_config`, and merge adapters "
+                "into it there."
             )
         return referenced
 
     def _matches_name(self, part: str, weights: Mapping[str, torch.Tensor]) -> bool:
         """Return True if a backbone still has the weights of its name, as far as the fingerprint shows."""
-        if is_quantized(getattr(self, part)):
-            return True
         prefix = f"{part}."
         own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
         return part in self._fingerprints and self._fingerprints[part].matches(own)

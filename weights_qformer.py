@@ -18,8 +18,19 @@ from huggingface_hub import CommitOperationDelete, HfApi
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    logging,
+)
 from transformers.utils.hub import cached_file
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights in memory: fingerprints and ties
@@ -67,17 +78,26 @@ class BackboneFingerprint:
         if any(name not in self.rows_and_columns and not weight.is_meta for name, weight in weights.items()):
             return False
         return all(
-            weights[name].shape == shape
-            and torch.equal(first_row_and_column(weights[name]), values.to(weights[name].dtype))
+            weights[name].shape == shape and equal_in_lower_precision(first_row_and_column(weights[name]), values)
             for name, (shape, values) in self.rows_and_columns.items()
             if name in weights and not weights[name].is_meta
         )
 
 
 def first_row_and_column(weight: torch.Tensor) -> torch.Tensor:
-    """Return the first column and the first row of a weight `[R, ...]` as one vector on the CPU."""
+    """Return the first column and the first row of a weight `[R, ...]` as one vector on the CPU.
+
+    Weights in 4 bits are packed in a single column of bytes, of which the sum is returned.
+    """
+    if weight.dtype == torch.uint8:
+        return weight.detach().sum(dtype=torch.int64).cpu()
     rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().flatten()[None]
     return torch.cat([rows[:, :1].flatten(), rows[:1].flatten()]).cpu()
+
+
+def equal_in_lower_precision(own: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return True if `values` are those of `own` after a cast to its dtype."""
+    return torch.equal(own, values.to(own.dtype))
 
 
 def plain_name(name: str) -> str:
@@ -220,22 +240,43 @@ def replacing_weights(folder: str | os.PathLike, variant: str | None = None) -> 
             hidden.replace(file)
 
 
+def put_adapter_aside(folder: str | os.PathLike) -> None:
+    """Move an adapter in the folder of a captioner into a subfolder.
+
+    transformers would load it on the captioner, for example a second time if it was merged into its weights.
+    """
+    files = [file for file in (Path(folder, name) for name in ADAPTER_FILES) if file.is_file()]
+    if files:
+        aside = Path(folder, "earlier_adapter")
+        aside.mkdir(exist_ok=True)
+        for file in files:
+            file.replace(aside / file.name)
+        logger.warning(
+            f"The adapter that {os.fspath(folder)!r} held would be loaded on the captioner that was saved there, so it "
+            f"was moved to {str(aside)!r}."
+        )
+
+
 def replaced_weights(written: Collection[str], existing: Iterable[str]) -> list[str]:
-    """Return the files of a repository whose weights were replaced by an upload.
+    """Return the files of a repository whose weights were replaced by an upload, and of an adapter beside them.
 
     Args:
         written: names of the files that were uploaded.
         existing: names of the files that the repository has.
     """
+    existing = set(existing)
     pattern = re.compile(
         r"model(?:\.(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.(.+))?\.json"
     )
-    variant_of = {name: match[1] or match[2] for name in existing if (match := pattern.fullmatch(name))}
-    return [
+    variant_of = {name: match[1] or match[2] for name in sorted(existing) if (match := pattern.fullmatch(name))}
+    replaced = [
         name
         for name, variant in variant_of.items()
-        if name not in written and {weights_name(variant), weights_name(variant, index=True)} & set(written)
+        if {weights_name(variant), weights_name(variant, index=True)} & set(written)
     ]
+    if ADAPTER_CONFIG_NAME in existing and any(pattern.fullmatch(name) for name in written):
+        replaced += existing.intersection(ADAPTER_FILES)
+    return [name for name in replaced if name not in written]
 
 
 def delete_replaced_weights(repo_id: str, written: Collection[str], revision: str | None, token: Any) -> None:

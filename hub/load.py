@@ -1,6 +1,8 @@
 """Loading of captioners, and of adapters on captioners, from a folder or the Hub."""
 
+import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UNUSABLE, InputError, cannot_use, one_line
@@ -31,7 +33,7 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
     ```
     """
     from transformers import AutoModel
-    from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
+    from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
     from ..modeling_qformer import QFormerCaptioner
 
@@ -44,6 +46,8 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
             hub_kwargs = {"revision": revision}
             if adapter_config is not None:
                 hub_kwargs = {"adapter_kwargs": hub_kwargs}
+        if adapter_config is not None and not Path(model, CONFIG_NAME).is_file():
+            check_base(adapter_config)
         captioner = AutoModel.from_pretrained(model, dtype=dtype, **hub_kwargs)
     except (OSError, *UNUSABLE) as error:
         raise InputError(
@@ -54,6 +58,22 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
     if captioner.processor is None:
         raise InputError(f"The captioner {model!r} has no processor: save it again with `save_pretrained`.")
     return captioner
+
+
+def check_base(adapter_config: str) -> None:
+    """Check that an adapter names its captioner, because transformers would look for a model named `None`.
+
+    Args:
+        adapter_config: path of its `adapter_config.json`.
+
+    Raises:
+        OSError: if it does not.
+    """
+    if not json.loads(Path(adapter_config).read_text(encoding="utf-8")).get("base_model_name_or_path"):
+        raise OSError(
+            "the adapter names no captioner; write the folder of its captioner as `base_model_name_or_path` into its "
+            "adapter_config.json"
+        )
 
 
 def load_merged_captioner(model: str | os.PathLike) -> "QFormerCaptioner":

@@ -124,6 +124,12 @@ def test_masked_features_get_no_attention():
     assert weights[0].min() > 0
 
 
+def test_a_mask_of_a_prompt_without_its_tokens_is_refused():
+    model = tiny.captioner()
+    with pytest.raises(ValueError, match="mask of a prompt without its tokens"):
+        model(tiny.images(1), qformer_attention_mask=torch.ones(1, 2, dtype=torch.long))
+
+
 def test_features_of_another_width_are_refused_by_name():
     with pytest.raises(ValueError, match=rf"\b{WIDTH + 1}\b.*\b{WIDTH}\b"):
         make_qformer()(features(width=WIDTH + 1))
