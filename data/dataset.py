@@ -135,7 +135,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         for index in sorted(reasons.keys() - merged):
             self._skip(index, reasons[index])
         if not self.indices:
-            raise no_caption(self.split, source, self.rows)
+            raise no_caption(source)
         if features is not None:
             self._check_features(features)
             self._drop_rows_without_features(features)
@@ -300,21 +300,15 @@ class CaptionDataset(Dataset[CaptionRow]):
         return [values[self.row_of[index]] for index in self.indices]
 
 
-def no_caption(split: str, source: CaptionSource, rows: datasets.Dataset) -> InputError:
-    """Return the error for columns without captions, with what they hold instead.
-
-    Args:
-        split: name of the split.
-        source: the source of the rows.
-        rows: the rows of the split.
-    """
-    existing = rows.column_names
+def no_caption(source: CaptionSource) -> InputError:
+    """Return the error for columns without captions, with what they hold instead."""
+    existing = source.rows.column_names
     columns = caption_columns(source.caption_column, existing)
-    rows = with_nested_columns(rows, *columns)
+    rows = with_nested_columns(source.rows, *columns)
     cells = (cell for column in columns for cell in rows[column])
     held = next(filter(lambda held: held != "nothing", map(describe, cells)), "nothing")
     return InputError(
-        f"No row of the {split} split has a caption in its column {','.join(columns)!r}, which holds {held}; the "
+        f"No row of the {source.name} split has a caption in its column {','.join(columns)!r}, which holds {held}; the "
         f"columns are {one_line(', '.join(map(repr, existing)), 200)}. Choose another with "
         f"--{source.option_prefix}caption_column."
     )

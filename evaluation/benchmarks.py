@@ -13,7 +13,8 @@ import datasets
 from PIL import Image
 
 from ..common.errors import InputError, one_line
-from ..data.columns import with_nested_columns
+from ..data.columns import missing_column, with_nested_columns
+from ..data.dataset import CaptionSource, no_caption
 from ..data.image_paths import ImageFolder, folder_of_images
 from ..data.images import file_of_image, image_keys, open_cell, undecoded_images
 from ..data.loading import load_rows
@@ -229,15 +230,15 @@ def load_benchmark(
     benchmark = get_benchmark(name)
     source = dataset_name or benchmark.dataset_name
     rows = load_rows(source, split_column=benchmark.split_column, split=benchmark.split)[benchmark.split]
-    evaluation_set = load_evaluation_set(
+    columns = CaptionSource(
+        benchmark.split,
         rows,
         benchmark.image_column,
         benchmark.caption_column,
         benchmark.id_column,
-        benchmark.row_per_caption,
-        benchmark.hidden_references,
         folder_of_images(source, rows, image_folder, allowed_image_folders),
     )
+    evaluation_set = load_evaluation_set(columns, benchmark.row_per_caption, benchmark.hidden_references)
     num_images, num_captions = len(evaluation_set.row_of), evaluation_set.references.num_captions
     if (num_images, num_captions) != (benchmark.images, benchmark.captions):
         raise InputError(
@@ -274,44 +275,36 @@ def read_domains(url: str) -> dict[str, str]:
 
 
 def load_evaluation_set(
-    rows: datasets.Dataset,
-    image_column: str,
-    caption_column: str,
-    id_column: str | None = None,
-    row_per_caption: bool = False,
-    hidden_references: bool = False,
-    image_folder: ImageFolder | None = None,
-    prompt_column: str | None = None,
+    source: CaptionSource, row_per_caption: bool = True, hidden_references: bool = False
 ) -> EvaluationSet:
     """Return the images and references of a split. An image with several prompts is one image for each prompt.
 
     Args:
-        rows: the rows of the split.
-        image_column: column of images, or of their paths.
-        caption_column: column of references: a string, a list of strings, a list of `{"raw": string}` or a
-            conversation. Several columns have commas between them.
-        id_column: column of image ids. Without it, the id of an image is the index of its first row. Rows with the same
-            file and the same prompt then belong to one image.
+        source: the rows of the split and their columns. Without a column of image ids, the id of an image is the index
+            of its first row. Rows with the same file and the same prompt then belong to one image.
         row_per_caption: accept several rows for one image, each with some of its captions.
         hidden_references: keep images without captions. Otherwise they are left out, and listed in the result.
-        image_folder: where paths of images start, and where they may lead; `None` allows any path.
-        prompt_column: column of prompts, if images have their own.
 
     Raises:
-        InputError: for a column that does not exist or an id that is not valid. Also for an image that occurs more than
-            once or has several prompts with one id, or if no image has a caption.
+        InputError: for a column that does not exist or holds no images, or an id that is not valid. Also for an image
+            that occurs more than once or has several prompts with one id, or if no image has a caption.
     """
-    rows = with_nested_columns(rows, image_column)
-    _check_columns(rows, image_column, id_column)
-    texts = list(rows_of_texts(rows, caption_column, prompt_column))
+    image_column, id_column = source.image_column, source.image_id_column
+    rows = with_nested_columns(source.rows, image_column)
+    for option, column in (("image_column", image_column), ("image_id_column", id_column)):
+        if column is not None and column not in rows.column_names:
+            raise missing_column(column, rows.column_names, option)
+    texts = list(rows_of_texts(rows, source.caption_column, source.prompt_column))
     images = undecoded_images(rows, image_column, "--image_column")
     cells = images[image_column]
     ids = _ids_by_file(cells, texts) if id_column is None else _ids_in_column(rows, id_column, texts)
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
     prompts: dict[ImageId, str] = {}
+    reasons: dict[ImageId, str] = {}
     for image, (row, text) in zip(ids, texts, strict=True):
         row_of.setdefault(image, row)
+        reasons.setdefault(image, text.reason)
         captions.setdefault(image, []).extend(text.captions)
         if prompts.setdefault(image, text.prompt) != text.prompt:
             raise InputError(
@@ -325,28 +318,18 @@ def load_evaluation_set(
     names = {image: os.path.basename(path) for image, path in paths.items() if path}
     usable = [image for image, texts in captions.items() if texts or hidden_references]
     if not usable:
-        raise InputError(f"No row has a caption in the column {caption_column!r}: choose one with --caption_column.")
-    reason = f"it has no caption in the column {caption_column!r}"
-    skipped = [FaultyImage(image, str(names.get(image, image)), reason) for image in captions.keys() - set(usable)]
-    skipped.sort(key=lambda each: row_of[each.image_id])
+        raise no_caption(source)
+    unusable = [image for image, texts in captions.items() if not (texts or hidden_references)]
+    skipped = [FaultyImage(image, str(names.get(image, image)), reasons[image]) for image in unusable]
     references = ReferenceSet(captions, names).select(usable)
     return EvaluationSet(
         references,
         images,
         {image: row_of[image] for image in usable},
-        image_folder,
+        source.image_folder,
         skipped,
         {image: prompts[image] for image in usable if prompts[image]},
     )
-
-
-def _check_columns(rows: datasets.Dataset, *columns: str | None) -> None:
-    for column in columns:
-        if column is not None and column not in rows.column_names:
-            raise InputError(
-                f"The data set has no column {column!r}; its columns are {', '.join(map(repr, rows.column_names))}. "
-                "Choose with --image_column and --image_id_column."
-            )
 
 
 def _ids_in_column(rows: datasets.Dataset, column: str, texts: Sequence[tuple[int, Text]]) -> list[ImageId]:

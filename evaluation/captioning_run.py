@@ -194,17 +194,16 @@ def load_images(
     if split not in splits:
         raise InputError(f"{name!r} has no split {split!r}; choose with --split: {', '.join(map(repr, splits))}.")
     rows = splits[split]
-    source = CaptionSource(split, rows, args.image_column, args.caption_column).with_existing_columns()
-    images = load_evaluation_set(
+    source = CaptionSource(
+        split,
         rows,
-        source.image_column,
-        source.caption_column,
+        args.image_column,
+        args.caption_column,
         args.image_id_column,
-        row_per_caption=True,
-        image_folder=folder_of_images(name, rows, image_folder, args.allowed_image_folders),
+        folder_of_images(name, rows, image_folder, args.allowed_image_folders),
         prompt_column=args.prompt_column,
     )
-    return split, images
+    return split, load_evaluation_set(source.with_existing_columns())
 
 
 def resolve_prompt(args: CaptioningArguments, benchmark: Benchmark | None) -> str:

@@ -119,22 +119,22 @@ def test_the_words_of_the_bag_of_words_loss_are_those_of_the_labels(rows, tmp_pa
 
 def test_images_are_captioned_after_their_own_prompts(rows, tmp_path):
     model = tiny.captioner()
-    images = load_evaluation_set(rows, "image", "caption", prompt_column="question")
+    images = load_evaluation_set(CaptionSource("test", rows, prompt_column="question"))
     captions, unreadable = caption_images(model, images, tmp_path, batch_size=2, num_beams=1, max_new_tokens=5)
     assert list(captions.values()) == expected_captions(model, num_beams=1, max_new_tokens=5)
     assert not unreadable
-    changed = load_evaluation_set(rows, "image", "caption")
+    changed = load_evaluation_set(CaptionSource("test", rows))
     assert [images.fingerprints()[row] == changed.fingerprints()[row] for row in range(3)] == [False, True, False]
 
 
 def test_an_image_with_two_prompts_is_captioned_twice():
     columns = {"image": ["a.png", "a.png", "a.png", "b.png"], "q": ["What?", "Where?", "What?", "What?"]}
     rows = datasets.Dataset.from_dict(columns | {"caption": ["one", "two", "three", "four"], "image_id": [5, 5, 5, 6]})
-    found = load_evaluation_set(rows, "image", "caption", row_per_caption=True, prompt_column="q")
+    found = load_evaluation_set(CaptionSource("test", rows, prompt_column="q"))
     assert found.references.captions == {0: ["one", "three"], 1: ["two"], 3: ["four"]}
     assert found.prompts == {0: "What?", 1: "Where?", 3: "What?"}
     with pytest.raises(InputError, match="image 5 has several prompts: leave out --image_id_column"):
-        load_evaluation_set(rows, "image", "caption", "image_id", row_per_caption=True, prompt_column="q")
+        load_evaluation_set(CaptionSource("test", rows, image_id_column="image_id", prompt_column="q"))
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
