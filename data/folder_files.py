@@ -59,13 +59,14 @@ class ImageFinder:
             self.by_name[os.path.basename(image)].append(image)
         self.names = FileNames(list(self.by_name))
 
-    def find(self, path: object, folder: str) -> object:
+    def find(self, path: object, folder: str, split: str | None = None) -> object:
         """Return the path of an image relative to the folder.
 
         Args:
             path: value of a column of images. A path is relative to the file of captions, or ends like the path of
                 only one image.
             folder: folder of the file of captions.
+            split: split of the file of captions. Of several images that fit, that in a folder of this split is chosen.
 
         Returns:
             The path of the image. If no image fits, the path as written, so that opening it says why. Values that are
@@ -80,6 +81,8 @@ class ImageFinder:
         names = self.names.fitting(os.path.basename(ending))
         parent = os.path.dirname(ending)
         fitting = [image for name in names for image in self.by_name[name] if has_parent(image, parent)]
+        if len(fitting) > 1 and split is not None:
+            fitting = [image for image in fitting if split in map(split_word, os.path.dirname(image).split("/"))]
         return fitting[0] if len(fitting) == 1 else written
 
 

@@ -12,7 +12,7 @@ from .columns import Rows
 from .folder_files import FolderFiles, ImageFinder, split_of_file, splits_of_files, splits_of_folders
 from .names import IMAGE_NAMES, find_name
 from .row_files import TABLE_SUFFIXES, check_table, dataset_loading_error, read_files
-from .sidecars import rows_of_sidecars
+from .sidecars import kind_of_text, rows_of_sidecars, texts_of_images
 from .skipped_rows import SkippedRows
 
 logger = get_logger(__name__)
@@ -82,10 +82,13 @@ def rows_of_files(
 ) -> dict[str, Rows] | None:
     """Read a folder of tables or tars without images, or return `None` if it holds anything else.
 
-    The split of a file is a word in its name, or its outermost folder. Without them, all files are "train".
+    The split of a file is a word in its name, or its outermost folder. Without them, all files are "train". A parquet
+    file with the name of a tar, as img2dataset writes it, only repeats the texts of the samples.
     """
     tables = [file for file in files.others if os.path.splitext(file)[1].lower() in (".csv", ".tsv", ".jsonl", ".tar")]
-    if not tables or any(file.lower().endswith((".parquet", ".arrow")) for file in files.others):
+    tars = {os.path.splitext(file)[0] for file in tables if file.lower().endswith(".tar")}
+    others = (os.path.splitext(file) for file in files.others)
+    if not tables or any(suffix.lower() in (".parquet", ".arrow") and stem not in tars for stem, suffix in others):
         return None
     by_split: dict[str, list[str]] = {}
     for file, folder_split in zip(tables, splits_of_folders(tables), strict=True):
@@ -127,11 +130,13 @@ def tables_of_captions(
     Raises:
         InputError: if files compete, or the only one cannot be read.
     """
-    stems = {os.path.splitext(image)[0] for image in files.images} | set(files.images)
     suffixes = {file: os.path.splitext(file)[1].lower() for file in files.others}
-    beside = {suffixes[file] for file in files.others if os.path.splitext(file)[0] in stems}  # texts of single images
+    beside = {suffixes[file] for texts in texts_of_images(files).values() for file in texts.values()}
+    named_as_images = {stem_of(image) for image in files.images}
     tables = [
-        file for file in files.others if suffixes[file] in TABLE_SUFFIXES and os.path.splitext(file)[0] not in stems
+        file
+        for file in files.others
+        if suffixes[file] in TABLE_SUFFIXES and not (kind_of_text(file) and stem_of(file) in named_as_images)
     ]
     names = {file: os.path.basename(file).lower() for file in tables}
     metadata = [file for file in tables if os.path.splitext(names[file])[0] == "metadata"]
@@ -160,6 +165,11 @@ def tables_of_captions(
     return {}
 
 
+def stem_of(file: str) -> str:
+    """Return the name of a file without folder and suffix."""
+    return os.path.splitext(os.path.basename(file))[0]
+
+
 def read_file_of_captions(
     name: str, file: str, files: FolderFiles, rules: VizWizRules | None, skipped: SkippedRows
 ) -> datasets.Dataset | None:
@@ -178,7 +188,8 @@ def read_file_of_captions(
     if column is None:
         return None
     finder, folder = ImageFinder(files.images), os.path.dirname(file)
-    images = [finder.find(value, folder) for value in rows[column]]
+    split = split_of_file(file)
+    images = [finder.find(value, folder, split) for value in rows[column]]
     return rows.remove_columns(column).add_column("image", images)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .captions import captions_of
+from .text_files import text_encoding
 
 TEXT_KINDS = ("caption", "txt", "text", "json")  # suffixes of texts with captions, the most explicit first
 
@@ -58,9 +59,12 @@ def decode_text(kind: str, content: bytes) -> Any:
     """Return the content of a text file: a value of JSON, or a string.
 
     Raises:
-        ValueError: if it is not UTF-8, or not valid JSON.
+        ValueError: if it is not UTF-8 or UTF-16, or not valid JSON.
     """
-    text = content.decode("utf-8-sig")
+    try:
+        text = content.decode(text_encoding(content[: 2**12])).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte 0x{content[error.start]:02x}): save it as UTF-8") from error
     try:
         return json.loads(text) if kind == "json" else text
     except RecursionError as error:

@@ -11,8 +11,12 @@ import datasets
 from datasets.builder import Key
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from ..common.errors import InputError
 from .names import IMAGE_SUFFIXES
 from .samples import TEXT_KINDS, caption_kinds, captions_of_text, decode_text
+
+END_BYTES = 512  # zeros; two such blocks follow the last file
+COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7")  # first bytes of gzip, bzip2 and xz
 
 PEEK_TARS, PEEK_SAMPLES = 16, 20  # tars, evenly spaced, and samples of each that are read to find the columns
 
@@ -94,6 +98,8 @@ class TarSamples(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         tars = dl_manager.download(list(map(str, self.config.data_files["train"])))
+        for tar in tars:
+            check_end(tar)
         archives = [dl_manager.iter_archive(tar) for tar in tars]
         some = archives[:: -(-len(archives) // PEEK_TARS)]
         layout, samples = TarLayout.of(some)
@@ -117,6 +123,23 @@ class TarSamples(datasets.GeneratorBasedBuilder):
             for place, sample in enumerate(samples_of(archive, layout.last_dot)):
                 row = layout.row(sample, tar)
                 yield Key(number, place), {name: row.get(name) for name in self.info.features}
+
+
+def check_end(tar: str) -> None:
+    """Check that a local tar has its end, because Python reads one that was cut off without an error.
+
+    Raises:
+        InputError: if the tar does not end in a block of zeros.
+    """
+    if not os.path.isfile(tar):
+        return
+    with open(tar, "rb") as file:
+        is_compressed = file.read(2) in COMPRESSED
+        file.seek(max(0, os.path.getsize(tar) - END_BYTES))
+        if not is_compressed and file.read() != bytes(END_BYTES):
+            raise InputError(
+                f"The tar {tar[-200:]!r} has no end, so it was cut off: download or write it again, or leave it out."
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

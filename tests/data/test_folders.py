@@ -151,7 +151,57 @@ def test_an_image_without_a_text_and_a_text_without_an_image_are_counted(colours
     data = read_data("--dataset_name", colours)
     assert data.train == [("red", ["a.txt"]), ("green", ["b.txt"])]
     reasons = {os.path.basename(entry["file"]): entry["reason"] for entry in data.skipped}
-    assert reasons == {"c.webp": "no caption", "gone.txt": "There is no image of the same name as this text."}
+    assert reasons.pop("gone.txt").startswith("There is no image of the same name as this text")
+    assert reasons == {"c.webp": "no caption"}
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"),
+    [
+        ("{}.jpg", "captions/{}.txt"),
+        ("images/{}.jpg", "text/{}.txt"),
+        ("images/x/{}.jpg", "text/x/{}.txt"),
+        ("x/images/{}.jpg", "x/labels/{}.caption"),
+    ],
+)
+def test_texts_in_a_folder_of_their_own_are_the_captions(tmp_path, images, texts):
+    for name, (colour, (caption,)) in zip("abc", THREE, strict=True):
+        put(put(tmp_path, images.format(name), colour), texts.format(name), caption)
+    assert train(tmp_path) == THREE
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tags/a.txt": "tag"},  # which of the two folders?
+        {"y/a.jpg": "green"},  # which of the two images?
+    ],
+)
+def test_a_text_in_a_folder_of_its_own_is_not_used_if_several_texts_or_images_fit(tmp_path, more):
+    put(put(put(put(tmp_path, "x/a.jpg", "red"), "captions/a.txt", "?"), "x/b.jpg", "blue"), "x/b.txt", "b")
+    for name, content in more.items():
+        put(tmp_path, name, content)
+    data = read_data("--dataset_name", tmp_path)
+    assert data.train == [("blue", ["b"])]
+    assert "captions/a.txt" in [entry["file"] for entry in data.skipped]
+
+
+def test_a_text_beside_other_images_is_not_that_of_an_image_elsewhere(tmp_path):
+    put(put(put(put(tmp_path, "cat/a.jpg", "red"), "dog/b.jpg", "green"), "dog/b.txt", "two"), "dog/a.txt", "wrong")
+    assert train(tmp_path) == [("green", ["two"])]
+
+
+def test_a_name_in_several_folders_is_that_in_the_folder_of_the_split(tmp_path):
+    for split, (colour, (caption,)) in zip(("train", "val"), THREE, strict=False):
+        put(tmp_path, f"{split}2017/1.jpg", colour)
+        put(tmp_path, f"annotations/captions_{split}2017.csv", f"file_name,caption\n1.jpg,{caption}")
+    data = read_data("--dataset_name", tmp_path)
+    assert (data.train, data.evaluation) == (THREE[:1], THREE[1:2])
+
+
+def test_texts_in_utf_16_are_read(colours):
+    (colours / "a.txt").write_bytes("one".encode("utf-16"))
+    assert train(colours) == THREE[:1]
 
 
 def test_texts_of_two_kinds_that_differ_are_columns_to_choose_from(colours):
@@ -168,10 +218,17 @@ def test_texts_of_two_kinds_that_agree_are_the_captions(colours):
 
 
 def test_a_text_that_cannot_be_read_is_counted(colours):
-    (colours / "a.txt").write_bytes(b"\xff\xfe\x00caf\xe9")
+    (colours / "a.txt").write_bytes(b"caf\xe9")
     data = read_data("--dataset_name", put(colours, "b.txt", "two"))
     assert data.train == [("green", ["two"])]
-    assert any("cannot be read" in entry["reason"] for entry in data.skipped if entry["file"] == "a.txt")
+    (reason,) = (entry["reason"] for entry in data.skipped if entry["file"] == "a.txt")
+    assert "it is not UTF-8 text (byte 0xe9): save it as UTF-8" in reason
+
+
+def test_texts_none_of_which_can_be_read_are_answered_with_an_empty_column(colours):
+    (colours / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="has a caption in its column 'caption', which holds nothing"):
+        train(colours)
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """Tars of samples: images of mixed suffixes, captions by themselves, missing texts, names with dots, streams."""
 
+import gzip
 import io
 import json
 import tarfile
 
+import datasets
 import pytest
 from PIL import Image
 
 from qformer_captioner import precompute_features
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.feature_store import FeatureStore
 from qformer_captioner.data.samples import caption_kinds
 from qformer_captioner.data.tars import names_end_at_last_dot
@@ -65,6 +68,27 @@ def test_a_sample_without_a_text_or_without_an_image_is_counted_and_named(tmp_pa
         (1, "b.jpg", "no caption"),
         (2, None, "The row has no image, or several."),
     ]
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.4, 0.9])
+def test_a_tar_that_was_cut_off_is_refused(tmp_path, kept):
+    path = write(tmp_path / "a.tar", **{f"{number}_jpg": "red" for number in range(9)}, a_txt="one")
+    path.write_bytes(path.read_bytes()[: int(kept * 9 * 1024) + 7])
+    with pytest.raises(InputError, match="was cut off: download or write it again"):
+        train(path)
+
+
+def test_a_compressed_tar_is_read(tmp_path):
+    path = write(tmp_path / "a.tar", a_jpg="red", a_txt="one")
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert train(path) == [("red", ["one"])]
+
+
+def test_a_folder_of_shards_with_the_tables_of_img2dataset_is_read(tmp_path):
+    write(tmp_path / "00000.tar", a_jpg="red", a_txt="one")
+    datasets.Dataset.from_dict({"url": ["http://a"], "caption": ["one"]}).to_parquet(str(tmp_path / "00000.parquet"))
+    (tmp_path / "00000_stats.json").write_text('{"count": 1}')
+    assert train(tmp_path) == [("red", ["one"])]
 
 
 def test_shards_may_have_different_suffixes(tmp_path):
