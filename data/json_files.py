@@ -41,13 +41,13 @@ def read_json(text: TextIO, name: str) -> Document | Iterator[Columns]:
                 return batches([row], name) if name.lower().endswith(".jsonl") else row
             return batches(parse_lines(itertools.chain([first, second], text), name), name)
     if first.lstrip().startswith("["):
-        return batches(parse_list(first, text, name), name)
+        return batches(items_of_list(first, text, name), name)
     document = parse(first + text.read(), name)
     assert isinstance(document, dict)
     return document
 
 
-def parse_list(first: str, text: TextIO, name: str) -> Iterator[Any]:
+def items_of_list(first: str, text: TextIO, name: str) -> Iterator[Any]:
     """Yield the items of a list whose first line has been read."""
     yield from parse(first + text.read(), name)
 
@@ -81,11 +81,15 @@ def decode(text: str) -> Any:
     {'image': 'a.jpg', 'caption': None}
     ```
     """
-    return json.loads(text, object_pairs_hook=unique_names, parse_constant=lambda name: NUMBERS[name])
+    return json.loads(text, object_pairs_hook=object_of, parse_constant=lambda name: NUMBERS[name])
 
 
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, and raise a ValueError if a value would be lost because another has the same name."""
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs.
+
+    Raises:
+        ValueError: if a value would be lost because another has the same name.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         lost = next((name for name, own in pairs if own != value[name]), None)

@@ -157,14 +157,24 @@ def split_line(line: str, delimiter: str) -> list[str]:
 
 
 def unique_names(names: list[str]) -> list[str]:
-    """Return a different name for each column: blank names are numbered, and repeated ones get a number."""
-    seen: dict[str, int] = {}
-    unique = []
+    """Return a different name for each column: blank names are numbered, and repeated ones get a number.
+
+    Example:
+
+    ```python
+    >>> unique_names(["image", "text", "text", ""])
+    ['image', 'text', 'text 2', 'column 4']
+    ```
+    """
+    unique: dict[str, None] = {}
     for number, name in enumerate(names, start=1):
-        name = name.strip() or f"column {number}"
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name} {seen[name]}")
-    return unique
+        name = wanted = name.strip() or f"column {number}"
+        copy = 1
+        while name in unique:
+            copy += 1
+            name = f"{wanted} {copy}"
+        unique[name] = None
+    return list(unique)
 
 
 def read_table(text: TextIO, name: str) -> Iterator[Columns]:

@@ -138,6 +138,11 @@ def test_columns_without_a_name_or_with_a_repeated_name_are_kept(write):
     assert columns == {"column 1": ["0"], "image": ["a.jpg"], "caption": ["red"], "caption 2": ["all red"]}
 
 
+def test_a_number_for_a_repeated_name_is_not_that_of_another_column(write):
+    columns = read_columns(write("image,text,text,text 2\na.jpg,one,two,three\n"))
+    assert list(columns.values()) == [["a.jpg"], ["one"], ["two"], ["three"]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "images", "captions"),
     [
