@@ -39,7 +39,7 @@ def load_rows(
 
             - a data set on the Hub;
             - a local folder: images with captions, as [`read_folder`] finds them, or parquet files;
-            - a file of rows: `.parquet`, `.json`, `.jsonl`, `.csv`, `.tsv` or `.txt`;
+            - a file of rows or its URL: `.parquet`, `.json`, `.jsonl`, `.csv`, `.tsv`, `.txt` or `.token`;
             - a file of COCO's annotations or in another form of [`read_form`], or of webdataset samples (`.tar`);
             - several such files: `shards/*.tar` or `train-{000..015}.tar`.
         config_name: name of one of the data set's configurations.

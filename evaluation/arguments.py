@@ -38,7 +38,9 @@ class ScoringArguments:
     ignore_rejected: bool = option(True, "Leave out references that VizWiz marks as rejected.", "data")
     ignore_precanned: bool = option(True, "Leave out references that VizWiz marks as precanned.", "data")
     image_folder: str | None = option(
-        None, "Folder of the images that the references name, for the report and CLIPScore.", "data"
+        None,
+        "Folder that paths of images are relative to. With --predictions, the report and CLIPScore need it.",
+        "data",
     )
     output: str | None = option(None, "JSON file for the scores and for facts that make them reproducible.", "scoring")
     report: str | None = option(
