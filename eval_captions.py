@@ -9,7 +9,7 @@
 BLEU, ROUGE-L and CIDEr equal those of the COCO caption toolkit to 1e-12, without Java. Files may have any form that
 training reads. A killed captioning run continues when the same command is given again.
 
-Images that cannot be read and blank captions do not stop a run. They are counted and listed on the terminal and in the
+Images that cannot be read and blank captions do not stop a run. They are counted and listed on the terminal or in the
 file of scores. The exit status is then 1, and 0 with --allow_missing and --allow_empty.
 """
 
@@ -45,7 +45,7 @@ from qformer_captioner.metrics.tokenizers import describe_tokenizer
 
 logger = get_logger(__name__)
 
-SHOWN_FAULTS = 5  # images named on the terminal
+SHOWN_FAULTS = 5  # images named on the terminal if a file lists all
 
 
 @dataclass
@@ -101,7 +101,7 @@ def evaluate(arguments: Sequence[str]) -> None:
             return
         scored = score(run, scoring)
         write_results(run, scored, scoring)
-    report_faults(scored.skipped, scored.blank, scoring)
+    report_faults(scored.skipped, scored.blank, scoring, run.output)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScoringArguments, CaptioningArguments]:
@@ -239,22 +239,26 @@ def write_results(run: EvaluationRun, scored: ScoredCaptions, scoring: ScoringAr
         logger.info("The report is in %s.", run.report)
 
 
-def report_faults(skipped: list[FaultyImage], blank: list[FaultyImage], scoring: ScoringArguments) -> None:
-    """Name the first images that are not scored and the first blank captions.
+def report_faults(
+    skipped: list[FaultyImage], blank: list[FaultyImage], scoring: ScoringArguments, file: str | None = None
+) -> None:
+    """Name images that are not scored and blank captions: the first ones, or all if no file lists them.
 
     Args:
         skipped: images that are not scored.
         blank: images with an empty prediction or a blank reference.
         scoring: the options, which may accept them.
+        file: file of scores, which lists all of them.
 
     Raises:
         InputError: for images or captions that the options do not accept; the message counts them.
     """
     for kind, images in {"Not scored": skipped, "Blank caption": blank}.items():
-        for image in images[:SHOWN_FAULTS]:
+        shown = images if file is None else images[:SHOWN_FAULTS]
+        for image in shown:
             logger.warning("%s: %s", kind, printable(image))
-        if len(images) > SHOWN_FAULTS:
-            logger.warning("%s: %d more; the file of scores lists them.", kind, len(images) - SHOWN_FAULTS)
+        if len(images) > len(shown):
+            logger.warning("%s: %d more, which are listed in %s.", kind, len(images) - len(shown), file)
     faults = []
     if skipped and not scoring.allow_missing:
         faults.append(f"{len(skipped)} images are not scored (--allow_missing accepts this)")

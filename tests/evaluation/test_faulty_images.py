@@ -103,6 +103,22 @@ def test_the_faults_of_a_run_are_shown_on_the_terminal_and_in_the_exit_status(
     eval_captions.main()  # no exit status other than 0
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_every_blank_caption_is_listed_in_a_file_or_on_the_terminal(has_file, tmp_path, log):
+    rows = [{"image_id": image, "caption": "" if image < 7 else "a dog"} for image in range(9)]
+    (tmp_path / "predictions.json").write_text(json.dumps(rows))
+    (tmp_path / "references.json").write_text(json.dumps([{**row, "caption": "a dog"} for row in rows]))
+    words = ["--predictions", str(tmp_path / "predictions.json"), "--references", str(tmp_path / "references.json")]
+    output = tmp_path / "scores.json"
+    eval_captions.evaluate([*words, "--allow_empty", *(["--output", str(output)] if has_file else [])])
+    listed = log.text.count("the prediction is empty")
+    if has_file:
+        assert listed == 5 and f"2 more, which are listed in {output}" in log.text
+        assert len(json.loads(output.read_text())["blank"]) == 7
+    else:
+        assert listed == 7
+
+
 def test_an_empty_generated_caption_scores_0_and_is_listed(captioner, captions_of_images, tmp_path):
     table = write_rows(tmp_path, {"1.png": "a star 7", "9.png": "a dog"}, {"1.png": 7, "9.png": 9})
     with pytest.raises(InputError, match="1 images have a blank caption"):
