@@ -136,7 +136,7 @@ def open_image(image: ImageInput, name: str | None = None, input_data_format: st
             return as_upright_rgb(opened)
     except Exception as error:  # Pillow raises many types: truncated, unidentified, decompression bomb, bad EXIF ...
         subject = in_message(image if name is None else name)
-        raise OSError(f"{subject} cannot be read: {reason_for(source, error)}.") from error
+        raise OSError(f"{subject} cannot be read: {reason_for(source, error).rstrip('.')}.") from error
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def parse_list(text: str) -> Any:
     ```
     """
     stripped = text.strip()
-    if stripped[:1] + stripped[-1:] not in ("[]", "{}") or len(stripped) > MAX_LIST_CHARACTERS:
+    if stripped[:1] + stripped[-1:] not in ("[]", "{}", "()") or len(stripped) > MAX_LIST_CHARACTERS:
         return text
     try:
         value = json.loads(stripped)
@@ -75,6 +75,9 @@ def parse_list(text: str) -> Any:
             value = ast.literal_eval(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return text
+    value = list(value) if isinstance(value, tuple) else value
+    if stripped[0] == "(" and not isinstance(value, list):  # a caption in brackets
+        return text
     return value if all(isinstance(item, str | dict | None) for item in as_list(value)) else text
 
 

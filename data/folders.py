@@ -64,7 +64,7 @@ def read_folder(
     logger.info("%r has %d images and %d rows with %s.", name, len(files.images), len(rows), one_line(source, 300))
     if of_files:
         labels = [of_files[file] for file, part in parts.items() for _ in range(len(part))]
-    elif "split" in rows.column_names:
+    elif find_name(("split",), rows.column_names) is not None:
         labels = ["train"] * len(rows)  # `load_rows` splits them by the column
     else:
         labels = splits_of_folders(rows["image"])
@@ -154,6 +154,8 @@ def tables_of_captions(
                 parts[file] = part
             elif group is metadata:
                 raise InputError(f"{os.path.join(name, file)[-200:]!r} has no column of images: add file_name.")
+            elif group is captions:
+                logger.warning("%r is left out, because it has no column of images: add file_name.", file)
         # A table of another purpose may be beside the captions, but without any captions it is the one to mend.
         if errors and (group is not others or not (parts or beside)):
             raise errors[0]

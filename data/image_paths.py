@@ -70,7 +70,7 @@ class ImageFolder:
                 if self._allows(resolved := found.resolve()):
                     return resolved
                 outside = outside or resolved
-        if outside is not None:
+        if outside is not None and (outside.exists() or ".." in path):
             raise OSError(
                 f"{shown} leads out of the folder of images {str(self.path)[:MAX_SHOWN]!r}: allow its folder with "
                 f"--allowed_image_folders {str(outside.parent)[:MAX_SHOWN]!r}, or name another with --image_folder."

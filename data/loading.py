@@ -1,7 +1,6 @@
 """Loading a data set by name: from the Hub, a folder, or files of rows."""
 
 import functools
-import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..common.logging import get_logger
 from .caption_forms import VizWizRules
 from .columns import Rows, column_names, with_label_names
 from .folders import read_folder
+from .names import find_name
 from .row_files import check_table, dataset_loading_error, find_files, read_files, reason_of
 from .skipped_rows import SkippedRows
 
@@ -80,9 +80,14 @@ def load_rows(
             next(iter(undecoded(next(iter(splits.values())))))  # raise an error now if the first row cannot be read
     except Exception as error:  # `datasets` raises a different class for each way of failing
         raise dataset_loading_error(name, files, error) from error
-    if len(splits) == 1 and split_column in column_names(rows := next(iter(splits.values()))):
-        by_label = split_by_column(rows, split_column, skipped) or splits
-        splits = by_label if split is None or split in by_label else splits
+    if len(splits) == 1:
+        existing = column_names(rows := next(iter(splits.values())))
+        column = find_name(("split",), existing, split_column)
+        if column is not None:
+            by_label = split_by_column(rows, column, skipped) or splits
+            splits = by_label if split is None or split in by_label else splits
+        elif split is None and split_column != "split":
+            logger.warning("%s has no column %r (--split_column): its rows are not split.", name, split_column)
     if split is not None and split not in splits:
         raise missing_split(name, split, splits, "--split")
     return {label: undecoded(rows) if streaming else rows for label, rows in splits.items()}
@@ -91,10 +96,14 @@ def load_rows(
 def load_from_hub_or_folder(
     name: str, config_name: str | None, split: str | None, revision: str | None, streaming: bool
 ) -> dict[str, Rows]:
-    """Load a data set on the Hub, or a local folder, with `datasets`."""
+    """Load a data set on the Hub, or a local folder (also one of `save_to_disk`), with `datasets`."""
     for file in Path(name).rglob("*.json*"):
         check_table(file)
     path = os.path.abspath(name) if os.path.isdir(name) else name  # `datasets` does not accept "."
+    if any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(path)
+        parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return {label: rows.to_iterable_dataset() if streaming else rows for label, rows in parts.items()}
     data_files = None
     if split is not None:  # otherwise files of all splits would be downloaded
         data_files = datasets.load_dataset_builder(path, config_name, revision=revision).config.data_files
@@ -124,14 +133,19 @@ def split_by_column(rows: Rows, column: str, skipped: SkippedRows) -> dict[str, 
         if label is None or not str(label).strip():
             without.append(number)
         else:
-            numbers.setdefault(label, []).append(number)
+            numbers.setdefault(str(label).strip(), []).append(number)
     if numbers and without:
         for number in without:
             skipped.add("none", number, None, f"The row has no split: its column {column!r} is empty.")
         logger.warning("%d rows have no split in the column %r and are left out.", len(without), column)
     if isinstance(rows, datasets.Dataset):
         return {label: rows.select(own) for label, own in numbers.items()}
-    return {label: rows.filter(functools.partial(operator.eq, label), input_columns=column) for label in numbers}
+    return {label: rows.filter(functools.partial(has_label, label), input_columns=column) for label in numbers}
+
+
+def has_label(label: str, value: object) -> bool:
+    """Return whether a cell holds the name of a split."""
+    return str(value).strip() == label
 
 
 def missing_split(name: str, split: str, existing: Any, options: str) -> InputError:

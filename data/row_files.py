@@ -164,8 +164,8 @@ def dataset_loading_error(name: str, files: list[str], error: Exception) -> Inpu
         return InputError(f"The file {name!r} cannot be read: {reason.rstrip('.')}.")
     kind = "folder" if os.path.exists(name) else "data set"
     return InputError(
-        f"The {kind} {name!r} cannot be loaded: {reason} Give the id of a data set on the Hub, a folder of images with "
-        "a metadata.jsonl, or a file of rows."
+        f"The {kind} {name[-100:]!r} cannot be loaded ({reason[:200].rstrip('.')}): give the id of a data set on the "
+        "Hub, a folder of images with a metadata.jsonl, or a file of rows."
     )
 
 

@@ -267,7 +267,8 @@ class TableRows(Iterator[list[str | None]]):
             if any(map(str.strip, row[width:])):
                 raise InputError(
                     f"Line {self.skipped_lines + self.reader.line_num} of {self.name!r} has {len(row)} fields, but the "
-                    f"table has {width} columns: put quotes around text that contains {self.layout.delimiter!r}."
+                    f"table has {width} columns: put quotes around text that contains {self.layout.delimiter!r}, and "
+                    "name all columns in the first line."
                 )
             return [*row[:width]]
         # One row of Flickr30k's results.csv has no delimiter between the number of the comment and the comment.

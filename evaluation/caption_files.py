@@ -14,6 +14,7 @@ from ..common.errors import InputError
 from ..common.logging import get_logger
 from ..data.caption_forms import VizWizRules, is_id, refuse
 from ..data.captions import parse_list, texts_of
+from ..data.conversations import CONVERSATION_NAMES, rounds_of
 from ..data.names import CAPTION_NAMES, IMAGE_NAMES, find_name
 from ..data.skipped_rows import SkippedRows
 from ..data.text_files import Columns
@@ -152,6 +153,14 @@ def captions_in(columns: Columns, path: str | os.PathLike, first: Sequence[str] 
         InputError: if no column holds captions.
     """
     name = next((name for name in first if name in columns), None) or find_name(CAPTION_NAMES, columns)
+    if name is None and (name := next((each for each in CONVERSATION_NAMES if each in columns), None)) is not None:
+        rounds = [list(rounds_of(cell)) for cell in columns[name]]
+        refuse(
+            str(path),
+            (number for number, own in enumerate(rounds) if len(own) > 1),
+            lambda number: f"the conversation of entry {number} has several prompts: score it with --dataset_name",
+        )
+        return [own[0][1] if own else None for own in rounds]
     if name is None:
         names = ", ".join(repr(name[:40]) for name in list(columns)[:8])
         raise InputError(f"In {str(path)[-150:]!r}, entry 0 has no 'caption'; it has {names}.")

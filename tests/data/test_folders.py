@@ -348,3 +348,9 @@ def test_tables_without_images_are_splits_by_their_names_and_read_as_text(colour
     put(folder, "val.csv", f"image,caption\n{colours}/c.webp,True\n")
     data = read_data("--dataset_name", folder, "--allowed_image_folders", colours)
     assert (data.train, data.evaluation) == ([("red", ["007"]), ("green", ["NA"])], [("blue", ["True"])])
+
+
+def test_a_file_of_captions_without_images_is_named(colours, log):
+    with pytest.raises(InputError, match="no column 'caption'"):
+        train(put(colours, "captions.txt", "one\ntwo\nthree\n"))
+    assert "'captions.txt' is left out, because it has no column of images" in log.text

@@ -26,6 +26,7 @@ from ..fixtures.captioned_files import COLOURS, captioned, rows_with_paths, seen
         ("file:///etc/passwd", "is not the path of a file"),
         ("a\0.png", "is not the path of a file"),
         ("pictures/gone.png", "There is no image file"),
+        ("/another/machine/gone.png", "There is no image file"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "stream"])

@@ -1,5 +1,6 @@
 """Splits: by name, by a column, and the default split to evaluate on."""
 
+import datasets
 import pytest
 
 from qformer_captioner.common.errors import InputError
@@ -57,6 +58,36 @@ def test_a_stream_with_a_split_column_is_split_by_it(folder):
     assert [row["caption"] for row in train] == CAPTIONS[:4] and evaluation["caption"] == CAPTIONS[4:]
     evaluation = load_splits(str(folder / "rows.jsonl"), streaming=True, max_eval_samples=1)[1]
     assert len(evaluation) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["split", "Split", " SPLIT "])
+def test_a_split_column_may_be_written_in_another_way(folder, name, streaming):
+    rows = [{**row, name: split} for row, split in zip(rows_with_paths(), ("train", " val", "train "), strict=False)]
+    splits = load_rows(write_jsonl(folder / "rows.jsonl", rows), streaming=streaming)
+    assert {split: [row["caption"] for row in part] for split, part in splits.items()} == {
+        "train": [CAPTIONS[0], CAPTIONS[2]],
+        "val": [CAPTIONS[1]],
+    }
+
+
+def test_numbers_name_splits_as_text(folder):
+    rows = [{**row, "split": number} for number, row in enumerate(rows_with_paths()[:2])]
+    assert list(load_rows(write_jsonl(folder / "rows.jsonl", rows))) == ["0", "1"]
+
+
+def test_a_missing_split_column_that_was_asked_for_is_named(folder, log):
+    load_rows(write_jsonl(folder / "rows.jsonl", rows_with_paths()), split_column="fold")
+    assert "has no column 'fold' (--split_column)" in log.text
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "dev")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk_is_read(tmp_path, splits, streaming):
+    parts = {split: datasets.Dataset.from_dict({"image": ["a.png"], "caption": [split]}) for split in splits}
+    (datasets.DatasetDict(parts) if len(parts) > 1 else parts["train"]).save_to_disk(tmp_path / "saved")
+    loaded = load_rows(str(tmp_path / "saved"), streaming=streaming)
+    assert {split: [row["caption"] for row in rows] for split, rows in loaded.items()} == {s: [s] for s in splits}
 
 
 def test_max_samples_keeps_the_first_rows(split_folder):

@@ -222,6 +222,14 @@ def test_predictions_of_every_form_join_references_of_every_form(write, referenc
     assert pairs == {"a dog": ROWS["1"], "a cat": ROWS["2"]}
 
 
+def test_conversations_of_one_round_are_references(write):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a dog runs"}]
+    row = {"image": "1.jpg", "conversations": turns}
+    assert read_references(write([row], "r.json")).captions == {"1.jpg": ["a dog runs"]}
+    with pytest.raises(InputError, match="entry 0 has several prompts: score it with --dataset_name"):
+        read_references(write([{**row, "conversations": turns * 2}], "r.json"))
+
+
 def test_predictions_that_fit_no_reference_are_refused_with_an_example_of_each():
     with pytest.raises(InputError, match="No prediction is of an image .* predictions is 'x.jpg', one of .* is 'y'"):
         join({"x.jpg": "a dog"}, ReferenceSet({"y": ["a dog"]}))
