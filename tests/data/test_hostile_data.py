@@ -344,7 +344,7 @@ TABLES = {
         b'{"images": [{"id": 1, "file_name": {}}], "annotations": [{"image_id": 1, "caption": "a"}]}',
     ),
     "names that are numbers": ("metadata.jsonl", b'{"file_name": 5, "caption": "a"}'),
-    "names that are lists": ("metadata.jsonl", b'{"file_name": ["good.png"], "caption": "a"}'),
+    "names that are lists": ("metadata.jsonl", b'{"file_name": ["good.png", "good.png"], "caption": "a"}'),
 }
 
 
