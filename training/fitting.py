@@ -42,6 +42,7 @@ def build_trainer(
 
     Raises:
         InputError: if the Trainer refuses its options, for example because a package of `--report_to` is not installed.
+            Also for FSDP and an encoder-decoder.
     """
     captioner = captioner_of(model)
     assert captioner.processor is not None, "build_model checks it"
@@ -49,7 +50,7 @@ def build_trainer(
     logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     score = scorer_for(run.draws_scenes, run.training_args.tokenize, eval_data)
     try:
-        return CaptionTrainer(
+        trainer = CaptionTrainer(
             model=model,
             args=run.training_args,
             train_dataset=train_data,
@@ -63,6 +64,12 @@ def build_trainer(
         raise
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(one_line(error)) from error
+    if trainer.is_fsdp_enabled and captioner.config.is_encoder_decoder:
+        raise InputError(
+            "FSDP cannot shard an embedding that encoder and decoder share, as in T5: train with "
+            "recipes/accelerate/deepspeed_zero2.yaml or ddp.yaml instead."
+        )
+    return trainer
 
 
 def fit(run: TrainingRun, trainer: CaptionTrainer) -> TrainOutput:
