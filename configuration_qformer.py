@@ -274,6 +274,20 @@ def special_tokens_of(config: PreTrainedConfig | GenerationConfig) -> dict[str, 
 QFormerCaptionerConfig.register_for_auto_class()
 
 
+def check_is_captioner(source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
+    """Check that a folder or Hub repository holds the configuration of a captioner.
+
+    Raises:
+        OSError: if it holds another model; the message names its type.
+    """
+    model_type = QFormerCaptionerConfig.get_config_dict(str(source), **hub_kwargs)[0].get("model_type")
+    if model_type not in (None, QFormerCaptionerConfig.model_type):
+        raise OSError(
+            f"{os.fspath(source)!r} holds a model of the type {model_type!r} and not a captioner: load it with "
+            "`AutoModel`, or join a vision encoder and a language model with `QFormerCaptioner.from_backbones`."
+        )
+
+
 def is_hub_id(name: str | None) -> bool:
     """Return True if a name is a valid Hub id and not a local file or folder.
 

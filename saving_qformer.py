@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
 from transformers.integrations.peft import maybe_load_adapters
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import DownloadKwargs
 
 from .backbones_qformer import (
@@ -30,18 +30,17 @@ from .backbones_qformer import (
     quantize,
     single_device,
 )
-from .configuration_qformer import QFormerCaptionerConfig, without_local_paths
+from .configuration_qformer import QFormerCaptionerConfig, check_is_captioner, special_tokens_of, without_local_paths
 from .parts_qformer import QFormerCaptionerParts
 from .processing_qformer import HUB_KWARGS, PushWithCard, QFormerCaptionerProcessor
 from .weights_qformer import (
     BackboneFingerprint,
     count_weights,
     delete_replaced_weights,
-    fetch_file,
     forget_broken_ties,
-    open_weights,
     plain_name,
     put_adapter_aside,
+    read_dora_magnitudes,
     read_weights,
     replacing_weights,
     ties_of,
@@ -186,7 +185,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
 
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id.
-            config ([`QFormerCaptionerConfig`], *optional*): defaults to the configuration of the folder.
+            config ([`QFormerCaptionerConfig`] or `str`, *optional*): configuration, or folder that holds one.
+                By default it is that of the captioner, and keywords that are its fields (`pad_token_id=0`) override it.
             dtype (`str` or `torch.dtype`, *optional*): dtype of every part. Without it, each part has the dtype that it
                 was saved in.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
@@ -199,8 +199,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             The captioner in evaluation mode. Backbones that were frozen when it was saved are frozen again.
 
         Raises:
-            OSError: if the captioner or one of its backbones cannot be fetched; the message names it. Also for an
-                adapter that does not name its captioner.
+            OSError: if the captioner or one of its backbones cannot be fetched; the message names it. Also for another
+                kind of model, and for an adapter that does not name its captioner.
             ValueError: if `load_vision_model=False` and the vision encoder could not be fetched later, or if a
                 quantised captioner would be spread over devices.
 
@@ -228,7 +228,14 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
                 "`base_model_name_or_path` into its `adapter_config.json`."
             )
 
-        config = cls._resolve_config(source, config, dtype, load_vision_model, hub_kwargs)
+        if not isinstance(config, PreTrainedConfig):  # fields of the configuration may also be keywords
+            check_is_captioner(config or source, hub_kwargs)
+            others = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
+            config, others = cls.config_class.from_pretrained(
+                str(config or source), return_unused_kwargs=True, **hub_kwargs, **others
+            )
+            kwargs = others | hub_kwargs
+        config = cls._resolve_config(source, config, dtype, load_vision_model)
         kwargs |= {"config": config, "dtype": dtype, "use_safetensors": True}
         if kwargs.get("state_dict") is None:
             kwargs |= cls._collect_weights(source, config, dtype, load_vision_model, files, adapter is not None)
@@ -254,14 +261,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def _resolve_config(
         cls,
         source: str | os.PathLike | None,
-        config: QFormerCaptionerConfig | None,
+        config: QFormerCaptionerConfig,
         dtype: str | torch.dtype | None,
         load_vision_model: bool,
-        hub_kwargs: dict[str, Any],
     ) -> QFormerCaptionerConfig:
         """Return a checked copy of the configuration, in which a given `dtype` replaces the saved ones."""
-        if config is None:
-            config = cls.config_class.from_pretrained(str(source), **hub_kwargs)
         config = copy.deepcopy(config)
         check_number_of_layers(config)
         for part in config.referenced_backbones or []:
@@ -350,7 +354,10 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     ) -> None:
         """Load the generation configuration and the processor that are saved next to the weights."""
         saved = GenerationConfig.from_pretrained(source, **hub_kwargs)  # transformers silently ignores a damaged file
-        self.config.keep_special_tokens(saved)
+        stored = self.config_class.from_pretrained(str(source), **hub_kwargs)
+        for name, value in special_tokens_of(saved).items():
+            if getattr(self.config, name) == getattr(stored, name):  # and not given by the caller
+                setattr(self.config, name, value)
         if generation_config is None:
             self.generation_config = saved
         self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
@@ -363,21 +370,11 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def _load_adapter(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
         """Load an adapter and, if its folder holds one, its processor, which may have another prompt."""
         self.load_adapter(adapter, adapter_kwargs=hub_kwargs)
-        self._load_dora_magnitudes(adapter, hub_kwargs)
+        if any("lora_magnitude_vector" in name for name, _ in self.named_parameters()):
+            super().load_state_dict(read_dora_magnitudes(adapter, **hub_kwargs), strict=False)
         processor = QFormerCaptionerProcessor.from_folder_if_any(adapter, **hub_kwargs)
         if processor is not None:
             self.processor = processor
-
-    def _load_dora_magnitudes(self, adapter: str, hub_kwargs: dict[str, Any]) -> None:
-        """Load the magnitudes of DoRA, which transformers does not find by the names under which peft saves them."""
-        if any("lora_magnitude_vector" in name for name, _ in self.named_parameters()):
-            with open_weights(fetch_file(adapter, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs)) as tensors:
-                magnitudes = {
-                    name.removeprefix("base_model.model.") + ".default.weight": tensors.get_tensor(name)
-                    for name in tensors.keys()  # noqa: SIM118
-                    if name.endswith(".lora_magnitude_vector")
-                }
-            super().load_state_dict(magnitudes, strict=False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the weights, and warn if peft saves adapters that would not find their captioner again.

@@ -326,6 +326,19 @@ def read_weights(path: str | os.PathLike, prefix: str = "", **hub_kwargs: Any) -
     return weights
 
 
+def read_dora_magnitudes(adapter: str | os.PathLike, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+    """Return the magnitudes of a DoRA adapter by the names of a captioner's parameters.
+
+    transformers does not find them by the names under which peft saves them.
+    """
+    with open_weights(fetch_file(adapter, ADAPTER_SAFE_WEIGHTS_NAME, **hub_kwargs)) as tensors:
+        return {
+            name.removeprefix("base_model.model.") + ".default.weight": tensors.get_tensor(name)
+            for name in tensors.keys()  # noqa: SIM118
+            if name.endswith(".lora_magnitude_vector")
+        }
+
+
 def count_weights(path: str | os.PathLike, **hub_kwargs: Any) -> int:
     """Return the number of elements of all tensors, read from the headers of the safetensors files.
 

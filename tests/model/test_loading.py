@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, pipeline
 
-from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerConfig, QFormerModel
 
 from ..fixtures import tiny
 
@@ -447,3 +447,29 @@ def test_a_pipeline_of_model_and_processor_is_the_same(folder):
     captioner = pipeline("image-text-to-text", model=model, processor=processor)
     assert isinstance(PICTURES[0], Image.Image)
     assert texts(captioner(images=PICTURES[:1], text=[""], **OPTIONS)) == [model.caption(PICTURES[0], **DECODING)]
+
+
+# --- Configurations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, QFormerCaptioner])
+def test_fields_of_the_configuration_may_be_keywords(folder, auto_class):
+    plain = QFormerCaptioner.from_pretrained(folder / "referenced")
+    changed = auto_class.from_pretrained(
+        folder / "referenced", pad_token_id=7, freeze_vision_model=False, attn_implementation="eager"
+    )
+    assert (plain.config.pad_token_id, changed.config.pad_token_id) == (0, 7)
+    assert plain.frozen_backbones() == ["vision_model", "language_model"]
+    assert changed.frozen_backbones() == ["language_model"]
+    assert {part.config._attn_implementation for part in (changed.qformer, changed.language_model)} == {"eager"}
+
+
+def test_special_tokens_of_a_given_configuration_are_kept(folder):
+    config = QFormerCaptionerConfig.from_pretrained(folder / "referenced")
+    config.eos_token_id = [1, 9]
+    assert QFormerCaptioner.from_pretrained(folder / "referenced", config=config).config.eos_token_id == [1, 9]
+
+
+def test_another_model_is_named_by_its_type(tmp_path):
+    with pytest.raises(OSError, match="holds a model of the type 'clip_vision_model' and not a captioner"):
+        QFormerCaptioner.from_pretrained(tiny.save_vision(tmp_path))
