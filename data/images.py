@@ -16,6 +16,7 @@ from PIL import Image
 from ..common.errors import InputError, one_line
 from ..images_qformer import MAX_BYTES, embedded_content, open_image, shown
 from .image_paths import ImageFolder
+from .names import ID_NAMES
 
 
 class ImageCell(TypedDict):
@@ -47,7 +48,7 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, dict) and not {"bytes", "path"} & inner.keys():
             raise TypeError("`datasets` would read it as a column without images")
-        if isinstance(inner, datasets.Value) and "int" in inner.dtype:  # names of files without suffixes
+        if column in ID_NAMES and isinstance(inner, datasets.Value) and "int" in inner.dtype:  # names of files
             images = images.cast_column(column, datasets.Value("string"))
         return images.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, pa.ArrowException) as error:
@@ -90,8 +91,8 @@ def image_cell(value: Any) -> ImageCell | None:
             return {"bytes": content.encode() if isinstance(content, str) else content, "path": path}
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
-    if isinstance(value, str | int) and not isinstance(value, bool):  # a number names a file, too
-        return {"bytes": None, "path": str(value)}
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
     if value is None:
         return None
     keys = f" with the keys {reprlib.repr(list(value))}" if isinstance(value, dict) else ""

@@ -82,10 +82,10 @@ def test_a_list_of_one_image_is_that_image_and_others_are_skipped_rows(folder, k
     assert [row["reason"] for row in skipped.pending] == ["The row has no image, or several."] * 3
 
 
-def test_a_number_is_the_name_of_a_file(folder):
+def test_a_number_as_id_is_the_name_of_a_file(folder):
     (folder / "pictures" / "red.png").rename(folder / "7.png")
     name = write_jsonl(folder / "rows.jsonl", [{"image_id": 7, "caption": "all red"}])
-    assert seen(captioned(name)[0]) == (RGB[0], ("all red",)) == take(stream(name), 1)[0]
+    assert seen(captioned(name)[0]) == (RGB[0], ("all red",))
 
 
 def test_images_in_base64_of_a_csv_file_are_read(folder):
@@ -126,7 +126,7 @@ def test_keys_tell_images_in_base64_apart():
 
 @pytest.mark.parametrize(
     "value",
-    [0.5, True, {f"name {number}": 1 for number in range(500)}, ["a.jpg", "b.jpg"], [{"url": "a"}]],
+    [5, True, {f"name {number}": 1 for number in range(500)}, ["a.jpg", "b.jpg"], [{"url": "a"}]],
     ids=lambda value: type(value).__name__,
 )
 def test_a_column_that_cannot_hold_images_is_refused(value):
@@ -138,7 +138,7 @@ def test_a_column_that_cannot_hold_images_is_refused(value):
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(0.5, "'float'"), (True, "'bool'"), ([[1]], "'list'"), ({"src": "a"}, r"'dict' with the keys \['src'\]")],
+    [(5, "'int'"), (True, "'bool'"), ([[1]], "'list'"), ({"src": "a"}, r"'dict' with the keys \['src'\]")],
 )
 def test_a_value_of_a_stream_that_is_not_an_image_is_named(folder, value, kind):
     skipped = SkippedRows()
