@@ -334,8 +334,7 @@ def test_the_usage_example_of_the_card_runs_unchanged(hub, stranger, repo):
 
 # --- What is in a repository ------------------------------------------------------------------------------------------
 
-PARTS = ("backbones", "configuration", "generation", "images", "language", "modeling", "processing", "saving")
-CODE = {f"{name}_qformer.py" for name in PARTS}
+CODE = {path.name for path in ROOT.glob("*_qformer.py")}
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CAPTIONER = CODE | PROCESSOR | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 PICTURES = {"captions.png", "loss_curve.png"}

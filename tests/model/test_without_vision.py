@@ -100,6 +100,7 @@ def command(folder, output_dir, **more) -> list[str]:
         "logging_steps": 1,
         "generation_num_beams": 1,
         "generation_max_length": 6,
+        "max_skipped": 1,
         "use_cpu": "true",
         "disable_tqdm": "true",
     } | more

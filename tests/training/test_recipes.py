@@ -151,6 +151,7 @@ SIZES = {
     "qformer_config": tiny.QFORMER | dict(initializer_range=0.02),
     "train_val_split": 0.25,
     "max_train_samples": None,
+    "max_skipped": 1,  # one image of a few is damaged
     "max_steps": 2,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
