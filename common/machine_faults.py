@@ -59,9 +59,11 @@ def explain_faults(folder: str | os.PathLike, kept: str) -> Iterator[None]:
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and the errors that caused it."""
+    """Yield an error and the errors that caused it, each once: contexts may form a circle."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         yield cause
         context = None if cause.__suppress_context__ or isinstance(cause, InputError) else cause.__context__
         cause = cause.__cause__ or context

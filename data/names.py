@@ -50,8 +50,8 @@ SPLIT_WORDS = {
 # Suffixes of files that count as images. Those that cannot be opened are named as such later.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga"}
-    | {".avif", ".avifs", ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
-    | {".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
+    | {".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif", ".jxl"}
+    | {".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
 )
 IMAGE_FILE = re.compile(
     rf"[^\s|].*\.({'|'.join(suffix[1:] for suffix in sorted(IMAGE_SUFFIXES))})(\.\d+)?(#\d+)?", re.IGNORECASE

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.common.logging import MessageHandler
-from qformer_captioner.common.machine_faults import explain_faults
+from qformer_captioner.common.machine_faults import causes_of, explain_faults
 from qformer_captioner.common.run_folder import RunFolder
 
 FULL = "A file could not be written to the disk of '{folder}' .* free.: make room. Kept."
@@ -170,3 +170,9 @@ def test_a_cut_off_checkpoint_is_neither_used_nor_kept(name, tmp_path, log):
     folder.start()
     assert whole.exists() and not cut_off.exists()
     assert "checkpoint-10, which is incomplete" in log.text
+
+
+def test_errors_whose_contexts_form_a_circle_end(tmp_path):
+    first, second = ValueError("first"), KeyError("second")
+    first.__context__, second.__context__ = second, first
+    assert list(causes_of(first)) == [first, second]
