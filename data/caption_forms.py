@@ -9,8 +9,9 @@ from typing import Any
 from ..common.errors import InputError, one_line
 from .captions import captions_of, describe
 from .json_files import Document, columns_of
-from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, find_name, normal, split_word
+from .names import CAPTION_NAMES, ID_NAMES, IMAGE_NAMES, find_name, normal
 from .skipped_rows import SkippedRows
+from .split_names import split_word
 from .text_files import Columns
 
 

@@ -1,13 +1,13 @@
-"""Files of a folder of images: images, files beside them, and which split a path belongs to."""
+"""Files of a folder of images: images, files beside them, and the image that a path in a file of captions means."""
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .image_paths import FileNames
-from .names import IMAGE_SUFFIXES, SPLIT_WORDS, split_word
+from .names import IMAGE_SUFFIXES
+from .split_names import split_word
 
 
 @dataclass(frozen=True)
@@ -90,38 +90,3 @@ def has_parent(image: str, parent: str) -> bool:
     """Return whether the folder of an image ends with the folders of a path."""
     folder = os.path.dirname(image)
     return not parent or folder == parent or folder.endswith(f"/{parent}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Splits
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def splits_of_folders(paths: Sequence[object]) -> list[str]:
-    """Return the split of each path by its outermost folder.
-
-    If one of these folders is named as a split, such as `train` or `val2017`, the others are splits of their own names.
-    Otherwise, and for paths without a folder, the split is "train".
-    """
-    outermost = [path.split("/")[0] if isinstance(path, str) and "/" in path else "" for path in paths]
-    names = {folder: split_word(folder) for folder in set(outermost)}
-    if not any(names.values()):
-        return ["train"] * len(outermost)
-    return [names[folder] or folder or "train" for folder in outermost]
-
-
-def splits_of_files(files: Sequence[str]) -> dict[str, str]:
-    """Return the split of each file whose name has a word for one, such as `captions_val2017.json`.
-
-    The result is empty unless every file has such a word and no two files have the same.
-    """
-    splits = {file: split_of_file(file) for file in files}
-    named = {file: split for file, split in splits.items() if split is not None}
-    return named if len(named) == len(set(named.values())) == len(files) else {}
-
-
-def split_of_file(file: str) -> str | None:
-    """Return the split that words in the name of a file mean, or `None` without such words or for several splits."""
-    words = set(re.findall("[a-z]+", os.path.basename(file).lower())) & SPLIT_WORDS.keys()
-    splits = {SPLIT_WORDS[word] for word in words}
-    return splits.pop() if len(splits) == 1 else None

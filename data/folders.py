@@ -9,11 +9,12 @@ from ..common.errors import InputError, one_line
 from ..common.logging import get_logger
 from .caption_forms import VizWizRules
 from .columns import Rows
-from .folder_files import FolderFiles, ImageFinder, split_of_file, splits_of_files, splits_of_folders
+from .folder_files import FolderFiles, ImageFinder
 from .names import IMAGE_NAMES, find_name
 from .row_files import TABLE_SUFFIXES, check_table, dataset_loading_error, read_files
 from .sidecars import kind_of_text, rows_of_sidecars, texts_of_images
 from .skipped_rows import SkippedRows
+from .split_names import split_of_file, splits_of_files, splits_of_folders
 
 logger = get_logger(__name__)
 

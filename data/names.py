@@ -1,4 +1,4 @@
-"""Names under which files store images, captions, image ids and splits."""
+"""Names under which files store images, captions and image ids."""
 
 import re
 from collections.abc import Iterable
@@ -41,11 +41,6 @@ CAPTION_NAMES = (
     "reference_strs",
 )
 ID_NAMES = ("image_id", "id")
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
 
 # Suffixes of files that count as images. Those that cannot be opened are named as such later.
 IMAGE_SUFFIXES = frozenset(
@@ -97,8 +92,3 @@ def normal(name: object) -> str:
 def is_image_reference(text: str) -> bool:
     """Return whether a text is the name of an image file, or a URL."""
     return bool(IMAGE_FILE.fullmatch(text.strip()) or URL.fullmatch(text.strip()))
-
-
-def split_word(name: str) -> str | None:
-    """Return the split that the whole name of a folder or list means: "train" for `Train` or `train2017`."""
-    return SPLIT_WORDS.get(re.sub(r"[\W\d_]+$", "", name.lower()))

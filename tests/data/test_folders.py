@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from qformer_captioner.common.errors import InputError
-from qformer_captioner.data.folder_files import splits_of_files, splits_of_folders
 from qformer_captioner.data.loading import load_rows
+from qformer_captioner.data.split_names import splits_of_files, splits_of_folders
 from qformer_captioner.data.splits import load_splits
 
 from ..fixtures.captioned_files import stream, take, write_jsonl
