@@ -61,6 +61,12 @@ class QFormerConfig(PreTrainedConfig):
             Vocabulary size of the Q-Former's tokenizer (BERT's), for `use_qformer_text_input`.
         max_position_embeddings (`int`, *optional*, defaults to 512):
             Maximum length of a prompt in tokens, for `use_qformer_text_input`.
+        num_frames (`int`, *optional*, defaults to 1):
+            Largest number of frames of a video. If it is above 1, the features of each frame get a learned embedding.
+        window_size (`int`, *optional*):
+            Number of features in a window, as in Granite Speech (arXiv 2505.08699) and SALMONN (arXiv 2310.13289). The
+            Q-Former is applied to each window. The soft prompt has `num_query_tokens` vectors for each, so it grows
+            with the input. By default all features form one window.
 
     Raises:
         StrictDataclassClassValidationError: if a size is not positive, or if `hidden_size` is not a multiple of
@@ -93,6 +99,8 @@ class QFormerConfig(PreTrainedConfig):
     use_qformer_text_input: bool = False
     vocab_size: int = 30522
     max_position_embeddings: int = 512
+    num_frames: int = 1
+    window_size: int | None = None
 
     @classmethod
     def field_names(cls) -> set[str]:
@@ -137,8 +145,10 @@ class QFormerConfig(PreTrainedConfig):
             "intermediate_size",
             "cross_attention_frequency",
             "encoder_hidden_size",
+            "num_frames",
+            "window_size",
         ):
-            if getattr(self, field) < 1:
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -52,11 +52,13 @@ def build_prefix(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     max_new_tokens: int = 0,
+    soft_prompt_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Concatenate a soft prompt `[B, Q, D]` and a text prompt `[B, P]`, and return the prefix `[B, S, D]` and its mask.
 
-    Prompts may be padded on either side. The padding is moved, so that a batch gives the same results as single images.
-    It goes to the beginning for a decoder-only model, which continues at the end, and to the end for an encoder.
+    Prompts may be padded on either side, and soft prompts anywhere (`soft_prompt_mask`, `[B, Q]`). The padding is
+    moved, so that a batch gives the same results as single images. It goes to the beginning for a decoder-only model,
+    which continues at the end, and to the end for an encoder.
 
     Raises:
         ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts.
@@ -66,12 +68,18 @@ def build_prefix(
     device = soft_prompt.device if embeddings.is_meta else embeddings.device
     prefix = soft_prompt.to(device, embeddings.dtype)  # [B, Q, D]
     mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+    if soft_prompt_mask is not None:
+        mask = soft_prompt_mask.to(mask)
     if input_ids is not None and input_ids.shape[1] > 0:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         prefix = torch.cat([prefix, embed_prompt(language_model, input_ids).to(device)], dim=1)  # [B, S, D]
         mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+    if prefix.shape[1] > soft_prompt.shape[1] or soft_prompt_mask is not None:
         order = mask.argsort(dim=1, stable=True, descending=language_model.config.is_encoder_decoder)
+        if soft_prompt_mask is not None:  # a short soft prompt may have a long prompt, and the other way round
+            width = int(mask.sum(dim=1).max())
+            order = order[:, :width] if language_model.config.is_encoder_decoder else order[:, -width:]
         prefix, mask = select_positions(prefix, order), mask.gather(1, order)
     queries, length = soft_prompt.shape[1], prefix.shape[1]
     limit = getattr(language_model.config, "max_position_embeddings", None)

@@ -35,21 +35,19 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
     ModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
-from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils import is_tracing, logging
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbones_qformer import (
     BACKBONES,
     VisionModelPlaceholder,
     commit_of,
-    dtype_of,
     embedding_weights,
     is_frozen,
     language_model_from_config,
@@ -74,6 +72,14 @@ from .language_qformer import (
 )
 from .processing_qformer import QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
+from .vision_qformer import (
+    VisionFeaturesOutput,
+    check_is_finite,
+    encode_images,
+    mask_frames,
+    mean_features,
+    split_vision_inputs,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -245,6 +251,26 @@ class QFormerEmbeddings(nn.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)  # [B, P, Dq]
 
 
+def split_windows(features: torch.Tensor, mask: torch.Tensor | None, window_size: int) -> torch.Tensor:
+    """Cut sequences of features into windows, as the projector of Granite Speech does (transformers' `granite_speech`).
+
+    The last window is filled with zeros, to which the queries attend.
+
+    Args:
+        features (`[B, N, Dv]`): features.
+        mask (`[B, N]`, bool, *optional*): `False` for padding, which may be anywhere.
+        window_size (`int`): number of features in a window.
+
+    Returns:
+        `[B*W, window_size, Dv]`: the W windows of each sequence.
+    """
+    if mask is not None:
+        order = mask.int().argsort(dim=1, descending=True, stable=True)  # padding goes to the end
+        features = features.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(features))
+    features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % window_size))
+    return features.reshape(-1, window_size, features.shape[-1])
+
+
 class QFormerModel(PreTrainedModel):
     r"""Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1): learned query tokens that attend to image features.
 
@@ -287,6 +313,8 @@ class QFormerModel(PreTrainedModel):
     def __init__(self, config: QFormerConfig):
         super().__init__(config)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        if config.num_frames > 1:
+            self.frame_embeddings = nn.Parameter(torch.empty(config.num_frames, config.encoder_hidden_size))
         if config.use_qformer_text_input:
             self.embeddings = QFormerEmbeddings(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -300,6 +328,8 @@ class QFormerModel(PreTrainedModel):
         if module is self:
             # Equal queries would stay equal. LAVIS initialises them at random, transformers' BLIP-2 with zeros.
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
+            if self.config.num_frames > 1:
+                init.normal_(self.frame_embeddings, mean=0.0, std=self.config.initializer_range)
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
         """Return the embeddings of the prompt, or `None` for a Q-Former without text input."""
@@ -319,7 +349,9 @@ class QFormerModel(PreTrainedModel):
         self.embeddings.word_embeddings = value
 
     @torch.no_grad()
-    def normalize_image_features(self, encoder_hidden_states: torch.Tensor) -> None:
+    def normalize_image_features(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
+    ) -> None:
         """Fold the normalisation of image features into the value weights of cross-attention.
 
         The mean over all images dominates the features and hides the differences between images from a new Q-Former.
@@ -328,6 +360,7 @@ class QFormerModel(PreTrainedModel):
 
         Args:
             encoder_hidden_states (`[B, N, Dv]`, float): features of a few hundred images.
+            encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
 
         Example:
 
@@ -338,7 +371,7 @@ class QFormerModel(PreTrainedModel):
         >>> qformer.normalize_image_features(torch.randn(100, 257, 384))
         ```
         """
-        images = encoder_hidden_states.float().mean(dim=1)  # [B, Dv]
+        images = mean_features(encoder_hidden_states, encoder_attention_mask)  # [B, Dv]
         for attention in self._cross_attentions():
             value = attention.value
             value.weight.div_(images.std(dim=0).clamp(min=1e-4).to(value.weight))
@@ -358,6 +391,9 @@ class QFormerModel(PreTrainedModel):
             f"of width {encoder_hidden_size}: {2 * len(self._cross_attentions())} of its weights are newly initialised."
         )
         self.config.encoder_hidden_size = encoder_hidden_size
+        if self.config.num_frames > 1:
+            embeddings = self.frame_embeddings.new_empty(self.config.num_frames, encoder_hidden_size)
+            self.frame_embeddings = nn.Parameter(embeddings.normal_(std=self.config.initializer_range))
         for attention in self._cross_attentions():
             for linear in (attention.key, attention.value):
                 weight = linear.weight.new_empty(linear.out_features, encoder_hidden_size)
@@ -382,33 +418,45 @@ class QFormerModel(PreTrainedModel):
         """Compute the query outputs, which attend to image features.
 
         Args:
-            encoder_hidden_states (`[B, N, Dv]`, float): features of the images; cast to the Q-Former's dtype.
-            encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+            encoder_hidden_states (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos of F frames, float): features; cast to
+                the Q-Former's dtype.
+            encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
             input_ids (`[B, P]`, long, *optional*): prompt as tokens of the Q-Former's tokenizer, padded on the right.
                 Requires `use_qformer_text_input=True`.
             attention_mask (`[B, P]`, long, *optional*): 1 for a token of the prompt, 0 for padding.
             kwargs: `output_hidden_states`, and `output_attentions` with eager attention.
 
         Returns:
-            An output with `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, of the first query).
+            An output with `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, of the first query). With
+            `window_size`, Q is the number of queries of all windows, and [`~QFormerModel.query_attention_mask`] tells
+            which of them belong to padding.
 
         Raises:
             ValueError: if the features have another width than `config.encoder_hidden_size`, or if the Q-Former cannot
-                read the prompt. Also for a mask of a prompt without its tokens.
+                read the prompt. Also for a mask of another shape, a row without features, too many frames, or a mask of
+                a prompt without its tokens.
         """
-        width = encoder_hidden_states.shape[-1]
-        if width != self.config.encoder_hidden_size:
-            raise ValueError(
-                f"The image features have width {width}, but this Q-Former accepts width "
-                f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained with."
-            )
         if input_ids is None and attention_mask is not None:
             raise ValueError(
                 "The Q-Former was given the mask of a prompt without its tokens: pass `input_ids` "
                 "(`qformer_input_ids` of a captioner), or leave out the mask."
             )
-        encoder_hidden_states = encoder_hidden_states.to(self.query_tokens.dtype)
-        queries = self.query_tokens.expand(encoder_hidden_states.shape[0], -1, -1)  # [B, Q, Dq]
+        self._check_features(encoder_hidden_states)
+        mask = self._check_mask(encoder_hidden_states, encoder_attention_mask)
+        features = encoder_hidden_states.to(self.query_tokens.dtype)
+        batch_size = len(features)
+        if self.config.num_frames > 1:
+            features = self._add_frame_embeddings(features)
+        if features.ndim == 4:
+            features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)  # [B, F*N, Dv]
+        if self.config.window_size is not None:  # from here on, a window is a row of the batch
+            features, mask = split_windows(features, mask, self.config.window_size), None
+        windows = len(features) // batch_size
+        if windows > 1 and input_ids is not None:
+            input_ids = input_ids.repeat_interleave(windows, dim=0)
+        if windows > 1 and attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(windows, dim=0)
+        queries = self.query_tokens.expand(len(features), -1, -1)  # [B, Q, Dq]
         hidden_states = queries if input_ids is None else torch.cat([queries, self._embed_prompt(input_ids)], dim=1)
         hidden_states = self.dropout(self.layernorm(hidden_states))  # [B, Q+P, Dq]
         masks: dict[str, Any] = {}  # in the form that the attention implementation expects
@@ -417,15 +465,92 @@ class QFormerModel(PreTrainedModel):
             masks["attention_mask"] = create_bidirectional_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
             )
-        if encoder_attention_mask is not None:
+        if mask is not None:
+            if is_flash_attention_requested(self.config):  # it would take the end of the mask for that of the queries
+                raise ValueError(
+                    "Flash attention takes no mask of the features: load the Q-Former with "
+                    "`attn_implementation={'qformer_config': 'sdpa'}`, or pass rows of one length."
+                )
             masks["encoder_attention_mask"] = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=queries,
-                attention_mask=encoder_attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
+                config=self.config, inputs_embeds=queries, attention_mask=mask, encoder_hidden_states=features
             )
-        queries = self.encoder(hidden_states, encoder_hidden_states, **masks, **kwargs)[:, : queries.shape[1]]
+        queries = self.encoder(hidden_states, features, **masks, **kwargs)[:, : queries.shape[1]]
+        if self.config.window_size is not None:
+            queries = queries.reshape(batch_size, -1, queries.shape[-1])  # [B, windows*Q, Dq]
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
+
+    def query_attention_mask(self, encoder_attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Return which query outputs belong to windows with features, or `None` if all of them do.
+
+        Args:
+            encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): mask of the features.
+
+        Returns:
+            Bool `[B, Q]`, `False` for the queries of windows of padding. Only a Q-Former with `window_size` has such
+            queries.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from qformer_captioner import QFormerConfig, QFormerModel
+        >>> qformer = QFormerModel(QFormerConfig(num_hidden_layers=1, num_query_tokens=1, window_size=4))
+        >>> qformer.query_attention_mask(torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]]))
+        tensor([[ True,  True],
+                [ True, False]])
+        ```
+        """
+        if self.config.window_size is None or encoder_attention_mask is None:
+            return None
+        lengths = encoder_attention_mask.bool().flatten(1).sum(dim=1)  # [B]
+        positions = encoder_attention_mask[0].numel()
+        starts = torch.arange(0, positions, self.config.window_size, device=lengths.device)  # [windows]
+        mask = (starts < lengths[:, None]).repeat_interleave(self.config.num_query_tokens, dim=1)
+        return None if mask.all() else mask
+
+    def _check_features(self, features: torch.Tensor) -> None:
+        width = features.shape[-1]
+        if features.ndim not in (3, 4) or 0 in features.shape:
+            raise ValueError(
+                "The Q-Former reads features of the shape [B, N, D], or [B, F, N, D] for videos, without empty "
+                f"dimensions, not {list(features.shape)}."
+            )
+        if width != self.config.encoder_hidden_size:
+            raise ValueError(
+                f"The image features have width {width}, but this Q-Former accepts width "
+                f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained with."
+            )
+        if features.ndim == 4 and features.shape[1] > self.config.num_frames:
+            raise ValueError(
+                f"The videos have {features.shape[1]} frames, but this Q-Former tells {self.config.num_frames} apart. "
+                f"Pass fewer frames, or train a Q-Former with `num_frames={features.shape[1]}`."
+            )
+
+    def _check_mask(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Check a mask, and return it as bool, or `None` if no feature is masked: attention is faster without one."""
+        if mask is None:
+            return None
+        if mask.shape != features.shape[:-1]:
+            raise ValueError(
+                f"The mask of the features (`image_attention_mask` of a captioner) has the shape {list(mask.shape)}, "
+                f"but the features need {list(features.shape[:-1])}: 1 for each feature, 0 for padding."
+            )
+        mask = mask.bool()
+        if is_tracing(mask):  # values are not known
+            return mask
+        lengths = mask.flatten(1).sum(dim=1)
+        if (lengths == 0).any():
+            row = int((lengths == 0).int().argmax())
+            raise ValueError(
+                f"Row {row} of the batch has no features: its mask is 0 everywhere. Leave out rows without features."
+            )
+        return None if mask.all() else mask
+
+    def _add_frame_embeddings(self, features: torch.Tensor) -> torch.Tensor:
+        """Add the embedding of its frame to each feature. Images `[B, N, Dv]` are videos of one frame."""
+        if features.ndim == 3:
+            return features + self.frame_embeddings[0]
+        return features + self.frame_embeddings[: features.shape[1], None]
 
     def _embed_prompt(self, input_ids: torch.Tensor) -> torch.Tensor:
         if not self.config.use_qformer_text_input:
@@ -459,7 +584,8 @@ class ProjectionPerQuery(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_query_tokens, out_features, dtype=dtype))
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bqi,qio->bqo", queries, self.weight) + self.bias
+        windows = queries.unflatten(1, (-1, len(self.weight)))  # [B, W, Q, Dq]; one window unless the config sets more
+        return (torch.einsum("bwqi,qio->bwqo", windows, self.weight) + self.bias).flatten(1, 2)
 
 
 @dataclass
@@ -592,23 +718,23 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
     # --- From image to soft prompt ------------------------------------------------------------------------------------
 
-    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Run the vision encoder on images `[B, 3, H, W]`. A frozen encoder records no graph.
+    def encode_images(self, pixel_values: torch.Tensor, **kwargs: Any) -> VisionFeaturesOutput:
+        """Run the vision encoder on images. A frozen encoder records no graph.
 
         Args:
-            pixel_values (`[B, 3, H, W]`, float): images; cast to the dtype of the vision encoder.
-            kwargs: arguments of the vision encoder, such as `output_hidden_states` and `interpolate_pos_encoding`.
+            pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; cast to the dtype of the
+                vision encoder.
+            kwargs: further inputs of the vision encoder that the processor returns (`VISION_INPUTS`), and its
+                arguments, such as `output_hidden_states` and `interpolate_pos_encoding`.
 
         Returns:
-            The output of the vision encoder, whose `last_hidden_state` are the image features `[B, N, Dv]`.
+            The output of the vision encoder, whose `last_hidden_state` are the image features `[B, N, Dv]` or
+            `[B, F, N, Dv]`. Its `attention_mask` is `None`, or `False` for padding (`[B, N]` or `[B, F, N]`).
 
         Raises:
-            ValueError: if the captioner was loaded without its vision encoder.
+            ValueError: if the captioner was loaded without its vision encoder, or cannot read the images.
         """
-        # requires_grad_(False) is not enough, because gradient checkpointing makes the input of the encoder require
-        # gradients.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(self.vision_model)):
-            return self.vision_model(pixel_values.to(dtype_of(self.vision_model)), return_dict=True, **kwargs)
+        return encode_images(self.vision_model, pixel_values, **kwargs)
 
     @can_return_tuple
     def get_image_features(
@@ -616,15 +742,17 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithVisionQformerOutputs:
         """Run vision encoder, Q-Former and projection, as `Blip2ForConditionalGeneration.get_image_features` does.
 
         Args:
-            pixel_values (`[B, 3, H, W]`, float): images.
+            pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images.
             qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): prompt in tokens of the Q-Former.
-            kwargs: `return_dict`, and arguments of the vision encoder. The Q-Former also gets `output_hidden_states`
-                and `output_attentions`.
+            image_attention_mask (`[B, N]` or `[B, F, N]`, *optional*): 0 for features that the Q-Former ignores.
+            kwargs: `return_dict`, and those of [`~QFormerCaptioner.encode_images`]. The Q-Former also gets
+                `output_hidden_states` and `output_attentions`.
 
         Returns:
             An output with the image features as `last_hidden_state` (`[B, N, Dv]`) and the soft prompt as
@@ -641,22 +769,14 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         (torch.Size([2, 257, 384]), torch.Size([2, 32, 576]))
         ```
         """
-        vision_outputs = self.encode_images(pixel_values, **kwargs)
-        qformer_outputs = self.qformer(
-            vision_outputs.last_hidden_state,
-            input_ids=qformer_input_ids,
-            attention_mask=qformer_attention_mask,
-            return_dict=True,
-            **requested_outputs(kwargs),
+        outputs, _, _ = self._encode(
+            pixel_values=pixel_values,
+            image_attention_mask=image_attention_mask,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            **kwargs,
         )
-        return BaseModelOutputWithVisionQformerOutputs(
-            last_hidden_state=vision_outputs.last_hidden_state,
-            pooler_output=self.language_projection(qformer_outputs.last_hidden_state),
-            hidden_states=vision_outputs.get("hidden_states"),
-            attentions=vision_outputs.get("attentions"),  # an encoder of convolutions has none
-            vision_outputs=vision_outputs,
-            qformer_outputs=qformer_outputs,
-        )
+        return outputs
 
     def get_soft_prompt(
         self,
@@ -664,43 +784,83 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         image_embeds: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        **vision_inputs: Any,
     ) -> torch.Tensor:
         """Return the soft prompt `[B, Q, D]` of images `[B, 3, H, W]` or of their features `[B, N, Dv]`.
 
         Args:
-            pixel_values (`[B, 3, H, W]`, float): images; or
-            image_embeds (`[B, N, Dv]`, float): their features.
+            pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; or
+            image_embeds (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): their features.
             qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): prompt in tokens of the Q-Former.
+            image_attention_mask (`[B, N]` or `[B, F, N]`, *optional*): 1 for a feature, 0 for padding.
+            vision_inputs: further inputs that the processor returns for the images (`VISION_INPUTS`).
+
+        Returns:
+            `[B, Q, D]`, in the dtype of the projection. With `window_size`, Q is the number of queries of all windows,
+            and the vectors of windows of padding have no meaning ([`~QFormerModel.query_attention_mask`]).
 
         Raises:
             ValueError: if both or neither of `pixel_values` and `image_embeds` are given, or the Q-Former does not
-                accept the features or the prompt.
+                accept the features, their mask or the prompt.
         """
-        _, qformer_outputs = self._run_qformer(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
-        return self.language_projection(qformer_outputs.last_hidden_state)
+        _, soft_prompt, _ = self._encode(
+            pixel_values=pixel_values,
+            image_embeds=image_embeds,
+            image_attention_mask=image_attention_mask,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            **vision_inputs,
+        )
+        return soft_prompt
 
-    def _run_qformer(
+    def _encode(
         self,
-        pixel_values: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        qformer_input_ids: torch.Tensor | None,
-        qformer_attention_mask: torch.Tensor | None,
-        **requested: Any,
-    ) -> tuple[BaseModelOutputWithPooling | None, BaseModelOutputWithPoolingAndCrossAttentions]:
-        """Return the outputs of the vision encoder, if it ran, and of the Q-Former."""
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        frame_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[BaseModelOutputWithVisionQformerOutputs, torch.Tensor, torch.Tensor | None]:
+        """Run the vision encoder, unless there are features, the Q-Former and the projection.
+
+        Returns:
+            The output of [`~QFormerCaptioner.get_image_features`], the soft prompt `[B, Q, D]`, and its mask, bool
+            `[B, Q]`, or `None` without padding.
+        """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
-        vision_outputs = None
         if pixel_values is not None:
-            vision_outputs = self.encode_images(pixel_values, **requested)
-            image_embeds = vision_outputs.last_hidden_state
-        return vision_outputs, self.qformer(
-            image_embeds,
+            vision_outputs = self.encode_images(pixel_values, frame_attention_mask=frame_attention_mask, **kwargs)
+        else:
+            assert image_embeds is not None
+            check_is_finite(image_embeds)
+            vision_outputs = VisionFeaturesOutput(last_hidden_state=image_embeds)
+            if frame_attention_mask is not None:
+                vision_outputs = mask_frames(vision_outputs, frame_attention_mask)
+        features, mask = vision_outputs.last_hidden_state, vision_outputs.attention_mask
+        if image_attention_mask is not None:
+            mask = image_attention_mask if mask is None else mask & image_attention_mask.bool()
+        qformer_outputs = self.qformer(
+            features,
+            encoder_attention_mask=mask,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
             return_dict=True,
-            **requested,
+            **requested_outputs(kwargs),
         )
+        soft_prompt = self.language_projection(qformer_outputs.last_hidden_state)
+        outputs = BaseModelOutputWithVisionQformerOutputs(
+            last_hidden_state=features,
+            pooler_output=soft_prompt,
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+            vision_outputs=None if pixel_values is None else vision_outputs,
+            qformer_outputs=qformer_outputs,
+        )
+        return outputs, soft_prompt, self.qformer.query_attention_mask(mask)
 
     def get_prefix(
         self,
@@ -708,6 +868,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         max_new_tokens: int = 0,
+        soft_prompt_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prefix `[B, Q+P, D]`, which is the soft prompt followed by the embedded prompt, and its mask.
 
@@ -715,11 +876,14 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             soft_prompt (`[B, Q, D]`): soft prompt of the images.
             input_ids, attention_mask (`[B, P]`, long, *optional*): prompts, padded on either side.
             max_new_tokens (`int`, defaults to 0): tokens of the caption, to check the total length.
+            soft_prompt_mask (`[B, Q]`, bool, *optional*): `False` for vectors of windows of padding.
 
         Raises:
             ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts.
         """
-        return build_prefix(self.language_model, soft_prompt, input_ids, attention_mask, max_new_tokens)
+        return build_prefix(
+            self.language_model, soft_prompt, input_ids, attention_mask, max_new_tokens, soft_prompt_mask
+        )
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
@@ -732,6 +896,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         image_embeds: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
@@ -742,11 +907,12 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         """Compute the loss of captions. The batch is the same for decoder-only and encoder-decoder language models.
 
         Args:
-            pixel_values (`[B, 3, H, W]`, float): images; or
-            image_embeds (`[B, N, Dv]`, float): their precomputed features.
+            pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; or
+            image_embeds (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): their precomputed features.
             input_ids, attention_mask (`[B, P]`, long, *optional*): the prompt without the caption.
             qformer_input_ids, qformer_attention_mask (`[B, P']`, long, *optional*): the prompt in tokens of the
                 Q-Former, if it reads prompts.
+            image_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
             labels (`[B, T]`, `[B, K, T]` or `[B*K, T]`, long, *optional*): one caption or K captions of each image with
                 end-of-sequence tokens, without the prompt. Positions labelled -100 are ignored. The image is encoded
                 once for all captions.
@@ -757,7 +923,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 MiB in float32. Ignored without labels.
             output_attentions, output_hidden_states (`bool`, *optional*): return the outputs of the three models with
                 their attention weights (of eager attention) or hidden states.
-            kwargs: `return_dict`, and arguments of the language model's decoder.
+            kwargs: `return_dict`, further inputs that the processor returns for the images (`VISION_INPUTS`), and
+                arguments of the language model's decoder.
 
         Returns:
             A [`QFormerCaptionerOutput`].
@@ -769,13 +936,21 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         requested = requested_outputs({"output_attentions": attentions, "output_hidden_states": states})
-        vision_outputs, qformer_outputs = self._run_qformer(
-            pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask, **requested
+        vision_inputs, kwargs = split_vision_inputs(kwargs)
+        image_outputs, soft_prompt, soft_prompt_mask = self._encode(
+            pixel_values,
+            image_embeds,
+            image_attention_mask,
+            qformer_input_ids,
+            qformer_attention_mask,
+            **vision_inputs,
+            **requested,
         )
-        soft_prompt = self.language_projection(qformer_outputs.last_hidden_state)
         check_labels(labels, len(soft_prompt), input_ids, num_items_in_batch)
         max_new_tokens = 1 if labels is None else labels.shape[-1]
-        prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, max_new_tokens)  # [B, Q+P, D]
+        prefix, prefix_mask = self.get_prefix(
+            soft_prompt, input_ids, attention_mask, max_new_tokens, soft_prompt_mask
+        )  # [B, Q+P, D]
         targets = prefix_mask.new_full((len(prefix), 1), -100) if labels is None else labels
         captions = targets.reshape(len(prefix), -1, targets.shape[-1])  # [B, K, T]
         hidden_states, language_model_outputs = encode_captions(
@@ -797,8 +972,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             logits=logits,
             losses=None if labels is None else losses.sum(dim=-1),
             soft_prompt=soft_prompt,
-            vision_outputs=vision_outputs if requested else None,
-            qformer_outputs=qformer_outputs if requested else None,
+            vision_outputs=image_outputs.vision_outputs if requested else None,
+            qformer_outputs=image_outputs.qformer_outputs if requested else None,
             language_model_outputs=language_model_outputs if requested else None,
         )
 
@@ -813,6 +988,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         image_embeds: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs,
@@ -824,11 +1000,12 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         assisted generation, classifier-free guidance, token healing, and penalties on the tokens of an encoder.
 
         Args:
-            pixel_values, input_ids, attention_mask, image_embeds, qformer_input_ids, qformer_attention_mask: as in
-                `forward`.
+            pixel_values, input_ids, attention_mask, image_embeds, qformer_input_ids, qformer_attention_mask, \
+            image_attention_mask: as in `forward`.
             labels: ignored, so that a training batch can be passed unchanged.
             generation_config (`GenerationConfig`, *optional*): decoding options; arguments override it.
-            kwargs: options such as `num_beams` and `do_sample`. `max_length` and `min_length` count the tokens of the
+            kwargs: further inputs that the processor returns for the images (`VISION_INPUTS`), and options such as
+                `num_beams` and `do_sample`. `max_length` and `min_length` count the tokens of the
                 caption, as `max_new_tokens` and `min_new_tokens` do.
 
         Returns:
@@ -838,12 +1015,22 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as `forward` does, and for an option that is not supported; the message names it.
         """
+        vision_inputs, kwargs = split_vision_inputs(kwargs)
         config, model_kwargs = resolve_generation_config(self.config, self.generation_config, generation_config, kwargs)
         check_generation_options(config, model_kwargs, self.config.is_encoder_decoder)
         if config.stop_strings is not None and self.processor is not None:
             model_kwargs.setdefault("tokenizer", self.processor.tokenizer)
-        soft_prompt = self.get_soft_prompt(pixel_values, image_embeds, qformer_input_ids, qformer_attention_mask)
-        prefix, prefix_mask = self.get_prefix(soft_prompt, input_ids, attention_mask, config.max_new_tokens)
+        _, soft_prompt, soft_prompt_mask = self._encode(
+            pixel_values,
+            image_embeds,
+            image_attention_mask,
+            qformer_input_ids,
+            qformer_attention_mask,
+            **vision_inputs,
+        )
+        prefix, prefix_mask = self.get_prefix(
+            soft_prompt, input_ids, attention_mask, config.max_new_tokens, soft_prompt_mask
+        )
         return generate_from_prefix(self.language_model, prefix, prefix_mask, config, **model_kwargs)
 
     def caption(

@@ -15,6 +15,7 @@ from ..data.collator import CaptionCollator
 from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
+from ..vision_qformer import mean_features, split_vision_inputs
 from .arguments import ModelArguments
 from .data_setup import TrainingData
 from .from_scratch import build_from_scratch
@@ -235,12 +236,13 @@ def normalize_image_features(
     features: list[torch.Tensor] = []
     while batch_rows := list(itertools.islice(rows, 32)):
         batch = collate(batch_rows)
-        image_embeds = batch.get("image_embeds")
+        image_embeds, mask = batch.get("image_embeds"), batch.get("image_attention_mask")
         if image_embeds is None:
+            vision_inputs, _ = split_vision_inputs({name: value.to(model.device) for name, value in batch.items()})
             with onednn_linears(model.device):
-                outputs = model.encode_images(batch["pixel_values"].to(model.device))
-            image_embeds = cast(torch.Tensor, outputs.last_hidden_state)
-        features.append(image_embeds)
+                outputs = model.encode_images(batch["pixel_values"].to(model.device), **vision_inputs)
+            image_embeds, mask = cast(torch.Tensor, outputs.last_hidden_state), outputs.attention_mask
+        features.append(mean_features(image_embeds, mask)[:, None])  # [B, 1, Dv], because rows may differ in length
     if sum(map(len, features)) < 2:
         raise InputError("--normalize_image_features_samples needs at least two training images.")
     model.qformer.normalize_image_features(torch.cat(features))

@@ -1,0 +1,117 @@
+"""The border between a vision encoder and the Q-Former: whatever an encoder returns becomes features and a mask.
+
+Shapes: B images or videos, F frames of a video, N features of an image, Dv their width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import is_tracing
+
+from .backbones_qformer import VisionModelPlaceholder, dtype_of, is_frozen
+
+# Inputs of vision encoders beside `pixel_values`, which their image processors return.
+ENCODER_INPUTS = ("pixel_attention_mask", "spatial_shapes", "image_sizes")
+# All inputs of a captioner that belong to its `pixel_values`.
+VISION_INPUTS = (*ENCODER_INPUTS, "frame_attention_mask")
+
+
+@dataclass
+class VisionFeaturesOutput(BaseModelOutputWithPooling):
+    """Output of a vision encoder.
+
+    Args:
+        last_hidden_state (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos): features.
+        attention_mask (`[B, N]` or `[B, F, N]`, bool, *optional*): `False` for padding. `None` without padding.
+    """
+
+    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]  # never missing, unlike in the base class
+    attention_mask: torch.Tensor | None = None
+
+
+def image_feature_size(config: PreTrainedConfig) -> int:
+    """Return the width Dv of the features of a vision encoder."""
+    return config.hidden_size
+
+
+def split_vision_inputs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments that belong to `pixel_values`, and the others."""
+    vision_inputs = {name: kwargs[name] for name in VISION_INPUTS if kwargs.get(name) is not None}
+    return vision_inputs, {name: value for name, value in kwargs.items() if name not in VISION_INPUTS}
+
+
+def encode_images(
+    vision_model: PreTrainedModel | VisionModelPlaceholder, pixel_values: torch.Tensor, **kwargs: Any
+) -> VisionFeaturesOutput:
+    """Run a vision encoder on images `[B, 3, H, W]`, or on each frame of videos `[B, F, 3, H, W]`.
+
+    A frozen encoder records no graph.
+
+    Args:
+        vision_model (`PreTrainedModel`): the encoder.
+        pixel_values (`[B, 3, H, W]` or `[B, F, 3, H, W]`, float): images; cast to the dtype of the encoder.
+        kwargs: those of `VISION_INPUTS` that the images need, and arguments of the encoder, such as
+            `output_hidden_states`.
+
+    Raises:
+        ValueError: if the mask of frames does not have the shape `[B, F]`.
+    """
+    frame_attention_mask = kwargs.pop("frame_attention_mask", None)
+    is_video = pixel_values.ndim == 5
+    images = pixel_values.flatten(0, 1) if is_video else pixel_values
+    # requires_grad_(False) is not enough, because gradient checkpointing makes the input of the encoder require
+    # gradients.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(vision_model)):
+        outputs = vision_model(images.to(dtype_of(vision_model)), return_dict=True, **kwargs)
+    names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+    output = VisionFeaturesOutput(**{name: outputs.get(name) for name in names})
+    if is_video:
+        frames = {"last_hidden_state": output.last_hidden_state.unflatten(0, pixel_values.shape[:2])}
+        if output.attention_mask is not None:
+            frames["attention_mask"] = output.attention_mask.unflatten(0, pixel_values.shape[:2])
+        output = VisionFeaturesOutput(**{**output, **frames})
+    return output if frame_attention_mask is None else mask_frames(output, frame_attention_mask)
+
+
+def mask_frames(output: VisionFeaturesOutput, frame_attention_mask: torch.Tensor) -> VisionFeaturesOutput:
+    """Mask the features `[B, F, N, Dv]` of the frames that are padding.
+
+    Raises:
+        ValueError: if the mask of frames does not have the shape `[B, F]`, or there are no frames.
+    """
+    features, mask = output.last_hidden_state, output.attention_mask
+    if features.ndim != 4 or frame_attention_mask.shape != features.shape[:2]:
+        raise ValueError(
+            f"`frame_attention_mask` has the shape {list(frame_attention_mask.shape)}, but must have one entry for "
+            f"each frame: the features have the shape {list(features.shape)}, which is [B, F, N, D] for videos."
+        )
+    of_frames = frame_attention_mask.bool()[:, :, None].expand(features.shape[:3])
+    return VisionFeaturesOutput(**{**output, "attention_mask": of_frames if mask is None else mask & of_frames})
+
+
+def check_is_finite(image_embeds: torch.Tensor) -> None:
+    """Check that features `[B, ...]` have no NaN and no infinity.
+
+    Raises:
+        ValueError: if a feature is not finite; the message names its row.
+    """
+    if is_tracing(image_embeds) or image_embeds.sum(dtype=torch.float32).isfinite():
+        return
+    finite = image_embeds.isfinite().flatten(1).all(dim=1)
+    if not finite.all():  # and not only a sum that is too large
+        raise ValueError(
+            f"The features of row {int(finite.int().argmin())} of the batch (`image_embeds`) hold NaN or infinity. "
+            "Compute them again, or leave out the row."
+        )
+
+
+def mean_features(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of the features of each row, without padding: `[B, ..., Dv]` -> `[B, Dv]` in float32."""
+    features = features.float().reshape(len(features), -1, features.shape[-1])  # [B, N, Dv]
+    if mask is None:
+        return features.mean(dim=1)
+    weights = mask.reshape(len(mask), -1, 1).float()
+    return (features * weights).sum(dim=1) / weights.sum(dim=1)
