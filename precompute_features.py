@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-r"""Run a vision encoder once over a data set, and store the features of the images on disk.
+r"""Run a vision encoder once over a data set, and store the features on disk.
 
     python precompute_features.py --vision_model_name_or_path facebook/dinov2-small --dataset_name my_folder \
         --output_dir outputs/features
     torchrun --nproc_per_node 8 precompute_features.py --vision_model_name_or_path google/siglip-base-patch16-224 \
         --dataset_name coco --views 4 --random_resized_crop_scale 0.4 --output_dir outputs/features
-    python precompute_features.py --vision_model_name_or_path openai/clip-vit-base-patch32 \
-        --dataset_name shirsh10mall/Image_Captioning_GCC_Embeddings --embeddings_column image_embeddings
+    python precompute_features.py --dataset_name proteins.parquet --embeddings_column esm2
 
 `train_hf.py --features outputs/features` then trains without the vision encoder. An interrupted run resumes when the
-same command is given again. Embeddings that a data set already holds can also be stored, without a vision encoder.
+same command is given again. A column of features that a data set already holds can also be stored. They may be those of
+any encoder, and rows may differ in length.
 """
 
 from qformer_captioner.common.command import run_command

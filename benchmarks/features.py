@@ -4,8 +4,8 @@
 
 Rows are `[50, 768]` in float16, as from CLIP ViT-B/32, and are read in shuffled batches on one core. All sides must
 give the same rows before their epochs are timed in turn. Reading more and more rows of a store of 1,000,000 then shows
-how memory grows. The files of that store are sparse. h5py takes part if it is installed. The benchmark needs 2 GB of
-disk.
+how memory grows. Last, a store of 1,000,000 rows of 8 to 64 features is compared with one of equal rows of the mean
+length. The files of the large stores are sparse. h5py takes part if it is installed. The benchmark needs 2 GB of disk.
 """
 
 import argparse
@@ -42,13 +42,14 @@ SHAPE = (50, 768)
 BATCH_SIZES = (64, 256, 1024)
 ROWS_IN_LARGE_STORE = 1_000_000
 LARGE_STORE_SIDES = ("ours", "numpy memmap")
+LENGTHS, WIDTH = (8, 64), 64  # smallest and largest number of features of a row, and their width
 
 ReadRows = Callable[[list[int]], torch.Tensor]  # row numbers to features [B, N, Dv]
 Rates = dict[str, dict[str, dict[str, float]]]  # by batch size and side: summary of rows per second
 
 
-def make_layout(folder: Path, rows: int) -> SplitLayout:
-    return SplitLayout(folder / "train", rows, rows_per_shard=2048, views=1, shape=SHAPE, dtype="float16")
+def make_layout(folder: Path, rows: int, shape: tuple[int | None, int] = SHAPE) -> SplitLayout:
+    return SplitLayout(folder / "train", rows, rows_per_shard=2048, views=1, shape=shape, dtype="float16")
 
 
 def finish_and_open(folder: Path, layout: SplitLayout) -> SplitFeatures:
@@ -63,8 +64,10 @@ def finish_and_open(folder: Path, layout: SplitLayout) -> SplitFeatures:
 def feature_store(folder: Path, features: np.ndarray) -> ReadRows:
     layout = make_layout(folder, len(features))
     for shard in layout.shards:
-        layout.write(shard, [FeatureBatch(features[layout.rows_of(shard), None], [])])
-    return finish_and_open(folder, layout).read
+        values = features[layout.rows_of(shard)]
+        layout.write(shard, [FeatureBatch(values.reshape(-1, SHAPE[1]), np.full((len(values), 1), SHAPE[0]), [])])
+    split = finish_and_open(folder, layout)
+    return lambda rows: split.read(rows).image_embeds
 
 
 def numpy_memmap(folder: Path, features: np.ndarray) -> ReadRows:
@@ -145,7 +148,7 @@ def write_sides(features: np.ndarray, folder: Path) -> dict[str, ReadRows]:
     return readers
 
 
-def read_epoch(read: ReadRows, batches: list[list[int]]) -> None:
+def read_epoch(read: Callable[[list[int]], object], batches: list[list[int]]) -> None:
     for batch in batches:
         read(batch)
 
@@ -183,13 +186,18 @@ def measure_speed(num_rows: int, repetitions: int) -> Rates:
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def write_sparse_store(folder: Path, num_rows: int) -> None:
-    """Write a store whose files are sparse: their rows are zeros that take no space on disk."""
-    layout = make_layout(folder, num_rows)
+def write_sparse_store(layout: SplitLayout, lengths: np.ndarray) -> None:
+    """Write a store whose files are sparse: their rows are zeros that take no space on disk.
+
+    Args:
+        layout: its layout.
+        lengths: number of features of each row, `[R]`.
+    """
     for shard in layout.shards:
-        layout.write(shard, [])
-        os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard))
-    finish_and_open(folder, layout)
+        own = lengths[layout.rows_of(shard), None]
+        layout.write(shard, [FeatureBatch(np.zeros((0, layout.shape[1]), np.float16), own, [])])
+        end = layout.path(shard).stat().st_size
+        os.truncate(layout.path(shard), end + own.sum().item() * layout.feature_bytes)
 
 
 def memmap_reader(layout: SplitLayout) -> ReadRows:
@@ -206,7 +214,7 @@ def memmap_reader(layout: SplitLayout) -> ReadRows:
 def read_in_this_process(side: str, num_rows: int, folder: Path) -> dict[str, float]:
     """Read random rows of a store, and return how far memory rises at most, in MB."""
     features = FeatureStore(folder).split("train")
-    read = features.read if side == "ours" else memmap_reader(features.layout)
+    read: Callable[[list[int]], object] = features.read if side == "ours" else memmap_reader(features.layout)
     before = resident_memory()
     rows = np.random.default_rng(3).integers(len(features), size=num_rows)
     for start in range(0, num_rows, 250):
@@ -218,12 +226,44 @@ def measure_memory() -> list[dict[str, Any]]:
     """Return the MB that reading takes, by side and number of rows. Each figure is from a fresh process."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        write_sparse_store(Path(folder), ROWS_IN_LARGE_STORE)
+        layout = make_layout(Path(folder), ROWS_IN_LARGE_STORE)
+        write_sparse_store(layout, np.full(ROWS_IN_LARGE_STORE, SHAPE[0]))
+        finish_and_open(Path(folder), layout)
         for side in LARGE_STORE_SIDES:
             for num_rows in (1_000, 5_000, 10_000, 20_000):
                 mb = run_worker("features", side, num_rows, folder)["mb"]
                 results.append({"side": side, "rows_read": num_rows, "mb": mb})
                 print(f"{side:<13} {num_rows:>7,} of {ROWS_IN_LARGE_STORE:,} rows read: {mb:7.1f} MB more than before")
+    return results
+
+
+# --- Rows of different lengths ----------------------------------------------------------------------------------------
+
+
+def measure_lengths(repetitions: int) -> Rates:
+    """Return the rows per second, by batch size, of stores with rows of different and of equal lengths."""
+    generator, num_rows = np.random.default_rng(4), ROWS_IN_LARGE_STORE
+    different = generator.integers(LENGTHS[0], LENGTHS[1] + 1, size=num_rows)
+    mean = sum(LENGTHS) // 2
+    sides = {"different": ((None, WIDTH), different), "equal": ((mean, WIDTH), np.full(num_rows, mean))}
+    results: Rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        readers = {}
+        for name, (shape, lengths) in sides.items():
+            layout = make_layout(Path(folder) / name, num_rows, shape)
+            write_sparse_store(layout, lengths)
+            readers[name] = SplitFeatures(layout, {}).read
+        rows = generator.permutation(num_rows)[:65_536]
+        for size in BATCH_SIZES:
+            batches = [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
+            times = time_in_turn(
+                repetitions, **{name: partial(read_epoch, read, batches) for name, read in readers.items()}
+            )
+            rates = {name: summarize([len(rows) / second for second in seconds]) for name, seconds in times.items()}
+            ratio = rates["different"]["median"] / rates["equal"]["median"]
+            medians = ", ".join(f"{name} lengths {rate['median']:,.0f} rows/s" for name, rate in rates.items())
+            print(f"batches of {size:>4}  {medians}: {ratio:.2f} x")
+            results[str(size)] = rates
     return results
 
 
@@ -272,7 +312,8 @@ def main() -> None:
     rates, memory = measure_speed(options.rows, options.repetitions), measure_memory()
     plot(rates, memory)
     facts = machine_facts("qformer-captioner", "torch", "numpy", "datasets", "safetensors")
-    write_result("features", facts | {"rows": options.rows, "shape": SHAPE, "rows_per_second": rates, "memory": memory})
+    facts |= {"rows": options.rows, "shape": SHAPE, "rows_per_second": rates, "memory": memory}
+    write_result("features", facts | {"rows_per_second_by_lengths": measure_lengths(options.repetitions)})
 
 
 if __name__ == "__main__":

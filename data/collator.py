@@ -20,6 +20,7 @@ class CaptionCollator:
         A dict with
 
         - `pixel_values` (`[B, 3, H, W]`), or `image_embeds` (`[B, N, Dv]`) for rows with precomputed features;
+        - `image_attention_mask` (bool `[B, N]`), only if rows differ in their number of features;
         - `input_ids` and `attention_mask` (`[B, P]`) of the prompts;
         - `labels` (`[B, K, T]`): all captions of each image, with the end-of-sequence token, padded with -100. If an
           image has fewer than `K` captions, its remaining rows contain only -100.
@@ -42,7 +43,8 @@ class CaptionCollator:
             batch = self.processor(images=[row["image"] for row in rows], text=prompts)
         else:
             batch = self.processor(text=prompts)
-            batch["image_embeds"] = read_features([row["image_embeds"] for row in rows])
+            features = read_features([row["image_embeds"] for row in rows])
+            batch.update({name: value for name, value in features._asdict().items() if value is not None})
         return {**batch, "labels": self._labels(rows, prompts)}
 
     def _labels(self, rows: Sequence[CaptionRow], prompts: list[str]) -> torch.Tensor:

@@ -9,7 +9,9 @@ from ..common.arguments import option
 class FeatureArguments:
     """Options for the vision encoder, the data set and the storage of the features."""
 
-    vision_model_name_or_path: str = option(None, "Vision encoder (Hub id or folder). Required.", "model")
+    vision_model_name_or_path: str | None = option(
+        None, "Vision encoder (Hub id or folder). Required unless --embeddings_column is given.", "model"
+    )
     vision_model_revision: str | None = option(None, "Branch, tag or commit of the vision encoder.", "model")
     compute_dtype: str = option(
         "auto",
@@ -32,7 +34,10 @@ class FeatureArguments:
         None, "Further folders that paths of images may lead into; by default only the image folder.", "data"
     )
     embeddings_column: str | None = option(
-        None, "Column of embeddings to store instead: lists [D], [N, D] or [1, N, D] in each row.", "data"
+        None,
+        "Column of features to store instead: lists [D], [N, D] or [1, N, D] in each row, also with different N. They "
+        "may be those of any encoder, for example of audio or of proteins.",
+        "data",
     )
     max_samples: int | None = option(
         None, "Largest number of rows of each split, taken from its beginning; by default all.", "data"

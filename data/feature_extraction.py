@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
-from ..backbones_qformer import dtype_of, load_backbone, loading_error
+from ..backbones_qformer import dtype_of, load_backbone, loading_error, vision_config_of
 from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
 from .augmentation import Augmentation
-from .feature_shards import FeatureBatch
+from .feature_shards import FeatureBatch, SplitLayout
 from .image_paths import ImageFolder
 from .images import ImageCell, file_of_image, open_cell
 from .skip_limit import SkipLimit, sample_of, try_images
@@ -88,7 +88,6 @@ class ImageFeatures:
         image_column: the column that holds them.
         image_folders: for each split, where paths of images start, and where they may lead.
         augmentation: random changes that create the additional views of an image.
-        dtype: dtype of the stored features, "float16" or "float32".
         batch_size: maximum number of images in a forward pass.
         num_workers: number of processes that open images.
     """
@@ -99,14 +98,18 @@ class ImageFeatures:
     image_column: str
     image_folders: dict[str, ImageFolder | None]
     augmentation: Augmentation
-    dtype: str
     batch_size: int
     num_workers: int
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int | None, int]:
         """Shape `(N, Dv)` of the features of an image."""
         return self.encoder.shape
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of features of an image."""
+        return self.encoder.shape[0]
 
     @property
     def compute_dtype(self) -> str | None:
@@ -127,12 +130,12 @@ class ImageFeatures:
     def _open_image(self, split: str, row: int) -> Image.Image:
         return open_cell(self.rows[split][row][self.image_column], self.image_folders[split])
 
-    def batches(self, split: str, views: int, row_batches: Sequence[range]) -> Iterator[FeatureBatch]:
+    def batches(self, split: str, layout: SplitLayout, row_batches: Sequence[range]) -> Iterator[FeatureBatch]:
         """Yield the features of each batch of rows.
 
         Args:
             split: name of the split.
-            views: number of views of each image.
+            layout: its layout.
             row_batches: numbers of the rows in each batch.
 
         Raises:
@@ -143,7 +146,7 @@ class ImageFeatures:
             self.image_column,
             self.image_folders[split],
             split,
-            views,
+            layout.views,
             self.augmentation,
             self.image_processor,
             self.encoder.pixel_shape,
@@ -158,12 +161,13 @@ class ImageFeatures:
         for rows, prepared in zip(row_batches, loader, strict=True):
             if prepared.error is not None:
                 raise prepared.error
-            features = None
+            values, lengths = torch.zeros(0, self.shape[1]), np.zeros((0, layout.views), np.int64)
             if prepared.pixel_values is not None:
                 chunks = prepared.pixel_values.split(self.batch_size)
-                features = torch.cat([self.encoder(chunk) for chunk in chunks]).unflatten(0, (-1, views))
-            shape = (views, *self.shape)
-            yield FeatureBatch.from_tensor(features, split, rows, prepared.skipped, shape, self.dtype)
+                features = torch.cat([self.encoder(chunk) for chunk in chunks])
+                values = features.flatten(0, 1)
+                lengths = np.full((len(features) // layout.views, layout.views), features.shape[1])
+            yield FeatureBatch.from_tensor(values, lengths, rows, prepared.skipped, layout)
 
 
 class ImageViews(Dataset):
@@ -262,5 +266,18 @@ def load_image_processor(name_or_path: str, revision: str | None) -> BaseImagePr
     """
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (*UNUSABLE, OSError) as error:
+        raise loading_error("vision_model", name_or_path, revision, error) from error
+
+
+def feature_size_of(name_or_path: str, revision: str | None) -> int:
+    """Return the width of the features of a vision encoder, from its configuration.
+
+    Raises:
+        OSError: if the configuration cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        return vision_config_of(config).hidden_size
     except (*UNUSABLE, OSError) as error:
         raise loading_error("vision_model", name_or_path, revision, error) from error

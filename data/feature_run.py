@@ -27,7 +27,7 @@ from .augmentation import Augmentation, check_image_augmentation
 from .columns import image_column_of, missing_column
 from .embeddings_column import EmbeddingsColumn
 from .feature_arguments import FeatureArguments
-from .feature_extraction import ImageFeatures, VisionEncoder, load_image_processor
+from .feature_extraction import ImageFeatures, VisionEncoder, feature_size_of, load_image_processor
 from .feature_shards import FeatureBatch, SplitLayout, remove_unfinished
 from .feature_store import SKIPPED_NAME, SPLIT_NAME, finish_store
 from .image_paths import folder_of_images
@@ -63,8 +63,11 @@ def check_arguments(args: FeatureArguments) -> None:
     Raises:
         InputError: for a missing option, a value that is not valid, or options that contradict each other.
     """
-    if args.vision_model_name_or_path is None:
-        raise InputError("Name the vision encoder with --vision_model_name_or_path (a Hub id or a folder).")
+    if args.vision_model_name_or_path is None and args.embeddings_column is None:
+        raise InputError(
+            "Name the vision encoder with --vision_model_name_or_path (a Hub id or a folder), or a column that already "
+            "holds features with --embeddings_column."
+        )
     if args.dataset_name is None:
         raise InputError("Name the data set with --dataset_name (a Hub id, a folder or files).")
     check_one_of(args, ("float16", "float32"), "dtype")
@@ -89,7 +92,7 @@ class FeatureRun:
     Args:
         args: the options.
         state: this process, and the other processes of the run.
-        vision: fingerprint of the vision encoder.
+        vision: fingerprint of the vision encoder; `None` for a column of features from an unknown encoder.
         dataset: description of the data set for the index.
         source: source of the features: a vision encoder, or a column of embeddings.
         layouts: layout of the shards of each split.
@@ -98,7 +101,7 @@ class FeatureRun:
 
     args: FeatureArguments
     state: PartialState
-    vision: VisionFingerprint
+    vision: VisionFingerprint | None
     dataset: dict[str, str | None]
     source: ImageFeatures | EmbeddingsColumn
     layouts: dict[str, SplitLayout]
@@ -117,7 +120,7 @@ class FeatureRun:
     def settings(self) -> dict[str, Any]:
         """Return the settings that identify the run. A run with other settings cannot continue this one."""
         return {
-            "vision_model": asdict(self.vision),
+            "vision_model": None if self.vision is None else asdict(self.vision),
             "dataset": self.dataset,
             "rows": {split: layout.rows for split, layout in self.layouts.items()},
             "images": {split: hashlib.sha256(keys.tobytes()).hexdigest() for split, keys in self.image_keys.items()},
@@ -145,8 +148,11 @@ def resolve(args: FeatureArguments) -> FeatureRun:
     check_arguments(args)
     state = start_processes(args)
     rows = load_column(args)
-    image_processor = load_image_processor(args.vision_model_name_or_path, args.vision_model_revision)
-    vision = VisionFingerprint.of(args.vision_model_name_or_path, args.vision_model_revision, image_processor)
+    name, revision = args.vision_model_name_or_path, args.vision_model_revision
+    vision = image_processor = None
+    if name is not None:
+        image_processor = load_image_processor(name, revision)
+        vision = VisionFingerprint.of(name, revision, image_processor)
     source = load_source(args, rows, image_processor, state.device)
     keys = {}
     if isinstance(source, ImageFeatures):
@@ -201,19 +207,29 @@ def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
 def load_source(
     args: FeatureArguments,
     rows: dict[str, datasets.Dataset],
-    image_processor: BaseImageProcessor,
+    image_processor: BaseImageProcessor | None,
     device: torch.device,
 ) -> ImageFeatures | EmbeddingsColumn:
     """Load the vision encoder, or check the column of embeddings.
+
+    Args:
+        args: the options.
+        rows: the column of each split.
+        image_processor: image processor of the vision encoder; `None` if the options name no vision encoder.
+        device: device of the vision encoder.
 
     Raises:
         InputError: if the vision encoder or the column cannot be used.
         OSError: if the vision encoder cannot be loaded.
     """
     name, revision = args.vision_model_name_or_path, args.vision_model_revision
+    if args.embeddings_column is not None:
+        embeddings = EmbeddingsColumn(rows, args.embeddings_column)
+        if name is not None:
+            check_width(embeddings, name, revision)
+        return embeddings
+    assert name is not None and image_processor is not None, "check_arguments checks it"
     try:
-        if args.embeddings_column is not None:
-            return EmbeddingsColumn(rows, args.embeddings_column, name, revision, args.dtype)
         encoder = VisionEncoder(name, revision, image_processor, device, args.compute_dtype)
     except UNUSABLE as error:  # for example a model that does not accept images
         raise InputError(one_line(error)) from error
@@ -229,10 +245,24 @@ def load_source(
         image_column=args.image_column,
         image_folders=folders,
         augmentation=augmentation,
-        dtype=args.dtype,
         batch_size=args.batch_size,
         num_workers=args.dataloader_num_workers,
     )
+
+
+def check_width(embeddings: EmbeddingsColumn, name_or_path: str, revision: str | None) -> None:
+    """Check that embeddings have the width of the features of a vision encoder.
+
+    Raises:
+        InputError: if they do not.
+        OSError: if the configuration of the vision encoder cannot be loaded.
+    """
+    width, expected = embeddings.shape[1], feature_size_of(name_or_path, revision)
+    if width != expected:
+        raise InputError(
+            f"The embeddings in the column {embeddings.column!r} have {width} numbers, and features of "
+            f"{name_or_path!r} have {expected}: name the vision model that computed them, or none."
+        )
 
 
 def describe_dataset(args: FeatureArguments) -> dict[str, str | None]:
@@ -255,7 +285,7 @@ def describe_dataset(args: FeatureArguments) -> dict[str, str | None]:
 
 
 def plan_shards(
-    args: FeatureArguments, rows: dict[str, datasets.Dataset], shape: tuple[int, int]
+    args: FeatureArguments, rows: dict[str, datasets.Dataset], shape: tuple[int | None, int]
 ) -> dict[str, SplitLayout]:
     """Return the layout of the shards of each split."""
     return {
@@ -299,14 +329,16 @@ def check_disk(run: FeatureRun) -> None:
     Raises:
         InputError: if the disk has too little free space.
     """
+    mean_length = run.source.mean_length
     for split, layout in run.layouts.items():
-        tokens, width = layout.shape
+        length, width = f"{mean_length:.4g}", layout.shape[1]
+        length = f"about {length}" if layout.is_ragged else length
         logger.info(
-            "%s: %s rows, %s x [%s, %s] %s", split, f"{layout.rows:,}", layout.views, tokens, width, layout.dtype
+            "%s: %s rows, %s x [%s, %s] %s", split, f"{layout.rows:,}", layout.views, length, width, layout.dtype
         )
     overwrite = run.args.overwrite_output_dir
-    total = sum(layout.bytes_of(shard) for layout in run.layouts.values() for shard in layout.shards)
-    missing = sum(run.layouts[split].bytes_of(shard) for split, shard in run.missing_shards())
+    total = sum(layout.bytes_of(shard, mean_length) for layout in run.layouts.values() for shard in layout.shards)
+    missing = sum(run.layouts[split].bytes_of(shard, mean_length) for split, shard in run.missing_shards())
     needed = total if overwrite else missing
     logger.info("%s in %s, of which %s exist", format_size(total), run.folder, format_size(total - needed))
     existing = next(path for path in (run.folder.absolute(), *run.folder.absolute().parents) if path.exists())
@@ -344,7 +376,7 @@ def write_shards(run: FeatureRun) -> None:
             rows_per_batch = max(1, run.args.batch_size // layout.views)
             row_batches = {shard: split_rows(layout.rows_of(shard), rows_per_batch) for shard in shards}
             # One iterator for all shards, so that the workers of the data loader never wait for the next shard.
-            features = run.source.batches(split, layout.views, list(chain(*row_batches.values())))
+            features = run.source.batches(split, layout, list(chain(*row_batches.values())))
             features = count_rows(features, progress_bar, run.state.num_processes)
             for shard in shards:
                 layout.write(shard, islice(features, len(row_batches[shard])))
@@ -358,7 +390,7 @@ def split_rows(rows: range, size: int) -> list[range]:
 def count_rows(batches: Iterable[FeatureBatch], progress_bar: tqdm, num_processes: int) -> Iterator[FeatureBatch]:
     """Yield the batches, and advance the progress bar as if all processes were as fast as this one."""
     for batch in batches:
-        progress_bar.update(len(batch.features) * num_processes)
+        progress_bar.update(len(batch.lengths) * num_processes)
         yield batch
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -19,55 +19,60 @@ class FeatureBatch(NamedTuple):
     """Features of consecutive rows, in the format in which they are stored.
 
     Attributes:
-        features: `[rows, views, N, Dv]`. Rows without features hold zeros.
+        values: `[F, Dv]`, the features of all views one after the other. In a split whose rows are equally long, rows
+            without features hold zeros. In another split they have no features.
+        lengths: number of features of each view, int64 `[rows, views]`.
         skipped: entries of the rows without features, with the reasons.
     """
 
-    features: np.ndarray
+    values: np.ndarray
+    lengths: np.ndarray
     skipped: list[SkippedRow]
 
     @classmethod
     def from_tensor(
-        cls,
-        features: torch.Tensor | None,
-        split: str,
-        rows: range,
-        skipped: list[SkippedRow],
-        shape: tuple[int, ...],
-        dtype: str,
+        cls, values: torch.Tensor, lengths: np.ndarray, rows: range, skipped: list[SkippedRow], layout: "SplitLayout"
     ) -> "FeatureBatch":
         """Place the features of readable rows among all rows.
 
-        Skipped rows are zero, and features that are not finite are skipped.
+        Rows whose features are not finite are skipped.
 
         Args:
-            features: `[R, views, N, Dv]` of the rows that are not skipped; `None` if all rows are skipped.
-            split: name of the split.
+            values: `[F, Dv]`, the features of the R rows that are not skipped, one after the other.
+            lengths: number of features of each of their views, int64 `[R, views]`.
             rows: numbers of all rows of the batch.
             skipped: entries of the rows without features.
-            shape: `(views, N, Dv)`.
-            dtype: dtype of the stored features, "float16" or "float32".
+            layout: the layout of the split.
 
         Raises:
-            InputError: if a feature is too large for the dtype.
+            InputError: if rows differ in their number of features and the layout does not allow it, or if a feature is
+                too large for the dtype.
         """
-        array = np.zeros((len(rows), *shape), dtype)
-        if features is None:
-            return cls(array, skipped)
+        split, num_features, width = layout.folder.name, layout.shape[0], layout.shape[1]
         without = {entry["row"] for entry in skipped}
         present = [row for row in rows if row not in without]
-        finite = features.isfinite().flatten(1).all(1).tolist()
-        stored = features.to(getattr(torch, dtype)).cpu().numpy()
+        ends = lengths.sum(axis=1).cumsum()
+        finite = values.isfinite().all(dim=1).cpu().numpy()
+        stored = values.to(getattr(torch, layout.dtype)).cpu().numpy()
+        all_lengths = np.full((len(rows), layout.views), num_features or 0, np.int64)
+        pieces = [np.zeros((all_lengths[0].sum(), width), layout.dtype)] * len(rows)
         not_finite: list[SkippedRow] = []
-        for row, is_finite, values in zip(present, finite, stored, strict=True):
-            if not is_finite:
+        for row, own_lengths, start, end in zip(present, lengths, ends - lengths.sum(axis=1), ends, strict=True):
+            if num_features is not None and (own_lengths != num_features).any():
+                raise InputError(
+                    f"Row {row} of {split!r} has {own_lengths.max()} features and other rows {num_features}: its image "
+                    "has an unusual size. Leave it out, or resize it."
+                )
+            if not finite[start:end].all():
                 reason = "Its features are not finite."
                 not_finite.append({"split": split, "row": row, "file": None, "reason": reason})
-            elif not np.isfinite(values).all():
-                raise InputError(f"Features of row {row} of {split!r} do not fit {dtype}: use --dtype float32.")
+            elif not np.isfinite(stored[start:end]).all():
+                raise InputError(f"Features of row {row} of {split!r} do not fit {layout.dtype}: use --dtype float32.")
             else:
-                array[row - rows.start] = values
-        return cls(array, sorted(skipped + not_finite, key=lambda entry: entry["row"] or 0))
+                pieces[row - rows.start] = stored[start:end]
+                all_lengths[row - rows.start] = own_lengths
+        skipped = sorted(skipped + not_finite, key=lambda entry: entry["row"] or 0)
+        return cls(np.concatenate(pieces), all_lengths, skipped)
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,11 @@ class SplitLayout:
     """Layout of the shards of a split. Row `r` is in shard `r // rows_per_shard`.
 
     Args:
-        folder: folder of the shards.
+        folder: folder of the shards, which has the name of the split.
         rows: number of rows of the split.
         rows_per_shard: number of rows in a shard. The last shard may have fewer.
-        views: number of views of each image.
-        shape: shape `(N, Dv)` of one view.
+        views: number of views of each row.
+        shape: shape `(N, Dv)` of one view. N is `None` if views differ in their number of features.
         dtype: "float16" or "float32".
 
     Raises:
@@ -90,20 +95,26 @@ class SplitLayout:
     rows: int
     rows_per_shard: int
     views: int
-    shape: tuple[int, int]
+    shape: tuple[int | None, int]
     dtype: str
 
     def __post_init__(self) -> None:
-        sizes = (self.rows, self.rows_per_shard, self.views, *self.shape)
-        if not all(type(size) is int for size in sizes) or self.rows < 0 or min(sizes[1:]) < 1:
-            raise ValueError(f"rows, views and shape must be positive integers, not {list(sizes)}")
         if len(self.shape) != 2 or self.dtype not in ("float16", "float32"):
             raise ValueError(f"features must be [N, D] in float16 or float32, not {list(self.shape)} in {self.dtype!r}")
+        sizes = [self.rows, self.rows_per_shard, self.views, *(size for size in self.shape if size is not None)]
+        is_valid = self.shape[1] is not None and all(type(size) is int for size in sizes)
+        if not is_valid or self.rows < 0 or min(sizes[1:]) < 1:
+            raise ValueError(f"rows, views and shape must be positive integers, not {sizes}")
 
     @property
-    def view_bytes(self) -> int:
-        """Size of one view in bytes."""
-        return self.shape[0] * self.shape[1] * np.dtype(self.dtype).itemsize
+    def is_ragged(self) -> bool:
+        """`True` if views differ in their number of features."""
+        return self.shape[0] is None
+
+    @property
+    def feature_bytes(self) -> int:
+        """Size of one feature `[Dv]` in bytes."""
+        return self.shape[1] * np.dtype(self.dtype).itemsize
 
     @property
     def shards(self) -> range:
@@ -115,17 +126,32 @@ class SplitLayout:
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.rows))
 
-    def shape_of(self, shard: int) -> tuple[int, ...]:
-        """Return the shape of the array in a shard, `(rows, views, N, Dv)`."""
-        return (len(self.rows_of(shard)), self.views, *self.shape)
+    def bytes_of(self, shard: int, mean_length: float) -> int:
+        """Return the size of a shard in bytes, without its header.
 
-    def bytes_of(self, shard: int) -> int:
-        """Return the size of a shard in bytes, without its header."""
-        return len(self.rows_of(shard)) * self.views * self.view_bytes
+        Args:
+            shard: number of the shard.
+            mean_length: mean number of features of a view.
+        """
+        return round(len(self.rows_of(shard)) * self.views * mean_length * self.feature_bytes)
+
+    def shape_of(self, shard: int, num_features: int = 0) -> tuple[int, ...]:
+        """Return the shape of the array in a shard: `(rows, views, N, Dv)`, or `(F, Dv)` if views differ in length.
+
+        Args:
+            shard: number of the shard.
+            num_features: number of features in a shard whose views differ in length, F.
+        """
+        length, width = self.shape
+        return (num_features, width) if length is None else (len(self.rows_of(shard)), self.views, length, width)
 
     def path(self, shard: int) -> Path:
         """Return the file of a shard."""
         return self.folder / f"{shard:05d}.npy"
+
+    def offsets_path(self, shard: int) -> Path:
+        """Return the file that says where the views of a shard begin. It does not exist if all are equally long."""
+        return self.folder / f"{shard:05d}.offsets.npy"
 
     def skipped_path(self, shard: int) -> Path:
         """Return the file that lists the rows of a shard without features.
@@ -139,24 +165,39 @@ class SplitLayout:
         """File of the keys that identify the rows' images, `[rows]` of uint64. Columns of embeddings have no keys."""
         return self.folder / "rows.npy"
 
-    def data_offset(self, shard: int) -> int:
-        """Return the position in the file of a shard at which the features begin.
+    def locate(self, shard: int) -> tuple[int, np.ndarray | None]:
+        """Return where the features of a shard are.
+
+        Returns:
+            The position in the file at which the features begin. If views differ in length, also the number of features
+            in front of each view and of the end, int64 `[rows * views + 1]`; otherwise `None`.
 
         Raises:
-            OSError: if the file does not exist or is too short.
-            ValueError: if it is not a numpy file, or holds an array of another shape or dtype.
+            OSError: if a file does not exist or is too short.
+            ValueError: if it is not a numpy file, or holds an array of another shape or dtype, or offsets that
+                decrease.
         """
-        array = np.lib.format.open_memmap(self.path(shard), mode="r")  # reads the header and checks the size
-        expected = self.shape_of(shard)
-        if array.shape != expected or array.dtype != self.dtype:
-            raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not {self.dtype} {list(expected)}")
+        if not self.is_ragged:
+            return self._open(self.path(shard), self.shape_of(shard), self.dtype).offset, None
+        num_views = len(self.rows_of(shard)) * self.views
+        offsets = np.array(self._open(self.offsets_path(shard), (num_views + 1,), "int64"))
+        if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            raise ValueError(f"the offsets in {self.offsets_path(shard).name!r} do not rise from 0")
+        return self._open(self.path(shard), self.shape_of(shard, offsets[-1].item()), self.dtype).offset, offsets
+
+    @staticmethod
+    def _open(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
+        """Read the header of a numpy file, and check its size."""
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{path.name!r} holds {array.dtype} {list(array.shape)}, not {dtype} {list(shape)}")
         assert isinstance(array, np.memmap)
-        return array.offset
+        return array
 
     def is_complete(self, shard: int) -> bool:
-        """Return whether the file of a shard exists and is complete."""
+        """Return whether the files of a shard exist and are complete."""
         try:
-            self.data_offset(shard)
+            self.locate(shard)
         except (OSError, ValueError):
             return False
         return True
@@ -171,19 +212,33 @@ class SplitLayout:
             batches: its rows, in order.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": self.shape_of(shard)}
         skipped: list[SkippedRow] = []
+        lengths: list[np.ndarray] = []
         with atomic_path(self.path(shard)) as unfinished:
             with unfinished.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for features, entries in batches:
-                    file.write(np.ascontiguousarray(features).data)
-                    skipped += entries
+                self._write_header(file, shard, 0)
+                for batch in batches:
+                    file.write(np.ascontiguousarray(batch.values).data)
+                    lengths.append(batch.lengths)
+                    skipped += batch.skipped
+                if self.is_ragged:  # only now the number of features is known, which fits into the space of the header
+                    offsets = np.concatenate([[0], *(own.ravel() for own in lengths)]).cumsum()
+                    file.seek(0)
+                    self._write_header(file, shard, offsets[-1].item())
                 file.flush()
                 os.fsync(file.fileno())  # otherwise a power failure could leave a file of zeros
+            if self.is_ragged:
+                with atomic_path(self.offsets_path(shard)) as path, path.open("wb") as file:
+                    np.save(file, offsets)
             self.skipped_path(shard).unlink(missing_ok=True)
             if skipped:
                 write_atomically(self.skipped_path(shard), "".join(json.dumps(entry) + "\n" for entry in skipped))
+
+    def _write_header(self, file: IO[bytes], shard: int, num_features: int) -> None:
+        """Write the header of a numpy file, whose length does not depend on the number of features."""
+        shape = self.shape_of(shard, num_features)
+        header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
 
     def skipped_lines(self) -> Iterator[str]:
         """Yield the JSON lines of all rows without features."""

@@ -6,10 +6,16 @@ A store is a folder of plain files:
 index.json                  the vision encoder, the data set and the layout of each split; written last
 skipped_rows.jsonl          the rows without features, and the reasons
 train/rows.npy              keys that identify the images of the rows
-train/00000.npy             features of the first rows: `[rows, views, N, Dv]`
+train/00000.npy             features of the first rows
+train/00000.offsets.npy     where the views of this file begin, if they differ in length
 train/00000.skipped.jsonl   the rows of this file without features, if it has such rows
 run.json                    the settings of the run that wrote the store
 ```
+
+If all rows of a split are equally long, the features of a file are an array `[rows, views, N, Dv]`. Otherwise they are
+`[F, Dv]`, all views of all rows one after the other. The offsets are int64 `[rows * views + 1]`: view `v` of row `r` is
+`features[offsets[r * views + v] : offsets[r * views + v + 1]]`. The `shape` of such a split is `[null, Dv]` in the
+index.
 """
 
 import json
@@ -28,7 +34,8 @@ from .features import SplitFeatures
 from .vision_fingerprint import VisionFingerprint
 
 INDEX_NAME, SKIPPED_NAME = "index.json", "skipped_rows.jsonl"
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)  # in format 1, all rows are equally long and the vision encoder is known
 SPLIT_NAME = r"\w[\w.-]*"  # names of splits are also names of folders
 DATASET_FIELDS = (
     "name",
@@ -44,14 +51,15 @@ REMEDY = "Choose other features, or compute these with precompute_features.py."
 
 
 class FeatureStore:
-    """Precomputed features of the images of a data set, by split.
+    """Precomputed features of the rows of a data set, by split.
 
     Args:
         folder: folder that `precompute_features.py` wrote.
 
     Attributes:
-        vision (`VisionFingerprint`): vision encoder that computed the features.
-        dataset (`dict[str, str | None]`): data set of the images, by the names of `DATASET_FIELDS`.
+        vision (`VisionFingerprint`, *optional*): vision encoder that computed the features; `None` for features of a
+            column whose encoder is unknown, or does not encode images.
+        dataset (`dict[str, str | None]`): data set of the rows, by the names of `DATASET_FIELDS`.
         layouts (`dict[str, SplitLayout]`): the layout of each split.
 
     Raises:
@@ -62,7 +70,7 @@ class FeatureStore:
     ```python
     >>> store = FeatureStore("features")  # doctest: +SKIP
     >>> train = store.split("train")  # doctest: +SKIP
-    >>> train.read([5, 0, 17]).shape  # doctest: +SKIP
+    >>> train.read([5, 0, 17]).image_embeds.shape  # doctest: +SKIP
     torch.Size([3, 50, 768])
     ```
     """
@@ -75,19 +83,20 @@ class FeatureStore:
         try:
             index = json.loads(path.read_text())
             version = index["format"]
-            if version == FORMAT:
-                self.vision = VisionFingerprint(**index["vision_model"])
+            if version in READABLE_FORMATS:
+                vision = index["vision_model"]
+                self.vision = None if vision is None else VisionFingerprint(**vision)
                 self.dataset = {field: index["dataset"].get(field) for field in DATASET_FIELDS}
                 self.layouts = self._read_layouts(index["splits"])
-                names = (self.vision.name_or_path, *filter(None, self.dataset.values()))
+                names = filter(None, (self.vision_model_name_or_path, *self.dataset.values()))
                 if not all(isinstance(name, str) for name in names):
                     raise TypeError("a name in it is not a string")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged_file(path, error) from error
-        if version != FORMAT:
+        if version not in READABLE_FORMATS:
             raise InputError(
-                f"The features in {str(folder)!r} have format {version}, and this version reads format {FORMAT}: "
-                "compute them again with precompute_features.py --overwrite_output_dir."
+                f"The features in {str(folder)!r} have format {version}, and this version reads formats up to "
+                f"{FORMAT}: compute them again with precompute_features.py --overwrite_output_dir."
             )
 
     def _missing_index(self) -> InputError:
@@ -107,20 +116,26 @@ class FeatureStore:
         return layouts
 
     @property
-    def vision_model_name_or_path(self) -> str:
+    def vision_model_name_or_path(self) -> str | None:
         """Id on the Hub, or folder, of the vision encoder."""
-        return self.vision.name_or_path
+        return None if self.vision is None else self.vision.name_or_path
 
     @property
     def vision_model_revision(self) -> str | None:
         """Commit of the vision encoder on the Hub; `None` for a folder."""
-        return self.vision.revision
+        return None if self.vision is None else self.vision.revision
 
-    def check(self, name_or_path: str, revision: str | None, image_processor: BaseImageProcessor) -> None:
-        """Check that the features were computed by a vision encoder and its image processor.
+    @property
+    def width(self) -> int:
+        """Width of the features, Dv."""
+        return next(iter(self.layouts.values())).shape[1]
+
+    def check(self, name_or_path: str | None, revision: str | None, image_processor: BaseImageProcessor) -> None:
+        """Check that the features were computed by the vision encoder of a captioner and its image processor.
 
         Args:
-            name_or_path: id on the Hub, or a folder.
+            name_or_path: id on the Hub, or a folder; `None` for a captioner without a vision encoder, which takes the
+                features of any encoder.
             revision: branch, tag or commit on the Hub.
             image_processor: its image processor.
 
@@ -128,6 +143,14 @@ class FeatureStore:
             InputError: if other weights computed the features, or if the images were preprocessed in another way.
             OSError: if the model does not exist.
         """
+        if name_or_path is None:
+            return
+        if self.vision is None:
+            raise InputError(
+                f"The features in {str(self.folder)!r} do not say which encoder computed them, and the captioner has "
+                f"the vision encoder {name_or_path!r}: leave out --vision_model_name_or_path, or give it to "
+                "precompute_features.py."
+            )
         expected = VisionFingerprint.of(name_or_path, revision, image_processor)
         if not self.vision.has_same_weights(expected):
             raise InputError(
@@ -169,13 +192,13 @@ class FeatureStore:
 
 
 def finish_store(
-    folder: Path, vision: VisionFingerprint, dataset: dict[str, str | None], layouts: dict[str, SplitLayout]
+    folder: Path, vision: VisionFingerprint | None, dataset: dict[str, str | None], layouts: dict[str, SplitLayout]
 ) -> int:
     """Write the files that complete a store after all shards. The index is written last.
 
     Args:
         folder: the folder.
-        vision: vision encoder that computed the features.
+        vision: vision encoder that computed the features, if it is known.
         dataset: the data set, by the names of `DATASET_FIELDS`.
         layouts: the layout of each split.
 
@@ -197,7 +220,7 @@ def finish_store(
     write_atomically(folder / SKIPPED_NAME, "".join(f"{line}\n" for line in skipped))
     index = {
         "format": FORMAT,
-        "vision_model": asdict(vision),
+        "vision_model": None if vision is None else asdict(vision),
         "dataset": dataset,
         "splits": {
             name: {field: getattr(layout, field) for field in LAYOUT_FIELDS} for name, layout in layouts.items()

@@ -17,11 +17,24 @@ MAX_OPEN_FILES = 512  # per split; most systems allow a process 1024 in total
 MAX_FREE_BUFFERS = 4
 
 
+class PaddedFeatures(NamedTuple):
+    """Features of a batch of rows, as [`QFormerCaptioner`] takes them.
+
+    Attributes:
+        image_embeds: `[B, N, Dv]`. Shorter rows end in zeros.
+        image_attention_mask: bool `[B, N]`, `True` for a feature and `False` for padding; `None` if all rows are
+            equally long.
+    """
+
+    image_embeds: torch.Tensor
+    image_attention_mask: torch.Tensor | None
+
+
 class SplitFeatures:
-    """Precomputed features of the images of a split, in the order in which [`load_rows`] returns the rows.
+    """Precomputed features of the rows of a split, in the order in which [`load_rows`] returns the rows.
 
     The object can be pickled, and several threads can read from it. Its memory does not grow with the number of rows
-    that have been read.
+    that have been read. If rows differ in length, it holds the place of each view, which takes 8 bytes.
 
     Rows are read with `pread` instead of a memory map. Pages of a memory map count as memory of the process until it
     ends. With a map, a failing disk would also kill the process instead of raising an error.
@@ -31,8 +44,8 @@ class SplitFeatures:
         reasons: for each row without features, the reason.
 
     Attributes:
-        views (`int`): number of views of each image. View 0 is the whole image, the others are random crops.
-        shape (`tuple[int, int]`): `(N, Dv)` of one view.
+        views (`int`): number of views of each row. View 0 is the whole image, the others are random crops.
+        shape (`tuple[int | None, int]`): `(N, Dv)` of one view. N is `None` if views differ in length.
         dtype: `torch.float16` or `torch.float32`.
         present: bool `[rows]`, `False` for rows without features.
 
@@ -48,9 +61,15 @@ class SplitFeatures:
         self.reasons = reasons
         self._files: dict[int, tuple[IO[bytes], int]] = {}
         self._buffers = BufferPool()
-        self._offsets = [self._data_offset(shard) for shard in layout.shards]  # first, to check that all files exist
+        places = [self._locate(shard) for shard in layout.shards]  # first, to check that all files exist
+        self._positions = [position for position, _ in places]
+        # Each shard has one offset more than views. The view `i` of all is at `i + shard`.
+        offsets = [offsets for _, offsets in places if offsets is not None]
+        self._offsets = np.concatenate([np.zeros(0, np.int64), *offsets]) if layout.is_ragged else None
         self.present = np.ones(layout.rows, dtype=bool)
         self.present[list(reasons)] = False
+        if self._offsets is not None:
+            self._check_lengths()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}, "_buffers": BufferPool()}
@@ -94,38 +113,72 @@ class SplitFeatures:
         row, view = row if isinstance(row, tuple) else (row, 0)
         if not -len(self) <= row < len(self):
             raise IndexError(f"There are {len(self)} rows; row {row} does not exist.")
-        return self.read([row % len(self)], [view])[0]
+        return self.read([row % len(self)], [view]).image_embeds[0]
 
-    def read(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> torch.Tensor:
-        """Read the features of rows, in any order.
+    def read(self, rows: Sequence[int] | np.ndarray, views: Sequence[int] | np.ndarray | None = None) -> PaddedFeatures:
+        """Read the features of rows, in any order, and pad them to the length of the longest.
 
         Args:
             rows: numbers of the rows.
             views: number of the view of each row; by default 0, the whole image.
 
         Returns:
-            `[B, N, Dv]` in the dtype of the store. The data is copied once, from the files into the batch.
+            The features `[B, N, Dv]` in the dtype of the store, and their mask. The data is copied once, from the files
+            into the batch.
 
         Raises:
             IndexError: if a row or view does not exist.
             ValueError: if a row has no features.
             InputError: if a shard has been damaged since it was opened.
+
+        Example:
+
+        ```python
+        >>> embeds, mask = FeatureStore("features").split("train").read([5, 0, 17])  # doctest: +SKIP
+        >>> embeds.shape, mask.sum(dim=1)  # doctest: +SKIP
+        (torch.Size([3, 50, 768]), tensor([50, 31, 44]))
+        ```
         """
         rows = np.asarray(rows, dtype=np.int64)
         views = np.zeros_like(rows) if views is None else np.asarray(views, dtype=np.int64)
         self._check_indices(rows, views)
-        shards, places = np.divmod(rows, self.layout.rows_per_shard)
-        size = self.layout.view_bytes
-        positions = (places * self.views + views) * size
+        shards, starts, lengths = self._places(rows, views)
+        longest = lengths.max(initial=0).item()
+        mask = None if (lengths == longest).all() else np.arange(longest) < lengths[:, None]
+        size = self.layout.feature_bytes
         files = {shard: self._file(shard) for shard in np.unique(shards).tolist()}
-        array = self._buffers.take((len(rows), *self.shape), self.layout.dtype)
-        memory = memoryview(array.data).cast("B") if rows.size else memoryview(b"")
-        starts = range(0, len(rows) * size, size)
-        for start, shard, position in zip(starts, shards.tolist(), positions.tolist(), strict=True):
-            file, offset = files[shard]
-            if os.preadv(file.fileno(), [memory[start : start + size]], offset + position) != size:
+        array = self._buffers.take((len(rows), longest, self.shape[1]), self.layout.dtype)
+        if mask is not None:
+            array.fill(0)  # faster than to write only the padding, because the buffer is contiguous
+        memory = memoryview(array.data).cast("B") if array.size else memoryview(b"")
+        begins = range(0, array.nbytes, longest * size or 1)
+        places = zip(begins, shards.tolist(), (starts * size).tolist(), (lengths * size).tolist(), strict=True)
+        for begin, shard, start, num_bytes in places:
+            file, position = files[shard]
+            if os.preadv(file.fileno(), [memory[begin : begin + num_bytes]], position + start) != num_bytes:
                 raise damaged_file(self.layout.path(shard), "it is cut off")
-        return torch.from_numpy(array)
+        return PaddedFeatures(torch.from_numpy(array), None if mask is None else torch.from_numpy(mask))
+
+    def _places(self, rows: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return for each view its shard, the number of features in front of it in the shard, and its own number."""
+        shards, rows_in_shard = np.divmod(rows, self.layout.rows_per_shard)
+        if self._offsets is None:
+            lengths = np.full_like(rows, self.shape[0])
+            return shards, (rows_in_shard * self.views + views) * lengths, lengths
+        places = rows * self.views + views + shards
+        starts = self._offsets[places]
+        return shards, starts, self._offsets[places + 1] - starts
+
+    def _check_lengths(self) -> None:
+        """Check that every row which is not skipped has features, because attention to none of them is not defined."""
+        rows = np.repeat(np.flatnonzero(self.present), self.views)
+        lengths = self._places(rows, np.arange(len(rows)) % self.views)[2]
+        if not lengths.all():
+            shard, place = divmod(rows[lengths == 0][0].item(), self.layout.rows_per_shard)
+            raise InputError(
+                f"The file {str(self.layout.offsets_path(shard))!r} of the features has no features for its row "
+                f"{place}, which is not skipped: delete it, and give the same command of precompute_features.py again."
+            )
 
     def _check_indices(self, rows: np.ndarray, views: np.ndarray) -> None:
         if ((rows < 0) | (rows >= len(self)) | (views < 0) | (views >= self.views)).any():
@@ -140,13 +193,13 @@ class SplitFeatures:
         if opened is None:
             if len(self._files) >= MAX_OPEN_FILES:
                 self._files.pop(next(iter(self._files)), None)  # closed when no thread reads from it any more
-            opened = self.layout.path(shard).open("rb", buffering=0), self._offsets[shard]
+            opened = self.layout.path(shard).open("rb", buffering=0), self._positions[shard]
             self._files[shard] = opened
         return opened
 
-    def _data_offset(self, shard: int) -> int:
+    def _locate(self, shard: int) -> tuple[int, np.ndarray | None]:
         try:
-            return self.layout.data_offset(shard)
+            return self.layout.locate(shard)
         except (OSError, ValueError) as error:
             raise damaged_file(self.layout.path(shard), error) from error
 
@@ -162,8 +215,8 @@ class FeatureRef(NamedTuple):
     view: int
 
 
-def read_features(refs: Sequence[FeatureRef]) -> torch.Tensor:
-    """Read the features that references of one split point to: `[B, N, Dv]` in the dtype of the store.
+def read_features(refs: Sequence[FeatureRef]) -> PaddedFeatures:
+    """Read the features that references of one split point to, in the dtype of the store.
 
     Raises:
         InputError: if a shard is damaged.

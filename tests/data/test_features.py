@@ -28,6 +28,7 @@ from qformer_captioner.images_qformer import open_image
 
 from ..conftest import ROOT
 from ..fixtures import tiny
+from ..fixtures.feature_stores import command, with_embeddings
 from ..fixtures.hub_server import Hub
 
 ROWS, BROKEN = 19, 3  # of the split "train"
@@ -53,12 +54,6 @@ def pictures(tmp_path_factory):
     (folder / f"{BROKEN}.png").write_bytes(b"no picture")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
-
-
-def command(vision, data, output_dir, *more: str) -> list[str]:
-    """Return a command line with small batches and shards."""
-    words = ["--vision_model_name_or_path", str(vision), "--dataset_name", str(data), "--output_dir", str(output_dir)]
-    return [*words, "--batch_size", "3", "--rows_per_shard", "4", "--use_cpu", *more]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +89,7 @@ def test_features_and_images_give_the_same_loss(vision, pictures, tmp_path, dtyp
     images = load_rows(str(pictures))["train"][rows]["image"]
     pixel_values = model.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     text = {name: value for name, value in tiny.batch().items() if name != "pixel_values"}
-    embeds = FeatureStore(tmp_path / "store").split("train").read(rows)
+    embeds = FeatureStore(tmp_path / "store").split("train").read(rows).image_embeds
     from_images = model(pixel_values=pixel_values, **text).loss
     others = model(image_embeds=embeds[[1, 2, 0]].float(), **text).loss
     assert abs(model(image_embeds=embeds.float(), **text).loss - from_images) < tolerance
@@ -141,7 +136,7 @@ def test_the_current_folder_is_stored_by_its_absolute_path(vision, pictures, sto
     monkeypatch.chdir(pictures)
     precompute_features.precompute(command(vision, ".", tmp_path / "store", "--dtype", "float32"))
     assert FeatureStore(tmp_path / "store").dataset == FeatureStore(store).dataset
-    ours, theirs = (FeatureStore(each).split("dev").read(range(4)) for each in (tmp_path / "store", store))
+    ours, theirs = (FeatureStore(each).split("dev").read(range(4)).image_embeds for each in (tmp_path / "store", store))
     assert torch.equal(ours, theirs)
 
 
@@ -180,7 +175,7 @@ def test_another_seed_draws_other_views(views, vision, pictures, tmp_path):
 
 def test_one_read_returns_a_view_of_each_row(views):
     train = FeatureStore(views).split("train")
-    several = train.read([9, 2, 9], [1, 2, 0])
+    several = train.read([9, 2, 9], [1, 2, 0]).image_embeds
     assert torch.equal(several, torch.stack([train[9, 1], train[2, 2], train[9, 0]]))
 
 
@@ -299,7 +294,7 @@ def test_the_same_folder_with_other_weights_is_refused(vision, pictures, tmp_pat
 
 @pytest.mark.slow
 def test_commits_on_the_hub_are_stored_and_other_commits_are_refused(vision, tmp_path):
-    data = with_embeddings(tmp_path / "data", EMBEDDINGS.tolist())
+    data = with_embeddings(tmp_path / "data", torch.ones(7, 5, tiny.VISION_WIDTH).tolist())
     program = (
         "import sys\n"
         "import tests.conftest\n"
@@ -428,63 +423,6 @@ def test_a_model_that_cannot_be_loaded_is_named(pictures, tmp_path):
         precompute_features.precompute(command(tmp_path / "nowhere", pictures, tmp_path / "store"))
 
 
-# --- Embeddings of a column -------------------------------------------------------------------------------------------
-
-
-def with_embeddings(folder: Path, cells: list, features=None) -> Path:
-    """Write a data set with a column `own` of embeddings."""
-    folder.mkdir()
-    rows = {"caption": ["a"] * len(cells), "own": cells}
-    if features is not None:
-        features = datasets.Features({"caption": datasets.Value("string"), "own": features})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
-    return folder
-
-
-EMBEDDINGS = torch.randn(7, 5, tiny.VISION_WIDTH, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.mark.parametrize("kind", ["[D]", "[N, D]", "[1, N, D]", "Array2D"])
-def test_embeddings_of_a_column_are_features(vision, tmp_path, kind):
-    values = EMBEDDINGS[:, 0] if kind == "[D]" else EMBEDDINGS[:, None] if kind == "[1, N, D]" else EMBEDDINGS
-    column = datasets.Array2D(shape=(5, tiny.VISION_WIDTH), dtype="float32") if kind == "Array2D" else None
-    data = with_embeddings(tmp_path / "data", values.tolist(), column)
-    (Path(shutil.copytree(vision, tmp_path / "vision")) / "model.safetensors").write_bytes(b"never opened as weights")
-    words = command(tmp_path / "vision", data, tmp_path / "store", "--embeddings_column", "own", "--dtype", "float32")
-    precompute_features.precompute(words)
-    expected = EMBEDDINGS[:, :1] if kind == "[D]" else EMBEDDINGS
-    assert torch.equal(FeatureStore(tmp_path / "store").split("train").read(range(7)), expected)
-
-
-def test_a_row_without_embeddings_is_skipped_and_recorded(vision, tmp_path):
-    cells = EMBEDDINGS.tolist()
-    cells[2], cells[4][0][0] = None, float("nan")
-    data = with_embeddings(tmp_path / "data", cells)
-    precompute_features.precompute(command(vision, data, tmp_path / "store", "--embeddings_column", "own"))
-    train = FeatureStore(tmp_path / "store").split("train")
-    assert train.reasons == {2: "The row has no embeddings.", 4: "Its features are not finite."}
-    torch.testing.assert_close(train[5].float(), EMBEDDINGS[5], atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda cells: [*cells[:3], cells[3][:4], *cells[4:]], r"differ in shape: those of row 3 .* \[4, 24\], others"),
-        (lambda cells: [[[1.0, 2.0], [3.0]]], r"must hold numbers in lists .*, but row 0 of 'train' is list"),
-        (lambda cells: ["[1.0, 2.0]"], "must hold numbers in lists .* is string, not a list"),
-        (lambda cells: [[["a", "b"]]], "must hold numbers in lists"),
-        (lambda cells: [[cell, cell] for cell in cells], r"must hold numbers in lists .* of lengths \[2, 5, 24\]"),
-        (lambda cells: [[row[:10] for row in cell] for cell in cells], "have 10 numbers, and features of .* have 24"),
-        (lambda cells: [None, None], "The column 'own' of the split 'train' is empty"),
-        (lambda cells: [[[1e6] * 24]], "do not fit float16: use --dtype float32"),
-    ],
-)
-def test_a_column_without_embeddings_ends_in_one_sentence(vision, tmp_path, change, message):
-    data = with_embeddings(tmp_path / "data", change(EMBEDDINGS.tolist()))
-    with pytest.raises(InputError, match=message):
-        precompute_features.precompute(command(vision, data, tmp_path / "store", "--embeddings_column", "own"))
-
-
 # --- Reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -497,8 +435,9 @@ def made_up(folder: Path, rows: int, rows_per_shard: int) -> Path:
     """Write a store in which the features of each row are its number."""
     layout = layout_of(folder, rows, rows_per_shard)
     for shard in layout.shards:
-        own = np.array(layout.rows_of(shard), np.float16)[:, None, None, None]
-        layout.write(shard, [FeatureBatch(np.broadcast_to(own, (len(own), 1, 5, 24)), [])])
+        own = np.array(layout.rows_of(shard), np.float16)
+        values = np.repeat(own, 5)[:, None] * np.ones((1, 24), np.float16)
+        layout.write(shard, [FeatureBatch(values, np.full((len(own), 1), 5), [])])
     finish_store(folder, VisionFingerprint("org/vision", "1" * 40, None, {}), {}, {"train": layout})
     return folder
 
@@ -508,13 +447,13 @@ def test_a_store_may_have_more_shards_than_open_files_are_allowed(tmp_path, monk
     train = FeatureStore(made_up(tmp_path, 50, 4)).split("train")
     order = np.random.default_rng(0).permutation(50)
     for rows in (order, order[::-1]):
-        np.testing.assert_array_equal(train.read(rows)[:, 0, 0], rows)
+        np.testing.assert_array_equal(train.read(rows).image_embeds[:, 0, 0], rows)
     assert len(train._files) == 3
 
 
 def test_a_batch_stays_valid_when_more_is_read(tmp_path):
     train = FeatureStore(made_up(tmp_path, 50, 20)).split("train")
-    kept = [(row, train.read([row, 0])) for row in range(20)]
+    kept = [(row, train.read([row, 0]).image_embeds) for row in range(20)]
     kept = [(row, batch[0]) for row, batch in kept]  # a view keeps its batch alive
     train.read(range(20, 50))
     assert all((features == row).all() for row, features in kept)
@@ -522,11 +461,11 @@ def test_a_batch_stays_valid_when_more_is_read(tmp_path):
 
 def test_the_memory_of_a_batch_is_reused_when_its_last_tensor_is_gone(tmp_path):
     train = FeatureStore(made_up(tmp_path, 50, 20)).split("train")
-    first = train.read([1, 2, 3])
-    place, second = first.data_ptr(), train.read([4, 5, 6])
+    first = train.read([1, 2, 3]).image_embeds
+    place, second = first.data_ptr(), train.read([4, 5, 6]).image_embeds
     assert second.data_ptr() != place
     del first
-    assert train.read([7, 8]).data_ptr() == place
+    assert train.read([7, 8]).image_embeds.data_ptr() == place
 
 
 @pytest.mark.parametrize("row", [-1, 50])
@@ -541,8 +480,8 @@ def test_workers_read_the_same_rows(tmp_path):
     loader = torch.utils.data.DataLoader(
         range(50), batch_size=8, collate_fn=train.read, num_workers=2, multiprocessing_context="fork"
     )
-    assert torch.cat(list(loader))[:, 0, 0].tolist() == list(range(50))
-    assert torch.equal(pickle.loads(pickle.dumps(train)).read([3, 30]), train.read([3, 30]))
+    assert torch.cat([batch.image_embeds for batch in loader])[:, 0, 0].tolist() == list(range(50))
+    assert torch.equal(pickle.loads(pickle.dumps(train)).read([3, 30]).image_embeds, train.read([3, 30]).image_embeds)
 
 
 @pytest.mark.slow
@@ -565,7 +504,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_read(tmp_path):
         layout = layout_of(folder, rows, 100_000, shape=(4, 64))
         for shard in layout.shards:
             layout.write(shard, [])  # a header without features
-            os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard))
+            os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard, 4))
         finish_store(folder, VisionFingerprint("org/vision", "1" * 40, None, {}), {}, {"train": layout})
     read = [sys.executable, "-c", program, *map(str, folders)]
     done = subprocess.run(read, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -581,5 +520,5 @@ def test_paths_in_the_image_column_are_opened(vision, pictures, tmp_path, store)
     more = ["--dtype", "float32", "--image_folder", str(pictures)]
     precompute_features.precompute(command(vision, tmp_path / "data", tmp_path / "own", *more))
     ours, theirs = (FeatureStore(folder).split("train") for folder in (tmp_path / "own", store))
-    torch.testing.assert_close(ours.read(range(3)), theirs.read(range(3)))
+    torch.testing.assert_close(ours.read(range(3)).image_embeds, theirs.read(range(3)).image_embeds)
     assert open_image(paths["image"][0]).size == (40, 50)

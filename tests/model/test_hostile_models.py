@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from qformer_captioner import QFormerCaptioner, eval_captions, train_hf
 from qformer_captioner.common.errors import InputError, printable
 from qformer_captioner.common.run_folder import RunFolder
-from qformer_captioner.data.feature_shards import SplitLayout
+from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
 from qformer_captioner.data.feature_store import FeatureStore, finish_store
 from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 from qformer_captioner.hub.convert import convert, load_qformer
@@ -272,7 +272,7 @@ def store(folder, **changes):
     """Write a feature store of four rows whose index has other values."""
     layout = SplitLayout(folder / "train", rows=4, rows_per_shard=2, views=1, shape=(3, 5), dtype="float16")
     for shard in layout.shards:
-        layout.write(shard, [(np.zeros((2, 1, 3, 5), np.float16), [])])
+        layout.write(shard, [FeatureBatch(np.zeros((6, 5), np.float16), np.full((2, 1), 3), [])])
     names = ("name", "config_name", "revision", "split_column", "image_column", "image_folder", "embeddings_column")
     finish_store(folder, VisionFingerprint("model", None, None, {}), dict.fromkeys(names), {"train": layout})
     index = json.loads((folder / "index.json").read_text())
