@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 from ..backbones_qformer import dtype_of, load_backbone, loading_error, vision_config_of
 from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
+from ..vision_qformer import image_feature_size
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch, SplitLayout
 from .image_paths import ImageFolder
@@ -278,6 +279,6 @@ def feature_size_of(name_or_path: str, revision: str | None) -> int:
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-        return vision_config_of(config).hidden_size
+        return image_feature_size(vision_config_of(config))
     except (*UNUSABLE, OSError) as error:
         raise loading_error("vision_model", name_or_path, revision, error) from error
