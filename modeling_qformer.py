@@ -254,12 +254,7 @@ class QFormerEmbeddings(nn.Module):
 def split_windows(features: torch.Tensor, mask: torch.Tensor | None, window_size: int) -> torch.Tensor:
     """Cut sequences of features into windows, as the projector of Granite Speech does (transformers' `granite_speech`).
 
-    The last window is filled with zeros, to which the queries attend.
-
-    Args:
-        features (`[B, N, Dv]`): features.
-        mask (`[B, N]`, bool, *optional*): `False` for padding, which may be anywhere.
-        window_size (`int`): number of features in a window.
+    The last window is filled with zeros, to which the queries attend. Padding (`mask`, `[B, N]`, bool) may be anywhere.
 
     Returns:
         `[B*W, window_size, Dv]`: the W windows of each sequence.
@@ -269,6 +264,29 @@ def split_windows(features: torch.Tensor, mask: torch.Tensor | None, window_size
         features = features.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(features))
     features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % window_size))
     return features.reshape(-1, window_size, features.shape[-1])
+
+
+def mask_of_windows(mask: torch.Tensor | None, window_size: int, num_query_tokens: int) -> torch.Tensor | None:
+    """Return which queries belong to windows with features, `[B, N]` -> `[B, W*Q]`, or `None` if all of them do."""
+    if mask is None:
+        return None
+    starts = torch.arange(0, mask.shape[1], window_size, device=mask.device)  # [W]
+    of_windows = starts < mask.sum(dim=1, keepdim=True)  # [B, W]
+    return None if of_windows.all() else of_windows.repeat_interleave(num_query_tokens, dim=1)
+
+
+@dataclass
+class QFormerModelOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+    """Output of a Q-Former.
+
+    Args:
+        last_hidden_state (`[B, Q, Dq]`): outputs of the queries. With `window_size`, of the queries of all windows.
+        pooler_output (`[B, Dq]`): output of the first query.
+        query_attention_mask (`[B, Q]`, bool, *optional*): `False` for the queries of windows of padding. `None` if
+            there are no such windows.
+    """
+
+    query_attention_mask: torch.Tensor | None = None
 
 
 class QFormerModel(PreTrainedModel):
@@ -414,7 +432,7 @@ class QFormerModel(PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    ) -> QFormerModelOutput:
         """Compute the query outputs, which attend to image features.
 
         Args:
@@ -427,9 +445,7 @@ class QFormerModel(PreTrainedModel):
             kwargs: `output_hidden_states`, and `output_attentions` with eager attention.
 
         Returns:
-            An output with `last_hidden_state` (`[B, Q, Dq]`) and `pooler_output` (`[B, Dq]`, of the first query). With
-            `window_size`, Q is the number of queries of all windows, and [`~QFormerModel.query_attention_mask`] tells
-            which of them belong to padding.
+            A [`QFormerModelOutput`].
 
         Raises:
             ValueError: if the features have another width than `config.encoder_hidden_size`, or if the Q-Former cannot
@@ -444,19 +460,19 @@ class QFormerModel(PreTrainedModel):
         self._check_features(encoder_hidden_states)
         mask = self._check_mask(encoder_hidden_states, encoder_attention_mask)
         features = encoder_hidden_states.to(self.query_tokens.dtype)
-        batch_size = len(features)
+        batch_size = features.shape[0]  # `len` would be a constant for `torch.export`
         if self.config.num_frames > 1:
             features = self._add_frame_embeddings(features)
         if features.ndim == 4:
             features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)  # [B, F*N, Dv]
+        query_attention_mask = None
         if self.config.window_size is not None:  # from here on, a window is a row of the batch
+            query_attention_mask = mask_of_windows(mask, self.config.window_size, self.config.num_query_tokens)
             features, mask = split_windows(features, mask, self.config.window_size), None
-        windows = len(features) // batch_size
-        if windows > 1 and input_ids is not None:
-            input_ids = input_ids.repeat_interleave(windows, dim=0)
-        if windows > 1 and attention_mask is not None:
-            attention_mask = attention_mask.repeat_interleave(windows, dim=0)
-        queries = self.query_tokens.expand(len(features), -1, -1)  # [B, Q, Dq]
+            windows = features.shape[0] // batch_size
+            input_ids = None if input_ids is None else input_ids.repeat_interleave(windows, dim=0)
+            attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(windows, dim=0)
+        queries = self.query_tokens.expand(features.shape[0], -1, -1)  # [B, Q, Dq]
         hidden_states = queries if input_ids is None else torch.cat([queries, self._embed_prompt(input_ids)], dim=1)
         hidden_states = self.dropout(self.layernorm(hidden_states))  # [B, Q+P, Dq]
         masks: dict[str, Any] = {}  # in the form that the attention implementation expects
@@ -477,36 +493,9 @@ class QFormerModel(PreTrainedModel):
         queries = self.encoder(hidden_states, features, **masks, **kwargs)[:, : queries.shape[1]]
         if self.config.window_size is not None:
             queries = queries.reshape(batch_size, -1, queries.shape[-1])  # [B, windows*Q, Dq]
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
-
-    def query_attention_mask(self, encoder_attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Return which query outputs belong to windows with features, or `None` if all of them do.
-
-        Args:
-            encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): mask of the features.
-
-        Returns:
-            Bool `[B, Q]`, `False` for the queries of windows of padding. Only a Q-Former with `window_size` has such
-            queries.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from qformer_captioner import QFormerConfig, QFormerModel
-        >>> qformer = QFormerModel(QFormerConfig(num_hidden_layers=1, num_query_tokens=1, window_size=4))
-        >>> qformer.query_attention_mask(torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0]]))
-        tensor([[ True,  True],
-                [ True, False]])
-        ```
-        """
-        if self.config.window_size is None or encoder_attention_mask is None:
-            return None
-        lengths = encoder_attention_mask.bool().flatten(1).sum(dim=1)  # [B]
-        positions = encoder_attention_mask[0].numel()
-        starts = torch.arange(0, positions, self.config.window_size, device=lengths.device)  # [windows]
-        mask = (starts < lengths[:, None]).repeat_interleave(self.config.num_query_tokens, dim=1)
-        return None if mask.all() else mask
+        return QFormerModelOutput(
+            last_hidden_state=queries, pooler_output=queries[:, 0], query_attention_mask=query_attention_mask
+        )
 
     def _check_features(self, features: torch.Tensor) -> None:
         width = features.shape[-1]
@@ -798,7 +787,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
         Returns:
             `[B, Q, D]`, in the dtype of the projection. With `window_size`, Q is the number of queries of all windows,
-            and the vectors of windows of padding have no meaning ([`~QFormerModel.query_attention_mask`]).
+            and the vectors of windows of padding have no meaning. [`QFormerModelOutput`] tells which these are.
 
         Raises:
             ValueError: if both or neither of `pixel_values` and `image_embeds` are given, or the Q-Former does not
@@ -860,7 +849,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             vision_outputs=None if pixel_values is None else vision_outputs,
             qformer_outputs=qformer_outputs,
         )
-        return outputs, soft_prompt, self.qformer.query_attention_mask(mask)
+        # Other bridges, such as the Q-Former of the old scripts, have no windows.
+        return outputs, soft_prompt, qformer_outputs.get("query_attention_mask")
 
     def get_prefix(
         self,

@@ -80,16 +80,24 @@ class LegacyQFormer(nn.Module):
             return self.imgproj.in_features
         return self.query_tokens.shape[-1]
 
-    def forward(self, encoder_hidden_states: torch.Tensor, **prompt) -> BaseModelOutput:
+    def forward(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None, **prompt
+    ) -> BaseModelOutput:
         """Compute the queries for images.
 
         Args:
             encoder_hidden_states (`[B, N, Dv]`, float): image features.
+            encoder_attention_mask: must be `None`, because the old Q-Former read images of one size only.
             prompt: ignored; a [`QFormerModel`] takes a prompt here.
 
         Returns:
             `last_hidden_state` (`[B, Q, D]`, float).
+
+        Raises:
+            ValueError: if there is a mask.
         """
+        if encoder_attention_mask is not None:
+            raise ValueError("The Q-Former of the old scripts takes no mask of features: pass rows of one length.")
         image = self.imgproj(encoder_hidden_states.to(self.query_tokens.dtype))  # [B, N, D]
         queries = self.query_tokens.expand(len(image), -1, -1)  # [B, Q, D]
         for layer in self.layers:

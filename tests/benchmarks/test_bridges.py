@@ -6,13 +6,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from benchmarks import bridges
+from benchmarks.bridge_data import CaptionedFeatures, draw_batches, shuffled_rows
+from benchmarks.bridge_models import check_bridge, trainable_parameters
 from qformer_captioner import QFormerCaptioner
 from qformer_captioner.hub.legacy import LegacyCaptioner
 from qformer_captioner.training.bag_of_words import BagOfWordsLoss
 
-from ...benchmarks import bridges
-from ...benchmarks.bridge_data import CaptionedFeatures, draw_batches, shuffled_rows
-from ...benchmarks.bridge_models import check_bridge, trainable_parameters
 from ..fixtures import tiny
 
 SOFT_PROMPT_LENGTH = {"ours": 8, "old scripts": 16, "ClipCap": 10}

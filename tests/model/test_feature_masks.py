@@ -140,3 +140,11 @@ def test_wrong_features_are_named(inputs, message):
 
 def test_auto_model_builds_a_qformer_from_its_configuration():
     assert type(AutoModel.from_config(QFormerConfig(**tiny.QFORMER, num_frames=2))) is QFormerModel
+
+
+def test_the_queries_of_each_window_read_the_prompt():
+    model = tiny.captioner(use_qformer_text_input=True, window_size=5).qformer
+    prompt = dict(input_ids=torch.tensor([[3, 4, 5], [6, 7, 0]]), attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    features = torch.randn(2, 10, tiny.VISION_WIDTH)
+    windows = [model(features[:, start : start + 5], **prompt).last_hidden_state for start in (0, 5)]
+    torch.testing.assert_close(model(features, **prompt).last_hidden_state, torch.cat(windows, dim=1))
