@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .configuration_qformer import is_hub_id
+from .configuration_qformer import PrecomputedFeaturesConfig, is_hub_id
 from .weights_qformer import forget_tie, read_weights
 
 BACKBONES = ("vision_model", "language_model")
@@ -66,10 +66,10 @@ def embedding_weights(language_model: PreTrainedModel) -> torch.Tensor:
 
 
 class VisionModelPlaceholder(nn.Module):
-    """Placeholder for the vision encoder when training on precomputed features; holds no weights.
+    """Placeholder for the vision encoder of a captioner that reads precomputed features; holds no weights.
 
     Args:
-        config (`PreTrainedConfig`): configuration of the vision encoder.
+        config (`PreTrainedConfig`): configuration of the vision encoder, or of features without one.
         dtype (`torch.dtype`): dtype that the vision encoder would have.
     """
 
@@ -79,6 +79,11 @@ class VisionModelPlaceholder(nn.Module):
         self.nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)  # keeps dtype and device
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
+        if self.config.model_type == PrecomputedFeaturesConfig.model_type:
+            raise ValueError(
+                f"This captioner was trained on features and has no vision encoder for images: pass features of the "
+                f"width {self.config.hidden_size} as `image_embeds` to `generate` or `forward`."
+            )
         raise ValueError(
             "This captioner was loaded without its vision encoder and reads precomputed features (`image_embeds`). To "
             "show it images, call its `load_vision_model()` first."

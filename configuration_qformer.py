@@ -158,13 +158,46 @@ class QFormerConfig(PreTrainedConfig):
 
 
 @strict
+class PrecomputedFeaturesConfig(PreTrainedConfig):
+    r"""Configuration in the place of a vision encoder's, for a captioner that reads features of any other encoder.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the features.
+
+    Example:
+
+    ```python
+    >>> from qformer_captioner import QFormerCaptionerConfig
+    >>> config = QFormerCaptionerConfig(vision_config={"model_type": "precomputed_features", "hidden_size": 1280})
+    >>> config.qformer_config.encoder_hidden_size, config.has_vision_model
+    (1280, False)
+    ```
+    """
+
+    model_type = "precomputed_features"
+
+    hidden_size: int = 768
+
+    def validate_architecture(self) -> None:
+        """Check the width. transformers calls this method on construction and on saving.
+
+        Raises:
+            ValueError: if it is less than 1.
+        """
+        if self.hidden_size < 1:
+            raise ValueError(f"`hidden_size` must be at least 1, got {self.hidden_size}.")
+
+
+@strict
 class QFormerCaptionerConfig(PreTrainedConfig):
     r"""Configuration of a [`QFormerCaptioner`]: its three models, and where its two backbones came from.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
             Configuration of a vision encoder that `AutoModel` can build, with an output of shape `[B, N, hidden_size]`.
-            For a two-tower model (CLIP, SigLIP) it is the configuration of the vision tower.
+            For a two-tower model (CLIP, SigLIP) it is the configuration of the vision tower. For a captioner without a
+            vision encoder it is a [`PrecomputedFeaturesConfig`].
         qformer_config (`dict` or [`QFormerConfig`], *optional*):
             Configuration of the Q-Former. Its `encoder_hidden_size` is set to the width of the vision encoder.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to T5-small):
@@ -235,6 +268,9 @@ class QFormerCaptionerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.pop("tie_word_embeddings", None)  # that of the language model
+        vision = self.vision_config
+        if isinstance(vision, dict) and vision.get("model_type") == PrecomputedFeaturesConfig.model_type:
+            self.vision_config = PrecomputedFeaturesConfig.from_dict(vision)  # `AutoConfig` does not know the class
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
         if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: keep only the vision tower
             self.vision_config = self.vision_config.vision_config
@@ -253,6 +289,11 @@ class QFormerCaptionerConfig(PreTrainedConfig):
                 "AutoModelForMultimodalLM": "modeling_qformer.QFormerCaptioner",
                 "AutoProcessor": "processing_qformer.QFormerCaptionerProcessor",
             }
+
+    @property
+    def has_vision_model(self) -> bool:
+        """Return False for a captioner that reads only features, of an encoder that is not a part of it."""
+        return cast(PreTrainedConfig, self.vision_config).model_type != PrecomputedFeaturesConfig.model_type
 
     @property
     def tie_word_embeddings(self) -> bool:

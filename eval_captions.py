@@ -4,6 +4,7 @@
     python eval_captions.py --predictions results.json --references annotations.json --report report.html
     python eval_captions.py --model outputs/mine --benchmark coco_karpathy_test --output_dir outputs/coco
     python eval_captions.py --model outputs/mine --dataset_name my_folder --split dev --caption_column captions
+    python eval_captions.py --model outputs/mine --features outputs/features --split test
     torchrun --nproc_per_node 2 eval_captions.py --model outputs/mine --benchmark flickr30k_karpathy_test
 
 BLEU, ROUGE-L and CIDEr equal those of the COCO caption toolkit to 1e-12, without Java. Files may have any form that
@@ -181,7 +182,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     return EvaluationRun(
         captions=captions,
         references=references,
-        open_image=run.images.open,
+        open_image=None if run.images.rows is None else run.images.open,
         facts=facts,
         output=scoring.output or str(folder / "scores.json"),
         report=scoring.report or str(folder / "report.html"),

@@ -52,10 +52,16 @@ from .backbones_qformer import (
     is_frozen,
     language_model_from_config,
     load_backbone,
+    placeholder_for,
     untie_t5_head,
     vision_model_from_config,
 )
-from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
+from .configuration_qformer import (
+    PrecomputedFeaturesConfig,
+    QFormerCaptionerConfig,
+    QFormerConfig,
+    special_tokens_of,
+)
 from .generation_qformer import (
     MAX_NEW_TOKENS,
     check_generation_options,
@@ -405,7 +411,7 @@ class QFormerModel(PreTrainedModel):
         if encoder_hidden_size == self.config.encoder_hidden_size:
             return
         logger.warning(
-            f"The Q-Former attended to image features of width {self.config.encoder_hidden_size} and now gets features "
+            f"The Q-Former attended to features of width {self.config.encoder_hidden_size} and now gets features "
             f"of width {encoder_hidden_size}: {2 * len(self._cross_attentions())} of its weights are newly initialised."
         )
         self.config.encoder_hidden_size = encoder_hidden_size
@@ -506,8 +512,8 @@ class QFormerModel(PreTrainedModel):
             )
         if width != self.config.encoder_hidden_size:
             raise ValueError(
-                f"The image features have width {width}, but this Q-Former accepts width "
-                f"{self.config.encoder_hidden_size}. Compute them with the vision encoder that it was trained with."
+                f"The features have width {width}, but this Q-Former accepts width "
+                f"{self.config.encoder_hidden_size}. Compute them with the encoder that it was trained with."
             )
         if features.ndim == 4 and features.shape[1] > self.config.num_frames:
             raise ValueError(
@@ -658,7 +664,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
         if vision_model is None:
             vision_config = cast(PreTrainedConfig, config.vision_config)
-            vision_model = vision_model_from_config(vision_config, dtype("vision_model"))
+            build = vision_model_from_config if config.has_vision_model else placeholder_for
+            vision_model = build(vision_config, dtype("vision_model"))
         if language_model is None:
             text_config = cast(PreTrainedConfig, config.text_config)
             language_model = language_model_from_config(text_config, dtype("language_model"))
@@ -1076,9 +1083,10 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
     @classmethod
     def from_backbones(
         cls,
-        vision: str | os.PathLike,
+        vision: str | os.PathLike | None,
         language: str | os.PathLike,
         *,
+        encoder_hidden_size: int | None = None,
         vision_revision: str | None = None,
         language_revision: str | None = None,
         qformer: QFormerModel | None = None,
@@ -1094,7 +1102,9 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         r"""Join two pretrained models with a new or a given Q-Former and a new projection.
 
         Args:
-            vision, language (`str`): Hub ids or folders of a vision encoder and a language model.
+            vision, language (`str`): Hub ids or folders of a vision encoder and a language model. `vision` is `None`
+                for a captioner that reads only features (`image_embeds`), of any other encoder.
+            encoder_hidden_size (`int`, *optional*): width of the features, if `vision` is `None`.
             vision_revision, language_revision (`str`, *optional*): branches, tags or commits on the Hub.
             qformer ([`QFormerModel`], *optional*): pretrained Q-Former, which becomes a part of the captioner. Load one
                 with `qformer_captioner.hub.convert.load_qformer`. If it was trained with image features of another
@@ -1116,7 +1126,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         Raises:
             OSError: if a backbone cannot be fetched; the message names it.
             TypeError: for a keyword that is not a field of [`QFormerConfig`], fields beside a given `qformer`, or a
-                `qformer` that is not a [`QFormerModel`].
+                `qformer` that is not a [`QFormerModel`]. Also for neither a vision encoder nor a width, or for both.
             ValueError: if a Q-Former that reads the prompt has no `qformer_tokenizer`.
 
         Example:
@@ -1134,9 +1144,18 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 "The Q-Former reads the prompt: pass its tokenizer as `qformer_tokenizer`, such as "
                 '`AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")`.'
             )
-        vision_model = load_backbone(
-            "vision_model", os.fspath(vision), vision_revision, dtype, load_weights=load_vision_model
-        )
+        vision_model: PreTrainedModel | VisionModelPlaceholder
+        if vision is not None and encoder_hidden_size is None:
+            vision_model = load_backbone(
+                "vision_model", os.fspath(vision), vision_revision, dtype, load_weights=load_vision_model
+            )
+        elif vision is None and encoder_hidden_size is not None:
+            vision_model = placeholder_for(PrecomputedFeaturesConfig(hidden_size=encoder_hidden_size), dtype)
+        else:
+            raise TypeError(
+                "Pass either a vision encoder as `vision`, or `vision=None` and `encoder_hidden_size`, the width of "
+                "the features that another encoder computes."
+            )
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
         if qformer is not None:
@@ -1146,8 +1165,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             vision_config=copy.deepcopy(vision_model.config),
             qformer_config=copy.deepcopy(qformer_config),
             text_config=copy.deepcopy(language_model.config),
-            vision_model_name_or_path=vision_model.config.name_or_path,
-            vision_model_revision=commit_of(vision, vision_revision),
+            vision_model_name_or_path=vision_model.config.name_or_path or None,
+            vision_model_revision=None if vision is None else commit_of(vision, vision_revision),
             language_model_name_or_path=language_model.config.name_or_path,
             language_model_revision=commit_of(language, language_revision),
             freeze_vision_model=freeze_vision_model,
@@ -1163,7 +1182,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         )
         model.processor.qformer_tokenizer = qformer_tokenizer
         model._fit_to_backbones()
-        model._keep_by_reference(model.frozen_backbones())
+        frozen = model.frozen_backbones()
+        model._keep_by_reference([part for part in frozen if part != "vision_model" or vision is not None])
         model._take_fingerprints(BACKBONES)
         return model.eval()
 

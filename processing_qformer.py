@@ -12,7 +12,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ViTImageProcessorPil,
+)
 from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
@@ -46,14 +53,25 @@ CARD = """---
 
 # {{ name }}
 
+{% if feature_width %}
+A captioner of features: a Q-Former turns features of the width {{ feature_width }} into a short soft prompt, which a
+language model reads. The encoder of the features is not a part of it.
+{% else %}
 An image captioning model: a Q-Former turns the features of a vision encoder into a short soft prompt, which a language
-model reads. It was made with the package qformer-captioner.
+model reads.
+{% endif %}
+It was made with the package qformer-captioner.
 
 ```python
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+{% if feature_width %}
+token_ids = model.generate(image_embeds=features)  # [B, N, {{ feature_width }}]
+print(model.processor.batch_decode(token_ids, skip_special_tokens=True))
+{% else %}
 print(model.caption("image.png"))
+{% endif %}
 ```
 
 `trust_remote_code=True` runs Python files of this repository: read them, and pin what you read with `revision="..."`.
@@ -80,18 +98,23 @@ class PushWithCard(PushToHubMixin):
 
     transformers creates a card with empty sections, "[More Information Needed]", for every new repository. Its
     `push_to_hub` has no argument for a card, so the mixin replaces that card before the upload.
+
+    Attributes:
+        feature_width (`int`, *optional*): width of the features of a captioner without a vision encoder.
     """
+
+    feature_width: int | None = None
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         card = os.path.join(working_dir, "README.md")
         if os.path.exists(card) and "[More Information Needed]" in ModelCard.load(card).text:
             data = ModelCardData(
                 library_name="transformers",
-                pipeline_tag="image-text-to-text",
-                tags=["image-captioning", "q-former", "qformer-captioner"],
+                pipeline_tag=None if self.feature_width else "image-text-to-text",
+                tags=[*([] if self.feature_width else ["image-captioning"]), "q-former", "qformer-captioner"],
             )
-            name = repo_id.split("/")[-1]
-            ModelCard.from_template(data, template_str=CARD, repo_id=repo_id, name=name).save(card)
+            name, width = repo_id.split("/")[-1], self.feature_width
+            ModelCard.from_template(data, template_str=CARD, repo_id=repo_id, name=name, feature_width=width).save(card)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
@@ -178,7 +201,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
     @classmethod
     def from_backbones(
         cls,
-        vision: str | os.PathLike,
+        vision: str | os.PathLike | None,
         language: str | os.PathLike,
         vision_revision: str | None = None,
         language_revision: str | None = None,
@@ -188,7 +211,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         """Join the image processor of one pretrained model and the tokenizer of another.
 
         Args:
-            vision, language (`str`): Hub ids or folders.
+            vision, language (`str`): Hub ids or folders. `vision` is `None` for a captioner that reads only features,
+                which refuses the images that its processor prepares.
             vision_revision, language_revision (`str`, *optional*): branch, tag or commit.
             prompt (`str`, defaults to `""`): default text between the image and the caption.
             is_encoder_decoder (`bool`, defaults to `False`): whether the language model is an encoder-decoder.
@@ -196,8 +220,13 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         Raises:
             OSError: if the image processor or the tokenizer cannot be fetched.
         """
+        image_processor: Any = ViTImageProcessorPil()  # transformers knows no processor of images without one
+        if vision is not None:
+            image_processor = AutoImageProcessor.from_pretrained(
+                vision, revision=vision_revision, trust_remote_code=False
+            )
         return cls(
-            AutoImageProcessor.from_pretrained(vision, revision=vision_revision, trust_remote_code=False),
+            image_processor,
             AutoTokenizer.from_pretrained(language, revision=language_revision, trust_remote_code=False),
             prompt=prompt,
             is_encoder_decoder=is_encoder_decoder,

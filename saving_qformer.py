@@ -69,6 +69,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         self._fingerprints = {}
         self._reported_backbones = set()
         self._was_loaded = False  # a captioner that was loaded keeps the name of its source
+        if not config.has_vision_model:
+            self.feature_width = cast(PreTrainedConfig, config.vision_config).hidden_size
 
     # --- Backbones ----------------------------------------------------------------------------------------------------
 
@@ -83,10 +85,12 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def load_vision_model(self) -> None:
         """Fetch the vision encoder of a captioner that was loaded without it; otherwise do nothing.
 
+        A captioner that was trained on features of an unknown encoder has no vision encoder to fetch.
+
         Raises:
             OSError: if the vision encoder cannot be fetched; the message names it.
         """
-        if isinstance(self.vision_model, VisionModelPlaceholder):
+        if isinstance(self.vision_model, VisionModelPlaceholder) and self.config.has_vision_model:
             name, revision = self.config.vision_model_name_or_path, self.config.vision_model_revision
             vision_model = load_backbone("vision_model", str(name), revision, dtype_of(self.vision_model))
             vision_model.to(self.device)  # type: ignore[arg-type]
@@ -274,7 +278,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
                     f"The captioner {str(source)!r} keeps {part!r} by reference but does not name it. Save it again "
                     "with `include_backbones=True`."
                 )
-        if not load_vision_model and not (config.freeze_vision_model and config.vision_model_name_or_path):
+        can_be_left_out = config.freeze_vision_model and config.vision_model_name_or_path
+        if not load_vision_model and config.has_vision_model and not can_be_left_out:
             raise ValueError(
                 f"The captioner {str(source)!r} has its own vision encoder and cannot be loaded without it: "
                 "leave out `load_vision_model=False`."
@@ -303,7 +308,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             adapter in the same folder, which [`from_pretrained`] loads later.
         """
         parts = set(config.referenced_backbones or [])
-        if not load_vision_model:
+        if not load_vision_model and config.has_vision_model:
             parts.add("vision_model")
         if not parts and not has_adapter:
             cls._check_size(source, config, count_weights(source, **files))

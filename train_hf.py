@@ -157,7 +157,11 @@ def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
     logger.info("The captioner is in %s%s. To use it:\n", run.output_dir, pictures)
     logger.info("    from transformers import AutoModel")
     logger.info("    model = AutoModel.from_pretrained(%r, trust_remote_code=True)", str(run.output_dir))
-    logger.info('    print(model.caption("image.png"))')
+    if run.features is not None and run.features.vision is None:
+        logger.info("    token_ids = model.generate(image_embeds=features)  # [B, N, %d]", run.features.width)
+        logger.info("    print(model.processor.batch_decode(token_ids, skip_special_tokens=True))")
+    else:
+        logger.info('    print(model.caption("image.png"))')
     if run.training_args.push_to_hub:
         with explain_push(run, str(trainer.hub_model_id)):
             trainer.push_to_hub()

@@ -1,10 +1,12 @@
-r"""Caption images.
+r"""Caption images, or features of a captioner that was trained on features.
 
     qformer-captioner caption dog.jpg cat.jpg --model outputs/scenes
     qformer-captioner caption photos "more/**/*.png" --model USER/CAPTIONER --prompt "a photo of" --num_beams 5 \
         --output captions.jsonl
+    qformer-captioner caption "proteins/*.npy" --model outputs/proteins
 
-IMAGE is a file, a folder (all images in it and below it), a pattern or a URL. Each caption is printed as a line
+IMAGE is a file, a folder (all images in it and below it), a pattern or a URL. A file of numpy (.npy) holds features
+`[N, D]`, of which N may differ. Each caption is printed as a line
 `file: caption` as soon as it exists. For an image that cannot be read, an error is printed, and the other images are
 captioned.
 """
@@ -31,11 +33,14 @@ from ..evaluation.caption_files import ImageId, write_predictions
 from ..hub.load import load_captioner
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..modeling_qformer import QFormerCaptioner
 
 # torch and the model take seconds to import, so only the functions that use them import them.
 
 
+FEATURES_SUFFIX = ".npy"
 MAX_PATTERN = 4096  # characters; longer text is an image in base64 or a mistake, and `glob` would fail on it
 
 
@@ -46,7 +51,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
         InputError: if an option does not exist or has a value that is not valid.
     """
     parser = CommandParser(description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder, pattern or URL.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder, pattern or URL; .npy for features.")
     parser.add_argument("--model", required=True, help="Captioner or adapter, as a Hub id or folder.")
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
     parser.add_argument("--prompt", help="Text that the captions continue; by default the captioner's own prompt.")
@@ -107,28 +112,43 @@ def caption_files(
 
     Args:
         model: the captioner.
-        files: paths of images.
+        files: paths of images, or of features.
         prompt: text that the captions continue; by default the captioner's own prompt.
         batch_size: number of images per batch.
         generation: options of the captioner's `generate`.
 
     Yields:
-        Each file with its caption, or with the error for an image that cannot be read.
+        Each file with its caption, or with the error for an image or features that cannot be read.
     """
     from ..common.onednn import onednn_linears
+    from ..data.features import load_features, pad_features
+    from ..evaluation.inference import caption_features
     from ..images_qformer import open_image
 
+    width = model.qformer.config.encoder_hidden_size
     for start in range(0, len(files), batch_size):
         images: dict[str, Image.Image] = {}
+        features: dict[str, np.ndarray] = {}
         for file in files[start : start + batch_size]:
             try:
-                images[file] = open_image(file)
+                if file.lower().endswith(FEATURES_SUFFIX):
+                    features[file] = load_features(file, width)
+                elif model.config.has_vision_model:
+                    images[file] = open_image(file)
+                else:
+                    raise OSError(
+                        f"The captioner was trained on features and has no vision encoder for {file!r}: name files of "
+                        f"features ({FEATURES_SUFFIX})."
+                    )
             except OSError as error:
                 yield file, error
-        if images:
-            with onednn_linears(model.device):
-                captions = model.caption(list(images.values()), prompt, **generation)
-            yield from zip(images, captions, strict=True)
+        with onednn_linears(model.device):
+            if images:
+                yield from zip(images, model.caption(list(images.values()), prompt, **generation), strict=True)
+            if features:
+                prompts = [prompt or ""] * len(features)
+                captions = caption_features(model, pad_features(list(features.values())), prompts, **generation)
+                yield from zip(features, captions, strict=True)
 
 
 def print_captions(results: Iterable[tuple[str, str | OSError]], bar: tqdm) -> Iterator[tuple[str, str]]:

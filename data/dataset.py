@@ -1,5 +1,6 @@
 """Data set of images with captions, read row by row."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,9 +117,12 @@ class CaptionDataset(Dataset[CaptionRow]):
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared with the workers of a data loader
         self.images = None
         if source.image_column in self.rows.column_names:
-            self.images = undecoded_images(
-                self.rows, source.image_column, option=f"--{source.option_prefix}image_column"
-            )
+            # Rows that were stored without images may have another kind of column under this name.
+            is_optional = features is not None and not features.have_keys
+            with contextlib.suppress(InputError) if is_optional else contextlib.nullcontext():
+                self.images = undecoded_images(
+                    self.rows, source.image_column, option=f"--{source.option_prefix}image_column"
+                )
         self.row_of: list[int] = []  # of each text
         self.prompts: list[str] = []
         self.captions: list[list[str]] = []
@@ -175,11 +179,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         return [cell and (cell["path"], hash(cell["bytes"])) for cell in cells[column]]
 
     def _check_features(self, features: SplitFeatures) -> None:
-        if len(features) < len(self.rows):
-            raise InputError(
-                f"The {self.split} split has {len(self.rows)} rows, but features exist for only {len(features)} of "
-                "them: precompute them again."
-            )
+        features.check_length(self.split, len(self.rows))
         if self.images is not None:
             features.check_rows(self.images, self.source.image_column)
 

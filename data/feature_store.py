@@ -126,6 +126,19 @@ class FeatureStore:
         return None if self.vision is None else self.vision.revision
 
     @property
+    def dataset_options(self) -> dict[str, str]:
+        """Options of the commands that name the data set, such as `dataset_name`, without those that are not set."""
+        options = {
+            "dataset_name": self.dataset["name"],
+            "dataset_config_name": self.dataset["config_name"],
+            "dataset_revision": self.dataset["revision"],
+            "split_column": self.dataset["split_column"],
+            "image_column": self.dataset["image_column"],
+            "image_folder": self.dataset["image_folder"],
+        }
+        return {option: value for option, value in options.items() if value is not None}
+
+    @property
     def width(self) -> int:
         """Width of the features, Dv."""
         return next(iter(self.layouts.values())).shape[1]

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 
-from ..common.errors import InputError
+from ..common.errors import InputError, one_line
 from .feature_shards import SplitLayout, damaged_file
 from .images import image_keys
 
@@ -77,6 +77,30 @@ class SplitFeatures:
     def __len__(self) -> int:
         return self.layout.rows
 
+    def check_length(self, split: str, num_rows: int) -> None:
+        """Check that there are features for all rows of a split.
+
+        Raises:
+            InputError: if there are fewer rows of features.
+        """
+        if len(self) < num_rows:
+            raise InputError(
+                f"The {split} split has {num_rows} rows, but features exist for only {len(self)} of them: precompute "
+                "them again."
+            )
+
+    def versions(self, rows: Sequence[int]) -> list[str]:
+        """Return a text for each row that changes if its file of features is replaced."""
+        shards = {row // self.layout.rows_per_shard for row in rows}
+        status = {shard: self.layout.path(shard).stat() for shard in shards}
+        texts = {shard: f"{file.st_size}-{file.st_mtime_ns}" for shard, file in status.items()}
+        return [f"{row}-{texts[row // self.layout.rows_per_shard]}" for row in rows]
+
+    @property
+    def have_keys(self) -> bool:
+        """`True` if the features were computed from images, whose keys are stored."""
+        return self.layout.keys_path.is_file()
+
     def check_rows(self, images: datasets.Dataset, column: str) -> None:
         """Check that the features belong to these rows. The store may have features of additional rows after them.
 
@@ -87,9 +111,9 @@ class SplitFeatures:
         Raises:
             InputError: if the features belong to other images, or to the same images in another order.
         """
-        path = self.layout.keys_path
-        if not path.is_file():
+        if not self.have_keys:
             return
+        path = self.layout.keys_path
         try:
             keys = np.lib.format.open_memmap(path, mode="r")
             if keys.ndim != 1 or keys.dtype != np.uint64:
@@ -223,6 +247,43 @@ def read_features(refs: Sequence[FeatureRef]) -> PaddedFeatures:
     """
     features, rows, views = zip(*refs, strict=True)
     return features[0].read(rows, views)
+
+
+def load_features(path: str | os.PathLike, width: int) -> np.ndarray:
+    """Load the features of one row from a file of numpy.
+
+    Args:
+        path: the file, with an array `[N, D]`, `[1, N, D]` or `[D]`.
+        width: width of the features, D.
+
+    Returns:
+        float32 `[N, D]`.
+
+    Raises:
+        OSError: if the file cannot be read, or holds something else; the message names it.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        reason = one_line(error, 200).removesuffix(".")
+        raise OSError(f"The features {str(path)!r} cannot be read: {reason}.") from error
+    features = array[0] if array.ndim == 3 and len(array) == 1 else np.atleast_2d(array)
+    if features.dtype.kind not in "iuf" or features.ndim != 2 or 0 in features.shape or features.shape[1] != width:
+        raise OSError(
+            f"The features {str(path)!r} are {array.dtype} {list(array.shape)}, and the captioner reads numbers in an "
+            f"array [N, {width}]."
+        )
+    if not np.isfinite(features).all():
+        raise OSError(f"The features {str(path)!r} hold NaN or infinity: compute them again.")
+    return features.astype(np.float32)
+
+
+def pad_features(rows: Sequence[np.ndarray]) -> PaddedFeatures:
+    """Return rows `[N, Dv]` of any lengths as one batch, padded with zeros."""
+    lengths = torch.tensor([len(row) for row in rows])
+    features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
+    mask = torch.arange(features.shape[1]) < lengths[:, None]
+    return PaddedFeatures(features, None if mask.all() else mask)
 
 
 class BufferPool:

@@ -20,6 +20,7 @@ COLUMN_OPTIONS = (
     "caption_column",
     "prompt_column",
     "image_id_column",
+    "features",
 )
 
 
@@ -91,6 +92,9 @@ class CaptioningArguments:
     benchmark: str | None = option(None, "Standard benchmark to caption, such as coco_karpathy_test.", "data")
     dataset_name: str | None = option(
         None, "Your own data (Hub id, folder or file), or with --benchmark a copy of the benchmark.", "data"
+    )
+    features: str | None = option(
+        None, "Folder of precomputed features to caption. By default, its data set holds the references.", "data"
     )
     dataset_config_name: str | None = option(None, "Configuration of your data set.", "data")
     dataset_revision: str | None = option(None, "Branch, tag or commit of your data set on the Hub.", "data")
@@ -185,7 +189,8 @@ def _check_what_to_score(scoring: ScoringArguments, captioning: CaptioningArgume
     has_files = captioning.model is None  # captioning writes the files of predictions and references itself
     if has_predictions != has_files or has_references != has_files:
         raise InputError(
-            "Say what to score: --predictions with --references, or --model with --benchmark or --dataset_name."
+            "Say what to score: --predictions with --references, or --model with --benchmark, --dataset_name or "
+            "--features."
         )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from ..common.errors import InputError, one_line
 from ..data.columns import missing_column, with_nested_columns
 from ..data.dataset import CaptionSource, no_caption
+from ..data.features import FeatureRef, SplitFeatures
 from ..data.image_paths import ImageFolder, folder_of_images
 from ..data.images import file_of_image, image_keys, open_cell, undecoded_images
 from ..data.loading import load_rows
@@ -110,23 +111,25 @@ BENCHMARKS = {
 
 @dataclass
 class EvaluationSet:
-    """Images to caption, by id, with their references.
+    """Images, or precomputed features, to caption, by id, with their references.
 
     Args:
         references: the references of the images.
-        rows: a data set of one column, which holds undecoded images.
+        rows: a data set of one column, which holds undecoded images. `None` for features of rows without images.
         row_of: for each image, the index of its row. Images are captioned in this order.
         image_folder: where paths of images start, and where they may lead; `None` allows any path.
-        skipped: images that are left out because they have no caption.
+        skipped: images that are left out because they have no caption, or no features.
         prompts: prompt of each image that has its own.
+        features: features to caption instead of the images.
     """
 
     references: ReferenceSet
-    rows: datasets.Dataset
+    rows: datasets.Dataset | None
     row_of: dict[ImageId, int]
     image_folder: ImageFolder | None = None
     skipped: list[FaultyImage] = field(default_factory=list)
     prompts: dict[ImageId, str] = field(default_factory=dict)
+    features: SplitFeatures | None = None
 
     @property
     def num_images(self) -> int:
@@ -137,7 +140,19 @@ class EvaluationSet:
         """Return the number of images and captions, and the number of images of each domain."""
         domains = sorted(Counter(self.references.domains.values()).items())
         parts = "".join(f", {count} {domain}" for domain, count in domains)
-        return f"{len(self.row_of)} images, {self.references.num_captions} captions{parts}"
+        kind = "images" if self.features is None else "rows of features"
+        return f"{len(self.row_of)} {kind}, {self.references.num_captions} captions{parts}"
+
+    def read(self, image: ImageId) -> Image.Image | FeatureRef:
+        """Return an image, or a reference to its features.
+
+        Args:
+            image: id of the image.
+
+        Raises:
+            OSError: if it cannot be read; the message names it.
+        """
+        return self.open(image) if self.features is None else FeatureRef(self.features, self.row_of[image], view=0)
 
     def open(self, image: ImageId) -> Image.Image:
         """Open an image.
@@ -146,8 +161,10 @@ class EvaluationSet:
             image: id of the image.
 
         Raises:
-            OSError: if it cannot be read; the message names it.
+            OSError: if it cannot be read, or there are only features; the message names it.
         """
+        if self.rows is None:
+            raise OSError(f"The row {image!r} has features and no image.")
         (cell,) = self.rows[self.row_of[image]].values()
         return open_cell(cell, self.image_folder)
 
@@ -162,8 +179,14 @@ class EvaluationSet:
     def fingerprints(self) -> dict[ImageId, str]:
         """Return a text for each image that changes if the image or its prompt is replaced.
 
-        It holds a hash of the image's name and size in the data set, the size and time of its file, and its prompt.
+        It holds a hash of the image's name and size in the data set, the size and time of its file, and its prompt. For
+        features, it holds the row, and size and time of the file of features.
         """
+        if self.features is not None:
+            versions = self.features.versions(list(self.row_of.values()))
+            pairs = zip(self.row_of, versions, strict=True)
+            return {image: f"{version}{self.prompts.get(image, '')}" for image, version in pairs}
+        assert self.rows is not None, "without features there are images"
         rows = self.rows.select(self.row_of.values())
         (column,) = rows.column_names
         keys = image_keys(rows, column).tolist()
@@ -275,7 +298,10 @@ def read_domains(url: str) -> dict[str, str]:
 
 
 def load_evaluation_set(
-    source: CaptionSource, row_per_caption: bool = True, hidden_references: bool = False
+    source: CaptionSource,
+    row_per_caption: bool = True,
+    hidden_references: bool = False,
+    features: SplitFeatures | None = None,
 ) -> EvaluationSet:
     """Return the images and references of a split. An image with several prompts is one image for each prompt.
 
@@ -284,6 +310,8 @@ def load_evaluation_set(
             of its first row. Rows with the same file and the same prompt then belong to one image.
         row_per_caption: accept several rows for one image, each with some of its captions.
         hidden_references: keep images without captions. Otherwise they are left out, and listed in the result.
+        features: precomputed features of the rows, to caption instead of the images. Rows without features are left
+            out, too.
 
     Raises:
         InputError: for a column that does not exist or holds no images, or an id that is not valid. Also for an image
@@ -291,12 +319,13 @@ def load_evaluation_set(
     """
     image_column, id_column = source.image_column, source.image_id_column
     rows = with_nested_columns(source.rows, image_column)
-    for option, column in (("image_column", image_column), ("image_id_column", id_column)):
+    needed = {"image_column": image_column if features is None else None, "image_id_column": id_column}
+    for option, column in needed.items():
         if column is not None and column not in rows.column_names:
             raise missing_column(column, rows.column_names, option)
     texts = list(rows_of_texts(rows, source.caption_column, source.prompt_column))
-    images = undecoded_images(rows, image_column, "--image_column")
-    cells = images[image_column]
+    images = images_of(rows, image_column, features, source.name)
+    cells = [None] * len(rows) if images is None else images[image_column]
     ids = _ids_by_file(cells, texts) if id_column is None else _ids_in_column(rows, id_column, texts)
     captions: dict[ImageId, list[str]] = {}
     row_of: dict[ImageId, int] = {}
@@ -316,11 +345,19 @@ def load_evaluation_set(
         raise InputError(f"{len(repeated)} images occur more than once; the first of them is {repeated[0]!r}.")
     paths = {image: file_of_image(cells[row]) for image, row in row_of.items()}
     names = {image: os.path.basename(path) for image, path in paths.items() if path}
-    usable = [image for image, texts in captions.items() if texts or hidden_references]
-    if not usable:
+    if not any(captions.values()) and not hidden_references:
         raise no_caption(source)
-    unusable = [image for image, texts in captions.items() if not (texts or hidden_references)]
-    skipped = [FaultyImage(image, str(names.get(image, image)), reasons[image]) for image in unusable]
+    missing = {image for image, texts in captions.items() if not (texts or hidden_references)}
+    for image, row in row_of.items():
+        if features is not None and row in features.reasons and image not in missing:
+            reasons[image] = f"no features: {features.reasons[row]}"
+            missing.add(image)
+    usable = [image for image in captions if image not in missing]
+    if not usable:
+        raise InputError(f"No row of the {source.name} split with a caption has features.")
+    skipped = [
+        FaultyImage(image, str(names.get(image, image)), reasons[image]) for image in captions if image in missing
+    ]
     references = ReferenceSet(captions, names).select(usable)
     return EvaluationSet(
         references,
@@ -329,7 +366,26 @@ def load_evaluation_set(
         source.image_folder,
         skipped,
         {image: prompts[image] for image in usable if prompts[image]},
+        features,
     )
+
+
+def images_of(
+    rows: datasets.Dataset, column: str, features: SplitFeatures | None, split: str
+) -> datasets.Dataset | None:
+    """Return the undecoded images of rows, or `None` for rows that have only features.
+
+    Raises:
+        InputError: if the column does not hold images, or the features belong to other rows.
+    """
+    if features is None:
+        return undecoded_images(rows, column, "--image_column")
+    features.check_length(split, len(rows))
+    if not features.have_keys:
+        return None
+    images = undecoded_images(rows, column, "--image_column")
+    features.check_rows(images, column)
+    return images
 
 
 def _ids_in_column(rows: datasets.Dataset, column: str, texts: Sequence[tuple[int, Text]]) -> list[ImageId]:

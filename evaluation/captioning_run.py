@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..common.logging import get_logger
 from ..common.run_folder import RunFolder
 from ..data.caption_forms import VizWizRules
 from ..data.dataset import CaptionSource
+from ..data.feature_store import FeatureStore
 from ..data.image_paths import folder_of_images
 from ..data.loading import load_rows
 from ..data.skipped_rows import SkippedRows
@@ -88,6 +89,7 @@ class CaptioningRun:
             "dtype": self.args.dtype,
             "benchmark": self.args.benchmark,
             "dataset": self.args.dataset_name or dataset_name,
+            "features": self.args.features,
             "split": self.split,
             "max_samples": self.args.max_samples,
             "prompt": self.prompt or (processor.prompt if processor is not None else ""),
@@ -128,15 +130,25 @@ def resolve_run(
     """
     if args.model is None:
         raise InputError("Say which captioner captions: --model.")
+    store = None if args.features is None else FeatureStore(args.features)
+    if store is not None and args.dataset_name is None:
+        options = store.dataset_options
+        image_folder = image_folder or options.pop("image_folder", None)
+        args = replace(args, **options)  # type: ignore[arg-type]  # all of them are strings
+    assert args.model is not None, "it is not an option of the data set"
     if args.benchmark is None and args.dataset_name is None:
-        raise InputError(f"Say what to caption: --dataset_name, or --benchmark {', '.join(BENCHMARKS)}.")
+        raise InputError(f"Say what to caption: --dataset_name, --features, or --benchmark {', '.join(BENCHMARKS)}.")
     benchmark = None if args.benchmark is None else get_benchmark(args.benchmark)
     state = start_processes(args.use_cpu)
     disable_progress_bar()  # for loading weights
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_captioner(args.model, args.revision, dtype).to(state.device)
+    if store is not None:
+        config, processor = model.config, model.processor
+        assert processor is not None, "load_captioner checks it"
+        store.check(config.vision_model_name_or_path, config.vision_model_revision, processor.image_processor)
     skipped_rows = SkippedRows()
-    split, whole_split = load_images(args, image_folder, skipped_rows, rules)
+    split, whole_split = load_images(args, image_folder, skipped_rows, rules, store)
     return CaptioningRun(
         args=args,
         benchmark=benchmark,
@@ -164,6 +176,7 @@ def load_images(
     image_folder: str | None,
     skipped: SkippedRows | None = None,
     rules: VizWizRules | None = None,
+    store: FeatureStore | None = None,
 ) -> tuple[str, EvaluationSet]:
     """Return the name of the split, and its images and references.
 
@@ -172,6 +185,7 @@ def load_images(
         image_folder: folder of the images, if it is not the folder of the data set.
         skipped: record of the rows that belong to no split, and of rejected captions.
         rules: rules for the captions of VizWiz.
+        store: precomputed features to caption instead of images.
 
     Raises:
         InputError: if the benchmark, the data set, the split or a column does not exist, or a file cannot be read.
@@ -190,7 +204,8 @@ def load_images(
         name, args.dataset_config_name, args.split_column, revision=args.dataset_revision, skipped=skipped, rules=rules
     )
     only_split = next(iter(splits)) if len(splits) == 1 else "test"
-    split = args.split or default_eval_split(splits, prefer_test=True) or only_split
+    available = splits if store is None else [split for split in splits if split in store.layouts]
+    split = args.split or default_eval_split(available, prefer_test=True) or only_split
     if split not in splits:
         raise InputError(f"{name!r} has no split {split!r}; choose with --split: {', '.join(map(repr, splits))}.")
     rows = splits[split]
@@ -203,7 +218,8 @@ def load_images(
         folder_of_images(name, rows, image_folder, args.allowed_image_folders),
         prompt_column=args.prompt_column,
     )
-    return split, load_evaluation_set(source.with_existing_columns())
+    features = None if store is None else store.split(split)
+    return split, load_evaluation_set(source.with_existing_columns(), features=features)
 
 
 def resolve_prompt(args: CaptioningArguments, benchmark: Benchmark | None) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..common.errors import InputError, one_line
 from ..common.files import read_json_lines
 from ..common.onednn import onednn_linears
+from ..data.features import FeatureRef, PaddedFeatures, read_features
 from ..modeling_qformer import QFormerCaptioner
 from .benchmarks import EvaluationSet
 from .caption_files import ImageId
@@ -77,12 +78,12 @@ def caption_images(
     with progress, (Path(folder) / f"progress-{state.process_index}.jsonl").open("a") as file:
         file.write("\n")  # ends a line that a killed run may have cut off
         for batch in loader:
-            opened = {image: content for image, content in batch if isinstance(content, Image.Image)}
+            opened = {image: content for image, content in batch if not isinstance(content, OSError)}
             unreadable |= {image: one_line(content) for image, content in batch if isinstance(content, OSError)}
             if opened:
                 with onednn_linears(model.device):
                     prompts = [evaluation_set.prompts.get(image, prompt) for image in opened]
-                    texts = model.caption(list(opened.values()), prompts, **generation)
+                    texts = caption_batch(model, list(opened.values()), prompts, **generation)
                 batch_captions = dict(zip(opened, texts, strict=True))
                 _write_progress(file, batch_captions, fingerprints)
                 new_captions |= batch_captions
@@ -96,16 +97,58 @@ def caption_images(
     return captions, {image: unreadable[image] for image in images if image in unreadable}
 
 
+def caption_batch(
+    model: QFormerCaptioner, inputs: Sequence[Image.Image | FeatureRef], prompts: list[str], **generation: Any
+) -> list[str]:
+    """Return the captions of images, or of precomputed features.
+
+    Args:
+        model: the captioner.
+        inputs: images, or references to features.
+        prompts: prompt of each; an empty prompt is the captioner's own.
+        generation: arguments of the captioner's `generate`.
+    """
+    images = [each for each in inputs if isinstance(each, Image.Image)]
+    if images:
+        return list(model.caption(images, prompts, **generation))
+    features = read_features([each for each in inputs if isinstance(each, FeatureRef)])
+    return caption_features(model, features, prompts, **generation)
+
+
+def caption_features(
+    model: QFormerCaptioner, features: PaddedFeatures, prompts: list[str], **generation: Any
+) -> list[str]:
+    """Return the captions of features, as `model.caption` returns those of images.
+
+    Args:
+        model: the captioner.
+        features: features `[B, N, Dv]` and their mask.
+        prompts: prompt of each row; an empty prompt is the captioner's own.
+        generation: arguments of the captioner's `generate`.
+
+    Raises:
+        ValueError: if the features have another width than the captioner reads.
+    """
+    assert model.processor is not None, "load_captioner checks it"
+    batch = model.processor(text=prompts)
+    batch.update({name: value for name, value in features._asdict().items() if value is not None})
+    token_ids = model.generate(**batch.to(model.device), **generation)
+    return [text.strip() for text in model.processor.batch_decode(token_ids, skip_special_tokens=True)]
+
+
 class _ImageLoader(Dataset):
-    """Images with their ids, opened by the data loader workers. For an unreadable image, the error is returned."""
+    """Images, or features, with their ids, opened by the data loader workers.
+
+    For an unreadable image, the error is returned.
+    """
 
     def __init__(self, evaluation_set: EvaluationSet, images: list[ImageId]):
         self.evaluation_set, self.images = evaluation_set, images
 
-    def __getitem__(self, index: int) -> tuple[ImageId, Image.Image | OSError]:
+    def __getitem__(self, index: int) -> tuple[ImageId, Image.Image | FeatureRef | OSError]:
         image = self.images[index]
         try:
-            return image, self.evaluation_set.open(image)
+            return image, self.evaluation_set.read(image)
         except OSError as error:
             return image, error
 

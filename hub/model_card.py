@@ -28,6 +28,7 @@ from .layout import pictures_of
 
 FACTS_NAME = "card.json"
 PEFT_PLACEHOLDER = "[More Information Needed]"  # text of the empty card that peft writes
+IMAGE_CAPTIONING = ("image-text-to-text", "Image captioning")  # type and name of the task
 PROTOCOL = ("prompt", "num_beams", "max_new_tokens", "tokenizer", "images", "references", "references_sha256")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,14 +107,16 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
     """Return the metadata of the card, which the Hub uses to index the model."""
     is_adapter = bool(facts.get("adapter"))
     base_models, relation = _base_models(facts)
-    results = [_eval_result(facts["evaluation"], score) for score in facts.get("scores") or []]
+    topics = [] if facts.get("feature_width") else ["image-captioning"]
+    task = ("other", "Captioning of features") if facts.get("feature_width") else IMAGE_CAPTIONING
+    results = [_eval_result(facts["evaluation"], score, task) for score in facts.get("scores") or []]
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=None if facts.get("feature_width") else "image-text-to-text",
         base_model=base_models or None,
         base_model_relation=relation if base_models else None,
         datasets=sorted({dataset["name"] for dataset in facts.get("data", []) if dataset["on_hub"]}) or None,
-        tags=["image-captioning", "q-former", "qformer-captioner", *(["lora"] if is_adapter else [])],
+        tags=[*topics, "q-former", "qformer-captioner", *(["lora"] if is_adapter else [])],
         model_name=single_line(facts["model"].split("/")[-1]) if results else None,
         eval_results=results or None,
     )
@@ -140,13 +143,13 @@ def _licenses(facts: dict[str, Any]) -> list[str]:
     return [] if has_local_part or None in licenses.values() else sorted(set(licenses.values()))
 
 
-def _eval_result(evaluation: dict[str, Any], score: dict[str, Any]) -> EvalResult:
+def _eval_result(evaluation: dict[str, Any], score: dict[str, Any], task: tuple[str, str]) -> EvalResult:
     """Return a score as an entry of the Hub's `model-index`, with the protocol of the evaluation."""
     name, on_hub = evaluation["name"], evaluation["on_hub"]
     protocol = {key: evaluation[key] for key in PROTOCOL if key in evaluation}  # scores of scenes have no tokenizer
     return EvalResult(
-        task_type="image-text-to-text",
-        task_name="Image captioning",
+        task_type=task[0],
+        task_name=task[1],
         dataset_type=name if on_hub else re.sub(r"\W+", "-", name),
         dataset_name=single_line(name),
         dataset_split=single_line(evaluation["split"]),
@@ -219,14 +222,18 @@ def _with_license(text: str, license: str) -> str:
 def describe_folder(folder: Path) -> dict[str, Any]:
     """Return facts about a folder without `card.json`: names, sizes and dtypes of the captioner's parts."""
     from ..backbones_qformer import BACKBONES  # imports torch
-    from ..configuration_qformer import is_hub_id
+    from ..configuration_qformer import PrecomputedFeaturesConfig, is_hub_id
 
     sizes = count_parameters(folder)
     if not sizes:
         return {"parts": []}
     config = json.loads((folder / CONFIG_NAME).read_text())
+    vision_config = config.get("vision_config") or {}
+    has_vision_model = vision_config.get("model_type") != PrecomputedFeaturesConfig.model_type
     parts = []
     for name in (*BACKBONES, "qformer", "language_projection"):
+        if name == "vision_model" and not has_vision_model:
+            continue
         source = config.get(f"{name}_name_or_path")
         on_hub = is_hub_id(source)
         parts.append(
@@ -240,7 +247,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
                 "dtype": (config["dtypes"] or {}).get(name, ""),
             }
         )
-    return {"parts": parts}
+    return {"parts": parts, "feature_width": None if has_vision_model else vision_config["hidden_size"]}
 
 
 def count_parameters(folder: Path) -> dict[str, int]:

@@ -152,7 +152,7 @@ def check_learning_rates(model_args: ModelArguments, training_args: CaptionTrain
     Raises:
         InputError: if one is.
     """
-    if model_args.vision_model_name_or_path is None or model_args.lora_r is not None:
+    if model_args.language_model_name_or_path is None or model_args.lora_r is not None:
         return  # these options freeze nothing, and adapters train although the weights are frozen
     for part in ("vision_model", "language_model"):
         if getattr(training_args, f"{part}_learning_rate") is not None and getattr(model_args, f"freeze_{part}"):

@@ -123,7 +123,7 @@ def load_data(run: TrainingRun) -> tuple[TrainingData, CaptionDataset | None]:
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         logger.info("There is no split to evaluate on: nothing is evaluated, and the last checkpoint is kept.")
     elif len(eval_data) == 1:
-        logger.info("There is only one image to evaluate on: eval_loss_shuffled will equal eval_loss.")
+        logger.info("There is only one row to evaluate on: eval_loss_shuffled will equal eval_loss.")
     return train_data, eval_data
 
 

@@ -101,7 +101,8 @@ def finish(run: TrainingRun, trainer: CaptionTrainer, output: TrainOutput) -> st
     run.wait_for_everyone()
     seconds, speed = output.metrics["train_runtime"], output.metrics["train_samples_per_second"]
     score_name, best_score = run.training_args.best_score_name, trainer.state.best_metric
-    summary = f"{seconds / 60:.1f} minutes, {speed:.1f} images/s"
+    unit = "images" if run.features is None else "rows"
+    summary = f"{seconds / 60:.1f} minutes, {speed:.1f} {unit}/s"
     if best_score is not None:
         summary += f", best {score_name} {best_score:.3f} after step {trainer.state.best_global_step}"
     if run.is_main_process:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
 
@@ -44,7 +44,8 @@ def build_from_scratch(
     """Return a captioner with random weights, all of them trainable, and with its processor.
 
     Args:
-        vision_config: `model_type` and sizes of the vision encoder. Images are resized to its `image_size`.
+        vision_config: `model_type` and sizes of the vision encoder. Images are resized to its `image_size`. The
+            `model_type` "precomputed_features" is for features of the width `hidden_size`, without a vision encoder.
         text_config: `model_type` and sizes of the language model. The tokenizer determines its vocabulary size and
             special tokens.
         qformer_config: fields of [`QFormerConfig`].
@@ -79,17 +80,20 @@ def build_from_scratch(
     )
     if text.is_encoder_decoder:
         text.decoder_start_token_id = tokenizer.pad_token_id
+    reads_features = vision_config.get("model_type") == PrecomputedFeaturesConfig.model_type
     config = QFormerCaptionerConfig(
-        vision_config=AutoConfig.for_model(**vision_config),
+        vision_config=vision_config if reads_features else AutoConfig.for_model(**vision_config),
         text_config=text,
         qformer_config=QFormerConfig.from_fields(**qformer_config),
     )
     model = QFormerCaptioner(config)
-    side = model.vision_model.config.image_size
-    # Mean 1 maps white to zero, so the embedding of an empty patch contains only its position.
-    image_processor = ViTImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3
-    )
+    image_processor = ViTImageProcessorPil()
+    if not reads_features:
+        side = model.vision_model.config.image_size
+        # Mean 1 maps white to zero, so the embedding of an empty patch contains only its position.
+        image_processor = ViTImageProcessorPil(
+            size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3
+        )
     model.processor = QFormerCaptionerProcessor(
         image_processor, tokenizer, prompt=prompt, is_encoder_decoder=text.is_encoder_decoder
     )

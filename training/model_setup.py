@@ -10,8 +10,9 @@ import torch
 
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.onednn import onednn_linears
-from ..configuration_qformer import QFormerConfig
+from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerConfig
 from ..data.collator import CaptionCollator
+from ..data.feature_store import FeatureStore
 from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
@@ -39,7 +40,7 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
     try:
         texts = zip(train_data.row_prompts(), train_data.references(), strict=True)
         train_texts = ([*filter(None, [prompt]), *captions] for prompt, captions in texts)
-        model = load_captioner(args, train_texts, load_vision_model=run.features is None)
+        model = load_captioner(args, train_texts, run.features)
         processor = model.processor
         if processor is None:
             raise InputError(
@@ -48,7 +49,7 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
         set_prompts(processor, run)
         if run.features is not None:
             name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
-            run.features.check(str(name), revision, processor.image_processor)
+            run.features.check(name, revision, processor.image_processor)
         collate = CaptionCollator(processor, run.data_args.max_caption_length)
         with torch.no_grad():  # raises errors now, for example for a prompt that is too long
             model(**collate([next(iter(train_data))]))
@@ -97,14 +98,15 @@ def set_prompts(processor: QFormerCaptionerProcessor, run: TrainingRun) -> None:
 
 
 def load_captioner(
-    args: ModelArguments, train_texts: Iterable[list[str]], load_vision_model: bool = True
+    args: ModelArguments, train_texts: Iterable[list[str]], features: FeatureStore | None = None
 ) -> QFormerCaptioner:
     """Load an existing captioner, join pretrained backbones, or build a captioner from scratch.
 
     Args:
         args: the options of the model.
         train_texts: prompt and captions of each training row, from which a captioner from scratch makes its tokenizer.
-        load_vision_model: `False` leaves the vision encoder out of memory.
+        features: precomputed features, which leave the vision encoder out of memory. With features of an unknown
+            encoder, a new captioner has no vision encoder.
 
     Raises:
         InputError: if the options name no captioner or more than one.
@@ -113,36 +115,41 @@ def load_captioner(
     backbones = [args.vision_model_name_or_path, args.language_model_name_or_path]
     configs = [args.vision_config, args.text_config]
     ways = [args.model_name_or_path is not None, any(backbones), any(configs)]
-    if sum(ways) != 1 or any(backbones) != all(backbones) or any(configs) != all(configs):
+    vision = any((args.vision_model_name_or_path, args.vision_config, features and features.vision is None))
+    language = any((args.language_model_name_or_path, args.text_config))
+    if sum(ways) != 1 or (args.model_name_or_path is None and not (vision and language)):
         raise InputError(
             "Say which captioner to train: --model_name_or_path, or --vision_model_name_or_path with "
             "--language_model_name_or_path, or --vision_config with --text_config."
         )
-    if all(configs):
+    if any(configs):
+        unknown = {"model_type": PrecomputedFeaturesConfig.model_type, "hidden_size": features and features.width}
         return build_from_scratch(
-            parse_config(args.vision_config, "vision_config"),
+            parse_config(args.vision_config, "vision_config") or unknown,
             parse_config(args.text_config, "text_config"),
             parse_config(args.qformer_config, "qformer_config"),
             (text for texts in train_texts for text in texts),
             prompt=args.prompt[0] if args.prompt else "",
         )
-    if all(backbones):
-        return join_backbones(args, load_vision_model)
-    return load_existing(str(args.model_name_or_path), load_vision_model)
+    if any(backbones):
+        return join_backbones(args, features)
+    return load_existing(str(args.model_name_or_path), load_vision_model=features is None)
 
 
-def join_backbones(args: ModelArguments, load_vision_model: bool) -> QFormerCaptioner:
-    """Join two pretrained backbones with a Q-Former."""
+def join_backbones(args: ModelArguments, features: FeatureStore | None) -> QFormerCaptioner:
+    """Join two pretrained backbones, or features of an unknown encoder and a language model, with a Q-Former."""
+    vision = args.vision_model_name_or_path
     return QFormerCaptioner.from_backbones(
-        str(args.vision_model_name_or_path),
+        vision,
         str(args.language_model_name_or_path),
+        encoder_hidden_size=features.width if vision is None and features is not None else None,
         vision_revision=args.vision_model_revision,
         language_revision=args.language_model_revision,
         freeze_vision_model=args.freeze_vision_model,
         freeze_language_model=args.freeze_language_model,
         dtype=backbone_dtype(args.dtype),
         prompt=args.prompt[0] if args.prompt else "",
-        load_vision_model=load_vision_model,
+        load_vision_model=features is None,
         projection_per_query=args.projection_per_query,
         **qformer_options(args),
     )
@@ -244,7 +251,7 @@ def normalize_image_features(
             image_embeds, mask = cast(torch.Tensor, outputs.last_hidden_state), outputs.attention_mask
         features.append(mean_features(image_embeds, mask)[:, None])  # [B, 1, Dv], because rows may differ in length
     if sum(map(len, features)) < 2:
-        raise InputError("--normalize_image_features_samples needs at least two training images.")
+        raise InputError("--normalize_image_features_samples needs at least two training rows.")
     model.qformer.normalize_image_features(torch.cat(features))
 
 

@@ -144,16 +144,8 @@ def complete_from_features(store: FeatureStore, model_args: ModelArguments, data
             "--freeze_vision_model false and --vision_config."
         )
     if data_args.dataset_name is None:
-        for option_name, key in (
-            ("dataset_name", "name"),
-            ("dataset_config_name", "config_name"),
-            ("dataset_revision", "revision"),
-            ("image_column", "image_column"),
-            ("image_folder", "image_folder"),
-        ):
-            if store.dataset[key] is not None:
-                setattr(data_args, option_name, [store.dataset[key]])
-        data_args.split_column = store.dataset["split_column"]
+        for name, value in store.dataset_options.items():  # all but one are lists, with a value for each data set
+            setattr(data_args, name, value if name == "split_column" else [value])
     if model_args.language_model_name_or_path is not None and model_args.vision_model_name_or_path is None:
         model_args.vision_model_name_or_path = store.vision_model_name_or_path
         model_args.vision_model_revision = store.vision_model_revision

@@ -61,13 +61,15 @@ def describe_run(
         eval_data: the rows to evaluate on, if there are any.
         score: the score function of the evaluations.
     """
-    processor = captioner_of(model).processor
+    captioner = captioner_of(model)
+    processor = captioner.processor
     starts_from = run.model_args.model_name_or_path
     starts_from = starts_from if is_hub_id(starts_from) else None
     facts = {
         "model": run.training_args.hub_model_id or shown_name(str(run.output_dir.absolute())),
         "starts_from": starts_from,
         "parts": describe_parts(model),
+        "feature_width": None if captioner.config.has_vision_model else captioner.qformer.config.encoder_hidden_size,
         "data": describe_data(run.data_args, train_data),
         "options": describe_options(run.changed_options),
         **describe_machine(run.training_args.world_size),
@@ -113,6 +115,8 @@ def describe_parts(model: "QFormerCaptioner | PeftModel") -> list[dict]:
     captioner = captioner_of(model)
     parts = []
     for name, part in captioner.named_children():
+        if name == "vision_model" and not captioner.config.has_vision_model:
+            continue
         source = getattr(captioner.config, f"{name}_name_or_path") if name in BACKBONES else None
         # peft keeps a second, frozen copy of modules that it trains in full.
         weights = [weight for key, weight in part.named_parameters() if "original_module." not in key]
@@ -161,16 +165,19 @@ def describe_data(args: DataArguments, train_data: TrainingData) -> list[dict]:
             "revision": content_version(spec, part.rows),
             "split": args.train_split,
             "rows": len(part) if isinstance(part, CaptionDataset) else None,
-            "columns": columns_of(part.source if isinstance(part, CaptionDataset) else part),
+            "columns": columns_of(part),
         }
         for spec, part in zip(training_specs(args), parts, strict=True)
     ]
 
 
-def columns_of(source: CaptionSource) -> list[str]:
-    """Return the columns of images, captions and prompts that are read."""
+def columns_of(part: CaptionDataset | CaptionSource) -> list[str]:
+    """Return the columns of images, captions and prompts that are read. Rows with features may have no images."""
+    source = part.source if isinstance(part, CaptionDataset) else part
+    has_images = not isinstance(part, CaptionDataset) or part.images is not None
+    images = [source.image_column] if has_images else []
     captions = caption_columns(source.caption_column, column_names(source.rows))
-    return [source.image_column, *captions, *filter(None, [source.prompt_column])]
+    return [*images, *captions, *filter(None, [source.prompt_column])]
 
 
 def describe_evaluation(args: DataArguments, rows: CaptionDataset) -> dict:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from qformer_captioner import precompute_features
+from qformer_captioner import QFormerCaptioner, precompute_features
 from qformer_captioner.common.errors import InputError
+from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
 from qformer_captioner.data.feature_store import FeatureStore, finish_store
+from qformer_captioner.data.features import FeatureRef
+from qformer_captioner.training.model_setup import normalize_image_features
 
 from ..fixtures import tiny
 from ..fixtures.feature_stores import command, with_embeddings
@@ -209,3 +212,51 @@ def test_the_disk_that_rows_of_different_lengths_need_is_known(store, tmp_path, 
 def test_a_vision_encoder_or_a_column_must_be_named(store, tmp_path):
     with pytest.raises(InputError, match="Name the vision encoder .* or a column .* with --embeddings_column"):
         precompute_features.precompute(command(None, store[0], tmp_path / "store"))
+
+
+# --- Batches of the collator ------------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(model: QFormerCaptioner, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    output = model(**batch)
+    (output.loss * (batch["labels"] != -100).sum()).backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return output.losses.sum(dim=-1), gradients
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_a_batch_of_different_lengths_equals_its_rows(store, language, attention):
+    """In float64, because rounding in float32 opens and closes ReLUs of T5."""
+    model = tiny.captioner(language=language).double()
+    model.set_attn_implementation({"qformer_config": attention})
+    train, collate = FeatureStore(store[1]).split("train"), CaptionCollator(model.processor)
+    captions = {6: tiny.CAPTIONS[:2], 2: tiny.CAPTIONS[2:], 0: tiny.CAPTIONS[1:]}
+    rows: list = [{"image_embeds": FeatureRef(train, row, 0), "captions": own} for row, own in captions.items()]
+    options = dict(num_beams=2, max_new_tokens=6, eos_token_id=None)
+    batch = collate(rows)
+    assert batch["image_attention_mask"].sum(dim=1).tolist() == [1, 5, 3]
+    losses, gradients = loss_and_gradients(model, batch)
+    tokens = model.generate(**batch, **options)
+    summed: dict = {}
+    for index, row in enumerate(rows):
+        single = collate([row])
+        assert "image_attention_mask" not in single
+        single_losses, single_gradients = loss_and_gradients(model, single)
+        torch.testing.assert_close(losses[index], single_losses[0])
+        summed = {name: summed.get(name, 0) + value for name, value in single_gradients.items()}
+        assert model.generate(**single, **options)[0].tolist() == tokens[index].tolist()
+    torch.testing.assert_close(gradients, summed)
+    assert summed["qformer.query_tokens"].abs().max() > 1e-3
+
+
+def test_normalised_features_are_those_without_padding(store):
+    """The store of equal rows holds the mean feature of each row, so both give the same statistics."""
+    train = FeatureStore(store[1]).split("train")
+    models = [tiny.captioner(), tiny.captioner()]
+    means = torch.stack([row.mean(dim=0) for row in ROWS])
+    models[0].qformer.normalize_image_features(means[:, None])
+    rows: list = [{"image_embeds": FeatureRef(train, row, 0), "captions": ["a star"]} for row in range(len(ROWS))]
+    normalize_image_features(models[1], rows, CaptionCollator(models[1].processor), len(ROWS))
+    torch.testing.assert_close(models[1].qformer.state_dict(), models[0].qformer.state_dict())
