@@ -6,8 +6,11 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
+
+from .fixtures.fork_server import ForkServer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -44,3 +47,14 @@ def shared() -> pathlib.Path:
         if (folder / "shared").is_dir():
             return folder / "shared"
     pytest.skip("needs a folder `shared` beside the repository")
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[ForkServer]:
+    """Return a server of commands that do not need an interpreter of their own, each with one thread.
+
+    Sums in another number of threads round differently.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder, ForkServer(pathlib.Path(folder), environment) as server:
+        yield server

@@ -1,10 +1,7 @@
 """Training on streams, on mixtures, and with an evaluation set from elsewhere."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +12,7 @@ from qformer_captioner import train_hf
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.skipped_rows import SkippedRows
-from qformer_captioner.training.data_setup import load_datasets
+from qformer_captioner.training.data_setup import load_datasets, replace_epochs_by_steps
 
 from ..conftest import ROOT
 from ..fixtures import tiny
@@ -100,19 +97,18 @@ def test_training_on_a_stream_resumes_with_the_same_rows(words, folder):
 
 
 @pytest.mark.slow
-def test_two_interrupted_processes_log_the_losses_of_one(words, folder):
+def test_two_interrupted_processes_log_the_losses_of_one(commands, words, folder):
     """The rows come from one file, so that the processes share rows instead of files and see the batches of one."""
     one_file = {"dataset_name": folder / "train-0.jsonl", "dataloader_num_workers": 1}
     train_hf.train(words(output_dir=folder / "one", **one_file))
     options = words(output_dir=folder / "two", per_device_train_batch_size=4, **one_file)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run += [str(ROOT / "train_hf.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    run = ["torchrun", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_hf.py"), *options]
+    environment = commands.environment()
+    process = subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL)
     while not list((folder / "two").glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    commands.kill()
     process.wait()
     assert not (folder / "two" / "model.safetensors").exists()
     subprocess.run(run, env=environment, check=True, capture_output=True, timeout=120)
@@ -121,10 +117,14 @@ def test_two_interrupted_processes_log_the_losses_of_one(words, folder):
 
 @pytest.mark.slow
 def test_training_on_a_stream_evaluates_and_saves_by_steps(words, folder, log):
-    train_hf.train(words(eval_strategy="epoch", save_strategy="epoch", max_steps=20, load_best_model_at_end="true"))
-    assert "--eval_strategy is steps, --eval_steps 2" in log.text
+    epochs = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": "true"}
+    *_, args = train_hf.parse_options(words(max_steps=20, **epochs))
+    replace_epochs_by_steps(args)
+    assert (args.eval_strategy, args.eval_steps, args.save_strategy, args.save_steps) == ("steps", 2, "steps", 2)
+    train_hf.train(words(max_steps=3, **epochs))
+    assert "--eval_strategy is steps, --eval_steps 1" in log.text
     history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == list(range(2, 21, 2))
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [1, 2, 3]
     assert len((folder / "run" / "captions.jsonl").read_text().splitlines()) == len(COLOURS)
 
 

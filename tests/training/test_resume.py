@@ -1,10 +1,8 @@
 """Killed runs that resume and runs of several processes end with the weights of an unbroken run of one process."""
 
 import json
-import os
 import random
 import subprocess
-import sys
 import time
 
 import pytest
@@ -15,11 +13,9 @@ from qformer_captioner import QFormerCaptioner, precompute_features, train_hf
 
 from ..conftest import ROOT
 from ..fixtures import tiny
-from ..fixtures.processes import command_line, kill
+from ..fixtures.processes import command_line
 
 pytestmark = pytest.mark.slow
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the order of a sum, and so its rounding, depends on it
 
 
 @pytest.fixture(scope="module")
@@ -72,33 +68,42 @@ def command(folder, output_dir, batch_size: int = 4, **changes) -> list[str]:
 
 
 VARIANTS = {
-    "plain": {
+    "images": {
         "qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}),
         "ema_decay": 0.9,
         "projection_per_query": "true",
         "normalize_image_features_samples": 8,
     },
-    "lora": {"lora_r": 4, "lora_dropout": 0.1, "language_model_learning_rate": 0.01},
-    "features": {"random_resized_crop_scale": None, "horizontal_flip_prob": None, "dataloader_num_workers": 1},
+    "lora on features": {
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "language_model_learning_rate": 0.01,
+        "random_resized_crop_scale": None,
+        "horizontal_flip_prob": None,
+        "dataloader_num_workers": 1,
+    },
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_one(backbones, tmp_path, variant):
+def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_one(
+    backbones, commands, tmp_path, variant
+):
     changes = dict(VARIANTS[variant])
-    if variant == "features":
+    if variant == "lora on features":
         changes["features"] = backbones / "features"
     train_hf.train(command(backbones, tmp_path / "unbroken", **changes))
-    run = [sys.executable, str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "broken", **changes)]
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    run = ["python", str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "broken", **changes)]
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=commands.environment())
     while not list((tmp_path / "broken").glob("checkpoint-*")):
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.4))
-    kill(process)
+    commands.kill()
+    process.wait()
     assert not (tmp_path / "broken" / "model.safetensors").exists(), "the run ended before it was killed"
-    subprocess.run(run, env=ONE_THREAD, check=True, capture_output=True, timeout=300)
-    file = "adapter_model.safetensors" if variant == "lora" else "model.safetensors"
+    subprocess.run(run, env=commands.environment(), check=True, capture_output=True, timeout=300)
+    file = "adapter_model.safetensors" if "lora" in variant else "model.safetensors"
     broken, unbroken = (load_file(tmp_path / name / file) for name in ("broken", "unbroken"))
     assert broken.keys() == unbroken.keys()
     assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
@@ -108,12 +113,21 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_o
 PROGRAMS = {"cpu": "train_hf.py", "deepspeed_zero2": "train_hf.py", "fsdp2": "tests/fixtures/fsdp_on_cpu.py"}
 
 
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0, "ema_decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def one(backbones, tmp_path_factory):
+    """Return the output folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    train_hf.train(command(backbones, folder, batch_size=4, **CONSTANT))
+    return folder
+
+
 @pytest.mark.parametrize("recipe", PROGRAMS)
-def test_two_processes_train_and_resume_as_one(backbones, tmp_path, recipe):
+def test_two_processes_train_and_resume_as_one(backbones, one, commands, tmp_path, recipe):
     if recipe == "deepspeed_zero2":
         pytest.importorskip("deepspeed", reason="needs deepspeed")
-    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0, "ema_decay": 0.9}
-    train_hf.train(command(backbones, tmp_path / "one", batch_size=4, **constant))
     launch = [
         "-m",
         "accelerate.commands.launch",
@@ -122,10 +136,10 @@ def test_two_processes_train_and_resume_as_one(backbones, tmp_path, recipe):
     ]
     launch += ["--num_processes", "2", "--mixed_precision", "no", str(ROOT / PROGRAMS[recipe])]
     for length in [{}] if recipe == "cpu" else [{"max_steps": 4}, {}]:
-        options = command(backbones, tmp_path / "two", batch_size=2, **constant, **length)
+        options = command(backbones, tmp_path / "two", batch_size=2, **CONSTANT, **length)
         run = subprocess.run(
-            [sys.executable, *launch, *options],
-            env={**ONE_THREAD, "DS_ACCELERATOR": "cpu"},
+            ["python", *launch, *options],
+            env={**commands.environment(), "DS_ACCELERATOR": "cpu"},
             check=True,
             capture_output=True,
             text=True,
@@ -134,21 +148,22 @@ def test_two_processes_train_and_resume_as_one(backbones, tmp_path, recipe):
         assert run.stdout.count("Trained in") == 1, "only the main process reports"
     assert ("Resuming from" in run.stdout) == (recipe != "cpu")
     for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
-        one, two = (
+        expected, values = (
             {
                 entry["step"]: entry[key]
-                for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+                for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
                 if key in entry
             }
-            for name in ("one", "two")
+            for folder in (one, tmp_path / "two")
         )
-        assert len(one) > 1
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:  # the gradient of a key's bias is zero but for rounding, which Adam makes as large as any other
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-3 if name.endswith("key.bias") else 1e-4)
-    captions = {QFormerCaptioner.from_pretrained(tmp_path / name).caption(tiny.picture(1)) for name in ("one", "two")}
+        assert len(expected) > 1
+        assert values == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
+    assert expected.keys() == weights.keys()
+    for name in expected:  # the gradient of a key's bias is zero but for rounding, which Adam makes as large as others
+        tolerance = 1e-3 if name.endswith("key.bias") else 1e-4
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=tolerance)
+    captions = {QFormerCaptioner.from_pretrained(folder).caption(tiny.picture(1)) for folder in (one, tmp_path / "two")}
     assert len(captions) == 1
     code = json.loads((tmp_path / "two" / "config.json").read_text())["auto_map"]["AutoModel"]
     assert code == "modeling_qformer.QFormerCaptioner", "the code of the class that FSDP makes cannot be loaded"

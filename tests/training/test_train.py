@@ -1,8 +1,6 @@
 """`train_hf.py` as a user runs it: a run from options to final folder, runs that continue, and options that fail."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -236,16 +234,15 @@ def test_a_longer_run_resumes_where_the_finished_one_ended(recipe, tmp_path, log
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(finished_run, recipe, tmp_path):
+def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(finished_run, commands, recipe, tmp_path):
     folder, _ = finished_run
-    command = [sys.executable, str(ROOT / "train_hf.py"), "--recipe", recipe()]
-    # The unbroken run is this process's. Sums in another number of threads round differently.
-    same = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}}
+    command = ["python", str(ROOT / "train_hf.py"), "--recipe", recipe()]
+    same = {"cwd": tmp_path, "env": commands.environment()}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **same)
     while not (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").exists():
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    commands.kill()
     process.wait()
     assert not (tmp_path / "run" / "model.safetensors").exists()
     subprocess.run(command, check=True, capture_output=True, **same)
@@ -338,9 +335,9 @@ def test_a_mistake_is_answered_in_one_line(recipe, changes, words, message):
 
 
 @pytest.mark.slow
-def test_an_error_reaches_the_shell_without_a_traceback(tmp_path):
-    command = [sys.executable, str(ROOT / "train_hf.py"), "--dataset_name", "/nowhere", "--output_dir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_an_error_reaches_the_shell_without_a_traceback(commands, tmp_path):
+    command = ["python", str(ROOT / "train_hf.py"), "--dataset_name", "/nowhere", "--output_dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=commands.environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: The data set '/nowhere' cannot be loaded")
     assert "Traceback" not in done.stderr
