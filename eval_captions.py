@@ -159,6 +159,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     Returns:
         The captions to score. `None` in every process but the main one, and for a benchmark with hidden references.
     """
+    from qformer_captioner.data.images import middle_frame
     from qformer_captioner.evaluation.captioning_run import caption_all, resolve_run
 
     run = resolve_run(captioning, scoring.image_folder, VizWizRules(scoring.ignore_rejected, scoring.ignore_precanned))
@@ -182,7 +183,7 @@ def caption_data_set(captioning: CaptioningArguments, scoring: ScoringArguments)
     return EvaluationRun(
         captions=captions,
         references=references,
-        open_image=None if run.images.rows is None else run.images.open,
+        open_image=None if run.images.rows is None else lambda image: middle_frame(run.images.open(image)),
         facts=facts,
         output=scoring.output or str(folder / "scores.json"),
         report=scoring.report or str(folder / "report.html"),

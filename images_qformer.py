@@ -13,8 +13,8 @@ import io
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -78,6 +78,7 @@ class BinaryFile(Protocol):
 
 ImageFile = str | os.PathLike | bytes | bytearray | memoryview | BinaryFile | Mapping[str, Any]
 ImageInput = Image.Image | np.ndarray | torch.Tensor | ImageFile
+Frame = TypeVar("Frame")
 ACCEPTED = "a PIL image, an array, a tensor, a path, a URL, base64 text, bytes, or a dict with 'bytes' or 'path'"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ def reason_for(source: str | os.PathLike | bytes | Image.Image, error: Exception
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Several images
+# Several images, and videos
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -442,31 +443,59 @@ def is_batch(images: Any) -> bool:
     return isinstance(images, Iterable) and not isinstance(images, one) and not isinstance(images, BinaryFile)
 
 
-def flatten_images(images: Any) -> list[ImageInput]:
-    """Return a list of single images.
+def flatten_images(images: Any) -> list[ImageInput | list[ImageInput]]:
+    """Return a list of single images and of videos. A video is a list of its frames, at least two.
 
     Args:
-        images: one image, several images, or nested lists, in which pipelines pass the images of each conversation. An
-            array `[B, H, W, C]` or `[B, C, H, W]` is B images.
+        images: one image, several images, or nested lists. An inner list holds the frames of a video, or the only image
+            of a conversation, as pipelines pass it. An array `[B, H, W, C]` or `[B, C, H, W]` is B images, and an array
+            of five dimensions B videos.
 
     Raises:
-        ValueError: if a nested list does not hold exactly one image.
+        ValueError: if an inner list is empty, or nested too deep.
+
+    Example:
+
+    ```python
+    >>> flatten_images([["frame_1.png", "frame_2.png"], ["dog.jpg"], "cat.jpg"])
+    [['frame_1.png', 'frame_2.png'], 'dog.jpg', 'cat.jpg']
+    ```
     """
     if not is_batch(images):
         return [images]
-    flat = []
+    flat: list[ImageInput | list[ImageInput]] = []
     for number, entry in enumerate(images, start=1):
         own = flatten_images(entry)
-        if len(own) != 1:
+        if not own:
             raise ValueError(
-                f"A captioner reads one image for each prompt, but conversation {number} has {len(own)}: give each "
-                "conversation exactly one image."
+                f"A captioner reads an image or the frames of a video, but conversation {number} has 0: give each "
+                "conversation an image."
             )
-        flat += own
+        if len(own) > 1 and any(isinstance(frame, list) for frame in own):
+            raise ValueError(
+                f"Entry {number} of the images holds {len(own)} lists of images: give each video as one list of frames."
+            )
+        flat.append(own[0] if len(own) == 1 else cast(list[ImageInput], own))
     return flat
 
 
-def are_floats(images: list[ImageInput]) -> bool:
+def sample_frames(frames: Sequence[Frame], num_frames: int) -> list[Frame]:
+    """Return the frames of a video, or `num_frames` of a longer one: the first, the last, and evenly between them.
+
+    Example:
+
+    ```python
+    >>> sample_frames("abcdefg", num_frames=4), sample_frames("ab", num_frames=4)
+    (['a', 'c', 'e', 'g'], ['a', 'b'])
+    ```
+    """
+    if len(frames) <= num_frames:
+        return list(frames)
+    step = (len(frames) - 1) / max(1, num_frames - 1)
+    return [frames[round(number * step)] for number in range(num_frames)]
+
+
+def are_floats(images: Sequence[ImageInput]) -> bool:
     """Return True if all images are arrays or tensors of floats."""
     return all(
         (isinstance(image, np.ndarray) and image.dtype.kind == "f")
@@ -475,4 +504,4 @@ def are_floats(images: list[ImageInput]) -> bool:
     )
 
 
-__all__ = ["flatten_images", "is_batch", "open_image"]
+__all__ = ["flatten_images", "is_batch", "open_image", "sample_frames"]

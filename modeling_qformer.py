@@ -1031,13 +1031,18 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         return generate_from_prefix(self.language_model, prefix, prefix_mask, config, **model_kwargs)
 
     def caption(
-        self, images: ImageInput | Iterable[ImageInput], prompt: str | Sequence[str] | None = None, **generation
+        self,
+        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]],
+        prompt: str | Sequence[str] | None = None,
+        **generation,
     ) -> str | list[str]:
-        r"""Caption one image or a list of images.
+        r"""Caption one image, or a list of images and videos.
 
         Args:
             images: an image as [`open_image`] takes it (a PIL image, an array, a tensor, a path, a URL, bytes ...), or
-                several: a list, a column of `datasets`, or an array `[B, H, W, C]`.
+                several: a list, a column of `datasets`, or an array `[B, H, W, C]`. A video is a list of frames or an
+                array `[F, H, W, C]` inside the list: `caption([[frame_1, frame_2]])`. `processor.num_frames` frames of
+                it are read.
             prompt (`str` or list of `str`, *optional*): text that the caption continues; defaults to the processor's.
             generation: options of `generate`, such as `num_beams=5`.
 
@@ -1048,7 +1053,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             OSError: if an image is missing or cannot be read; the message names it.
             TypeError: if an image is of a type that does not hold images.
             ValueError: if the captioner has no processor, or for `return_dict_in_generate=True`. Also if an array does
-                not have the shape or the values of an image.
+                not have the shape or the values of an image, or for a video if the captioner reads only images.
 
         Example:
 
@@ -1178,7 +1183,13 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         config.keep_special_tokens(cast(GenerationConfig, language_model.generation_config))
         model = cls(config, vision_model=vision_model, qformer=qformer, language_model=language_model)
         model.processor = QFormerCaptionerProcessor.from_backbones(
-            vision, language, vision_revision, language_revision, prompt, config.is_encoder_decoder
+            vision,
+            language,
+            vision_revision,
+            language_revision,
+            prompt,
+            config.is_encoder_decoder,
+            qformer_config.num_frames,
         )
         model.processor.qformer_tokenizer = qformer_tokenizer
         model._fit_to_backbones()

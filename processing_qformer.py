@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -23,7 +25,7 @@ from transformers import (
 from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
-from .images_qformer import ImageInput, are_floats, flatten_images, open_image
+from .images_qformer import ImageInput, are_floats, flatten_images, open_image, sample_frames
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -137,6 +139,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             [`~QFormerCaptionerProcessor.as_chat`]; defaults to the tokenizer's.
         use_chat_template (`bool`, defaults to `False`): whether the language model reads each prompt as a user's turn
             in its chat template. The tokenizer of a Q-Former gets the prompt without the template.
+        num_frames (`int`, defaults to 1): largest number of frames to read of a video. Longer videos are sampled
+            evenly. With 1, only images are read.
 
     Example:
 
@@ -159,6 +163,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         is_encoder_decoder: bool = False,
         language_chat_template: str | None = None,
         use_chat_template: bool = False,
+        num_frames: int = 1,
     ):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -170,6 +175,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         self.prompt = prompt
         self.is_encoder_decoder = is_encoder_decoder
         self.use_chat_template = use_chat_template
+        self.num_frames = num_frames
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Not an argument of the constructor: ProcessorMixin would require it, and most Q-Formers read no prompt.
         self.qformer_tokenizer: PreTrainedTokenizerBase | None = None
@@ -207,6 +213,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         language_revision: str | None = None,
         prompt: str = "",
         is_encoder_decoder: bool = False,
+        num_frames: int = 1,
     ) -> "QFormerCaptionerProcessor":
         """Join the image processor of one pretrained model and the tokenizer of another.
 
@@ -216,6 +223,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             vision_revision, language_revision (`str`, *optional*): branch, tag or commit.
             prompt (`str`, defaults to `""`): default text between the image and the caption.
             is_encoder_decoder (`bool`, defaults to `False`): whether the language model is an encoder-decoder.
+            num_frames (`int`, defaults to 1): largest number of frames to read of a video.
 
         Raises:
             OSError: if the image processor or the tokenizer cannot be fetched.
@@ -230,6 +238,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             AutoTokenizer.from_pretrained(language, revision=language_revision, trust_remote_code=False),
             prompt=prompt,
             is_encoder_decoder=is_encoder_decoder,
+            num_frames=num_frames,
         )
 
     @classmethod
@@ -269,7 +278,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | Iterable[ImageInput] | None = None,
+        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,
         text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -277,7 +286,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
         Args:
             images (*optional*): an image to caption, in any form that [`open_image`] takes, or several: a list, a
-                column of `datasets`, or an array `[B, H, W, C]` or `[B, C, H, W]`.
+                column of `datasets`, or an array `[B, H, W, C]` or `[B, C, H, W]`. A video is a list of frames or an
+                array `[F, H, W, C]` inside the list; an inner list of one image is that image.
             text (`str` or list of `str`, *optional*): one prompt for all images, or one for each. A missing or empty
                 prompt is replaced by the prompt of the processor.
             kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer, such as
@@ -285,15 +295,18 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 the right. `images_kwargs` and `text_kwargs` hold options of one of them.
 
         Returns:
-            `pixel_values` (`[B, 3, H, W]`, float), if there are images. `input_ids` and `attention_mask` (`[B, P]`,
-            long; P may be 0). With a `qformer_tokenizer` also `qformer_input_ids` and `qformer_attention_mask`
-            (`[B, P']`, long). `return_tensors` sets their type, which is `"pt"` by default.
+            `pixel_values` (`[B, 3, H, W]`, float), if there are images. With a video among them they are
+            `[B, F, 3, H, W]`, and images are videos of one frame. `frame_attention_mask` (`[B, F]`, long) only if
+            videos differ in length: 1 for a frame, 0 for padding, which is zeros. `input_ids` and `attention_mask`
+            (`[B, P]`, long; P may be 0). With a `qformer_tokenizer` also `qformer_input_ids` and
+            `qformer_attention_mask` (`[B, P']`, long). `return_tensors` sets their type, which is `"pt"` by default.
 
         Raises:
             OSError: if an image cannot be read; the message names it.
             TypeError: if an image is of a type that does not hold images.
             ValueError: if there are neither images nor prompts, or if the number of prompts is neither one nor the
-                number of images. Also if an array does not have the shape or the values of an image.
+                number of images. Also if an array does not have the shape or the values of an image. Also for a video
+                without frames, with frames of different sizes, or if `num_frames` is 1.
         """
         if images is None and text is None:
             raise ValueError("There is nothing to process: pass `images`, `text` or both.")
@@ -308,16 +321,11 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         text_options["padding_side"] = asked.get("padding_side", "right" if self.is_encoder_decoder else "left")
         return_tensors = text_options.pop("return_tensors", "pt")
 
-        batch = {}
-        images = [] if images is None else flatten_images(images)
-        if images:
-            image_options = {"return_tensors": return_tensors, **options["images_kwargs"]}
-            data_format = image_options.pop("input_data_format", None)
-            upright = [open_image(image, input_data_format=data_format) for image in images]
-            if are_floats(images):
-                image_options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
-            batch["pixel_values"] = self.image_processor(upright, **image_options)["pixel_values"]
-        prompts = self._prompts_for(text, len(images))
+        batch: dict[str, Any] = {}
+        videos = [] if images is None else self._frames_of_each(images)
+        if videos:
+            batch.update(self._prepare(videos, {"return_tensors": return_tensors, **options["images_kwargs"]}))
+        prompts = self._prompts_for(text, len(videos))
         texts = [self.format_prompt(prompt) for prompt in prompts]
         batch.update(tokenize_prompts(self.tokenizer, texts, return_tensors, text_options))
         if self.qformer_tokenizer is not None:
@@ -325,6 +333,51 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             tokens = tokenize_prompts(self.qformer_tokenizer, prompts, return_tensors, text_options)
             batch.update({f"qformer_{name}": value for name, value in tokens.items()})
         return BatchFeature(batch)
+
+    def _frames_of_each(
+        self, images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]]
+    ) -> list[list[ImageInput]]:
+        """Return the frames to read of each video. An image is a video of one frame."""
+        videos = []
+        for number, entry in enumerate(flatten_images(images), start=1):
+            frames = entry if isinstance(entry, list) else [entry]
+            if len(frames) > 1 and self.num_frames == 1:
+                raise ValueError(
+                    f"This captioner reads one image for each prompt, but conversation {number} has {len(frames)}: "
+                    "give it one image, or train a captioner of videos with `num_frames` above 1."
+                )
+            videos.append(sample_frames(frames, self.num_frames))
+        return videos
+
+    def _prepare(self, videos: list[list[ImageInput]], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the pixel values of images, or those of videos with the mask of their frames if they need one."""
+        frames = [frame for video in videos for frame in video]
+        data_format = options.pop("input_data_format", None)
+        upright = [open_image(frame, input_data_format=data_format) for frame in frames]
+        if are_floats(frames):
+            options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
+        lengths = [len(video) for video in videos]
+        if max(lengths) == 1:
+            pixel_values = self.image_processor(upright, **options)["pixel_values"]
+            return {"pixel_values": pixel_values}
+        return_tensors = options.pop("return_tensors")
+        pixel_values = self.image_processor(upright, **options)["pixel_values"]
+        prepared = [torch.as_tensor(image) for image in pixel_values]  # of each frame
+        if prepared[0].ndim == 4:  # the processor of a video encoder takes a list for the frames of one video
+            prepared = list(prepared[0])
+        if len({image.shape for image in prepared}) > 1:
+            sizes = " and ".join(sorted({f"{image.shape[-1]} x {image.shape[-2]}" for image in prepared})[:2])
+            raise ValueError(
+                f"The frames of the videos are prepared to different sizes, such as {sizes} pixels: let the image "
+                "processor resize and crop them, or give frames of one size."
+            )
+        # Zeros in place of the frames that shorter videos lack.
+        parts = torch.stack(prepared).split(lengths)
+        batch = {"pixel_values": pad_sequence(parts, batch_first=True)}  # [B, F, 3, H, W]
+        if min(lengths) < max(lengths):
+            ones = [torch.ones(length, dtype=torch.long) for length in lengths]
+            batch["frame_attention_mask"] = pad_sequence(ones, batch_first=True)
+        return dict(BatchFeature(batch, tensor_type=return_tensors))
 
     def format_prompt(self, prompt: str) -> str:
         """Return a prompt as the language model reads it: in its chat template with `use_chat_template`."""

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..common.errors import InputError
+from .images import Picture
 
 MAX_ASPECT_RATIO = 4 / 3  # of a random crop; the smallest is its inverse
 CROP_ATTEMPTS = 10
@@ -63,6 +64,13 @@ class Augmentation:
         # The hash of a tuple of integers is the same in every process. `numpy.random.SeedSequence` would be the usual
         # choice, but it draws other numbers, so all published results would have to be measured again.
         return torch.Generator().manual_seed(hash((self.seed, epoch, row)) % 2**63)
+
+    def augment(self, picture: Picture, generator: torch.Generator) -> Picture:
+        """Augment an image, or all frames of a video in the same way."""
+        if isinstance(picture, Image.Image):
+            return self.augment_image(picture, generator)
+        state = generator.get_state()
+        return [self.augment_image(frame, generator.set_state(state)) for frame in picture]
 
     def augment_image(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         """Crop an image at random, and mirror it with the probability `horizontal_flip_prob`."""

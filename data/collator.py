@@ -19,7 +19,9 @@ class CaptionCollator:
     Returns:
         A dict with
 
-        - `pixel_values` (`[B, 3, H, W]`), or `image_embeds` (`[B, N, Dv]`) for rows with precomputed features;
+        - `pixel_values` (`[B, 3, H, W]`, or `[B, F, 3, H, W]` with videos), or `image_embeds` (`[B, N, Dv]`) for rows
+          with precomputed features;
+        - `frame_attention_mask` (`[B, F]`), only if videos differ in their number of frames;
         - `image_attention_mask` (bool `[B, N]`), only if rows differ in their number of features;
         - `input_ids` and `attention_mask` (`[B, P]`) of the prompts;
         - `labels` (`[B, K, T]`): all captions of each image, with the end-of-sequence token, padded with -100. If an

@@ -28,7 +28,8 @@ def image_column_of(rows: Rows, asked: str) -> str:
     found = find_name(IMAGE_NAMES, existing, asked)
     if found is not None or asked != "image":
         return found or asked
-    of_images = [name for name, kind in (rows.features or {}).items() if isinstance(kind, datasets.Image)]
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in (rows.features or {}).items()}  # also of lists
+    of_images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
     if len(of_images) == 1:
         return of_images[0]
     return "image_id" if "image_id" in existing else asked

@@ -16,7 +16,7 @@ from .captions import describe
 from .columns import Rows, column_names, image_column_of, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
-from .images import ImageCell, file_of_image, open_cell, undecoded_images
+from .images import Cell, Picture, file_of_image, middle_frame, open_cell, undecoded_images
 from .names import CAPTION_NAMES, find_name
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
@@ -24,9 +24,12 @@ from .texts import caption_columns, rows_of_texts
 
 
 class CaptionRow(RowText, total=False):
-    """Row to train or evaluate on: its text, and an `image` (upright RGB) or precomputed `image_embeds`."""
+    """Row to train or evaluate on: its text, and an `image` (upright RGB) or precomputed `image_embeds`.
 
-    image: Image.Image
+    The image of a video is the list of its frames.
+    """
+
+    image: Picture
     image_embeds: FeatureRef
 
 
@@ -45,6 +48,7 @@ class CaptionSource:
         image_folder: where paths of images start, and where they may lead. By default any path is allowed.
         option_prefix: prefix of the command-line options that choose the columns ("eval_"), for error messages.
         prompt_column: column of prompts. A row with an empty cell has the prompt of the captioner.
+        num_frames: largest number of frames to read of a video. With 1, rows of several images are refused.
     """
 
     name: str
@@ -55,6 +59,7 @@ class CaptionSource:
     image_folder: ImageFolder | None = None
     option_prefix: str = ""
     prompt_column: str | None = None
+    num_frames: int = 1
 
     def with_existing_columns(self) -> "CaptionSource":
         """Return the source with the columns that the rows have.
@@ -172,11 +177,13 @@ class CaptionDataset(Dataset[CaptionRow]):
         return merged
 
     def _image_ids(self, column: str) -> list:
-        """Return the id of each row. An image is identified by its path and its bytes."""
-        if not isinstance(self.rows.features[column], datasets.Image):
+        """Return the id of each row. An image is identified by its path and its bytes, and a video by its frames."""
+        feature = self.rows.features[column]
+        if not isinstance(getattr(feature, "feature", feature), datasets.Image):
             return self.rows[column]
-        cells = self.rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
-        return [cell and (cell["path"], hash(cell["bytes"])) for cell in cells[column]]
+        cells = undecoded_images(self.rows, column, "--image_id_column")[column]
+        frames = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        return [tuple(cell and (cell["path"], hash(cell["bytes"])) for cell in video) for video in frames]
 
     def _check_features(self, features: SplitFeatures) -> None:
         features.check_length(self.split, len(self.rows))
@@ -216,17 +223,17 @@ class CaptionDataset(Dataset[CaptionRow]):
         if self.features is not None:
             view = self.augmentation.draw_view(self.features.views, generator)
             return {"image_embeds": FeatureRef(self.features, self.row_of[index], view), **self._text(index, generator)}
-        image = self.augmentation.augment_image(self._open_image(index), generator)
+        image = self.augmentation.augment(self._open_image(index), generator)
         return {"image": image, **self._text(index, generator)}
 
     def _text(self, index: int, generator: torch.Generator) -> RowText:
         return self.augmentation.draw_text(self.captions[index], generator, self.prompts[index])
 
-    def _cell(self, index: int) -> ImageCell | None:
+    def _cell(self, index: int) -> Cell:
         return None if self.images is None else self.images[self.row_of[index]][self.source.image_column]
 
-    def _open_image(self, index: int) -> Image.Image:
-        return open_cell(self._cell(index), self.source.image_folder)
+    def _open_image(self, index: int) -> Picture:
+        return open_cell(self._cell(index), self.source.image_folder, self.source.num_frames)
 
     def _skip(self, index: int, reason: str) -> None:
         self.skipped.add(self.split, self.row_of[index], file_of_image(self._cell(index)), reason)
@@ -278,10 +285,13 @@ class CaptionDataset(Dataset[CaptionRow]):
         return errors
 
     def image_to_show(self, position: int) -> Image.Image:
-        """Return the image of a row for display, or a grey image if only its features exist."""
+        """Return the image of a row for display, or a grey image if only its features exist.
+
+        A video is shown by its middle frame.
+        """
         if self.images is not None:
             try:
-                return self._open_image(self.indices[position])
+                return middle_frame(self._open_image(self.indices[position]))
             except OSError:  # the file was deleted after its features were computed
                 pass
         return Image.new("RGB", (64, 64), "lightgray")

@@ -19,7 +19,7 @@ from ..vision_qformer import image_feature_size
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch, SplitLayout
 from .image_paths import ImageFolder
-from .images import ImageCell, file_of_image, open_cell
+from .images import ImageCell, file_of_image, open_image_cell
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRow, skipped_row
 
@@ -129,7 +129,7 @@ class ImageFeatures:
             limit.check(split, len(rows), len(sample), [error for _, error in outcomes if error is not None])
 
     def _open_image(self, split: str, row: int) -> Image.Image:
-        return open_cell(self.rows[split][row][self.image_column], self.image_folders[split])
+        return open_image_cell(self.rows[split][row][self.image_column], self.image_folders[split])
 
     def batches(self, split: str, layout: SplitLayout, row_batches: Sequence[range]) -> Iterator[FeatureBatch]:
         """Yield the features of each batch of rows.
@@ -212,7 +212,7 @@ class ImageViews(Dataset):
     def __getitem__(self, row: int) -> torch.Tensor | SkippedRow | InputError:
         cell = self.rows[row][self.image_column]
         try:
-            image = open_cell(cell, self.image_folder)
+            image = open_image_cell(cell, self.image_folder)
         except OSError as error:
             return self._skipped(row, cell, error)
         crops = [random_view(image, row, view, self.augmentation) for view in range(1, self.views)]

@@ -1,20 +1,22 @@
-"""Images of a data set: undecoded cells, and safe opening."""
+"""Images and videos of a data set: undecoded cells, and safe opening. A video is a list of images, its frames."""
 
 import hashlib
 import os
 import reprlib
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.table import table_cast
 from PIL import Image
 
 from ..common.errors import InputError, one_line
-from ..images_qformer import MAX_BYTES, embedded_content, open_image, shown
+from ..images_qformer import MAX_BYTES, embedded_content, open_image, sample_frames, shown
 from .image_paths import ImageFolder
 from .names import ID_NAMES
 
@@ -26,11 +28,16 @@ class ImageCell(TypedDict):
     path: str | None
 
 
+Cell: TypeAlias = ImageCell | list[ImageCell | None] | None
+Picture: TypeAlias = Image.Image | list[Image.Image]
+
+
 def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datasets.Dataset:
     """Return a data set with only the image column, undecoded.
 
     `datasets` decodes whole batches and fails on the first damaged image. Undecoded images are opened one by one, so
-    that a damaged one can be skipped. A list of one image counts as that image, and any other list as an empty cell.
+    that a damaged one can be skipped. If all lists of a column have one image, they count as that image. Otherwise the
+    cells are lists, the frames of videos.
 
     Args:
         rows: the data set.
@@ -43,11 +50,11 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
     feature = rows.features[column]
     images = rows.select_columns(column)
     try:
-        if isinstance(feature, datasets.List | datasets.LargeList):
-            images = only_items(images, column)
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, dict) and not {"bytes", "path"} & inner.keys():
             raise TypeError("`datasets` would read it as a column without images")
+        if inner is not feature:
+            return lists_of_images(images, column)
         if column in ID_NAMES and isinstance(inner, datasets.Value) and "int" in inner.dtype:  # names of files
             images = images.cast_column(column, datasets.Value("string"))
         return images.cast_column(column, datasets.Image(decode=False))
@@ -58,33 +65,40 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
         ) from error
 
 
-def only_items(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """Return the only item of each list in a column, and `None` for a list of no item or several.
+def lists_of_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """Return a column of lists as undecoded images if each list has exactly one, otherwise as lists of these.
 
     Raises:
-        TypeError: if no list has exactly one item.
+        TypeError: if no list holds an image.
     """
-    parts = []
-    for chunk in rows.flatten_indices().data.column(column).chunks:
-        counts = pc.fill_null(pc.list_value_length(chunk), 0)
-        items = chunk.flatten()
-        if not pc.all(pc.equal(counts, 1)).as_py():  # otherwise nothing is copied
-            ends = pc.cumulative_sum(counts)
-            items = items.take(pc.if_else(pc.equal(counts, 1), pc.subtract(ends, 1), None))
-        parts.append(items)
-    if all(part.null_count == len(part) for part in parts):
-        raise TypeError("no list holds exactly one image")
-    return datasets.Dataset(pa.table({column: pa.chunked_array(parts)}))
+    table = rows.flatten_indices().data.select([column])
+    lists = datasets.Features({column: datasets.List(datasets.Image(decode=False))})
+    cells = table_cast(pa.table({column: table.column(column)}), lists.arrow_schema).column(column)
+    counts = pc.fill_null(pc.list_value_length(cells), 0)
+    if pc.sum(counts).as_py() in (None, 0):
+        raise TypeError("no list holds an image")
+    if pc.all(pc.equal(counts, 1)).as_py():
+        cells, lists = pc.list_flatten(cells), datasets.Features({column: lists[column].feature})
+    return datasets.Dataset(pa.table({column: cells}), info=datasets.DatasetInfo(features=lists))
 
 
-def image_cell(value: Any) -> ImageCell | None:
-    """Return a value of an untyped stream (a dict, bytes, a text, or a list of one of these) as an undecoded cell.
+def image_cell(value: Any) -> Cell:
+    """Return a value of an untyped stream (a dict, bytes, a text, or a list of these) as an undecoded cell.
 
     Raises:
         OSError: if the value does not hold an image. The message names its type.
     """
     if isinstance(value, list) and not any(isinstance(item, list) for item in value):
-        return image_cell(value[0]) if len(value) == 1 else None
+        return [frame_cell(item) for item in value]
+    return frame_cell(value)
+
+
+def frame_cell(value: Any) -> ImageCell | None:
+    """Return a dict, bytes or a text as the undecoded cell of one image.
+
+    Raises:
+        OSError: if the value does not hold an image. The message names its type.
+    """
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         content, path = value.get("bytes"), value.get("path")
         if isinstance(content, str | bytes | None) and isinstance(path, str | None):
@@ -102,16 +116,57 @@ def image_cell(value: Any) -> ImageCell | None:
 def file_of_image(value: Any) -> str | None:
     """Return the path of an undecoded image, or `None` for an image that the data set itself holds.
 
+    The path of a video is that of its first frame.
+
     Args:
         value: a cell, or a value of an untyped stream.
     """
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    value = value[0] if isinstance(value, list) and value else value
     path = value.get("path") if isinstance(value, dict) else value
     return path if isinstance(path, str) and embedded_content(path) is None else None
 
 
-def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Image.Image:
-    """Open an undecoded image as upright RGB.
+def open_cell(cell: Cell, folder: ImageFolder | None = None, num_frames: int = 1) -> Picture:
+    """Open an undecoded image as upright RGB, or the frames of a video.
+
+    Args:
+        cell: the image, or a list of images. A list of one is that image.
+        folder: folder where paths start and that they must not leave. By default any path is allowed.
+        num_frames: number of frames to open of a video. Longer videos are sampled evenly. With 1, videos are refused.
+
+    Raises:
+        OSError: if the cell is empty, or an image cannot be read. The message names the image. Also for a video, if
+            only images are read.
+    """
+    if not isinstance(cell, list) or len(cell) == 1:
+        return open_one(cell[0] if isinstance(cell, list) else cell, folder)
+    if len(cell) > 1 and num_frames == 1:
+        raise OSError(
+            f"The row has {len(cell)} images, and a captioner reads one unless it is trained on videos (--num_frames)."
+        )
+    if not cell:
+        raise OSError("The row has no image.")
+    return [open_one(frame, folder) for frame in sample_frames(cell, num_frames)]
+
+
+def open_image_cell(cell: Cell, folder: ImageFolder | None = None) -> Image.Image:
+    """Open an undecoded image as [`open_cell`] does, and refuse videos.
+
+    Raises:
+        OSError: if the cell is empty, the image cannot be read, or the cell holds a video.
+    """
+    image = open_cell(cell, folder)
+    assert isinstance(image, Image.Image)  # one frame is read
+    return image
+
+
+def middle_frame(picture: Picture) -> Image.Image:
+    """Return the middle frame of a video, to show it. An image is returned as it is."""
+    return picture[len(picture) // 2] if isinstance(picture, list) else picture
+
+
+def open_one(cell: ImageCell | None, folder: ImageFolder | None = None) -> Image.Image:
+    """Open one undecoded image as upright RGB.
 
     Args:
         cell: the image. Its bytes are used if present, otherwise its path. The path may also be a `data:` URL or base64
@@ -122,7 +177,7 @@ def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Imag
         OSError: if the cell is empty or the image cannot be read. The message names the image.
     """
     if cell is None or (cell["bytes"] is None and not cell["path"]):
-        raise OSError("The row has no image, or several.")
+        raise OSError("The row has no image.")
     content, path = cell["bytes"], cell["path"]
     if content is not None:
         return open_image(content, os.path.basename(path or ""))
@@ -143,10 +198,11 @@ def open_cell(cell: ImageCell | None, folder: ImageFolder | None = None) -> Imag
 
 
 def image_keys(images: datasets.Dataset, column: str) -> np.ndarray:
-    """Return keys that identify the images of a data set: `[rows]` of uint64.
+    """Return keys that identify the images or videos of a data set: `[rows]` of uint64.
 
     A key is a hash of the image's file name and, if the data set stores the image, of its size. For an image in base64
-    it is a hash of the text. Keys stay the same when a folder moves, and change when rows change or are reordered.
+    it is a hash of the text, and for a video a hash of all its frames. Keys stay the same when a folder moves, and
+    change when rows change or are reordered.
 
     Args:
         images: undecoded images, as [`undecoded_images`] returns them.
@@ -155,9 +211,19 @@ def image_keys(images: datasets.Dataset, column: str) -> np.ndarray:
     keys = []
     for batch in images.select_columns(column).with_format("arrow").iter(1000):
         cells = pa.chunked_array(batch.column(column)).combine_chunks()
+        counts = [1] * len(cells)
+        if not pa.types.is_struct(cells.type):  # lists
+            counts = pc.fill_null(pc.list_value_length(cells), 0).to_pylist()
+            cells = pc.list_flatten(cells)
         sizes = pc.binary_length(cells.field("bytes")).to_pylist()
-        for path, size in zip(cells.field("path").to_pylist(), sizes, strict=True):
-            file = file_of_image(path)
-            text = f"{path or '' if file is None else os.path.basename(file)}|{size}".encode()
+        texts = map(text_of_key, cells.field("path").to_pylist(), sizes)
+        for count in counts:
+            text = "\n".join(islice(texts, count)).encode()
             keys.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
     return np.array(keys, dtype=np.uint64)
+
+
+def text_of_key(path: str | None, size: int | None) -> str:
+    """Return what identifies an image: its file name or its text in base64, and its size if the data set stores it."""
+    file = file_of_image(path)
+    return f"{path or '' if file is None else os.path.basename(file)}|{size}"

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..common.errors import InputError
 from .augmentation import Augmentation
 from .columns import column_names, missing_column, nested_value
 from .dataset import CaptionRow, CaptionSource
-from .images import file_of_image, image_cell, open_cell
+from .images import Picture, file_of_image, image_cell, open_cell
 from .loading import PEEK_ROWS, iterate_rows
 from .skip_limit import STREAM_ROWS, SkipLimit, try_images
 from .skipped_rows import SkippedRows
@@ -87,8 +86,8 @@ class CaptionStream(IterableDataset[CaptionRow]):
             errors = [error for _, error in try_images(rows, functools.partial(self._open_image, source))]
             limit.check(source.name, len(errors), len(errors), [error for error in errors if error is not None])
 
-    def _open_image(self, source: CaptionSource, row: dict[str, Any]) -> Image.Image:
-        return open_cell(image_cell(nested_value(row, source.image_column)), source.image_folder)
+    def _open_image(self, source: CaptionSource, row: dict[str, Any]) -> Picture:
+        return open_cell(image_cell(nested_value(row, source.image_column)), source.image_folder, source.num_frames)
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing, because a stream counts its passes itself."""
@@ -149,7 +148,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
             raise OSError(text.reason)
         image = self._open_image(source, row)
         generator = self.augmentation.generator(epoch, place)
-        image = self.augmentation.augment_image(image, generator)
+        image = self.augmentation.augment(image, generator)
         return {"image": image, **self.augmentation.draw_text(text.captions, generator, text.prompt)}
 
     def references(self) -> Iterator[list[str]]:

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
-from PIL import Image
 
 from ..common.errors import InputError, one_line
 from ..data.columns import missing_column, with_nested_columns
 from ..data.dataset import CaptionSource, no_caption
 from ..data.features import FeatureRef, SplitFeatures
 from ..data.image_paths import ImageFolder, folder_of_images
-from ..data.images import file_of_image, image_keys, open_cell, undecoded_images
+from ..data.images import Cell, ImageCell, Picture, file_of_image, image_keys, open_cell, undecoded_images
 from ..data.loading import load_rows
 from ..data.texts import Text, rows_of_texts
 from .caption_files import ImageId, ReferenceSet
@@ -121,6 +120,7 @@ class EvaluationSet:
         skipped: images that are left out because they have no caption, or no features.
         prompts: prompt of each image that has its own.
         features: features to caption instead of the images.
+        num_frames: largest number of frames to read of a video.
     """
 
     references: ReferenceSet
@@ -130,6 +130,7 @@ class EvaluationSet:
     skipped: list[FaultyImage] = field(default_factory=list)
     prompts: dict[ImageId, str] = field(default_factory=dict)
     features: SplitFeatures | None = None
+    num_frames: int = 1
 
     @property
     def num_images(self) -> int:
@@ -143,7 +144,7 @@ class EvaluationSet:
         kind = "images" if self.features is None else "rows of features"
         return f"{len(self.row_of)} {kind}, {self.references.num_captions} captions{parts}"
 
-    def read(self, image: ImageId) -> Image.Image | FeatureRef:
+    def read(self, image: ImageId) -> Picture | FeatureRef:
         """Return an image, or a reference to its features.
 
         Args:
@@ -154,8 +155,8 @@ class EvaluationSet:
         """
         return self.open(image) if self.features is None else FeatureRef(self.features, self.row_of[image], view=0)
 
-    def open(self, image: ImageId) -> Image.Image:
-        """Open an image.
+    def open(self, image: ImageId) -> Picture:
+        """Open an image, or the frames of a video.
 
         Args:
             image: id of the image.
@@ -166,7 +167,7 @@ class EvaluationSet:
         if self.rows is None:
             raise OSError(f"The row {image!r} has features and no image.")
         (cell,) = self.rows[self.row_of[image]].values()
-        return open_cell(cell, self.image_folder)
+        return open_cell(cell, self.image_folder, self.num_frames)
 
     def first(self, number: int | None) -> "EvaluationSet":
         """Return the first images, or all of them if `number` is None."""
@@ -191,11 +192,11 @@ class EvaluationSet:
         (column,) = rows.column_names
         keys = image_keys(rows, column).tolist()
         return {
-            image: f"{key:016x}{self._file_stamp(cell)}{self.prompts.get(image, '')}"
+            image: f"{key:016x}{''.join(map(self._file_stamp, frames_of(cell)))}{self.prompts.get(image, '')}"
             for image, key, cell in zip(self.row_of, keys, rows[column], strict=True)
         }
 
-    def _file_stamp(self, cell: dict | None) -> str:
+    def _file_stamp(self, cell: ImageCell | None) -> str:
         """Return size and modification time of an image's file, or an empty string if there is no file."""
         if cell is None or cell["bytes"] is not None or not cell["path"]:
             return ""
@@ -343,7 +344,8 @@ def load_evaluation_set(
     repeated = [image for image, count in Counter(ids).items() if count > 1]
     if repeated and not row_per_caption:
         raise InputError(f"{len(repeated)} images occur more than once; the first of them is {repeated[0]!r}.")
-    paths = {image: file_of_image(cells[row]) for image, row in row_of.items()}
+    # Frames of different videos have the same names, so videos have none.
+    paths = {image: file_of_image(cells[row]) for image, row in row_of.items() if len(frames_of(cells[row])) == 1}
     names = {image: os.path.basename(path) for image, path in paths.items() if path}
     if not any(captions.values()) and not hidden_references:
         raise no_caption(source)
@@ -367,6 +369,7 @@ def load_evaluation_set(
         skipped,
         {image: prompts[image] for image in usable if prompts[image]},
         features,
+        source.num_frames,
     )
 
 
@@ -397,15 +400,22 @@ def _ids_in_column(rows: datasets.Dataset, column: str, texts: Sequence[tuple[in
     return [ids[row] for row, _ in texts]
 
 
-def _ids_by_file(cells: Sequence[dict | None], texts: Sequence[tuple[int, Text]]) -> list[ImageId]:
-    """Return, for each text, the index of the first text with the same file and the same prompt."""
-    paths = [
-        None if cell is None or cell["bytes"] is not None or cell["path"] is None else os.path.normpath(cell["path"])
-        for cell in cells
-    ]
-    first: dict[tuple[str, str], int] = {}
+def _ids_by_file(cells: Sequence[Cell], texts: Sequence[tuple[int, Text]]) -> list[ImageId]:
+    """Return, for each text, the index of the first text with the same files and the same prompt."""
+    files = [[_file_of(frame) for frame in frames_of(cell)] for cell in cells]
+    first: dict[tuple[tuple[str | None, ...], str], int] = {}
     ids: list[ImageId] = []
     for index, (row, text) in enumerate(texts):
-        path = paths[row]
-        ids.append(index if path is None else first.setdefault((path, text.prompt), index))
+        own = files[row]
+        ids.append(index if None in own else first.setdefault((tuple(own), text.prompt), index))
     return ids
+
+
+def _file_of(cell: ImageCell | None) -> str | None:
+    """Return the path of an image that is a file, in a form that is the same for the same file."""
+    return None if cell is None or cell["bytes"] is not None or not cell["path"] else os.path.normpath(cell["path"])
+
+
+def frames_of(cell: Cell) -> Sequence[ImageCell | None]:
+    """Return the frames of an undecoded video, or an undecoded image as the only one."""
+    return cell if isinstance(cell, list) and cell else [cell if isinstance(cell, dict) else None]

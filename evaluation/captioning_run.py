@@ -148,7 +148,8 @@ def resolve_run(
         assert processor is not None, "load_captioner checks it"
         store.check(config.vision_model_name_or_path, config.vision_model_revision, processor.image_processor)
     skipped_rows = SkippedRows()
-    split, whole_split = load_images(args, image_folder, skipped_rows, rules, store)
+    num_frames = 1 if model.processor is None else model.processor.num_frames
+    split, whole_split = load_images(args, image_folder, skipped_rows, rules, store, num_frames)
     return CaptioningRun(
         args=args,
         benchmark=benchmark,
@@ -177,6 +178,7 @@ def load_images(
     skipped: SkippedRows | None = None,
     rules: VizWizRules | None = None,
     store: FeatureStore | None = None,
+    num_frames: int = 1,
 ) -> tuple[str, EvaluationSet]:
     """Return the name of the split, and its images and references.
 
@@ -186,6 +188,7 @@ def load_images(
         skipped: record of the rows that belong to no split, and of rejected captions.
         rules: rules for the captions of VizWiz.
         store: precomputed features to caption instead of images.
+        num_frames: largest number of frames to read of a video.
 
     Raises:
         InputError: if the benchmark, the data set, the split or a column does not exist, or a file cannot be read.
@@ -217,6 +220,7 @@ def load_images(
         args.image_id_column,
         folder_of_images(name, rows, image_folder, args.allowed_image_folders),
         prompt_column=args.prompt_column,
+        num_frames=num_frames,
     )
     features = None if store is None else store.split(split)
     return split, load_evaluation_set(source.with_existing_columns(), features=features)

@@ -8,7 +8,6 @@ from typing import Any, TextIO
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from ..common.errors import InputError, one_line
 from ..common.files import read_json_lines
 from ..common.onednn import onednn_linears
 from ..data.features import FeatureRef, PaddedFeatures, read_features
+from ..data.images import Picture
 from ..modeling_qformer import QFormerCaptioner
 from .benchmarks import EvaluationSet
 from .caption_files import ImageId
@@ -98,17 +98,17 @@ def caption_images(
 
 
 def caption_batch(
-    model: QFormerCaptioner, inputs: Sequence[Image.Image | FeatureRef], prompts: list[str], **generation: Any
+    model: QFormerCaptioner, inputs: Sequence[Picture | FeatureRef], prompts: list[str], **generation: Any
 ) -> list[str]:
-    """Return the captions of images, or of precomputed features.
+    """Return the captions of images or videos, or of precomputed features.
 
     Args:
         model: the captioner.
-        inputs: images, or references to features.
+        inputs: images or videos, or references to features.
         prompts: prompt of each; an empty prompt is the captioner's own.
         generation: arguments of the captioner's `generate`.
     """
-    images = [each for each in inputs if isinstance(each, Image.Image)]
+    images = [each for each in inputs if not isinstance(each, FeatureRef)]
     if images:
         return list(model.caption(images, prompts, **generation))
     features = read_features([each for each in inputs if isinstance(each, FeatureRef)])
@@ -145,7 +145,7 @@ class _ImageLoader(Dataset):
     def __init__(self, evaluation_set: EvaluationSet, images: list[ImageId]):
         self.evaluation_set, self.images = evaluation_set, images
 
-    def __getitem__(self, index: int) -> tuple[ImageId, Image.Image | FeatureRef | OSError]:
+    def __getitem__(self, index: int) -> tuple[ImageId, Picture | FeatureRef | OSError]:
         image = self.images[index]
         try:
             return image, self.evaluation_set.read(image)

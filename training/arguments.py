@@ -38,6 +38,12 @@ class ModelArguments:
     qformer_config: str | None = option(
         None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.', "model"
     )
+    num_frames: int | None = option(
+        None,
+        "Largest number of frames to read of a video, which is a list of images in a row. Longer videos are sampled "
+        "evenly. Default: that of the captioner, or 1 for a new one, which reads images.",
+        "model",
+    )
     projection_per_query: bool = option(
         False, "Give each query token its own projection into the language model. BLIP-2 has one for all.", "model"
     )

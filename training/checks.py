@@ -128,7 +128,7 @@ def check_model(args: ModelArguments) -> None:
     Raises:
         InputError: for an option whose value is not valid, or options that contradict each other.
     """
-    check_at_least(args, 1, "lora_r")
+    check_at_least(args, 1, "lora_r", "num_frames")
     check_share(args, "lora_dropout")
     if args.lora_r is not None and not (args.freeze_vision_model and args.freeze_language_model):
         raise InputError("--lora_r trains adapters on frozen backbones: leave out --freeze_... false.")

@@ -115,7 +115,13 @@ def load_data(run: TrainingRun) -> tuple[TrainingData, CaptionDataset | None]:
     """
     args = run.training_args
     train_data, eval_data = load_datasets(
-        run.data_args, run.features, run.skipped_rows, run.augmentation, args.process_index, args.world_size
+        run.data_args,
+        run.features,
+        run.skipped_rows,
+        run.augmentation,
+        args.process_index,
+        args.world_size,
+        run.num_frames,
     )
     if run.data_args.streaming:
         replace_epochs_by_steps(args)
@@ -145,6 +151,7 @@ def load_datasets(
     augmentation: Augmentation,
     process: int = 0,
     processes: int = 1,
+    num_frames: int = 1,
 ) -> tuple[TrainingData, CaptionDataset | None]:
     """Load the rows to train on, and the rows to evaluate on if there are any.
 
@@ -154,12 +161,13 @@ def load_datasets(
         skipped: record of the rows that cannot be used.
         augmentation: augmentation of the training rows.
         process, processes: index of this process and number of processes, which share the rows of a stream.
+        num_frames: largest number of frames to read of a video.
 
     Raises:
         InputError: if a data set cannot be loaded, or lacks a split or a column that the options name.
     """
     train_rows, eval_rows = load_rows(args, features, skipped)
-    sources = training_sources(args, train_rows)
+    sources = training_sources(args, train_rows, num_frames)
     if args.streaming:
         stream = CaptionStream(
             sources,
@@ -173,12 +181,12 @@ def load_datasets(
         )
         if process == 0:
             stream.check_images(SkipLimit(args.max_skipped))
-        return stream, evaluation_data(args, eval_rows, features, skipped)
+        return stream, evaluation_data(args, eval_rows, features, skipped, num_frames)
     split_features = None if features is None else features.split(args.train_split)
     parts = [CaptionDataset(source, skipped, augmentation, split_features) for source in sources]
     for part in parts if process == 0 else []:  # the other processes wait for this one before they train
         part.check_images(SkipLimit(args.max_skipped))
-    eval_data = evaluation_data(args, eval_rows, features, skipped)
+    eval_data = evaluation_data(args, eval_rows, features, skipped, num_frames)
     if eval_data is None and args.train_val_split is not None:
         eval_data = hold_out(parts[0], args.train_val_split, args.max_eval_samples)
     if len(parts) == 1:
@@ -242,7 +250,7 @@ def evaluation_split(args: DataArguments, features: FeatureStore | None) -> str 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def training_sources(args: DataArguments, train_rows: list[Rows]) -> list[CaptionSource]:
+def training_sources(args: DataArguments, train_rows: list[Rows], num_frames: int) -> list[CaptionSource]:
     """Return the training rows of each data set, with the columns that hold images and captions."""
     specs = training_specs(args)
     return [
@@ -254,13 +262,18 @@ def training_sources(args: DataArguments, train_rows: list[Rows]) -> list[Captio
             args.image_id_column,
             folder_of_images(spec.name, rows, spec.image_folder, args.allowed_image_folders),
             prompt_column=spec.prompt_column,
+            num_frames=num_frames,
         )
         for spec, rows in zip(specs, train_rows, strict=True)
     ]
 
 
 def evaluation_data(
-    args: DataArguments, eval_rows: datasets.Dataset | None, features: FeatureStore | None, skipped: SkippedRows
+    args: DataArguments,
+    eval_rows: datasets.Dataset | None,
+    features: FeatureStore | None,
+    skipped: SkippedRows,
+    num_frames: int,
 ) -> CaptionDataset | None:
     """Return the rows to evaluate on without unreadable images, or `None` without `eval_rows`."""
     if eval_rows is None:
@@ -275,6 +288,7 @@ def evaluation_data(
         folder_of_images(spec.name, eval_rows, spec.image_folder, args.allowed_image_folders),
         option_prefix="" if args.eval_dataset_name is None else "eval_",
         prompt_column=spec.prompt_column,
+        num_frames=num_frames,
     )
     split_features = None if features is None else features.split(split)
     return CaptionDataset(source, skipped, features=split_features).drop_unreadable(SkipLimit(args.max_skipped))

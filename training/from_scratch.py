@@ -95,6 +95,10 @@ def build_from_scratch(
             size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3
         )
     model.processor = QFormerCaptionerProcessor(
-        image_processor, tokenizer, prompt=prompt, is_encoder_decoder=text.is_encoder_decoder
+        image_processor,
+        tokenizer,
+        prompt=prompt,
+        is_encoder_decoder=text.is_encoder_decoder,
+        num_frames=model.qformer.config.num_frames,
     )
     return model

@@ -47,6 +47,7 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
                 f"The captioner {args.model_name_or_path!r} has no processor: save it together with its processor."
             )
         set_prompts(processor, run)
+        set_num_frames(model, processor, args)
         if run.features is not None:
             name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
             run.features.check(name, revision, processor.image_processor)
@@ -92,6 +93,23 @@ def set_prompts(processor: QFormerCaptionerProcessor, run: TrainingRun) -> None:
     run.augmentation.prompts = prompts if len(prompts) > 1 else ()
 
 
+def set_num_frames(model: QFormerCaptioner, processor: QFormerCaptionerProcessor, args: ModelArguments) -> None:
+    """Let the captioner read as many frames of a video as the option says. By default it keeps its own number.
+
+    Raises:
+        InputError: if its Q-Former tells fewer frames apart.
+    """
+    known = model.qformer.config.num_frames
+    if args.num_frames is None:
+        return
+    if args.num_frames > known:
+        raise InputError(
+            f"The Q-Former tells {known} frames apart, fewer than --num_frames {args.num_frames}: give a smaller "
+            "number, or train a new Q-Former."
+        )
+    processor.num_frames = args.num_frames
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,7 +145,7 @@ def load_captioner(
         return build_from_scratch(
             parse_config(args.vision_config, "vision_config") or unknown,
             parse_config(args.text_config, "text_config"),
-            parse_config(args.qformer_config, "qformer_config"),
+            qformer_fields(args),
             (text for texts in train_texts for text in texts),
             prompt=args.prompt[0] if args.prompt else "",
         )
@@ -165,7 +183,7 @@ def qformer_options(args: ModelArguments) -> dict[str, Any]:
         InputError: if the pretrained Q-Former cannot be read or has other sizes than the options ask for.
         OSError: if the Q-Former reads the prompt and its tokenizer cannot be loaded.
     """
-    fields = parse_config(args.qformer_config, "qformer_config")
+    fields = qformer_fields(args)
     if args.qformer_name_or_path is None:
         options, config = fields, QFormerConfig.from_fields(**fields)
     else:
@@ -180,6 +198,12 @@ def qformer_options(args: ModelArguments) -> dict[str, Any]:
         )
         options = {**options, "qformer_tokenizer": tokenizer}
     return options
+
+
+def qformer_fields(args: ModelArguments) -> dict[str, Any]:
+    """Return the fields of a new Q-Former that the options set."""
+    fields = {} if args.num_frames is None else {"num_frames": args.num_frames}
+    return {**fields, **parse_config(args.qformer_config, "qformer_config")}
 
 
 def load_existing(name: str, load_vision_model: bool) -> QFormerCaptioner:

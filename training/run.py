@@ -1,6 +1,7 @@
 """One training run: its options, output folder and processes, before data and model are loaded."""
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ..common.errors import InputError
@@ -8,6 +9,7 @@ from ..common.run_folder import RunFolder
 from ..data.augmentation import Augmentation
 from ..data.feature_store import FeatureStore
 from ..data.skipped_rows import SkippedRows
+from ..processing_qformer import QFormerCaptionerProcessor
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .checks import check_options, draws_scenes
 from .training_arguments import CaptionTrainingArguments
@@ -52,6 +54,15 @@ class TrainingRun:
     def draws_scenes(self) -> bool:
         """Return True if the run is evaluated on drawn scenes."""
         return draws_scenes(self.data_args)
+
+    @cached_property
+    def num_frames(self) -> int:
+        """Return the largest number of frames to read of a video: `--num_frames`, or that of an existing captioner."""
+        name = self.model_args.model_name_or_path
+        if self.model_args.num_frames is not None or name is None:
+            return self.model_args.num_frames or 1
+        processor = QFormerCaptionerProcessor.from_folder_if_any(name)
+        return 1 if processor is None else processor.num_frames
 
     @property
     def length(self) -> list[float]:

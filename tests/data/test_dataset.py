@@ -200,9 +200,7 @@ def test_a_row_without_an_image_is_skipped_and_recorded(image_folder):
     rows = datasets.Dataset.from_list([whole[0] | {"image": None}, *whole[1:]], features=features)
     data = captioned(rows)
     assert data[0]["image"].size == (20, 10)  # the image of the next row
-    assert data.skipped.pending == [
-        {"split": "train", "row": 0, "file": None, "reason": "The row has no image, or several."}
-    ]
+    assert data.skipped.pending == [{"split": "train", "row": 0, "file": None, "reason": "The row has no image."}]
 
 
 def test_shuffled_images_give_every_row_the_image_of_another(image_folder, tmp_path):

@@ -79,7 +79,9 @@ def test_a_list_of_one_image_is_that_image_and_others_are_skipped_rows(folder, k
         data = captioned(name, skipped=skipped).drop_unreadable()
         read = [seen(data[row]) for row in range(len(data))]
     assert read == [(RGB[0], ("0",)), (RGB[4], ("4",)), (RGB[5], ("5",))]
-    assert [row["reason"] for row in skipped.pending] == ["The row has no image, or several."] * 3
+    reasons = [row["reason"] for row in skipped.pending]
+    assert reasons[:2] == ["The row has no image."] * 2
+    assert reasons[2].startswith("The row has 2 images, and a captioner reads one unless") and len(reasons) == 3
 
 
 def test_a_number_as_id_is_the_name_of_a_file(folder):
@@ -126,7 +128,7 @@ def test_keys_tell_images_in_base64_apart():
 
 @pytest.mark.parametrize(
     "value",
-    [5, True, {f"name {number}": 1 for number in range(500)}, ["a.jpg", "b.jpg"], [{"url": "a"}]],
+    [5, True, {f"name {number}": 1 for number in range(500)}, [["a.jpg"]], [{"url": "a"}]],
     ids=lambda value: type(value).__name__,
 )
 def test_a_column_that_cannot_hold_images_is_refused(value):

@@ -66,7 +66,7 @@ def test_a_sample_without_a_text_or_without_an_image_is_counted_and_named(tmp_pa
     assert data.train == [("red", ["one"])]
     assert [(entry["row"], entry["file"], entry["reason"]) for entry in data.skipped] == [
         (1, "b.jpg", "no caption"),
-        (2, None, "The row has no image, or several."),
+        (2, None, "The row has no image."),
     ]
 
 

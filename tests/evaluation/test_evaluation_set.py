@@ -45,7 +45,7 @@ def test_rows_of_a_file_become_an_evaluation_set(folder):
             {"image": [0.5, 2.5], "caption": ["one", "two"]},
             "'image' holds Value.'float64'., not images or paths.*image_column",
         ),
-        ({"image": [["a.png", "b.png"]], "caption": ["both"]}, "'image' holds List.*, not images or paths"),
+        ({"image": [[["a.png"]]], "caption": ["both"]}, "'image' holds List.*, not images or paths"),
         ({"image": ["a.png"], "caption": [{"boxes": 1}]}, "holds a dictionary with 'boxes'.*--caption_column"),
     ],
 )
