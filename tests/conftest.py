@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from .fixtures.fork_server import ForkServer
+from .fixtures.hub_server import Hub
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,11 +51,21 @@ def shared() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def commands() -> Iterator[ForkServer]:
-    """Return a server of commands that do not need an interpreter of their own, each with one thread.
+def hub() -> Iterator[Hub]:
+    """Return the Hub of `commands`. Each test uses repositories of its own."""
+    with Hub() as hub:
+        yield hub
 
-    Sums in another number of threads round differently.
+
+@pytest.fixture(scope="session")
+def commands(hub) -> Iterator[ForkServer]:
+    """Return a server of commands that do not need an interpreter of their own.
+
+    Each has one thread, because sums in another number of threads round differently.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder, ForkServer(pathlib.Path(folder), environment) as server:
-        yield server
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        environment = hub.environment(folder / "home")
+        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        with ForkServer(folder, environment) as server:
+            yield server

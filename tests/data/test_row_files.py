@@ -1,8 +1,5 @@
 """Files of rows: every kind gives a first batch, and a file that cannot be read ends in one sentence."""
 
-import subprocess
-import sys
-
 import pytest
 from PIL import ImageColor
 
@@ -14,7 +11,6 @@ from qformer_captioner.data.loading import load_rows
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.streaming import CaptionStream
 
-from ..conftest import ROOT
 from ..fixtures import tiny
 from ..fixtures.captioned_files import (
     COLOURS,
@@ -29,7 +25,6 @@ from ..fixtures.captioned_files import (
     write_jsonl,
     write_tar,
 )
-from ..fixtures.hub_server import Hub
 
 
 @pytest.fixture(params=KINDS)
@@ -122,23 +117,20 @@ def test_files_of_two_kinds_are_refused(folder):
 
 
 @pytest.mark.slow
-def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(folder, tmp_path):
+def test_data_sets_on_the_hub_are_loaded_by_revision_and_streamed(hub, commands, folder, tmp_path):
     """The data are loaded in another process, which uses a local Hub."""
-    with Hub() as hub:
-        metadata = b'{"file_name": "red.png", "caption": "a dog"}\n'
-        hub.files["dataset", "org/pictures"] = {"train/red.png": png(folder, "red"), "train/metadata.jsonl": metadata}
-        hub.branches["dataset", "org/pictures", "v1"] = hub.files["dataset", "org/pictures"]
-        program = (
-            f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
-            "from qformer_captioner.data.dataset import CaptionSource, SkippedRows\n"
-            "from qformer_captioner.data.loading import load_rows\n"
-            "from qformer_captioner.data.streaming import CaptionStream\n"
-            "print(load_rows('org/pictures', revision='v1')['train'][0]['caption'])\n"
-            "source = CaptionSource('', load_rows('org/pictures', streaming=True)['train'], 'image', 'caption')\n"
-            "print(next(iter(CaptionStream([source], SkippedRows()))))\n"
-        )
-        environment = hub.environment(tmp_path / "home")
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    metadata = b'{"file_name": "red.png", "caption": "a dog"}\n'
+    hub.files["dataset", "org/pictures"] = {"train/red.png": png(folder, "red"), "train/metadata.jsonl": metadata}
+    hub.branches["dataset", "org/pictures", "v1"] = hub.files["dataset", "org/pictures"]
+    program = (
+        "from qformer_captioner.data.dataset import CaptionSource, SkippedRows\n"
+        "from qformer_captioner.data.loading import load_rows\n"
+        "from qformer_captioner.data.streaming import CaptionStream\n"
+        "print(load_rows('org/pictures', revision='v1')['train'][0]['caption'])\n"
+        "source = CaptionSource('', load_rows('org/pictures', streaming=True)['train'], 'image', 'caption')\n"
+        "print(next(iter(CaptionStream([source], SkippedRows()))))\n"
+    )
+    done = commands.run("python", program, tmp_path)
     first, second = done.stdout.splitlines() or pytest.fail(done.stderr)
     assert first == "a dog" and "size=20x10" in second
     assert [request for request in hub.requests if request.endswith("/org/pictures/revision/v1")]

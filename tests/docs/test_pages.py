@@ -8,7 +8,6 @@ import csv
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from transformers import (
 from ..conftest import ROOT
 from ..fixtures import tiny
 from ..fixtures.fork_server import ForkServer
-from ..fixtures.hub_server import Hub, files_of
+from ..fixtures.hub_server import files_of
 from ..fixtures.markdown import Block, code_blocks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,8 +75,8 @@ def save_blip2(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Iterator[Hub]:
-    """Return a Hub with tiny models under the ids that the pages name."""
+def server(hub, commands, tmp_path_factory) -> Iterator[ForkServer]:
+    """Return a server of commands, on whose Hub are tiny models under the ids that the pages name."""
     folder = tmp_path_factory.mktemp("models")
     vision = AutoConfig.for_model("dinov2", hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     AutoModel.from_config(vision).save_pretrained(folder / "facebook/dinov2-small")
@@ -85,22 +84,11 @@ def hub(tmp_path_factory) -> Iterator[Hub]:
     tiny.save_language(folder / "HuggingFaceTB/SmolLM2-135M-Instruct", max_position_embeddings=256)
     save_clip(folder / "openai/clip-vit-base-patch32")
     save_blip2(folder / "Salesforce/blip2-opt-2.7b")
-    with Hub() as hub:
-        hub.tokens["hf_test"] = "USER"
-        for path in folder.glob("*/*"):
-            hub.files["model", f"{path.parent.name}/{path.name}"] = files_of(path)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def server(hub) -> Iterator[ForkServer]:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = hub.environment(Path(folder) / "home") | {
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
-        with ForkServer(Path(folder), environment) as server:
-            yield server
+    for path in folder.glob("*/*"):
+        hub.files["model", f"{path.parent.name}/{path.name}"] = files_of(path)
+    user, hub.tokens["hf_test"] = hub.tokens["hf_test"], "USER"
+    yield commands
+    hub.tokens["hf_test"] = user
 
 
 def make_files(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import io
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +19,6 @@ from qformer_captioner.evaluation.benchmarks import load_benchmark
 
 from ..conftest import ROOT
 from ..fixtures import tiny
-from ..fixtures.hub_server import Hub
-from ..fixtures.processes import kill
 from ..model.test_loading import adapter_of
 
 REFERENCES = {
@@ -168,10 +166,10 @@ def test_missing_java_is_found_before_captioning_starts(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_script_ends_an_error_in_one_line_without_a_traceback(files, tmp_path):
+def test_the_script_ends_an_error_in_one_line_without_a_traceback(commands, files, tmp_path):
     (tmp_path / "predictions.json").write_text(json.dumps(PREDICTIONS[:3]))
-    script = [sys.executable, str(ROOT / "eval_captions.py"), *files]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    script = ["python", str(ROOT / "eval_captions.py"), *files]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=commands.environment())
     assert done.returncode == 1
     assert done.stderr.startswith("error: There is no prediction for image 3 (2 of 5 images")
     assert done.stderr.count("\n") == 1
@@ -230,18 +228,19 @@ def test_the_files_of_a_run_have_the_scores_of_the_run(one_process, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_were_killed_and_continued_give_the_captions_of_one(
-    one_process, captioner, pictures, tmp_path
+    commands, one_process, captioner, pictures, tmp_path
 ):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = ["torchrun", "--standalone", "--nproc_per_node", "2"]
     run += [str(ROOT / "eval_captions.py"), *command(captioner, pictures, tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = commands.environment()
     process = subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
     while not any("[" in path.read_text() for path in (tmp_path / "two").glob("progress-*.jsonl")):
         assert process.poll() is None, "the run ended before it was killed"
         assert time.time() < deadline, "the run writes no captions"
         time.sleep(0.01)
-    kill(process)
+    commands.kill()
+    process.wait()
     assert not (tmp_path / "two" / "captions.json").exists()
     subprocess.run(run, env=environment, check=True, capture_output=True, timeout=300)
     assert len(list((tmp_path / "two").glob("progress-*.jsonl"))) == 2
@@ -250,7 +249,7 @@ def test_two_processes_that_were_killed_and_continued_give_the_captions_of_one(
 
 
 @pytest.mark.slow
-def test_a_process_that_starts_late_captions_its_share(captioner, pictures, tmp_path):
+def test_a_process_that_starts_late_captions_its_share(commands, captioner, pictures, tmp_path):
     """The captions that an early process has finished by then must not change how the batches are shared."""
     program = (
         "import sys, time\n"
@@ -265,9 +264,9 @@ def test_a_process_that_starts_late_captions_its_share(captioner, pictures, tmp_
         "eval_captions.evaluate(sys.argv[1:])"
     )
     (tmp_path / "late.py").write_text(program)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = ["torchrun", "--standalone", "--nproc_per_node", "2"]
     run += [str(tmp_path / "late.py"), *command(captioner, pictures, tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = commands.environment()
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(json.loads((tmp_path / "run" / "captions.json").read_text())) == 11
@@ -359,7 +358,7 @@ def picture_bytes(seed: int) -> dict:
 
 
 @pytest.mark.slow
-def test_only_the_split_of_a_benchmark_is_fetched_from_the_hub(captioner, tmp_path):
+def test_only_the_split_of_a_benchmark_is_fetched_from_the_hub(hub, commands, captioner, tmp_path):
     """Three images with one row for each caption. The training split is not fetched."""
     rows = [{"image": picture_bytes(i), "caption": text, "cocoid": 100 + i} for i in range(3) for text in ("a", "b c")]
     program = (
@@ -373,18 +372,15 @@ def test_only_the_split_of_a_benchmark_is_fetched_from_the_hub(captioner, tmp_pa
     options = ["--model", captioner, "--benchmark", "coco_karpathy_test"]
     options += ["--max_new_tokens", "4", "--min_new_tokens", "1"]
     options += ["--allow_empty", "--use_cpu", "--output_dir", str(tmp_path / "run")]
-    with Hub() as hub:
-        files = {
-            "data/test-00000-of-00001.parquet": parquet(rows),
-            "data/train-00000-of-00001.parquet": parquet(rows[:2]),
-        }
-        hub.files["dataset", "jxie/coco_captions"] = files
-        run = [sys.executable, "-c", program, *options]
-        done = subprocess.run(
-            run, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, cwd=ROOT.parent
-        )
+    hub.files["dataset", "jxie/coco_captions"] = {
+        "data/test-00000-of-00001.parquet": parquet(rows),
+        "data/train-00000-of-00001.parquet": parquet(rows[:2]),
+    }
+    run = ["python", "-c", program, *options]
+    done = subprocess.run(run, env=commands.environment(), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert not [request for request in hub.requests if request.startswith("GET") and "train" in request]
+    fetched = [request for request in hub.requests if re.match("GET .*/jxie/coco_captions/.*parquet", request)]
+    assert fetched and not any("train" in request for request in fetched)
     content = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert (content["images"], content["references"]) == (3, 6)
     assert content["prompt"] == "a photo of"

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from qformer_captioner.hub import convert
 from qformer_captioner.hub.legacy import LegacyCaptioner
 
 from ..fixtures import tiny
-from ..fixtures.hub_server import Hub
+from ..fixtures.hub_server import files_of
 
 QUERIES, IMAGE_TOKEN = 4, tiny.WORDS - 1
 VISION = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, patch_size=16)
@@ -175,7 +173,7 @@ def test_backbones_by_reference_load_from_the_checkpoint(kind, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
+def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(hub, commands, tmp_path):
     model = source("blip2", "opt")
     model.save_pretrained(tmp_path / "source")
     program = (
@@ -187,13 +185,10 @@ def test_a_checkpoint_on_the_hub_is_referred_to_by_its_commit(tmp_path):
         "print(model.config.language_model_name_or_path, model.config.vision_model_revision)\n"
         "torch.save(model.state_dict(), 'weights.pt')"
     )
-    with Hub() as hub:
-        hub.files["model", "org/blip2"] = {file.name: file.read_bytes() for file in (tmp_path / "source").iterdir()}
-        environment = hub.environment(tmp_path / "home")
-        run = [sys.executable, "-c", program]
-        done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == f"org/blip2 {hub.commit_sha(('model', 'org/blip2'))}"
+    hub.files["model", "org/blip2"] = files_of(tmp_path / "source")
+    done = commands.run("python", program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"org/blip2 {hub.commit_sha(('model', 'org/blip2'))}"
     weights = torch.load(tmp_path / "weights.pt")
     assert all(torch.equal(weights[convert.our_name(name)], tensor) for name, tensor in model.state_dict().items())
 
@@ -306,7 +301,7 @@ def test_a_sharded_checkpoint_converts_into_shards(sharded, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_converting_holds_few_tensors_in_memory(tmp_path):
+def test_converting_holds_few_tensors_in_memory(commands, tmp_path):
     """Peak memory of a process that converts 200 MB, 20 MB at a time: far below the checkpoint's size."""
     program = f"""
 import json, re, torch
@@ -337,8 +332,7 @@ before = memory("VmRSS")
 convert.convert(source, "ours", include_backbones=True)
 print(sum(file.stat().st_size for file in Path("ours").glob("*.safetensors")) / 2**20, memory("VmHWM") - before)
 """
-    run = [sys.executable, "-c", program]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    done = commands.run("python", program, tmp_path)
     size, peak = map(float, done.stdout.split("\n")[-2].split())
     assert size > 190
     assert peak < 120

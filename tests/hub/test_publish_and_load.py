@@ -207,22 +207,16 @@ def training(name: str, **options) -> list[str]:
     return command_line(**options)
 
 
-def run(program: str, folder: Path, environment: dict[str, str], *arguments: str) -> None:
+def run(python: str, program: str, folder: Path, environment: dict[str, str], *arguments: str) -> None:
     """Run a program in a folder, and append its output to `output.txt`."""
     file = folder / "program.py"
     file.write_text(program)
     environment = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    run = [sys.executable, str(file), *arguments]
+    run = [python, str(file), *arguments]
     done = subprocess.run(run, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     (folder / "output.txt").open("a").write(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +228,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(hub, folder) -> dict:
+def published(hub, commands, folder) -> dict:
     """Findings of the publisher: captions of its models, messages of failed uploads, and commit hashes."""
     tiny.save_vision(folder / "vision")
     tiny.save_language(folder / "language", max_position_embeddings=256)
@@ -250,7 +244,7 @@ def published(hub, folder) -> dict:
     ]
     adapter = training("adapter", lora_r=2, vision_model_name_or_path="vision", seed=1, prompt="a blue")
     (folder / "publisher.json").write_text(json.dumps([DECODING, tiny.QFORMER, [training("trained"), adapter]]))
-    run(PUBLISHER.format(root=str(ROOT)), folder, hub.environment(folder / "home"))
+    run("python", PUBLISHER.format(root=str(ROOT)), folder, commands.environment())
     return json.loads((folder / "published.json").read_text())
 
 
@@ -275,7 +269,7 @@ def stranger(hub, published, tmp_path_factory) -> tuple[dict, dict]:
         (folder / "stranger.json").write_text(json.dumps([DECODING, revisions, usages, offline]))
         environment = hub.environment(folder / "home") | ({"HF_HUB_OFFLINE": "1"} if offline else {})
         num_requests = len(hub.requests)
-        run(STRANGER, folder, environment, f"{offline}.json")
+        run(sys.executable, STRANGER, folder, environment, f"{offline}.json")
         assert not offline or len(hub.requests) == num_requests
         findings.append(json.loads((folder / f"{offline}.json").read_text()))
     return tuple(findings)
@@ -454,7 +448,7 @@ def test_a_failed_push_does_not_change_the_branch(hub, published):
 
 
 @pytest.mark.parametrize("repo", ["tester/trained", "tester/adapter"])
-def test_a_captioner_is_scored_by_its_hub_id(hub, published, tmp_path, repo):
+def test_a_captioner_is_scored_by_its_hub_id(commands, published, tmp_path, repo):
     folder = tmp_path / "pictures"
     folder.mkdir()
     rows = [{"file_name": f"{number}.png", "caption": "a red circle"} for number in range(2)]
@@ -462,8 +456,8 @@ def test_a_captioner_is_scored_by_its_hub_id(hub, published, tmp_path, repo):
         tiny.picture(number).save(folder / row["file_name"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"model": repo, "dataset_name": ".", "split": "train", "output_dir": "scored", "use_cpu": "true"}
-    command = [sys.executable, str(ROOT / "eval_captions.py"), *command_line(**options)]
-    done = subprocess.run(command, cwd=folder, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+    command = ["python", str(ROOT / "eval_captions.py"), *command_line(**options)]
+    done = subprocess.run(command, cwd=folder, env=commands.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
     weights = json.loads((folder / "scored" / "scores.json").read_text())["weights"]
     assert repo in weights

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from qformer_captioner.weights_qformer import replaced_weights
 
 from ..conftest import ROOT
 from ..fixtures import tiny
-from ..fixtures.hub_server import Hub
 
 WHOLE, SHARDED, OTHER_SHARDS = "50GB", "60KB", "150KB"
 BATCH = tiny.batch()
@@ -172,16 +169,8 @@ print(json.dumps(results))
 
 
 @pytest.mark.slow
-def test_a_repository_that_is_uploaded_again_opens_with_its_new_weights(tmp_path):
-    with Hub() as hub:
-        environment = hub.environment(tmp_path / "home")
-        done = subprocess.run(
-            [sys.executable, "-c", PUSHES.format(root=str(ROOT))],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+def test_a_repository_that_is_uploaded_again_opens_with_its_new_weights(commands, tmp_path):
+    done = commands.run("python", PUSHES.format(root=str(ROOT)), tmp_path)
     assert done.returncode == 0, done.stderr
     whole, sharded, again, inner = json.loads(done.stdout.splitlines()[-1])
     for before, after, _ in (whole, sharded, again, inner):
