@@ -16,7 +16,16 @@ from .captions import describe
 from .columns import Rows, column_names, image_column_of, missing_column, with_nested_columns
 from .features import FeatureRef, SplitFeatures
 from .image_paths import ImageFolder
-from .images import Cell, Picture, file_of_image, middle_frame, open_cell, undecoded_images
+from .images import (
+    Cell,
+    Picture,
+    file_of_image,
+    frames_of,
+    id_of_image,
+    middle_frame,
+    open_cell,
+    undecoded_images,
+)
 from .names import CAPTION_NAMES, find_name
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRows
@@ -179,11 +188,10 @@ class CaptionDataset(Dataset[CaptionRow]):
     def _image_ids(self, column: str) -> list:
         """Return the id of each row. An image is identified by its path and its bytes, and a video by its frames."""
         feature = self.rows.features[column]
-        if not isinstance(getattr(feature, "feature", feature), datasets.Image):
+        if not isinstance(feature, datasets.Image | datasets.List | datasets.LargeList):
             return self.rows[column]
         cells = undecoded_images(self.rows, column, "--image_id_column")[column]
-        frames = [cell if isinstance(cell, list) else [cell] for cell in cells]
-        return [tuple(cell and (cell["path"], hash(cell["bytes"])) for cell in video) for video in frames]
+        return [None if cell in (None, []) else tuple(map(id_of_image, frames_of(cell))) for cell in cells]
 
     def _check_features(self, features: SplitFeatures) -> None:
         features.check_length(self.split, len(self.rows))

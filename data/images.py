@@ -54,6 +54,8 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
         if isinstance(inner, dict) and not {"bytes", "path"} & inner.keys():
             raise TypeError("`datasets` would read it as a column without images")
         if inner is not feature:
+            if is_array(inner):
+                raise TypeError("an array in a cell would be read as a list of its rows")
             return lists_of_images(images, column)
         if column in ID_NAMES and isinstance(inner, datasets.Value) and "int" in inner.dtype:  # names of files
             images = images.cast_column(column, datasets.Value("string"))
@@ -63,6 +65,11 @@ def undecoded_images(rows: datasets.Dataset, column: str, option: str) -> datase
             f"The column {column!r} holds {one_line(feature, 200)}, not images or paths. Choose another column with "
             f"{option}."
         ) from error
+
+
+def is_array(feature: Any) -> bool:
+    """Return True for nested lists of two dimensions, `[height, width]`."""
+    return hasattr(feature, "feature") and isinstance(getattr(feature.feature, "feature", None), datasets.Value)
 
 
 def lists_of_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -113,6 +120,16 @@ def frame_cell(value: Any) -> ImageCell | None:
     raise OSError(f"The image column of the row holds a value of type {type(value).__name__!r}{keys}, not an image.")
 
 
+def frames_of(cell: Cell) -> list[ImageCell | None]:
+    """Return the frames of an undecoded video, or an undecoded image as the only one."""
+    return cell if isinstance(cell, list) else [cell]
+
+
+def id_of_image(cell: ImageCell | None) -> tuple[str | None, int] | None:
+    """Return what identifies an undecoded image: its path and a hash of its bytes."""
+    return None if cell is None else (cell["path"], hash(cell["bytes"]))
+
+
 def file_of_image(value: Any) -> str | None:
     """Return the path of an undecoded image, or `None` for an image that the data set itself holds.
 
@@ -138,15 +155,17 @@ def open_cell(cell: Cell, folder: ImageFolder | None = None, num_frames: int = 1
         OSError: if the cell is empty, or an image cannot be read. The message names the image. Also for a video, if
             only images are read.
     """
-    if not isinstance(cell, list) or len(cell) == 1:
-        return open_one(cell[0] if isinstance(cell, list) else cell, folder)
-    if len(cell) > 1 and num_frames == 1:
-        raise OSError(
-            f"The row has {len(cell)} images, and a captioner reads one unless it is trained on videos (--num_frames)."
-        )
-    if not cell:
+    frames = frames_of(cell)
+    if not frames:
         raise OSError("The row has no image.")
-    return [open_one(frame, folder) for frame in sample_frames(cell, num_frames)]
+    if len(frames) == 1:
+        return open_one(frames[0], folder)
+    if num_frames == 1:
+        raise OSError(
+            f"The row has {len(frames)} images, and a captioner reads one unless it is trained on videos "
+            "(--num_frames)."
+        )
+    return [open_one(frame, folder) for frame in sample_frames(frames, num_frames)]
 
 
 def open_image_cell(cell: Cell, folder: ImageFolder | None = None) -> Image.Image:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 IMAGE_NAMES = (
     "image",
     "images",
+    "frames",
     "image_path",
     "image_file",
     "image_name",

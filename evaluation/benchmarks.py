@@ -16,7 +16,7 @@ from ..data.columns import missing_column, with_nested_columns
 from ..data.dataset import CaptionSource, no_caption
 from ..data.features import FeatureRef, SplitFeatures
 from ..data.image_paths import ImageFolder, folder_of_images
-from ..data.images import Cell, ImageCell, Picture, file_of_image, image_keys, open_cell, undecoded_images
+from ..data.images import Cell, ImageCell, Picture, file_of_image, frames_of, image_keys, open_cell, undecoded_images
 from ..data.loading import load_rows
 from ..data.texts import Text, rows_of_texts
 from .caption_files import ImageId, ReferenceSet
@@ -407,15 +407,10 @@ def _ids_by_file(cells: Sequence[Cell], texts: Sequence[tuple[int, Text]]) -> li
     ids: list[ImageId] = []
     for index, (row, text) in enumerate(texts):
         own = files[row]
-        ids.append(index if None in own else first.setdefault((tuple(own), text.prompt), index))
+        ids.append(index if None in own or not own else first.setdefault((tuple(own), text.prompt), index))
     return ids
 
 
 def _file_of(cell: ImageCell | None) -> str | None:
     """Return the path of an image that is a file, in a form that is the same for the same file."""
     return None if cell is None or cell["bytes"] is not None or not cell["path"] else os.path.normpath(cell["path"])
-
-
-def frames_of(cell: Cell) -> Sequence[ImageCell | None]:
-    """Return the frames of an undecoded video, or an undecoded image as the only one."""
-    return cell if isinstance(cell, list) and cell else [cell if isinstance(cell, dict) else None]

@@ -128,7 +128,7 @@ def test_keys_tell_images_in_base64_apart():
 
 @pytest.mark.parametrize(
     "value",
-    [5, True, {f"name {number}": 1 for number in range(500)}, [["a.jpg"]], [{"url": "a"}]],
+    [5, True, {f"name {number}": 1 for number in range(500)}, [["a.jpg"]], [[[1, 2, 3]] * 9] * 9, [{"url": "a"}]],
     ids=lambda value: type(value).__name__,
 )
 def test_a_column_that_cannot_hold_images_is_refused(value):

@@ -91,9 +91,10 @@ def test_rows_of_the_same_frames_are_captions_of_one_video_in_evaluation(folder)
     assert found.references.files == {} and len(set(found.fingerprints().values())) == 2
 
 
-def test_a_video_identifies_its_rows(folder):
-    features = datasets.Features({"image": datasets.List(datasets.Image()), "caption": datasets.Value("string")})
-    videos = paths_of(folder, [["red", "lime"], ["lime", "red"], ["red", "lime"]])
-    rows = datasets.Dataset.from_dict({"image": videos, "caption": ["one", "two", "three"]}, features=features)
+@pytest.mark.parametrize("kind", ["paths", "images"])
+def test_a_video_identifies_its_rows(folder, kind):
+    videos = [*paths_of(folder, [["red", "lime"], ["lime", "red"], ["red", "lime"]]), None, None]
+    rows = datasets.Dataset.from_dict({"image": videos, "caption": ["one", "two", "three", "four", "five"]})
+    rows = rows.cast_column("image", datasets.List(datasets.Image())) if kind == "images" else rows
     data = CaptionDataset(CaptionSource("train", rows, image_id_column="image", num_frames=2), SkippedRows())
-    assert data.references() == [["one", "three"], ["two"]]
+    assert data.references() == [["one", "three"], ["two"], ["four"], ["five"]]
