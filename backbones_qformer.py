@@ -6,6 +6,8 @@ decides whether a captioner saves the weights of a backbone or keeps it by refer
 
 import copy
 import os
+import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,20 +16,24 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
-    Blip2VisionConfig,
-    Blip2VisionModel,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .configuration_qformer import PrecomputedFeaturesConfig, is_hub_id
-from .weights_qformer import forget_tie, read_weights
+from .configuration_qformer import is_hub_id
+from .encoders_qformer import (
+    PrecomputedFeaturesConfig,
+    encoder_class,
+    image_feature_size,
+    vision_config_of,
+    vision_model_from_config,
+)
+from .weights_qformer import forget_tie, open_weights, read_weights, weight_files
 
 BACKBONES = ("vision_model", "language_model")
 CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers whose backbones have the same two names
@@ -139,8 +145,7 @@ def load_backbone(
         elif part == "language_model":
             backbone = load_language_model(name_or_path, config, dtype, **download)
         else:
-            vision_config = vision_config_of(config)
-            backbone = AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=dtype, **download)
+            backbone = load_vision_model(name_or_path, config, dtype, **download)
     except (OSError, SafetensorError) as error:
         raise loading_error(part, name_or_path, revision, error) from error
     backbone.config.name_or_path = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
@@ -152,6 +157,47 @@ def placeholder_for(config: PreTrainedConfig, dtype: str | torch.dtype | None) -
     if dtype == "auto":
         dtype = config.dtype or torch.get_default_dtype()
     return VisionModelPlaceholder(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def load_vision_model(
+    name_or_path: str, config: PreTrainedConfig, dtype: str | torch.dtype | None, **download: Any
+) -> PreTrainedModel:
+    """Load a vision encoder, which may be a part of a larger model.
+
+    Raises:
+        OSError: if the checkpoint lacks most weights of the encoder.
+        ValueError: if the encoder cannot serve.
+    """
+    vision_config = vision_config_of(config)
+    image_feature_size(vision_config)  # refuses an encoder that cannot serve
+    model_class = encoder_class(vision_config)
+    options: dict[str, Any] = dict(config=vision_config, dtype=dtype, **download)
+    if vision_config is not config:
+        prefix = prefix_of_encoder(model_class, vision_config, name_or_path, **download)
+        if prefix != model_class.base_model_prefix:  # which transformers removes itself
+            options["key_mapping"] = {rf"^{re.escape(prefix)}\.": ""}
+    loaded: Any = model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    model, info = loaded
+    if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # a few may be: a pooler, a token of pretraining
+        raise OSError(
+            f"it has no weights of the vision encoder {config.model_type!r} under names that transformers knows, such "
+            f"as {min(info['missing_keys'])!r}"
+        )
+    return model
+
+
+def prefix_of_encoder(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, name_or_path: str, **download: Any
+) -> str:
+    """Return the beginning of the names of a vision encoder's weights in a larger model, such as "vision_tower"."""
+    with torch.device("meta"):
+        own = list(model_class._from_config(config).state_dict())
+    files = [open_weights(file) for file in weight_files(name_or_path, **download)]
+    names = [name for file in files for name in file.keys()]  # noqa: SIM118
+    prefixes = Counter(
+        name.removesuffix(f".{suffix}") for suffix in own for name in names if name.endswith(f".{suffix}")
+    )
+    return max(prefixes, key=prefixes.__getitem__, default=model_class.base_model_prefix)
 
 
 def load_language_model(
@@ -179,7 +225,7 @@ def load_backbone_of_captioner(
         saved = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
         dtype = saved if dtype == "auto" else getattr(torch, dtype or "float32")
     if part == "vision_model":
-        backbone = vision_model_from_config(blip2_vision_config(config.vision_config), dtype)
+        backbone = vision_model_from_config(vision_config_of(config), dtype)
     else:
         backbone = language_model_from_config(config.text_config, dtype)
         if "shared.weight" in weights:  # a T5 whose output layer was tied in memory saved one tensor for both
@@ -232,25 +278,6 @@ def check_number_of_layers(config: PreTrainedConfig) -> None:
                     f"The configuration sets `{name}` to {value}, but at most {MAX_LAYERS} are supported. Fetch it "
                     "again or correct its `config.json`."
                 )
-
-
-def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the vision encoder's part of a configuration (CLIP, SigLIP, BLIP-2), or the configuration itself."""
-    if config.model_type in CAPTIONERS:
-        return blip2_vision_config(config.vision_config)
-    return config.vision_config if "vision_config" in config.sub_configs else config
-
-
-def blip2_vision_config(config: PreTrainedConfig) -> Blip2VisionConfig:
-    """Return the configuration of a BLIP-2 or InstructBLIP vision encoder, which are the same model."""
-    return Blip2VisionConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
-
-
-def vision_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a vision encoder with random weights. `AutoModel` does not support the vision encoder of BLIP-2."""
-    if config.model_type == Blip2VisionConfig.model_type:
-        return Blip2VisionModel._from_config(config, dtype=dtype)
-    return AutoModel.from_config(config, dtype=dtype)
 
 
 def language_model_from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,6 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, vision_config_of
+
 SPECIAL_TOKENS = (
     "bos_token_id",
     "eos_token_id",
@@ -158,46 +160,14 @@ class QFormerConfig(PreTrainedConfig):
 
 
 @strict
-class PrecomputedFeaturesConfig(PreTrainedConfig):
-    r"""Configuration in the place of a vision encoder's, for a captioner that reads features of any other encoder.
-
-    Args:
-        hidden_size (`int`, *optional*, defaults to 768):
-            Width of the features.
-
-    Example:
-
-    ```python
-    >>> from qformer_captioner import QFormerCaptionerConfig
-    >>> config = QFormerCaptionerConfig(vision_config={"model_type": "precomputed_features", "hidden_size": 1280})
-    >>> config.qformer_config.encoder_hidden_size, config.has_vision_model
-    (1280, False)
-    ```
-    """
-
-    model_type = "precomputed_features"
-
-    hidden_size: int = 768
-
-    def validate_architecture(self) -> None:
-        """Check the width. transformers calls this method on construction and on saving.
-
-        Raises:
-            ValueError: if it is less than 1.
-        """
-        if self.hidden_size < 1:
-            raise ValueError(f"`hidden_size` must be at least 1, got {self.hidden_size}.")
-
-
-@strict
 class QFormerCaptionerConfig(PreTrainedConfig):
     r"""Configuration of a [`QFormerCaptioner`]: its three models, and where its two backbones came from.
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
-            Configuration of a vision encoder that `AutoModel` can build, with an output of shape `[B, N, hidden_size]`.
-            For a two-tower model (CLIP, SigLIP) it is the configuration of the vision tower. For a captioner without a
-            vision encoder it is a [`PrecomputedFeaturesConfig`].
+            Configuration of a vision encoder of transformers. For a larger model (CLIP, SigLIP, LLaVA) it is the
+            configuration of its vision encoder. For a captioner without a vision encoder it
+            is a [`PrecomputedFeaturesConfig`].
         qformer_config (`dict` or [`QFormerConfig`], *optional*):
             Configuration of the Q-Former. Its `encoder_hidden_size` is set to the width of the vision encoder.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to T5-small):
@@ -272,9 +242,8 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         if isinstance(vision, dict) and vision.get("model_type") == PrecomputedFeaturesConfig.model_type:
             self.vision_config = PrecomputedFeaturesConfig.from_dict(vision)  # `AutoConfig` does not know the class
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
-        if "vision_config" in self.vision_config.sub_configs:  # CLIP, SigLIP: keep only the vision tower
-            self.vision_config = self.vision_config.vision_config
-        self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.vision_config = vision_config_of(self.vision_config)
+        self.qformer_config.encoder_hidden_size = image_feature_size(self.vision_config)
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
         for name in SPECIAL_TOKENS:  # the Trainer pads gathered captions with `pad_token_id`
             if getattr(self, name) is None:

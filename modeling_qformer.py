@@ -54,14 +54,9 @@ from .backbones_qformer import (
     load_backbone,
     placeholder_for,
     untie_t5_head,
-    vision_model_from_config,
 )
-from .configuration_qformer import (
-    PrecomputedFeaturesConfig,
-    QFormerCaptionerConfig,
-    QFormerConfig,
-    special_tokens_of,
-)
+from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
+from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, vision_config_of, vision_model_from_config
 from .generation_qformer import (
     MAX_NEW_TOKENS,
     check_generation_options,
@@ -673,7 +668,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         if qformer is None:
             qformer_config = cast(QFormerConfig, config.qformer_config)  # a dict before the configuration is complete
             qformer = QFormerModel._from_config(qformer_config, dtype=dtype("qformer"))
-        config.vision_config, config.text_config = vision_model.config, language_model.config
+        config.vision_config, config.text_config = vision_config_of(vision_model.config), language_model.config
         config.qformer_config = qformer.config
         self.vision_model = vision_model
         self.qformer = qformer
@@ -1164,7 +1159,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
         if qformer is not None:
-            qformer.float().resize_image_features(vision_model.config.hidden_size)
+            qformer.float().resize_image_features(image_feature_size(vision_model.config))
         config = QFormerCaptionerConfig(
             # Copies, because a composite configuration resets the attention implementation of its parts.
             vision_config=copy.deepcopy(vision_model.config),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
+from .encoders_qformer import ENCODER_INPUTS
 from .images_qformer import ImageInput, are_floats, flatten_images, open_image, sample_frames
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
@@ -93,6 +95,25 @@ def tokenize_prompts(
     if return_tensors == "pt":  # empty prompts come as float tensors
         tokens = {name: value.long() for name, value in tokens.items()}
     return tokens
+
+
+def prepare_images(image_processor: Any, images: list[Image.Image], **options: Any) -> dict[str, Any]:
+    """Return what a vision encoder reads: `pixel_values` `[B, ...]`, and those of `ENCODER_INPUTS` that belong to them.
+
+    Raises:
+        ValueError: if the image processor does not return one entry for each image.
+    """
+    outputs = image_processor(images, **options)
+    batch = {name: outputs[name] for name in ("pixel_values", *ENCODER_INPUTS) if name in outputs}
+    shape = np.shape(batch["pixel_values"])
+    if len(shape) == 5 and shape[:2] == (1, len(images)):  # VideoMAE's makes one video of all images
+        batch["pixel_values"] = batch["pixel_values"][0]
+    elif shape[0] != len(images):
+        raise ValueError(
+            f"A {type(image_processor).__name__} makes {shape[0]} rows of {len(images)} images, because it cuts them "
+            "into tiles: use another image processor, such as that of CLIP or SigLIP, in the size of the encoder."
+        )
+    return batch
 
 
 class PushWithCard(PushToHubMixin):
@@ -296,7 +317,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
 
         Returns:
             `pixel_values` (`[B, 3, H, W]`, float), if there are images. With a video among them they are
-            `[B, F, 3, H, W]`, and images are videos of one frame. `frame_attention_mask` (`[B, F]`, long) only if
+            `[B, F, 3, H, W]`, and images are videos of one frame. What else the encoder reads of images
+            (`ENCODER_INPUTS`). `frame_attention_mask` (`[B, F]`, long) only if
             videos differ in length: 1 for a frame, 0 for padding, which is zeros. `input_ids` and `attention_mask`
             (`[B, P]`, long; P may be 0). With a `qformer_tokenizer` also `qformer_input_ids` and
             `qformer_attention_mask` (`[B, P']`, long). `return_tensors` sets their type, which is `"pt"` by default.
@@ -358,8 +380,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
         lengths = [len(video) for video in videos]
         if max(lengths) == 1:
-            pixel_values = self.image_processor(upright, **options)["pixel_values"]
-            return {"pixel_values": pixel_values}
+            return prepare_images(self.image_processor, upright, **options)
         return_tensors = options.pop("return_tensors")
         pixel_values = self.image_processor(upright, **options)["pixel_values"]
         prepared = [torch.as_tensor(image) for image in pixel_values]  # of each frame

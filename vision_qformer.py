@@ -4,17 +4,16 @@ Shapes: B images or videos, F frames of a video, N features of an image, Dv thei
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_tracing
 
 from .backbones_qformer import VisionModelPlaceholder, dtype_of, is_frozen
+from .encoders_qformer import ENCODER_INPUTS, reads_videos, run_encoder
 
-# Inputs of vision encoders beside `pixel_values`, which their image processors return.
-ENCODER_INPUTS = ("pixel_attention_mask", "spatial_shapes", "image_sizes")
 # All inputs of a captioner that belong to its `pixel_values`.
 VISION_INPUTS = (*ENCODER_INPUTS, "frame_attention_mask")
 
@@ -32,11 +31,6 @@ class VisionFeaturesOutput(BaseModelOutputWithPooling):
     attention_mask: torch.Tensor | None = None
 
 
-def image_feature_size(config: PreTrainedConfig) -> int:
-    """Return the width Dv of the features of a vision encoder."""
-    return config.hidden_size
-
-
 def split_vision_inputs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments that belong to `pixel_values`, and the others."""
     vision_inputs = {name: kwargs[name] for name in VISION_INPUTS if kwargs.get(name) is not None}
@@ -48,7 +42,8 @@ def encode_images(
 ) -> VisionFeaturesOutput:
     """Run a vision encoder on images `[B, 3, H, W]`, or on each frame of videos `[B, F, 3, H, W]`.
 
-    A frozen encoder records no graph.
+    An encoder that reads videos, such as VideoMAE, gets them as they are, and returns features `[B, N, Dv]` of each. A
+    frozen encoder records no graph.
 
     Args:
         vision_model (`PreTrainedModel`): the encoder.
@@ -57,17 +52,20 @@ def encode_images(
             `output_hidden_states`.
 
     Raises:
-        ValueError: if the mask of frames does not have the shape `[B, F]`.
+        ValueError: if the encoder does not read one of the `VISION_INPUTS`, or returns no sequence of features. Also if
+            the mask of frames does not have the shape `[B, F]`.
     """
     frame_attention_mask = kwargs.pop("frame_attention_mask", None)
-    is_video = pixel_values.ndim == 5
+    is_video = pixel_values.ndim == 5 and not reads_videos(vision_model.config)
     images = pixel_values.flatten(0, 1) if is_video else pixel_values
     # requires_grad_(False) is not enough, because gradient checkpointing makes the input of the encoder require
     # gradients.
     with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen(vision_model)):
-        outputs = vision_model(images.to(dtype_of(vision_model)), return_dict=True, **kwargs)
-    names = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
-    output = VisionFeaturesOutput(**{name: outputs.get(name) for name in names})
+        features, mask, outputs = run_encoder(
+            cast(PreTrainedModel, vision_model), images.to(dtype_of(vision_model)), **kwargs
+        )
+    others = {name: outputs.get(name) for name in ("pooler_output", "hidden_states", "attentions")}
+    output = VisionFeaturesOutput(last_hidden_state=features, attention_mask=mask, **others)
     if is_video:
         frames = {"last_hidden_state": output.last_hidden_state.unflatten(0, pixel_values.shape[:2])}
         if output.attention_mask is not None:

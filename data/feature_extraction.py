@@ -12,10 +12,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
-from ..backbones_qformer import dtype_of, load_backbone, loading_error, vision_config_of
+from ..backbones_qformer import load_backbone, loading_error
 from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
-from ..vision_qformer import image_feature_size
+from ..encoders_qformer import image_feature_size, vision_config_of
+from ..vision_qformer import encode_images
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch, SplitLayout
 from .image_paths import ImageFolder
@@ -73,9 +74,8 @@ class VisionEncoder:
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compute features: `[B, 3, H, W]` -> `[B, N, Dv]`."""
-        pixel_values = pixel_values.to(self.device, dtype_of(self.model), non_blocking=True)
         with onednn_linears(self.device):
-            return self.model(pixel_values).last_hidden_state
+            return encode_images(self.model, pixel_values.to(self.device, non_blocking=True)).last_hidden_state
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..backbones_qformer import BACKBONES, CAPTIONERS, blip2_vision_config, commit_of
+from ..backbones_qformer import BACKBONES, CAPTIONERS, commit_of
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import UNUSABLE, InputError, one_line
@@ -333,7 +333,7 @@ def _convert_captioner(checkpoint: Checkpoint, out: Path, include_backbones: boo
 def _captioner_config(source: PreTrainedConfig, reads_text: bool) -> QFormerCaptionerConfig:
     """Convert the configuration of a BLIP-2 or InstructBLIP to that of a captioner."""
     return QFormerCaptionerConfig(
-        vision_config=blip2_vision_config(source.vision_config),
+        vision_config=source.vision_config,
         qformer_config=_qformer_config(source, reads_text),
         text_config=source.text_config,
         freeze_vision_model=True,

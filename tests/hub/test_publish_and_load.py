@@ -348,6 +348,7 @@ PICTURES = {"captions.png", "loss_curve.png"}
                 "README.md",
                 "adapter_config.json",
                 "adapter_model.safetensors",
+                "encoders_qformer.py",
                 "images_qformer.py",
                 "processing_qformer.py",
             },
