@@ -107,7 +107,8 @@ class CaptioningRun:
         total = self.whole_split.num_images
         if num_captions == total:
             return None
-        return f"Only {num_captions} of {total} images were scored, so this is not a score of {self.name}."
+        kind = "images" if self.images.features is None else "rows"
+        return f"Only {num_captions} of {total} {kind} were scored, so this is not a score of {self.name}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 LOSSES = (
     ("loss", "training loss", {"color": "tab:gray", "linewidth": 1, "alpha": 0.6}),
-    ("eval_loss", "held-out loss, right images", {"color": "tab:blue", "marker": "o"}),
-    ("eval_loss_shuffled", "held-out loss, shuffled images", {"color": "tab:orange", "marker": "o"}),
+    ("eval_loss", "held-out loss, right inputs", {"color": "tab:blue", "marker": "o"}),
+    ("eval_loss_shuffled", "held-out loss, shuffled inputs", {"color": "tab:orange", "marker": "o"}),
 )
 
 

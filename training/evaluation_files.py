@@ -45,7 +45,7 @@ def write_evaluation_files(
         [captions[row] for row in shown],
         [references[row][0] for row in shown],
         stem.with_suffix(".png"),
-        f"Held-out images after step {state.global_step}: generated caption, one reference",
+        f"Held-out rows after step {state.global_step}: generated caption, one reference",
     )
     show_captions_of_step(folder, state.global_step)
     draw_loss_curve(state.log_history, f"eval_{score_name}", folder / "loss_curve.png")

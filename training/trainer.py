@@ -246,8 +246,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         start = time.time()
         shuffled_rows = ShuffledImages(rows)
         metrics = {
-            "loss": self._mean_loss(rows, "right images"),
-            "loss_shuffled": self._mean_loss(shuffled_rows, "shuffled images"),
+            "loss": self._mean_loss(rows, "right inputs"),
+            "loss_shuffled": self._mean_loss(shuffled_rows, "shuffled inputs"),
         }
         captions = self.generate_captions(rows)
         if any(rows.row_prompts()):
