@@ -57,25 +57,24 @@ CARD = """---
 
 # {{ name }}
 
-{% if feature_width %}
+{% if feature_width -%}
 A captioner of features: a Q-Former turns features of the width {{ feature_width }} into a short soft prompt, which a
 language model reads. The encoder of the features is not a part of it.
-{% else %}
+{%- else -%}
 An image captioning model: a Q-Former turns the features of a vision encoder into a short soft prompt, which a language
 model reads.
-{% endif %}
-It was made with the package qformer-captioner.
+{%- endif %} It was made with the package qformer-captioner.
 
 ```python
 from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
-{% if feature_width %}
+{% if feature_width -%}
 token_ids = model.generate(image_embeds=features)  # [B, N, {{ feature_width }}]
 print(model.processor.batch_decode(token_ids, skip_special_tokens=True))
-{% else %}
+{%- else -%}
 print(model.caption("image.png"))
-{% endif %}
+{%- endif %}
 ```
 
 `trust_remote_code=True` runs Python files of this repository: read them, and pin what you read with `revision="..."`.

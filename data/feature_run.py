@@ -24,7 +24,7 @@ from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
 from ..common.run_folder import RunFolder
 from .augmentation import Augmentation, check_image_augmentation
-from .columns import image_column_of, missing_column
+from .columns import image_column_of, missing_column, with_nested_columns
 from .embeddings_column import EmbeddingsColumn
 from .feature_arguments import FeatureArguments
 from .feature_extraction import ImageFeatures, VisionEncoder, feature_size_of, load_image_processor
@@ -193,7 +193,7 @@ def load_column(args: FeatureArguments) -> dict[str, datasets.Dataset]:
             raise missing_split(args.dataset_name, split, existing, "--splits")
         if not isinstance(split, str) or not re.fullmatch(SPLIT_NAME, split):
             raise InputError(f"The split {split!r} cannot be the name of a folder: choose others with --splits.")
-        rows = existing[split]
+        rows = with_nested_columns(existing[split], column)
         if column not in rows.column_names:
             raise missing_column(column, rows.column_names, COLUMN_OPTIONS)
         rows = rows.select(range(min(len(rows), args.max_samples or len(rows))))
