@@ -16,13 +16,17 @@ from ..backbones_qformer import load_backbone, loading_error
 from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
 from ..encoders_qformer import image_feature_size, vision_config_of
+from ..processing_qformer import prepare_images
 from ..vision_qformer import encode_images
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch, SplitLayout
+from .features import PaddedFeatures
 from .image_paths import ImageFolder
 from .images import ImageCell, file_of_image, open_image_cell
 from .skip_limit import SkipLimit, sample_of, try_images
 from .skipped_rows import SkippedRow, skipped_row
+
+PHOTOGRAPH, SQUARE = (640, 480), (224, 224)  # sizes of images that show whether the number of features depends on it
 
 
 class VisionEncoder:
@@ -37,8 +41,9 @@ class VisionEncoder:
 
     Attributes:
         compute_dtype (`str`): the dtype of the forward pass.
-        pixel_shape (`torch.Size`): `[3, H, W]` of a prepared image.
-        shape (`tuple[int, int]`): `(N, Dv)` of the features of an image.
+        shape (`tuple[int | None, int]`): `(N, Dv)` of the features of an image. N is `None` if it depends on the size
+            of the image.
+        photograph_length (`int`): number of features of a photograph in landscape format.
 
     Raises:
         OSError: if the model cannot be loaded.
@@ -61,21 +66,35 @@ class VisionEncoder:
         self.device = device
         model = load_backbone("vision_model", name_or_path, revision, getattr(torch, compute_dtype))
         self.model = model.eval().to(device)
-        pixel_values = image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
-        features = self(pixel_values)
-        if features.ndim != 3:
+        images = [prepare_image(Image.new("RGB", size), image_processor) for size in (PHOTOGRAPH, SQUARE)]
+        features = [self(image) for image in images]
+        if features[0].image_embeds.ndim != 3:
             raise InputError(
-                f"The features of an image from {name_or_path!r} have the shape {list(features.shape[1:])}: a Q-Former "
-                "reads [N, D]."
+                f"The features of an image from {name_or_path!r} have the shape "
+                f"{list(features[0].image_embeds.shape[1:])}: a Q-Former reads [N, D]."
             )
-        self.pixel_shape = pixel_values.shape[1:]
-        self.shape = (features.shape[1], features.shape[2])
+        lengths = [lengths_of(each).item() for each in features]
+        self.photograph_length = lengths[0]
+        self.shape = (lengths[0] if len(set(lengths)) == 1 else None, features[0].image_embeds.shape[2])
 
     @torch.inference_mode()
-    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Compute features: `[B, 3, H, W]` -> `[B, N, Dv]`."""
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> PaddedFeatures:
+        """Compute the features of images.
+
+        Args:
+            inputs: `pixel_values` (`[B, 3, H, W]`) and those of `ENCODER_INPUTS` that belong to them.
+        """
+        inputs = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         with onednn_linears(self.device):
-            return encode_images(self.model, pixel_values.to(self.device, non_blocking=True)).last_hidden_state
+            outputs = encode_images(self.model, **inputs)
+        return PaddedFeatures(outputs.last_hidden_state, outputs.attention_mask)
+
+
+def lengths_of(features: PaddedFeatures) -> np.ndarray:
+    """Return the number of features of each row, int64 `[B]`."""
+    if features.image_attention_mask is None:
+        return np.full(features.image_embeds.shape[0], features.image_embeds.shape[1], np.int64)
+    return features.image_attention_mask.sum(dim=1).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -109,8 +128,8 @@ class ImageFeatures:
 
     @property
     def mean_length(self) -> float:
-        """Mean number of features of an image."""
-        return self.encoder.shape[0]
+        """Number of features of a photograph, as an estimate of the mean."""
+        return self.encoder.photograph_length
 
     @property
     def compute_dtype(self) -> str | None:
@@ -140,7 +159,8 @@ class ImageFeatures:
             row_batches: numbers of the rows in each batch.
 
         Raises:
-            InputError: if the image processor returns images of several sizes, or a feature does not fit the dtype.
+            InputError: if an image has more features than others and the layout does not allow it, or a feature does
+                not fit the dtype.
         """
         images = ImageViews(
             self.rows[split],
@@ -150,7 +170,6 @@ class ImageFeatures:
             layout.views,
             self.augmentation,
             self.image_processor,
-            self.encoder.pixel_shape,
         )
         loader = DataLoader(
             images,
@@ -160,23 +179,29 @@ class ImageFeatures:
             pin_memory=self.encoder.device.type == "cuda",
         )
         for rows, prepared in zip(row_batches, loader, strict=True):
-            if prepared.error is not None:
-                raise prepared.error
-            values, lengths = torch.zeros(0, self.shape[1]), np.zeros((0, layout.views), np.int64)
-            if prepared.pixel_values is not None:
-                chunks = prepared.pixel_values.split(self.batch_size)
-                features = torch.cat([self.encoder(chunk) for chunk in chunks])
-                values = features.flatten(0, 1)
-                lengths = np.full((len(features) // layout.views, layout.views), features.shape[1])
-            yield FeatureBatch.from_tensor(values, lengths, rows, prepared.skipped, layout)
+            values, lengths = self._encode(prepared)
+            yield FeatureBatch.from_tensor(values, lengths.reshape(-1, layout.views), rows, prepared.skipped, layout)
+
+    def _encode(self, prepared: "PreparedBatch") -> tuple[torch.Tensor, np.ndarray]:
+        """Return the features `[F, Dv]` of all images of a batch, one after the other, and the number of each."""
+        pieces: dict[int, torch.Tensor] = {}
+        for group in prepared.groups:
+            for start in range(0, len(group.places), self.batch_size):
+                places = group.places[start : start + self.batch_size]
+                inputs = {name: value[start : start + self.batch_size] for name, value in group.inputs.items()}
+                embeds, mask = features = self.encoder(inputs)
+                values = embeds.flatten(0, 1) if mask is None else embeds[mask]
+                pieces |= zip(places, values.split(lengths_of(features).tolist()), strict=True)
+        if not pieces:
+            return torch.zeros(0, self.shape[1]), np.zeros(0, np.int64)
+        ordered = [pieces[place] for place in range(len(pieces))]
+        return torch.cat(ordered), np.array([len(piece) for piece in ordered])
 
 
 class ImageViews(Dataset):
-    """Prepared views of the images of a split, `[views, 3, H, W]` for each row.
+    """Prepared views of the images of a split: for each row a list with the encoder's inputs of each view.
 
-    View 0 is the whole image. For an image that cannot be read, its entry in the record of skipped rows is returned. An
-    `InputError` is returned instead of raised, because an error raised in a worker shows the worker's traceback to the
-    user.
+    View 0 is the whole image. For an image that cannot be read, its entry in the record of skipped rows is returned.
 
     Args:
         rows: undecoded images.
@@ -186,7 +211,6 @@ class ImageViews(Dataset):
         views: number of views of each image.
         augmentation: random changes that create the additional views of an image.
         image_processor: the image processor.
-        pixel_shape: shape `[3, H, W]` that all prepared images must have.
     """
 
     def __init__(
@@ -198,7 +222,6 @@ class ImageViews(Dataset):
         views: int,
         augmentation: Augmentation,
         image_processor: BaseImageProcessor,
-        pixel_shape: torch.Size,
     ):
         self.rows = rows
         self.image_column = image_column
@@ -207,9 +230,8 @@ class ImageViews(Dataset):
         self.views = views
         self.augmentation = augmentation
         self.image_processor = image_processor
-        self.pixel_shape = pixel_shape
 
-    def __getitem__(self, row: int) -> torch.Tensor | SkippedRow | InputError:
+    def __getitem__(self, row: int) -> list[dict[str, torch.Tensor]] | SkippedRow:
         cell = self.rows[row][self.image_column]
         try:
             image = open_image_cell(cell, self.image_folder)
@@ -217,15 +239,9 @@ class ImageViews(Dataset):
             return self._skipped(row, cell, error)
         crops = [random_view(image, row, view, self.augmentation) for view in range(1, self.views)]
         try:
-            pixel_values = self.image_processor([image, *crops], return_tensors="pt")["pixel_values"]
+            return [prepare_image(view, self.image_processor) for view in (image, *crops)]
         except ValueError as error:  # an image that the processor cannot prepare, for example because of its shape
             return self._skipped(row, cell, error)
-        if pixel_values.shape[1:] != self.pixel_shape:
-            return InputError(
-                f"The image processor prepares row {row} of {self.split!r} as {list(pixel_values.shape[1:])} and other "
-                f"images as {list(self.pixel_shape)}: precomputed features need images of one size."
-            )
-        return pixel_values
 
     def _skipped(self, row: int, cell: ImageCell | None, error: Exception) -> SkippedRow:
         return skipped_row(self.split, row, file_of_image(cell), error)
@@ -237,26 +253,51 @@ def random_view(image: Image.Image, row: int, view: int, augmentation: Augmentat
     return augmentation.augment_image(image, torch.Generator().manual_seed(seed))
 
 
+def prepare_image(image: Image.Image, image_processor: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """Return the inputs of a vision encoder for one image: `pixel_values` (`[1, ...]`), and those of `ENCODER_INPUTS`.
+
+    Raises:
+        ValueError: if the image processor cannot prepare the image.
+    """
+    inputs = prepare_images(image_processor, [image], return_tensors="pt")
+    return {name: torch.as_tensor(value) for name, value in inputs.items()}
+
+
+class ImageGroup(NamedTuple):
+    """Prepared images of one size, which are encoded together.
+
+    Attributes:
+        places: numbers of the images among all of their batch.
+        inputs: inputs of the vision encoder, `[images, ...]` each.
+    """
+
+    places: list[int]
+    inputs: dict[str, torch.Tensor]
+
+
 class PreparedBatch(NamedTuple):
     """Prepared images of a batch of rows.
 
     Attributes:
-        pixel_values: `[rows x views, 3, H, W]` of the readable rows; `None` if no row is readable.
+        groups: the views of the readable rows, by size.
         skipped: entries of the other rows.
-        error: error that ends the run.
     """
 
-    pixel_values: torch.Tensor | None
+    groups: list[ImageGroup]
     skipped: list[SkippedRow]
-    error: InputError | None
 
 
-def collate_views(rows: list[torch.Tensor | SkippedRow | InputError]) -> PreparedBatch:
-    """Collate the rows of [`ImageViews`]."""
-    tensors = [row for row in rows if isinstance(row, torch.Tensor)]
-    skipped = [row for row in rows if isinstance(row, dict)]
-    error = next((row for row in rows if isinstance(row, InputError)), None)
-    return PreparedBatch(torch.cat(tensors) if tensors else None, skipped, error)
+def collate_views(rows: list[list[dict[str, torch.Tensor]] | SkippedRow]) -> PreparedBatch:
+    """Collate the rows of [`ImageViews`]. Most image processors give all images one size, and then one group."""
+    images = [view for row in rows if isinstance(row, list) for view in row]
+    by_size: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, image in enumerate(images):
+        by_size.setdefault(tuple(value.shape for value in image.values()), []).append(place)
+    groups = [
+        ImageGroup(places, {name: torch.cat([images[place][name] for place in places]) for name in images[places[0]]})
+        for places in by_size.values()
+    ]
+    return PreparedBatch(groups, [row for row in rows if isinstance(row, dict)])
 
 
 def load_image_processor(name_or_path: str, revision: str | None) -> BaseImageProcessor:
