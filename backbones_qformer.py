@@ -7,7 +7,6 @@ decides whether a captioner saves the weights of a backbone or keeps it by refer
 import copy
 import os
 import re
-from collections import Counter
 from typing import Any
 
 import torch
@@ -180,7 +179,7 @@ def load_vision_model(
     model, info = loaded
     if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # a few may be: a pooler, a token of pretraining
         raise OSError(
-            f"it has no weights of the vision encoder {config.model_type!r} under names that transformers knows, such "
+            f"it has no weights of the vision encoder {vision_config.model_type!r} under the names of transformers, such "
             f"as {min(info['missing_keys'])!r}"
         )
     return model
@@ -191,13 +190,15 @@ def prefix_of_encoder(
 ) -> str:
     """Return the beginning of the names of a vision encoder's weights in a larger model, such as "vision_tower"."""
     with torch.device("meta"):
-        own = list(model_class._from_config(config).state_dict())
+        own = model_class._from_config(config).state_dict()
+    # Only a vision encoder has convolutions. Its layers may have the names of those of the language model.
+    anchor = next((name for name, weight in own.items() if weight.ndim > 3), next(iter(own)))
     files = [open_weights(file) for file in weight_files(name_or_path, **download)]
-    names = [name for file in files for name in file.keys()]  # noqa: SIM118
-    prefixes = Counter(
-        name.removesuffix(f".{suffix}") for suffix in own for name in names if name.endswith(f".{suffix}")
-    )
-    return max(prefixes, key=prefixes.__getitem__, default=model_class.base_model_prefix)
+    names = {name for file in files for name in file.keys()}  # noqa: SIM118
+    prefixes = [name.removesuffix(f".{anchor}") for name in names if name.endswith(f".{anchor}")]
+    if not prefixes:
+        return model_class.base_model_prefix
+    return max(prefixes, key=lambda prefix: sum(f"{prefix}.{name}" in names for name in own))
 
 
 def load_language_model(

@@ -90,6 +90,8 @@ def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
         config = getattr(config, name) if name in config.sub_configs else config
     if getattr(config, "mask_ratio", None) is not None:
         config.mask_ratio = 0.0
+    if getattr(config, "model_args", None):  # timm: transformers gives the number of classes itself
+        config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
     return config
 
 
@@ -204,17 +206,21 @@ def feature_size_on(config: PreTrainedConfig, device: str) -> int:
     """Return the width of the features that a new encoder computes on a device."""
     with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
         vision_model = vision_model_from_config(config, torch.float32).eval()
-        image = torch.zeros(1, getattr(config, "num_channels", 3), *image_size_of(config))
+        image = torch.zeros(1, getattr(config, "num_channels", 3), *image_size_of(vision_model))
         features, _ = raw_features(vision_model, image)
     return features.shape[channel_dimension(features)]
 
 
-def image_size_of(config: PreTrainedConfig) -> tuple[int, int]:
+def image_size_of(vision_model: PreTrainedModel) -> tuple[int, int]:
     """Return height and width of the images that an encoder is made for."""
-    size = getattr(config, "image_size", None)
-    if size is None:
-        backbone = getattr(config, "backbone_config", None)
-        return (IMAGE_SIZE, IMAGE_SIZE) if backbone is None else image_size_of(backbone)
+    config: Any = vision_model.config
+    if config.model_type == "timm_wrapper":
+        timm_model: Any = vision_model.timm_model
+        size = (config.model_args or {}).get("img_size", timm_model.pretrained_cfg["input_size"][1:])
+    else:
+        while getattr(config, "image_size", None) is None and getattr(config, "backbone_config", None) is not None:
+            config = config.backbone_config
+        size = getattr(config, "image_size", None) or IMAGE_SIZE
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -226,7 +232,8 @@ def image_size_of(config: PreTrainedConfig) -> tuple[int, int]:
 
 def reads_videos(config: PreTrainedConfig) -> bool:
     """Return True if an encoder reads videos `[B, F, 3, H, W]` itself, as VideoMAE, ViViT and V-JEPA 2 do."""
-    return getattr(config, "num_frames", getattr(config, "frames_per_clip", None)) is not None
+    fields = type(config)  # an instance may have other attributes, too
+    return getattr(fields, "num_frames", getattr(fields, "frames_per_clip", None)) is not None
 
 
 def run_encoder(

@@ -4,6 +4,7 @@ A `QFormerCaptionerProcessor` joins the image processor of the vision encoder an
 The language model needs no `<image>` token: the model puts the soft prompt in front of the embedded prompt.
 """
 
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     BatchFeature,
+    CLIPImageProcessorPil,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     ViTImageProcessorPil,
@@ -94,6 +98,38 @@ def tokenize_prompts(
     if return_tensors == "pt":  # empty prompts come as float tensors
         tokens = {name: value.long() for name, value in tokens.items()}
     return tokens
+
+
+def load_image_processor(name_or_path: str | os.PathLike, revision: str | None = None) -> BaseImageProcessor:
+    """Load the image processor of a vision encoder. No code from the Hub is executed.
+
+    Raises:
+        OSError: if it cannot be fetched.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(str(name_or_path), revision=revision)
+    if config.get("model_type") == "timm_wrapper":
+        return timm_image_processor(config["pretrained_cfg"])
+    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+
+
+def timm_image_processor(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessorPil:
+    """Return an image processor that does what timm does in evaluation.
+
+    That of transformers for timm models needs timm and torchvision, and cannot be saved.
+
+    Args:
+        pretrained_cfg: `pretrained_cfg` in the `config.json` of a timm model.
+    """
+    _, height, width = pretrained_cfg["input_size"]
+    larger = [math.floor(side / pretrained_cfg.get("crop_pct", 0.875)) for side in (height, width)]
+    keeps_ratio = height == width and pretrained_cfg.get("crop_mode", "center") == "center"
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": larger[0]} if keeps_ratio else {"height": larger[0], "width": larger[1]},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[pretrained_cfg.get("interpolation", "bilinear").upper()],
+        image_mean=list(pretrained_cfg["mean"]),
+        image_std=list(pretrained_cfg["std"]),
+    )
 
 
 def prepare_images(image_processor: Any, images: list[Image.Image], **options: Any) -> dict[str, Any]:
@@ -248,13 +284,9 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         Raises:
             OSError: if the image processor or the tokenizer cannot be fetched.
         """
-        image_processor: Any = ViTImageProcessorPil()  # transformers knows no processor of images without one
-        if vision is not None:
-            image_processor = AutoImageProcessor.from_pretrained(
-                vision, revision=vision_revision, trust_remote_code=False
-            )
         return cls(
-            image_processor,
+            # transformers knows no processor of images without an image processor
+            ViTImageProcessorPil() if vision is None else load_image_processor(vision, vision_revision),
             AutoTokenizer.from_pretrained(language, revision=language_revision, trust_remote_code=False),
             prompt=prompt,
             is_encoder_decoder=is_encoder_decoder,

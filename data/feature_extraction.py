@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers import AutoConfig, BaseImageProcessor
 
 from ..backbones_qformer import load_backbone, loading_error
 from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
 from ..encoders_qformer import image_feature_size, vision_config_of
-from ..processing_qformer import prepare_images
+from ..processing_qformer import load_image_processor, prepare_images
 from ..vision_qformer import encode_images
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch, SplitLayout
@@ -300,14 +300,14 @@ def collate_views(rows: list[list[dict[str, torch.Tensor]] | SkippedRow]) -> Pre
     return PreparedBatch(groups, [row for row in rows if isinstance(row, dict)])
 
 
-def load_image_processor(name_or_path: str, revision: str | None) -> BaseImageProcessor:
-    """Load the image processor of a vision encoder. No code from the Hub is executed.
+def image_processor_of(name_or_path: str, revision: str | None) -> BaseImageProcessor:
+    """Return the image processor of a vision encoder.
 
     Raises:
-        OSError: if the image processor cannot be loaded.
+        OSError: if it cannot be loaded; the message names the vision encoder and the remedy.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        return load_image_processor(name_or_path, revision)
     except (*UNUSABLE, OSError) as error:
         raise loading_error("vision_model", name_or_path, revision, error) from error
 

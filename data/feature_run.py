@@ -27,7 +27,7 @@ from .augmentation import Augmentation, check_image_augmentation
 from .columns import image_column_of, missing_column, with_nested_columns
 from .embeddings_column import EmbeddingsColumn
 from .feature_arguments import FeatureArguments
-from .feature_extraction import ImageFeatures, VisionEncoder, feature_size_of, load_image_processor
+from .feature_extraction import ImageFeatures, VisionEncoder, feature_size_of, image_processor_of
 from .feature_shards import FeatureBatch, SplitLayout, remove_unfinished
 from .feature_store import SKIPPED_NAME, SPLIT_NAME, finish_store
 from .image_paths import folder_of_images
@@ -151,7 +151,7 @@ def resolve(args: FeatureArguments) -> FeatureRun:
     name, revision = args.vision_model_name_or_path, args.vision_model_revision
     vision = image_processor = None
     if name is not None:
-        image_processor = load_image_processor(name, revision)
+        image_processor = image_processor_of(name, revision)
         vision = VisionFingerprint.of(name, revision, image_processor)
     source = load_source(args, rows, image_processor, state.device)
     keys = {}

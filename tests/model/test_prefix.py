@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, generation_qformer, language_qformer
@@ -80,12 +80,16 @@ FAMILIES = [
 ]
 
 
+def other_text_config(language: str, **fields) -> PreTrainedConfig:
+    special_tokens = dict(vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    return AutoConfig.for_model(**OTHERS[language] | special_tokens | fields)
+
+
 def captioner(language: str, **fields) -> QFormerCaptioner:
     if language in tiny.TEXT:
         return tiny.captioner(language=language)
     torch.manual_seed(0)
-    special_tokens = dict(vocab_size=tiny.WORDS, pad_token_id=0, eos_token_id=1, bos_token_id=1)
-    text = AutoConfig.for_model(**OTHERS[language] | special_tokens | fields)
+    text = other_text_config(language, **fields)
     model = QFormerCaptioner(
         QFormerCaptionerConfig(vision_config=tiny.vision_config("clip"), text_config=text, qformer_config=tiny.QFORMER)
     )
