@@ -179,8 +179,8 @@ def load_vision_model(
     model, info = loaded
     if len(info["missing_keys"]) > len(model.state_dict()) / 2:  # a few may be: a pooler, a token of pretraining
         raise OSError(
-            f"it has no weights of the vision encoder {vision_config.model_type!r} under the names of transformers, such "
-            f"as {min(info['missing_keys'])!r}"
+            f"it has no weights of the vision encoder {vision_config.model_type!r} under the names of transformers, "
+            f"such as {min(info['missing_keys'])!r}"
         )
     return model
 
