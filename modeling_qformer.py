@@ -55,6 +55,7 @@ from .backbones_qformer import (
     placeholder_for,
     untie_t5_head,
 )
+from .checkpoint_qformer import arguments_for
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
 from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, vision_config_of, vision_model_from_config
 from .generation_qformer import (
@@ -353,6 +354,38 @@ class QFormerModel(PreTrainedModel):
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
             if self.config.num_frames > 1:
                 init.normal_(self.frame_embeddings, mean=0.0, std=FRAME_EMBEDDING_STD)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, module_name=None, **kwargs):
+        r"""Load a Q-Former from a folder or the Hub, also one inside the checkpoint of another model.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id of a Q-Former or captioner. Also of another
+                checkpoint with the parameters of a `Blip2QFormerModel`: BLIP-2, InstructBLIP, Granite Speech ...
+            module_name (`str`, *optional*): name of the Q-Former's module in a checkpoint with several Q-Formers, such
+                as `"model.projectors.0.qformer"`.
+            model_args, kwargs: passed to `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `config`, ...). Fields
+                of [`QFormerConfig`] override those of the checkpoint.
+
+        Returns:
+            The Q-Former in evaluation mode. Weights that a checkpoint lacks, such as the query tokens of a
+            `Blip2QFormerModel`, are newly initialised, and a warning says so.
+
+        Raises:
+            OSError: if the checkpoint cannot be fetched, or has no Q-Former or several; the message names them.
+
+        Example:
+
+        ```python
+        >>> qformer = QFormerModel.from_pretrained("ibm-granite/granite-speech-3.3-2b")  # doctest: +SKIP
+        >>> qformer.config.num_query_tokens, qformer.config.window_size  # doctest: +SKIP
+        (3, 15)
+        ```
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *model_args, **kwargs)
+        arguments = arguments_for(pretrained_model_name_or_path, module_name, **kwargs)
+        return super().from_pretrained(arguments.pop("pretrained_model_name_or_path"), *model_args, **arguments)
 
     def get_input_embeddings(self) -> nn.Embedding | None:  # type: ignore[override]
         """Return the embeddings of the prompt, or `None` for a Q-Former without text input."""

@@ -313,8 +313,16 @@ def open_weights(file: str) -> safe_open:
         ) from error
 
 
-def read_weights(path: str | os.PathLike, prefix: str = "", **hub_kwargs: Any) -> dict[str, torch.Tensor]:
+def read_weights(
+    path: str | os.PathLike, prefix: str = "", names: Collection[str] | None = None, **hub_kwargs: Any
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a folder or Hub repository, sharded or not, whose names begin with `prefix`.
+
+    Args:
+        path: folder or Hub id.
+        prefix: beginning of the names.
+        names: names of the tensors; by default all.
+        hub_kwargs: options of the download, and `variant`.
 
     Raises:
         OSError: if a file is missing or damaged.
@@ -322,8 +330,22 @@ def read_weights(path: str | os.PathLike, prefix: str = "", **hub_kwargs: Any) -
     weights = {}
     for file in weight_files(path, **hub_kwargs):
         with open_weights(file) as tensors:
-            weights.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)})  # noqa: SIM118
+            found = [name for name in tensors.keys() if name.startswith(prefix) and (names is None or name in names)]  # noqa: SIM118
+            weights.update({name: tensors.get_tensor(name) for name in found})
     return weights
+
+
+def read_shapes(path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a folder or Hub repository, read from the headers of the safetensors files.
+
+    Raises:
+        OSError: if a file is missing or damaged.
+    """
+    shapes = {}
+    for file in weight_files(path, **hub_kwargs):
+        with open_weights(file) as tensors:
+            shapes.update({name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    return shapes
 
 
 def read_dora_magnitudes(adapter: str | os.PathLike, **hub_kwargs: Any) -> dict[str, torch.Tensor]:
@@ -345,8 +367,4 @@ def count_weights(path: str | os.PathLike, **hub_kwargs: Any) -> int:
     Raises:
         OSError: if a file is missing or damaged.
     """
-    total = 0
-    for file in weight_files(path, **hub_kwargs):
-        with open_weights(file) as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+    return sum(map(math.prod, read_shapes(path, **hub_kwargs).values()))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..backbones_qformer import check_number_of_layers
 from ..common.errors import UNUSABLE, InputError
@@ -106,8 +106,11 @@ def read_config(source: str, revision: str | None) -> PreTrainedConfig:
         config = QFormerConfig.from_pretrained(source, revision=revision or "main")
     elif model_type == QFormerCaptionerConfig.model_type:
         config = QFormerCaptionerConfig.from_pretrained(source, revision=revision or "main")
-    else:
+    elif model_type in CONFIG_MAPPING or model_type is None:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    else:  # a model that transformers does not know may hold a Q-Former
+        config = PreTrainedConfig.from_pretrained(source, revision=revision or "main")
+        config.model_type = model_type  # type: ignore[misc]  # the generic class has none
     check_number_of_layers(config)
     return config
 

@@ -27,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..backbones_qformer import BACKBONES, CAPTIONERS, commit_of
+from ..checkpoint_qformer import find_qformer
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import UNUSABLE, InputError, one_line
@@ -97,15 +98,18 @@ def qformer_fields(config: PreTrainedConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_qformer(source: str | os.PathLike, revision: str | None = None, **fields) -> QFormerModel:
+def load_qformer(
+    source: str | os.PathLike, revision: str | None = None, module_name: str | None = None, **fields
+) -> QFormerModel:
     """Load the Q-Former of a checkpoint, to train it between other backbones.
 
-    The checkpoint is a BLIP-2, an InstructBLIP, a captioner or Q-Former of this package, or a BERT. Weights that the
+    The checkpoint is one that [`QFormerModel.from_pretrained`] loads, such as a BLIP-2, or a BERT. Weights that the
     checkpoint lacks, such as the query tokens of a BERT, are newly initialised, and a warning says so.
 
     Args:
         source: folder or Hub id.
         revision: branch, tag or commit on the Hub.
+        module_name: name of the Q-Former's module, if the checkpoint has several Q-Formers.
         fields: fields of [`QFormerConfig`] that the checkpoint does not determine, such as `num_query_tokens` for a
             BERT.
 
@@ -126,7 +130,7 @@ def load_qformer(source: str | os.PathLike, revision: str | None = None, **field
     ```
     """
     checkpoint = Checkpoint(source, revision)
-    stored_fields, names = _qformer_in(checkpoint)
+    stored_fields, names = _qformer_in(checkpoint, module_name)
     tensors = checkpoint.read(set(names.values()))
     weights = {ours: tensors[theirs] for ours, theirs in names.items()}
     qformer = QFormerModel(QFormerConfig.from_fields(**stored_fields | fields))
@@ -206,7 +210,7 @@ def load_qformer_tokenizer(
         ) from error
 
 
-def _qformer_in(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]:
+def _qformer_in(checkpoint: Checkpoint, module_name: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the fields of the [`QFormerConfig`] in a checkpoint, and its tensors by the names of a [`QFormerModel`].
 
     Raises:
@@ -214,20 +218,15 @@ def _qformer_in(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str]]
     """
     config = checkpoint.config
     if config.model_type == "bert":
-        fields, names = qformer_fields(config), _names_in_bert(checkpoint)
-    elif config.model_type in (*CAPTIONERS, QFormerCaptionerConfig.model_type):
-        fields, names = qformer_fields(config.qformer_config), _names_in_captioner(checkpoint)
-        if config.model_type in CAPTIONERS:  # not a field of `config.qformer_config`
-            fields["num_query_tokens"] = config.num_query_tokens
-    elif config.model_type == QFormerConfig.model_type:
-        fields = qformer_fields(config)
-        names = {name: name for name in checkpoint.tensors if not name.startswith(STAGE_1_HEADS)}
-    else:
-        raise InputError(
-            f"{checkpoint.source!r} is a {config.model_type!r} and has no Q-Former: give a BLIP-2, an InstructBLIP, a "
-            "captioner of this package, or a BERT."
+        names = _names_in_bert(checkpoint)
+        return qformer_fields(config) | {"use_qformer_text_input": "embeddings.word_embeddings.weight" in names}, names
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    try:
+        return find_qformer(
+            checkpoint.source, {**config.to_dict(), "model_type": config.model_type}, shapes, module_name
         )
-    return fields | {"use_qformer_text_input": "embeddings.word_embeddings.weight" in names}, names
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _names_in_bert(checkpoint: Checkpoint) -> dict[str, str]:
@@ -237,15 +236,6 @@ def _names_in_bert(checkpoint: Checkpoint) -> dict[str, str]:
         ours: theirs
         for ours, theirs in names.items()
         if ours.startswith(("encoder.", "embeddings.", "layernorm.")) and not ours.startswith("embeddings.token_type")
-    }
-
-
-def _names_in_captioner(checkpoint: Checkpoint) -> dict[str, str]:
-    """Map the names in a Q-Former to those in a captioner of this package or of transformers."""
-    return {
-        ours.removeprefix("qformer."): theirs
-        for ours, theirs in our_names(checkpoint).items()
-        if ours.startswith("qformer.")
     }
 
 
