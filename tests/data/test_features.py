@@ -6,9 +6,7 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,11 +27,10 @@ from qformer_captioner.images_qformer import open_image
 from ..conftest import ROOT
 from ..fixtures import tiny
 from ..fixtures.feature_stores import command, with_embeddings
-from ..fixtures.hub_server import Hub
+from ..fixtures.hub_server import files_of
 
 ROWS, BROKEN = 19, 3  # of the split "train"
 VIEWS = ["--views", "3", "--random_resized_crop_scale", "0.3", "--horizontal_flip_prob", "0.5"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for `import tests.conftest`
 
 
 @pytest.fixture(scope="module")
@@ -184,33 +181,31 @@ def test_one_read_returns_a_view_of_each_row(views):
 
 @pytest.mark.slow
 def test_a_killed_run_that_two_processes_finish_writes_the_bytes_of_an_uninterrupted_run(
-    views, vision, pictures, tmp_path
+    commands, views, vision, pictures, tmp_path
 ):
     program = [str(ROOT / "precompute_features.py"), *command(vision, pictures, tmp_path / "run", *VIEWS)]
-    process = subprocess.Popen([sys.executable, *program], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    environment = commands.environment()
+    process = subprocess.Popen(["python", *program], env=environment, stderr=subprocess.DEVNULL)
     give_up = time.time() + 300
     while not (tmp_path / "run" / "train" / "00001.npy").exists():
         assert process.poll() is None, "the run ended before it was killed"
         assert time.time() < give_up, "the run writes nothing"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    commands.kill()
     process.wait()
     with pytest.raises(InputError, match="are not complete: give the same command"):
         FeatureStore(tmp_path / "run")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, *program], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    run = ["torchrun", "--standalone", "--nproc_per_node", "2", *program]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert content(tmp_path / "run") == content(views)
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_shards(views, vision, pictures, tmp_path):
+def test_two_processes_share_the_shards(commands, views, vision, pictures, tmp_path):
     """Each process logs the shards that it writes. Together they write every shard, and no shard twice."""
     program = (
         "import os, sys\n"
-        "import tests.conftest\n"
         "from qformer_captioner import precompute_features\n"
         "from qformer_captioner.data.feature_shards import SplitLayout\n"
         "write = SplitLayout.write\n"
@@ -222,9 +217,9 @@ def test_two_processes_share_the_shards(views, vision, pictures, tmp_path):
         "precompute_features.precompute(sys.argv[2:])"
     )
     (tmp_path / "program.py").write_text(program)
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = ["torchrun", "--standalone", "--nproc_per_node", "2"]
     run += [str(tmp_path / "program.py"), str(tmp_path), *command(vision, pictures, tmp_path / "two", *VIEWS)]
-    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(run, env=commands.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     written = [(tmp_path / f"written-{rank}").read_text().split() for rank in (0, 1)]
     assert [len(own) for own in written] == [3, 3]
@@ -293,38 +288,35 @@ def test_the_same_folder_with_other_weights_is_refused(vision, pictures, tmp_pat
 
 
 @pytest.mark.slow
-def test_commits_on_the_hub_are_stored_and_other_commits_are_refused(vision, tmp_path):
+def test_commits_on_the_hub_are_stored_and_other_commits_are_refused(hub, commands, vision, tmp_path):
     data = with_embeddings(tmp_path / "data", torch.ones(7, 5, tiny.VISION_WIDTH).tolist())
     program = (
         "import sys\n"
-        "import tests.conftest\n"
         "from transformers import AutoImageProcessor\n"
         "from qformer_captioner import precompute_features\n"
         "from qformer_captioner.data.feature_store import FeatureStore\n"
         "if sys.argv[2:]:\n"
         "    precompute_features.precompute(sys.argv[2:])\n"
-        "FeatureStore(sys.argv[1]).check('org/vision', None, AutoImageProcessor.from_pretrained('org/vision'))"
+        "FeatureStore(sys.argv[1]).check('org/encoder', None, AutoImageProcessor.from_pretrained('org/encoder'))"
     )
     store = tmp_path / "store"
-    words = command("org/vision", "org/data", store, "--embeddings_column", "own")
-    with Hub() as hub:
-        files = {path.name: path.read_bytes() for path in Path(vision).iterdir()}
-        hub.files["model", "org/vision"] = files
-        hub.files["dataset", "org/data"] = {"train.parquet": (data / "train.parquet").read_bytes()}
-        commits = [hub.commit_sha(("model", "org/vision")), hub.commit_sha(("dataset", "org/data"))]
+    words = command("org/encoder", "org/data", store, "--embeddings_column", "own")
+    files = files_of(Path(vision))
+    hub.files["model", "org/encoder"] = files
+    hub.files["dataset", "org/data"] = {"train.parquet": (data / "train.parquet").read_bytes()}
+    commits = [hub.commit_sha(("model", "org/encoder")), hub.commit_sha(("dataset", "org/data"))]
 
-        def run(*words: str) -> subprocess.CompletedProcess:
-            environment = ENVIRONMENT | hub.environment(tmp_path / "home")
-            run = [sys.executable, "-c", program, str(store), *words]
-            return subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300)
+    def run(*words: str) -> subprocess.CompletedProcess:
+        run = ["python", "-c", program, str(store), *words]
+        return subprocess.run(run, env=commands.environment(), capture_output=True, text=True, timeout=300)
 
-        done = run(*words)
-        assert done.returncode == 0, done.stderr
-        features = FeatureStore(store)
-        assert [features.vision_model_revision, features.dataset["revision"]] == commits
-        files["README.md"] = b"another commit"
-        done = run()
-        assert f"of the vision model 'org/vision' (revision {commits[0]}), not of 'org/vision' (rev" in done.stderr
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    features = FeatureStore(store)
+    assert [features.vision_model_revision, features.dataset["revision"]] == commits
+    files["README.md"] = b"another commit"
+    done = run()
+    assert f"of the vision model 'org/encoder' (revision {commits[0]}), not of 'org/encoder' (rev" in done.stderr
 
 
 def test_another_image_processor_is_refused(store, vision):
@@ -486,11 +478,10 @@ def test_workers_read_the_same_rows(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
-def test_memory_does_not_grow_with_the_rows_that_are_read(tmp_path):
+def test_memory_does_not_grow_with_the_rows_that_are_read(commands, tmp_path):
     """The second store has a hundred times the rows, of which 256 MB are read. Its files are sparse."""
     program = (
         "import re, sys\n"
-        "import tests.conftest\n"
         "import numpy as np\n"
         "from qformer_captioner.data.feature_store import FeatureStore\n"
         "for folder in sys.argv[1:]:\n"
@@ -506,8 +497,8 @@ def test_memory_does_not_grow_with_the_rows_that_are_read(tmp_path):
             layout.write(shard, [])  # a header without features
             os.truncate(layout.path(shard), layout.path(shard).stat().st_size + layout.bytes_of(shard, 4))
         finish_store(folder, VisionFingerprint("org/vision", "1" * 40, None, {}), {}, {"train": layout})
-    read = [sys.executable, "-c", program, *map(str, folders)]
-    done = subprocess.run(read, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    read = ["python", "-c", program, *map(str, folders)]
+    done = subprocess.run(read, env=commands.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     few, many = (int(peak) / 1024 for peak in done.stdout.split())
     assert many < few + 2

@@ -36,10 +36,22 @@ def address(folder, environment):
         yield address
 
 
-@pytest.fixture
-def browser(address):
+@pytest.fixture(scope="module")
+def window(address):
     with screenshot.open_browser(address) as browser:
         yield browser
+
+
+@pytest.fixture
+def browser(window, address):
+    """Return a browser that shows the page as a new visitor finds it."""
+    return reload(window, address)
+
+
+def reload(browser, address: str):
+    browser.get(address)
+    screenshot.wait_for(browser, "#image input[type=file]")
+    return browser
 
 
 def status(browser) -> str:
@@ -104,7 +116,7 @@ def test_a_bad_file_gets_a_message_and_the_next_image_a_caption(browser, tmp_pat
     assert captioned(browser) != "" and status(browser) == ""
 
 
-def test_markup_in_a_caption_is_text(environment, tmp_path):
+def test_markup_in_a_caption_is_text(window, tmp_path):
     """All tokens of the captioner are markup."""
     model = tiny.captioner()
     model.generation_config.max_new_tokens = 8
@@ -117,10 +129,8 @@ def test_markup_in_a_caption_is_text(environment, tmp_path):
     }
     file.write_text(json.dumps(tokenizer))
     tiny.picture(3).save(tmp_path / "picture.png")
-    with (
-        screenshot.serve(str(tmp_path / "captioner")) as address,
-        screenshot.open_browser(address) as browser,
-    ):
+    with screenshot.serve(str(tmp_path / "captioner")) as address:
+        browser = reload(window, address)
         screenshot.upload(browser, tmp_path / "picture.png")
         assert MARKUP in captioned(browser)
         for part in ("candidates", "words"):

@@ -84,13 +84,13 @@ def test_meteor_equals_the_toolkits():
     meteor = pytest.importorskip("pycocoevalcap.meteor.meteor", reason="needs pycocoevalcap (the extra [java])")
     if shutil.which("java") is None:
         pytest.skip("needs a Java runtime")
-    tokens = [[" ".join(words) for words in tokenize(texts)] for texts in REFERENCES]
+    predictions, references = [*PREDICTIONS, ""], [*REFERENCES, ["a dog"]]
+    tokens = [[" ".join(words) for words in tokenize(texts)] for texts in references]
     with contextlib.redirect_stdout(io.StringIO()):
         expected, expected_of_images = meteor.Meteor().compute_score(
-            dict(enumerate(tokens)), {i: [" ".join(words)] for i, words in enumerate(tokenize(PREDICTIONS))}
+            dict(enumerate(tokens)), {i: [" ".join(words)] for i, words in enumerate(tokenize(predictions))}
         )
-    empty = java_scores(["", PREDICTIONS[1]], REFERENCES, ["meteor"], per_image=True, allow_empty=True)
-    assert empty["per_image"]["meteor"][0] == 0
-    scores = java_scores(PREDICTIONS, REFERENCES, ["meteor"], per_image=True)
+    scores = java_scores(predictions, references, ["meteor"], per_image=True, allow_empty=True)
     assert scores["meteor"] == pytest.approx(expected, abs=1e-12)
     assert scores["per_image"]["meteor"] == pytest.approx(expected_of_images, abs=1e-12)
+    assert scores["per_image"]["meteor"][2] == 0 < min(scores["per_image"]["meteor"][:2])

@@ -9,7 +9,6 @@ import pickle
 import shutil
 import struct
 import subprocess
-import sys
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -482,10 +481,10 @@ DEEP = '{"image": "a.png", "caption": ' + "[" * 50_000
         ("eval_captions", {"predictions": "rows.jsonl", "references": "rows.jsonl", "report": "out"}),
     ],
 )
-def test_the_command_line_shows_one_line_without_a_traceback(script, options, tmp_path):
+def test_the_command_line_shows_one_line_without_a_traceback(commands, script, options, tmp_path):
     (tmp_path / "rows.jsonl").write_text(DEEP)
-    run = [sys.executable, ROOT / f"{script}.py", *command_line(**options)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    run = ["python", str(ROOT / f"{script}.py"), *command_line(**options)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=commands.environment())
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr

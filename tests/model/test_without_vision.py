@@ -118,31 +118,46 @@ def losses(output_dir) -> torch.Tensor:
     return torch.tensor([entry[name] for entry in history for name in names if name in entry])
 
 
+@pytest.fixture(scope="module")
+def features(folder):
+    """Folder of the features of all pictures."""
+    precompute(folder, folder / "features")
+    return folder / "features"
+
+
+TRAINED_ALREADY = {"vision_model_name_or_path": None, "language_model_name_or_path": None, "qformer_config": None}
+
+
+@pytest.fixture(scope="module")
+def run_on_images(folder):
+    """Output folder of a run that reads the pictures."""
+    own = TRAINED_ALREADY | {"model_name_or_path": folder / "referring"}
+    train_hf.train(command(folder, folder / "images", **own))
+    return folder / "images"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
-def test_a_run_on_features_has_the_losses_of_a_run_on_images(folder, tmp_path, dtype, tolerance):
+def test_a_run_on_features_has_the_losses_of_a_run_on_images(folder, run_on_images, tmp_path, dtype, tolerance):
     precompute(folder, tmp_path / "features", dtype=dtype)
-    seeing = {"vision_model_name_or_path": None, "language_model_name_or_path": None, "qformer_config": None}
-    seeing["model_name_or_path"] = folder / "referring"
-    train_hf.train(command(folder, tmp_path / "images", **seeing))
-    seeing["dataset_name"] = None  # the features say it
-    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **seeing))
-    expected, found = losses(tmp_path / "images"), losses(tmp_path / "run")
+    own = TRAINED_ALREADY | {"model_name_or_path": folder / "referring", "dataset_name": None}  # the features name it
+    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    expected, found = losses(run_on_images), losses(tmp_path / "run")
     assert len(found) > 10
     assert (expected[-3] - expected[-2]).abs() > 0.01, "which image it is must matter"
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert (tmp_path / "run" / "captions.png").exists()
     assert "broken.png" in (tmp_path / "run" / "skipped_rows.jsonl").read_text()
-    for run in ("images", "run"):  # the backbones are local folders, so all of them are in it
-        assert isinstance(QFormerCaptioner.from_pretrained(tmp_path / run).caption(tiny.picture()), str)
+    for run in (run_on_images, tmp_path / "run"):  # the backbones are local folders, so all of them are in it
+        assert isinstance(QFormerCaptioner.from_pretrained(run).caption(tiny.picture()), str)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [{}, {"lora_r": 2}])
-def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, monkeypatch, lora):
-    precompute(folder, tmp_path / "features")
+def test_training_on_features_never_loads_the_vision_encoder(folder, features, tmp_path, monkeypatch, lora):
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded"))
-    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", include_backbones="false", **lora))
+    own = {"include_backbones": "false", "num_train_epochs": 1, **lora}
+    train_hf.train(command(folder, tmp_path / "run", features=features, **own))
     assert (tmp_path / "run" / "run.json").exists()
 
 
@@ -160,32 +175,29 @@ def test_training_on_features_never_loads_the_vision_encoder(folder, tmp_path, m
         ({"eval_dataset_name": "{folder}/pictures"}, "--features works with one data set"),
     ],
 )
-def test_options_that_contradict_features_are_named(folder, tmp_path, options, message):
+def test_options_that_contradict_features_are_named(folder, features, tmp_path, options, message):
     tiny.save_vision(folder / "other", "vit")
     if not (folder / "reversed").exists():
         shutil.copytree(folder / "pictures", folder / "reversed")
         lines = (folder / "pictures" / "metadata.jsonl").read_text().splitlines()
         (folder / "reversed" / "metadata.jsonl").write_text("\n".join(reversed(lines)))
-    precompute(folder, tmp_path / "features")
     options = {name: str(value).format(folder=folder) for name, value in options.items()}
     with pytest.raises(InputError, match=message):
-        train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **options))
+        train_hf.train(command(folder, tmp_path / "run", features=features, **options))
 
 
 @pytest.mark.slow
-def test_a_data_set_that_has_moved_keeps_its_features(folder, tmp_path):
-    precompute(folder, tmp_path / "features")
+def test_a_data_set_that_has_moved_keeps_its_features(folder, features, tmp_path):
     shutil.copytree(folder / "pictures", tmp_path / "moved")
     own = {"dataset_name": tmp_path / "moved", "num_train_epochs": 1}
-    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    train_hf.train(command(folder, tmp_path / "run", features=features, **own))
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_a_new_captioner_takes_the_vision_encoder_of_the_features(folder, tmp_path):
-    precompute(folder, tmp_path / "features")
+def test_a_new_captioner_takes_the_vision_encoder_of_the_features(folder, features, tmp_path):
     own = {"vision_model_name_or_path": None, "num_train_epochs": 1}
-    train_hf.train(command(folder, tmp_path / "run", features=tmp_path / "features", **own))
+    train_hf.train(command(folder, tmp_path / "run", features=features, **own))
     assert isinstance(QFormerCaptioner.from_pretrained(tmp_path / "run").caption(tiny.picture()), str)
 
 

@@ -11,7 +11,6 @@ from qformer_captioner import QFormerCaptioner
 from ..fixtures import tiny
 from ..fixtures.batches import labels_of_several_captions
 
-PARTS = ["vision_model", "qformer", "language_projection", "language_model"]
 SEVERAL = {**tiny.batch(), "labels": labels_of_several_captions()}
 
 
@@ -46,7 +45,18 @@ def plain(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "how"), [*((part, wrap) for part in PARTS), ("language_model", compile_in_place)])
+@pytest.mark.parametrize(
+    ("plain", "part", "how"),
+    [
+        ("llama", "vision_model", wrap),
+        ("t5", "qformer", wrap),
+        ("llama", "language_projection", wrap),
+        ("llama", "language_model", wrap),
+        ("t5", "language_model", wrap),
+        ("t5", "language_model", compile_in_place),
+    ],
+    indirect=["plain"],
+)
 def test_a_compiled_part_changes_no_result_and_no_name(plain, part, how, tmp_path):
     language, one, several = plain
     model = tiny.captioner(language=language)
@@ -69,7 +79,11 @@ def test_a_compiled_captioner_has_the_same_loss():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", ["decoder", "encoder", "lm_head", "layers"])
+@pytest.mark.parametrize(
+    ("plain", "layer"),
+    [("llama", "decoder"), ("t5", "decoder"), ("t5", "encoder"), ("llama", "lm_head"), ("t5", "layers")],
+    indirect=["plain"],
+)
 def test_a_compiled_layer_changes_no_result_and_no_name(plain, layer, tmp_path):
     """The layer is inside a part, so the wrapper stays."""
     language, one, several = plain

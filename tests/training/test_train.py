@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 
 import pytest
@@ -344,8 +343,9 @@ def test_an_error_reaches_the_shell_without_a_traceback(commands, tmp_path):
 
 
 @pytest.mark.slow
-def test_importing_the_trainer_shows_no_warning_about_quantisation(tmp_path):
-    """transformers' Trainer imports peft, and peft imports bitsandbytes, which warns about a kernel on CPUs."""
-    code = "from qformer_captioner.training import trainer"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "gemm_4bit" not in done.stderr
+def test_importing_the_trainer_shows_no_warning_about_quantisation(commands):
+    """transformers' Trainer imports peft, and peft imports bitsandbytes, which warns about a kernel on CPUs.
+
+    The server has imported `train_hf`, and its log holds what imports print.
+    """
+    assert "gemm_4bit" not in commands.log.read_text()
