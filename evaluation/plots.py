@@ -6,6 +6,7 @@ import os
 import textwrap
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 from PIL import Image, ImageOps
@@ -15,6 +16,9 @@ LOSSES = (
     ("eval_loss", "held-out loss, right inputs", {"color": "tab:blue", "marker": "o"}),
     ("eval_loss_shuffled", "held-out loss, shuffled inputs", {"color": "tab:orange", "marker": "o"}),
 )
+
+# Sizes of a sheet of captioned images, in pixels
+SHEET_DPI, SIDE, COLUMN_WIDTH, ROW_HEIGHT, TITLE_HEIGHT, LINE_HEIGHT = 100, 320, 340, 470, 50, 18
 
 
 def draw_loss_curve(log_history: list[dict[str, Any]], score_name: str | None, path: str | os.PathLike) -> None:
@@ -33,8 +37,8 @@ def draw_loss_curve(log_history: list[dict[str, Any]], score_name: str | None, p
     >>> draw_loss_curve(trainer.state.log_history, "eval_cider", "loss_curve.png")  # doctest: +SKIP
     ```
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(8, 5))  # a computed layout would take as long as the drawing
+    axis = figure.add_axes((0.09, 0.1, 0.82, 0.8))
     for key, label, style in LOSSES:
         axis.plot(*_series(log_history, key), label=label, **style)
     epochs = mean_of_epochs(log_history)
@@ -138,41 +142,25 @@ def draw_caption_sheet(
     """
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    width, height, title_height = 3.4, 4.7, 0.5  # size in inches of an image with its text, and height of the title
-    total_height = height * rows + title_height
-    figure = Figure(figsize=(width * columns, total_height))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.98, top=1 - title_height / total_height, bottom=0, hspace=0, wspace=0.06)
-    figure.suptitle(title, y=1 - 0.1 / total_height, va="top")
-    for axis in axes.flat:
-        axis.axis("off")
-        axis.set_anchor("N")
-    for axis, image, caption, reference in zip(axes.flat, images, captions, references, strict=False):
+    width, height = columns * COLUMN_WIDTH, rows * ROW_HEIGHT + TITLE_HEIGHT
+    # Images and texts are placed on the figure itself, because axes would take most of the time.
+    figure = Figure(figsize=(width / SHEET_DPI, height / SHEET_DPI), dpi=SHEET_DPI)
+    figure.text(0.5, 1 - 10 / height, title, ha="center", va="top", fontsize="large", parse_math=False)
+
+    def write(text: str, left: float, top: float, weight: str) -> float:
+        """Write a text of at most 150 characters, and return the position of its lower edge from the top."""
+        text = textwrap.fill(textwrap.shorten(text, 150), 40)
+        style = {"va": "top", "fontsize": 8.5, "weight": weight, "parse_math": False}
+        figure.text(left / width, 1 - top / height, text, **style)
+        return top + LINE_HEIGHT * (text.count("\n") + 1)
+
+    for place, (image, caption, reference) in enumerate(zip(images, captions, references, strict=True)):
+        row, column = divmod(place, columns)
+        left = column * COLUMN_WIDTH + (COLUMN_WIDTH - SIDE) / 2
+        lower_edge = TITLE_HEIGHT + row * ROW_HEIGHT + SIDE
         # Images are padded at the top to a square, because text below a tall image would leave the sheet.
-        axis.imshow(ImageOps.pad(image, (340, 340), color="white", centering=(0, 1)))
-        offset = _write_below(axis, caption or "(nothing)", -6, weight="bold")
-        _write_below(axis, reference, offset)
-    figure.savefig(path, dpi=100)
-
-
-def _write_below(axis: Axes, text: str, offset: float, weight: str = "normal") -> float:
-    """Write a text below an image, and return the offset of the next text.
-
-    Args:
-        axis: the axis that shows the image.
-        text: the text, which is shortened to 150 characters.
-        offset: distance from the lower edge of the image in points, negative below it.
-        weight: weight of the font.
-    """
-    text = textwrap.fill(textwrap.shorten(text, 150), 40)
-    axis.annotate(
-        text.replace("$", r"\$"),  # matplotlib would typeset text between dollar signs as mathematics
-        (0, 0),
-        (0, offset),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        va="top",
-        fontsize=8.5,
-        weight=weight,
-    )
-    return offset - 13 * (text.count("\n") + 1) - 3
+        square = ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color="white", centering=(0, 1))
+        figure.figimage(np.asarray(square), left, height - lower_edge)
+        lower_edge = write(caption or "(nothing)", left, lower_edge + 8, "bold")
+        write(reference, left, lower_edge + 4, "normal")
+    figure.savefig(path)
