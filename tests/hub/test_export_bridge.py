@@ -13,8 +13,8 @@ from ..fixtures import tiny
 
 KINDS = {
     "plain": {},
-    "a projection per query": dict(projection_per_query=True),
-    "reads text": dict(use_qformer_text_input=True, vocab_size=tiny.WORDS, max_position_embeddings=20),
+    "reads text": dict(use_qformer_text_input=True, vocab_size=tiny.WORDS, max_position_embeddings=20)
+    | dict(projection_per_query=True),
 }
 SIZES = [(2, 3), (1, 1), (5, 17)]  # number of images, features of each image
 

@@ -306,9 +306,18 @@ def test_the_error_for_a_backbone_that_is_not_cached_names_the_remedy(without_pa
 # --- Devices and dtypes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "device_map", ["auto", "cpu", torch.device("cpu"), {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str
+    ("form", "device_map"),
+    [
+        ("referenced", "auto"),
+        ("included", "auto"),
+        ("adapter", "auto"),
+        ("referenced", "cpu"),
+        ("included", torch.device("cpu")),
+        ("adapter", {"": "cpu"}),
+        *((form, dict.fromkeys(PARTS, "cpu")) for form in FORMS),
+    ],
+    ids=str,
 )
 def test_a_device_map_keeps_the_captions(folder, expected, form, device_map):
     model = AutoModel.from_pretrained(folder / form, device_map=device_map)
@@ -316,8 +325,18 @@ def test_a_device_map_keeps_the_captions(folder, expected, form, device_map):
     assert model.caption(folder / "picture.png", **DECODING) == expected[form]
 
 
-@pytest.mark.parametrize("form", ["referenced", "included"])
-@pytest.mark.parametrize("offloaded", [*([part] for part in PARTS), PARTS[:3]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("form", "offloaded"),
+    [
+        ("referenced", ["vision_model"]),
+        ("included", ["qformer"]),
+        ("referenced", ["language_projection"]),
+        ("included", ["language_model"]),
+        ("referenced", PARTS[:3]),
+        ("included", PARTS[:3]),
+    ],
+    ids=str,
+)
 def test_offloaded_parts_are_loaded_when_they_are_used(folder, expected, tmp_path, form, offloaded):
     device_map = {part: "disk" if part in offloaded else "cpu" for part in PARTS}
     model = AutoModel.from_pretrained(folder / form, device_map=device_map, offload_folder=tmp_path)
@@ -341,8 +360,18 @@ def test_a_captioner_runs_with_little_memory(folder, expected, tmp_path, kilobyt
     assert model.caption(folder / "picture.png", **DECODING) == expected["referenced"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float16, "auto"], ids=str)
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, "bfloat16") for form in FORMS),
+        ("referenced", torch.bfloat16),
+        ("included", torch.float16),
+        ("adapter", torch.float16),
+        ("included", "auto"),
+        ("adapter", "auto"),
+    ],
+    ids=str,
+)
 def test_a_given_dtype_applies_to_both_backbones(folder, form, dtype):
     model = AutoModel.from_pretrained(folder / form, dtype=dtype)
     expected = torch.float32 if dtype == "auto" else torch.bfloat16 if "bfloat16" in str(dtype) else torch.float16
@@ -362,9 +391,20 @@ def bnb():
     return pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'qformer-captioner[qlora]'")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, dict.fromkeys(PARTS, "cpu")], ids=str)
-@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize(
+    ("form", "device_map", "bits"),
+    [
+        ("referenced", "auto", "load_in_4bit"),
+        ("included", "auto", "load_in_8bit"),
+        ("adapter", "cpu", "load_in_4bit"),
+        ("referenced", "cpu", "load_in_8bit"),
+        ("included", {"": "cpu"}, "load_in_4bit"),
+        ("adapter", {"": "cpu"}, "load_in_8bit"),
+        ("referenced", dict.fromkeys(PARTS, "cpu"), "load_in_8bit"),
+        ("adapter", dict.fromkeys(PARTS, "cpu"), "load_in_4bit"),
+    ],
+    ids=str,
+)
 def test_quantisation_combines_with_a_device_and_a_dtype(bnb, folder, form, device_map, bits):
     model = AutoModel.from_pretrained(
         folder / form,
