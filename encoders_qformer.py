@@ -236,6 +236,14 @@ def reads_videos(config: PreTrainedConfig) -> bool:
     return getattr(fields, "num_frames", getattr(fields, "frames_per_clip", None)) is not None
 
 
+def num_frames_of(config: PreTrainedConfig) -> int | None:
+    """Return the number of frames that an encoder of videos reads, or `None` for V-JEPA 2, which reads any number.
+
+    The result is `None` for an encoder of images, too.
+    """
+    return getattr(config, "num_frames", None) if reads_videos(config) else None
+
+
 def run_encoder(
     vision_model: PreTrainedModel, pixel_values: torch.Tensor, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, ModelOutput]:
@@ -283,7 +291,7 @@ def raw_features(
     """Return features as an encoder returns them, tokens or feature maps, and its output."""
     config = vision_model.config
     if reads_videos(config):
-        number = getattr(config, "num_frames", None)  # V-JEPA 2 reads any number
+        number = num_frames_of(config)
         if pixel_values.ndim == 4:
             pixel_values = pixel_values.unsqueeze(1)
         if pixel_values.shape[1] == 1 and number is not None:  # an image is a video that stands still

@@ -57,7 +57,13 @@ from .backbones_qformer import (
 )
 from .checkpoint_qformer import arguments_for
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
-from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, vision_config_of, vision_model_from_config
+from .encoders_qformer import (
+    PrecomputedFeaturesConfig,
+    image_feature_size,
+    num_frames_of,
+    vision_config_of,
+    vision_model_from_config,
+)
 from .generation_qformer import (
     MAX_NEW_TOKENS,
     check_generation_options,
@@ -1221,7 +1227,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             language_revision,
             prompt,
             config.is_encoder_decoder,
-            qformer_config.num_frames,
+            num_frames_of(vision_model.config) or qformer_config.num_frames,
         )
         model.processor.qformer_tokenizer = qformer_tokenizer
         model._fit_to_backbones()

@@ -151,6 +151,48 @@ def prepare_images(image_processor: Any, images: list[Image.Image], **options: A
     return batch
 
 
+def prepare_videos(
+    image_processor: Any,
+    frames: list[Image.Image],
+    lengths: list[int],
+    return_tensors: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Return `pixel_values` `[B, F, 3, H, W]` of videos and, if they differ in length, `frame_attention_mask` `[B, F]`.
+
+    Args:
+        image_processor: image processor of the vision encoder.
+        frames: the frames of all videos, one after another.
+        lengths: number of frames of each video.
+        return_tensors: type of the result.
+        options: options of the image processor.
+
+    Raises:
+        ValueError: if frames get different sizes, or the encoder needs further inputs for each image.
+    """
+    outputs = image_processor(frames, **options)
+    if others := [name for name in ENCODER_INPUTS if name in outputs]:
+        raise ValueError(
+            f"A {type(image_processor).__name__} prepares each image in its own shape ({others[0]!r}), which videos "
+            "cannot have: use a vision encoder of images of one size, such as CLIP or SigLIP."
+        )
+    prepared = [torch.as_tensor(image) for image in outputs["pixel_values"]]
+    if prepared[0].ndim == 4:  # VideoMAE's makes one video of all frames
+        prepared = list(prepared[0])
+    if len({image.shape for image in prepared}) > 1:
+        sizes = " and ".join(sorted({f"{image.shape[-1]} x {image.shape[-2]}" for image in prepared})[:2])
+        raise ValueError(
+            f"The frames of the videos are prepared to different sizes, such as {sizes} pixels: let the image "
+            "processor resize and crop them, or give frames of one size."
+        )
+    parts = torch.stack(prepared).split(lengths)
+    batch = {"pixel_values": pad_sequence(parts, batch_first=True)}  # padding is zeros
+    if min(lengths) < max(lengths):
+        ones = [torch.ones(length, dtype=torch.long) for length in lengths]
+        batch["frame_attention_mask"] = pad_sequence(ones, batch_first=True)
+    return dict(BatchFeature(batch, tensor_type=return_tensors))
+
+
 class PushWithCard(PushToHubMixin):
     """Mixin whose `push_to_hub` writes a model card that shows how to use the repository.
 
@@ -412,24 +454,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         lengths = [len(video) for video in videos]
         if max(lengths) == 1:
             return prepare_images(self.image_processor, upright, **options)
-        return_tensors = options.pop("return_tensors")
-        pixel_values = self.image_processor(upright, **options)["pixel_values"]
-        prepared = [torch.as_tensor(image) for image in pixel_values]  # of each frame
-        if prepared[0].ndim == 4:  # the processor of a video encoder takes a list for the frames of one video
-            prepared = list(prepared[0])
-        if len({image.shape for image in prepared}) > 1:
-            sizes = " and ".join(sorted({f"{image.shape[-1]} x {image.shape[-2]}" for image in prepared})[:2])
-            raise ValueError(
-                f"The frames of the videos are prepared to different sizes, such as {sizes} pixels: let the image "
-                "processor resize and crop them, or give frames of one size."
-            )
-        # Zeros in place of the frames that shorter videos lack.
-        parts = torch.stack(prepared).split(lengths)
-        batch = {"pixel_values": pad_sequence(parts, batch_first=True)}  # [B, F, 3, H, W]
-        if min(lengths) < max(lengths):
-            ones = [torch.ones(length, dtype=torch.long) for length in lengths]
-            batch["frame_attention_mask"] = pad_sequence(ones, batch_first=True)
-        return dict(BatchFeature(batch, tensor_type=return_tensors))
+        return prepare_videos(self.image_processor, upright, lengths, **options)
 
     def format_prompt(self, prompt: str) -> str:
         """Return a prompt as the language model reads it: in its chat template with `use_chat_template`."""

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_tracing
 
 from .backbones_qformer import VisionModelPlaceholder, dtype_of, is_frozen
-from .encoders_qformer import ENCODER_INPUTS, reads_videos, run_encoder
+from .encoders_qformer import ENCODER_INPUTS, num_frames_of, reads_videos, run_encoder
 
 # All inputs of a captioner that belong to its `pixel_values`.
 VISION_INPUTS = (*ENCODER_INPUTS, "frame_attention_mask")
@@ -42,8 +42,8 @@ def encode_images(
 ) -> VisionFeaturesOutput:
     """Run a vision encoder on images `[B, 3, H, W]`, or on each frame of videos `[B, F, 3, H, W]`.
 
-    An encoder that reads videos, such as VideoMAE, gets them as they are, and returns features `[B, N, Dv]` of each. A
-    frozen encoder records no graph.
+    An encoder that reads videos, such as VideoMAE, gets whole videos, and returns features `[B, N, Dv]` of each. In
+    videos that are too short for it, frames are repeated evenly. A frozen encoder records no graph.
 
     Args:
         vision_model (`PreTrainedModel`): the encoder.
@@ -57,6 +57,9 @@ def encode_images(
     """
     frame_attention_mask = kwargs.pop("frame_attention_mask", None)
     is_video = pixel_values.ndim == 5 and not reads_videos(vision_model.config)
+    if pixel_values.ndim == 5 and not is_video:
+        number = max(num_frames_of(vision_model.config) or 1, pixel_values.shape[1])
+        pixel_values, frame_attention_mask = stretch_videos(pixel_values, frame_attention_mask, number), None
     images = pixel_values.flatten(0, 1) if is_video else pixel_values
     # requires_grad_(False) is not enough, because gradient checkpointing makes the input of the encoder require
     # gradients.
@@ -72,6 +75,37 @@ def encode_images(
             frames["attention_mask"] = output.attention_mask.unflatten(0, pixel_values.shape[:2])
         output = VisionFeaturesOutput(**{**output, **frames})
     return output if frame_attention_mask is None else mask_frames(output, frame_attention_mask)
+
+
+def stretch_videos(
+    pixel_values: torch.Tensor, frame_attention_mask: torch.Tensor | None, num_frames: int
+) -> torch.Tensor:
+    """Repeat the frames of short videos evenly: `[B, F, 3, H, W]` -> `[B, num_frames, 3, H, W]`.
+
+    Args:
+        pixel_values: the videos.
+        frame_attention_mask (`[B, F]`, *optional*): 0 for padding, which is left out.
+        num_frames: number of frames of each result, at least F.
+
+    Raises:
+        ValueError: if the mask does not have the shape `[B, F]`.
+    """
+    shape = pixel_values.shape[:2]
+    if frame_attention_mask is None:
+        if shape[1] == num_frames:
+            return pixel_values
+        frame_attention_mask = pixel_values.new_ones(shape)
+    if frame_attention_mask.shape != shape:
+        raise ValueError(
+            f"`frame_attention_mask` has the shape {list(frame_attention_mask.shape)}, but must have one entry for "
+            f"each frame: {list(shape)}."
+        )
+    mask = frame_attention_mask.to(pixel_values.device).int()
+    real_first = mask.argsort(dim=1, descending=True, stable=True)
+    last = mask.sum(dim=1, keepdim=True).clamp(min=1) - 1
+    places = torch.arange(num_frames, device=mask.device) * last / max(1, num_frames - 1)  # [B, num_frames]
+    chosen = real_first.gather(1, places.round().long())
+    return pixel_values[torch.arange(len(mask), device=mask.device)[:, None], chosen]
 
 
 def mask_frames(output: VisionFeaturesOutput, frame_attention_mask: torch.Tensor) -> VisionFeaturesOutput:

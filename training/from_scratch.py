@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerCaptionerConfig, QFormerConfig
+from ..encoders_qformer import num_frames_of
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
 
@@ -99,6 +100,6 @@ def build_from_scratch(
         tokenizer,
         prompt=prompt,
         is_encoder_decoder=text.is_encoder_decoder,
-        num_frames=model.qformer.config.num_frames,
+        num_frames=num_frames_of(model.vision_model.config) or model.qformer.config.num_frames,
     )
     return model

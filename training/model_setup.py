@@ -13,6 +13,7 @@ from ..common.onednn import onednn_linears
 from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerConfig
 from ..data.collator import CaptionCollator
 from ..data.feature_store import FeatureStore
+from ..encoders_qformer import num_frames_of
 from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
@@ -97,15 +98,15 @@ def set_num_frames(model: QFormerCaptioner, processor: QFormerCaptionerProcessor
     """Let the captioner read as many frames of a video as the option says. By default it keeps its own number.
 
     Raises:
-        InputError: if its Q-Former tells fewer frames apart.
+        InputError: if its Q-Former, or its encoder of videos, tells fewer frames apart.
     """
-    known = model.qformer.config.num_frames
     if args.num_frames is None:
         return
+    known = num_frames_of(model.vision_model.config) or model.qformer.config.num_frames
     if args.num_frames > known:
         raise InputError(
-            f"The Q-Former tells {known} frames apart, fewer than --num_frames {args.num_frames}: give a smaller "
-            "number, or train a new Q-Former."
+            f"The captioner tells {known} frames apart, fewer than --num_frames {args.num_frames}: give a smaller "
+            "number, or train a new captioner."
         )
     processor.num_frames = args.num_frames
 

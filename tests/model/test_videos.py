@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import VideoMAEConfig
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerProcessor
+from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerCaptionerProcessor
 
 from ..fixtures import tiny
 
@@ -83,3 +86,32 @@ def test_the_processor_reads_as_many_frames_as_the_q_former_and_saves_the_number
     model = QFormerCaptioner.from_backbones(backbones / "vision", backbones / "llama", **tiny.QFORMER, num_frames=3)
     model.processor.save_pretrained(tmp_path)
     assert QFormerCaptionerProcessor.from_pretrained(tmp_path).num_frames == 3
+
+
+def test_an_encoder_of_videos_reads_short_videos_with_repeated_frames():
+    sizes = dict(tiny.LAYERS, hidden_size=tiny.VISION_WIDTH, intermediate_size=40, image_size=tiny.SIDE)
+    vision = VideoMAEConfig(**sizes, patch_size=16, num_frames=4, tubelet_size=2)
+    config = QFormerCaptionerConfig(
+        vision_config=vision, text_config=tiny.text_config("llama"), qformer_config=tiny.QFORMER
+    )
+    model = QFormerCaptioner(config).eval()
+    side = dict(height=tiny.SIDE, width=tiny.SIDE)
+    model.processor = QFormerCaptionerProcessor(
+        VideoMAEImageProcessorPil(size=side, do_center_crop=False), tiny.tokenizer(), num_frames=4
+    )
+    videos = [frames(0, 1), frames(2, 3, 4, 5), frames(6)]
+    stretched = [frames(0, 0, 1, 1), frames(2, 3, 4, 5), frames(6, 6, 6, 6)]
+    expected = model.get_soft_prompt(model.processor(stretched).pixel_values)
+    batch = {name: value for name, value in model.processor(videos).items() if "frame" in name or "pixel" in name}
+    torch.testing.assert_close(model.get_soft_prompt(**batch), expected)
+    for video, soft_prompt in zip(videos, expected, strict=True):
+        alone = model.get_soft_prompt(model.processor([video]).pixel_values)
+        torch.testing.assert_close(alone[0], soft_prompt)
+    with pytest.raises(ValueError, match=r"has the shape \[3, 3\], but must have one entry for each frame: \[3, 4\]"):
+        model.get_soft_prompt(batch["pixel_values"], frame_attention_mask=torch.ones(3, 3))
+
+
+def test_a_processor_of_images_of_any_shape_is_refused_for_videos():
+    processor = QFormerCaptionerProcessor(Siglip2ImageProcessorPil(patch_size=8), tiny.tokenizer(), num_frames=4)
+    with pytest.raises(ValueError, match="Siglip2ImageProcessorPil prepares each image in its own shape"):
+        processor([frames(0, 1)])
