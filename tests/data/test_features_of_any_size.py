@@ -67,7 +67,5 @@ def test_features_are_those_of_each_image_alone(name, pictures, tmp_path):
 
 def test_an_image_with_more_features_than_others_is_named(tmp_path):
     layout = SplitLayout(tmp_path / "train", rows=2, rows_per_shard=2, views=1, shape=(3, 4), dtype="float32")
-    with pytest.raises(
-        InputError, match="Row 1 of 'train' has 5 features and other rows 3: its image has an unusual siz"
-    ):
+    with pytest.raises(InputError, match="Row 1 of 'train' has 5 features and other rows 3: its image has an un"):
         FeatureBatch.from_tensor(torch.ones(8, 4), np.array([[3], [5]]), range(2), [], layout)
