@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -241,7 +242,10 @@ def measure_memory() -> list[dict[str, Any]]:
 
 
 def measure_lengths(repetitions: int) -> Rates:
-    """Return the rows per second, by batch size, of stores with rows of different and of equal lengths."""
+    """Return the rows per second, by batch size, of stores with rows of different and of equal lengths.
+
+    The stores take turns after every batch, because a slow spell of the machine can be shorter than an epoch.
+    """
     generator, num_rows = np.random.default_rng(4), ROWS_IN_LARGE_STORE
     different = generator.integers(LENGTHS[0], LENGTHS[1] + 1, size=num_rows)
     mean = sum(LENGTHS) // 2
@@ -256,10 +260,15 @@ def measure_lengths(repetitions: int) -> Rates:
         rows = generator.permutation(num_rows)[:65_536]
         for size in BATCH_SIZES:
             batches = [rows[start : start + size].tolist() for start in range(0, len(rows), size)]
-            times = time_in_turn(
-                repetitions, **{name: partial(read_epoch, read, batches) for name, read in readers.items()}
-            )
-            rates = {name: summarize([len(rows) / second for second in seconds]) for name, seconds in times.items()}
+            for read in readers.values():
+                read_epoch(read, batches)  # fills the page cache
+            seconds: dict[str, list[float]] = {name: [] for name in readers}
+            for batch in batches * repetitions:
+                for name, read in readers.items():
+                    start = time.perf_counter()
+                    read(batch)
+                    seconds[name].append((time.perf_counter() - start) / len(batch))
+            rates = {name: summarize([1 / second for second in own]) for name, own in seconds.items()}
             ratio = rates["different"]["median"] / rates["equal"]["median"]
             medians = ", ".join(f"{name} lengths {rate['median']:,.0f} rows/s" for name, rate in rates.items())
             print(f"batches of {size:>4}  {medians}: {ratio:.2f} x")
