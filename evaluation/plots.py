@@ -147,16 +147,16 @@ def draw_caption_sheet(
     figure = Figure(figsize=(width / SHEET_DPI, height / SHEET_DPI), dpi=SHEET_DPI)
     figure.text(0.5, 1 - 10 / height, title, ha="center", va="top", fontsize="large", parse_math=False)
 
-    def write(text: str, left: float, top: float, weight: str) -> float:
+    def write(text: str, left: int, top: int, weight: str) -> int:
         """Write a text of at most 150 characters, and return the position of its lower edge from the top."""
         text = textwrap.fill(textwrap.shorten(text, 150), 40)
-        style = {"va": "top", "fontsize": 8.5, "weight": weight, "parse_math": False}
-        figure.text(left / width, 1 - top / height, text, **style)
+        place = left / width, 1 - top / height
+        figure.text(*place, text, va="top", fontsize=8.5, weight=weight, parse_math=False)
         return top + LINE_HEIGHT * (text.count("\n") + 1)
 
-    for place, (image, caption, reference) in enumerate(zip(images, captions, references, strict=True)):
-        row, column = divmod(place, columns)
-        left = column * COLUMN_WIDTH + (COLUMN_WIDTH - SIDE) / 2
+    for number, (image, caption, reference) in enumerate(zip(images, captions, references, strict=True)):
+        row, column = divmod(number, columns)
+        left = column * COLUMN_WIDTH + (COLUMN_WIDTH - SIDE) // 2
         lower_edge = TITLE_HEIGHT + row * ROW_HEIGHT + SIDE
         # Images are padded at the top to a square, because text below a tall image would leave the sheet.
         square = ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color="white", centering=(0, 1))
