@@ -168,6 +168,23 @@ def test_travelling_files_import_each_other_and_what_every_user_of_transformers_
                 assert top in allowed | standard | optional, f"{file}:{node.lineno} imports {name}"
 
 
+def test_no_test_depends_on_the_name_of_the_folder_of_the_checkout():
+    """pytest calls a module `tests.data` or, below a folder whose name is an identifier, `folder.tests.data`.
+
+    Relative imports inside `tests` work in both cases. Others fail in one case, or load a second copy of a module.
+    """
+    outside = []
+    for file in python_files():
+        if file.parts[0] != "tests":
+            continue
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                absolute = node.level == 0 and node.module.partition(".")[0] == "tests"
+                if absolute or node.level >= len(file.parts):
+                    outside.append(f"{file}:{node.lineno}")
+    assert outside == []
+
+
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
 

@@ -27,7 +27,8 @@ from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.splits import load_splits
 from qformer_captioner.data.streaming import CaptionStream
 from qformer_captioner.images_qformer import open_image
-from tests.fixtures import tiny
+
+from ..fixtures import tiny
 
 CANARY = (255, 0, 0)
 

@@ -28,9 +28,10 @@ from qformer_captioner.hub.convert import convert, load_qformer
 from qformer_captioner.hub.export import export
 from qformer_captioner.hub.legacy import LegacyCaptioner
 from qformer_captioner.training.training_arguments import CaptionTrainingArguments
-from tests.conftest import ROOT
-from tests.fixtures import tiny
-from tests.fixtures.processes import command_line
+
+from ..conftest import ROOT
+from ..fixtures import tiny
+from ..fixtures.processes import command_line
 
 SECRET = "hf_nobodyMayReadThis"
 
