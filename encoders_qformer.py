@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 # Inputs of vision encoders beside `pixel_values`, which their image processors return.
-ENCODER_INPUTS = ("pixel_attention_mask", "spatial_shapes", "image_sizes")
+ENCODER_INPUTS = ("pixel_attention_mask", "spatial_shapes", "image_sizes", "pixel_mask")
 # Arguments of vision transformers that need not be given.
 OPTIONAL_INPUTS = (
     *("attention_mask", "bool_masked_pos", "interpolate_pos_encoding", "noise", "patch_attention_mask"),
@@ -160,7 +160,7 @@ def image_feature_size(config: PreTrainedConfig) -> int:
     if config.model_type == PrecomputedFeaturesConfig.model_type:
         return config.hidden_size
     model_class, fields = encoder_class(config), config.to_dict()
-    known_inputs = {model_class.main_input_name, *ENCODER_INPUTS, *OPTIONAL_INPUTS}
+    known_inputs = {"pixel_values", "pixel_values_videos", *ENCODER_INPUTS, *OPTIONAL_INPUTS}
     is_transformer = (
         type(config) in transformers.MODEL_MAPPING
         and isinstance(fields.get("hidden_size"), int)
@@ -265,8 +265,8 @@ def run_encoder(
     for name in ENCODER_INPUTS:
         if kwargs.get(name) is not None and name not in inputs_of(type(vision_model)):
             raise ValueError(
-                f"A vision encoder of the type {config.model_type!r} does not read `{name}`: use the image processor "
-                "that belongs to it."
+                f"A vision encoder of the type {config.model_type!r} does not read `{name}`, which an image processor "
+                "returns for images of different sizes: use another image processor, or give it images of one size."
             )
     features, output = raw_features(vision_model, pixel_values, **kwargs)
     if features.ndim > 3:

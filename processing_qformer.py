@@ -140,6 +140,8 @@ def prepare_images(image_processor: Any, images: list[Image.Image], **options: A
     """
     outputs = image_processor(images, **options)
     batch = {name: outputs[name] for name in ("pixel_values", *ENCODER_INPUTS) if name in outputs}
+    if np.all(np.asarray(batch.get("pixel_mask", 1))):  # of images of one size, which YOLOS does not read
+        batch.pop("pixel_mask", None)
     shape = np.shape(batch["pixel_values"])
     if len(shape) == 5 and shape[:2] == (1, len(images)):  # VideoMAE's makes one video of all images
         batch["pixel_values"] = batch["pixel_values"][0]

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    DetrImageProcessorPil,
     Idefics3ImageProcessorPil,
     PixtralImageProcessorPil,
     Siglip2ImageProcessorPil,
@@ -205,9 +206,13 @@ def test_images_of_different_shapes_are_captioned_and_trained_on(name, image_pro
 def test_inputs_that_an_encoder_does_not_read_are_named():
     model = captioner("vit")
     with pytest.raises(
-        ValueError, match="A vision encoder of the type 'vit' does not read `image_sizes`: use the image"
+        ValueError, match="A vision encoder of the type 'vit' does not read `image_sizes`, which an image"
     ):
         model(**images_for(captioner("pixtral").vision_model))
+    model.processor = QFormerCaptionerProcessor(DetrImageProcessorPil(size=dict(shortest_edge=32)), tiny.tokenizer())
+    with pytest.raises(ValueError, match="does not read `pixel_mask`, which an image processor returns for images of"):
+        model.caption([tiny.picture(size=(64, 32)), tiny.picture(size=(32, 64))])
+    assert len(model.caption([tiny.picture(size=(32, 32))] * 2)) == 2  # of one size, the mask is full
     processor = QFormerCaptionerProcessor(Idefics3ImageProcessorPil(), tiny.tokenizer())
     with pytest.raises(ValueError, match="A Idefics3ImageProcessorPil makes 1 rows of 2 images, because it cuts them"):
         processor([tiny.picture(), tiny.picture(1)])
