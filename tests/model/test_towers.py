@@ -209,7 +209,8 @@ def test_inputs_that_an_encoder_does_not_read_are_named():
         ValueError, match="A vision encoder of the type 'vit' does not read `image_sizes`, which an image"
     ):
         model(**images_for(captioner("pixtral").vision_model))
-    model.processor = QFormerCaptionerProcessor(DetrImageProcessorPil(size=dict(shortest_edge=32)), tiny.tokenizer())
+    detr = DetrImageProcessorPil(size=dict(shortest_edge=32, longest_edge=64))
+    model.processor = QFormerCaptionerProcessor(detr, tiny.tokenizer())
     with pytest.raises(ValueError, match="does not read `pixel_mask`, which an image processor returns for images of"):
         model.caption([tiny.picture(size=(64, 32)), tiny.picture(size=(32, 64))])
     assert len(model.caption([tiny.picture(size=(32, 32))] * 2)) == 2  # of one size, the mask is full
