@@ -101,7 +101,9 @@ def prefix_of_qformer(
         return prefixes[modules.index(module_name)]
     shown = ", ".join(map(repr, modules[:SHOWN_NAMES])) + (" ..." if len(modules) > SHOWN_NAMES else "")
     has = f"has {len(modules)} Q-Formers" if module_name is None else f"has no Q-Former {module_name!r}"
-    raise ValueError(f"{source!r} {has}: choose one with `module_name`, out of {shown}.")
+    raise ValueError(
+        f"{source!r} {has}: choose one with `module_name` (--qformer_module_name on the command line), out of {shown}."
+    )
 
 
 def fields_of_qformer(source: str, config: Mapping[str, Any], hidden_size: int, prefix: str) -> dict[str, Any]:

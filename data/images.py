@@ -169,14 +169,15 @@ def open_cell(cell: Cell, folder: ImageFolder | None = None, num_frames: int = 1
 
 
 def open_image_cell(cell: Cell, folder: ImageFolder | None = None) -> Image.Image:
-    """Open an undecoded image as [`open_cell`] does, and refuse videos.
+    """Open an undecoded image as [`open_cell`] does, for features that are computed of images only.
 
     Raises:
         OSError: if the cell is empty, the image cannot be read, or the cell holds a video.
     """
-    image = open_cell(cell, folder)
-    assert isinstance(image, Image.Image)  # one frame is read
-    return image
+    frames = frames_of(cell)
+    if len(frames) > 1:
+        raise OSError(f"The row has {len(frames)} images, and features of videos cannot be precomputed: train on them.")
+    return open_one(frames[0] if frames else None, folder)
 
 
 def middle_frame(picture: Picture) -> Image.Image:

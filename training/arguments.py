@@ -26,8 +26,11 @@ class ModelArguments:
     text_config: str | None = option(None, "Configuration of a language model to train from scratch, as JSON.", "model")
     qformer_name_or_path: str | None = option(
         None,
-        "Checkpoint to initialise the Q-Former from: BLIP-2, InstructBLIP, BERT or a captioner.",
+        "Checkpoint to initialise the Q-Former from: BLIP-2, InstructBLIP, Granite Speech, BERT or a captioner.",
         "model",
+    )
+    qformer_module_name: str | None = option(
+        None, "Module to take of a checkpoint with several Q-Formers, which an error lists.", "model"
     )
     qformer_revision: str | None = option(None, "Branch, tag or commit of --qformer_name_or_path on the Hub.", "model")
     qformer_tokenizer: str | None = option(

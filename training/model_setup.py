@@ -188,7 +188,7 @@ def qformer_options(args: ModelArguments) -> dict[str, Any]:
     if args.qformer_name_or_path is None:
         options, config = fields, QFormerConfig.from_fields(**fields)
     else:
-        qformer = load_qformer(args.qformer_name_or_path, args.qformer_revision, **fields)
+        qformer = load_qformer(args.qformer_name_or_path, args.qformer_revision, args.qformer_module_name, **fields)
         options, config = {"qformer": qformer}, qformer.config
     if config.use_qformer_text_input:
         tokenizer = load_qformer_tokenizer(

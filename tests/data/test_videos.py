@@ -9,7 +9,7 @@ from PIL import Image
 
 from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
-from qformer_captioner.data.images import image_keys, undecoded_images
+from qformer_captioner.data.images import image_keys, open_image_cell, undecoded_images
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.evaluation.benchmarks import load_evaluation_set
 
@@ -61,6 +61,13 @@ def test_a_frame_that_cannot_be_read_is_named_and_the_row_skipped(folder):
     assert [row["captions"] for row in map(data.drop_unreadable().__getitem__, range(3))] == [["0"], ["1"], ["3"]]
     (entry,) = skipped.pending
     assert entry["row"] == 2 and "missing.png" in entry["reason"]
+
+
+def test_features_are_not_computed_of_videos(folder):
+    (video, image, *_) = undecoded_images(datasets.Dataset.from_dict({"image": paths_of(folder)}), "image", "")["image"]
+    assert colours(open_image_cell(image)) == "white"
+    with pytest.raises(OSError, match="The row has 3 images, and features of videos cannot be precomputed"):
+        open_image_cell(video)
 
 
 def test_all_frames_of_a_video_are_augmented_in_the_same_way():

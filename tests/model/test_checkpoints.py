@@ -26,6 +26,8 @@ from transformers.models.granite_speech.modeling_granite_speech import GraniteSp
 from qformer_captioner import QFormerConfig, QFormerModel
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.convert import load_qformer
+from qformer_captioner.training.arguments import ModelArguments
+from qformer_captioner.training.model_setup import qformer_options
 
 from ..fixtures import tiny
 
@@ -146,13 +148,15 @@ def test_one_of_several_q_formers_is_chosen_by_its_name(tmp_path):
     )
     model = randomized(Granite4VisionForConditionalGeneration(config))
     model.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="has [0-9]+ Q-Formers: choose one with `module_name`, out of 'model") as error:
+    with pytest.raises(OSError, match="has [0-9]+ Q-Formers: choose one with `module_name`.*, out of 'model") as error:
         QFormerModel.from_pretrained(tmp_path)
     assert len(str(error.value)) < 500
     names = [name for name, module in model.named_modules() if isinstance(module, Blip2QFormerModel)]
     ours = QFormerModel.from_pretrained(tmp_path, module_name=names[1])
     theirs = model.get_submodule(names[1])
     assert torch.equal(ours.query_tokens, model.get_submodule(names[1].removesuffix(".qformer")).query)
+    options = qformer_options(ModelArguments(qformer_name_or_path=str(tmp_path), qformer_module_name=names[1]))
+    assert torch.equal(options["qformer"].query_tokens, ours.query_tokens)
     queries, wide = ours.query_tokens.expand(2, -1, -1), torch.randn(2, 4, 64)
     expected = theirs(query_embeds=queries, encoder_hidden_states=wide).last_hidden_state
     torch.testing.assert_close(ours(wide).last_hidden_state, expected, atol=1e-5, rtol=0)
