@@ -86,7 +86,7 @@ def install_clipcap(model: QFormerCaptioner, features: torch.Tensor) -> None:
 
 def backbone_sizes(model: QFormerCaptioner) -> tuple[int, int]:
     """Return the width D of the language model and the width Dv of the image features."""
-    return model.get_input_embeddings().weight.shape[1], model.qformer.config.encoder_hidden_size
+    return model.get_input_embeddings().weight.shape[1], model.config.qformer_config.encoder_hidden_size
 
 
 def trainable_parameters(model: QFormerCaptioner) -> dict[str, nn.Parameter]:
