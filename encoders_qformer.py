@@ -5,11 +5,12 @@ patches of all images in one row. [`run_encoder`] returns features `[B, N, Dv]` 
 their width Dv, which the Q-Former needs before the first image. Encoders that cannot serve are refused by name.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -26,6 +27,8 @@ OPTIONAL_INPUTS = (
     *("context_mask", "target_mask", "skip_predictor"),  # of V-JEPA 2
     *("output_attentions", "output_hidden_states", "return_dict", "kwargs"),
 )
+# Encoders with feature maps `[B, H, W, Dv]`. Those of others are `[B, Dv, H, W]`.
+MAPS_WITH_FEATURES_LAST = ("edgetam_vision_model", "sam2_hiera_det_model", "sam2_vision_model")
 IMAGE_SIZE = 224  # of encoders that read images of any size
 
 
@@ -106,8 +109,10 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     model_class: Any = transformers.MODEL_MAPPING.get(type(config), None)
     if model_class is None:
-        modeling = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
-        model_class = getattr(modeling, type(config).__name__.removesuffix("Config") + "Model", None)
+        name = type(config).__name__.removesuffix("Config") + "Model"
+        with contextlib.suppress(ModuleNotFoundError):  # some encoders have no modeling file of their own
+            modeling = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+            model_class = getattr(modeling, name, None)
     if model_class is None:
         raise EncoderError(config, "transformers has no class for it alone")
     for name, argument in list(inputs_of(model_class).items())[1:]:
@@ -197,6 +202,8 @@ def measured_feature_size(config_class: type[PreTrainedConfig], fields: str) -> 
     try:
         if "meta" in str(reason):  # "Tensor.item() cannot be called on meta tensors"
             return feature_size_on(config, "cpu")
+    except EncoderError:
+        raise
     except Exception as error:
         reason = error
     raise EncoderError(config, f"it cannot encode an image ({' '.join(str(reason).split())[:200]})") from reason
@@ -208,7 +215,7 @@ def feature_size_on(config: PreTrainedConfig, device: str) -> int:
         vision_model = vision_model_from_config(config, torch.float32).eval()
         image = torch.zeros(1, getattr(config, "num_channels", 3), *image_size_of(vision_model))
         features, _ = raw_features(vision_model, image)
-    return features.shape[channel_dimension(features)]
+    return features.shape[channel_dimension(features, vision_model)]
 
 
 def image_size_of(vision_model: PreTrainedModel) -> tuple[int, int]:
@@ -268,11 +275,11 @@ def run_encoder(
                 f"A vision encoder of the type {config.model_type!r} does not read `{name}`, which an image processor "
                 "returns for images of different sizes: use another image processor, or give it images of one size."
             )
+    if "interpolate_pos_encoding" not in inputs_of(type(vision_model)):  # it adapts to sizes anyway, or refuses them
+        kwargs.pop("interpolate_pos_encoding", None)
     features, output = raw_features(vision_model, pixel_values, **kwargs)
     if features.ndim > 3:
-        is_square = features.shape[-1] == features.shape[-2] or features.shape[1] == features.shape[2]
-        channels = channel_dimension(features, None if is_square else image_feature_size(config))
-        features = features.movedim(channels, -1).flatten(1, -2)
+        features = features.movedim(channel_dimension(features, vision_model), -1).flatten(1, -2)
     mask = kwargs.get("pixel_attention_mask")
     number = len(pixel_values)
     if config.model_type == "xclip_vision_model":
@@ -315,16 +322,14 @@ def raw_features(
     return features, output
 
 
-def channel_dimension(features: torch.Tensor, feature_size: int | None = None) -> int:
-    """Return the dimension of tokens or feature maps that holds the Dv numbers of a feature.
-
-    The maps of transformers are `[B, Dv, H, W]`, and those of SAM 2 and of Swin in timm `[B, H, W, Dv]`. Without a
-    `feature_size`, H and W are taken to be equal.
-    """
-    shape = features.shape
+def channel_dimension(features: torch.Tensor, vision_model: PreTrainedModel) -> int:
+    """Return the dimension of tokens or feature maps that holds the Dv numbers of a feature."""
     if features.ndim == 3:
         return -1
-    is_last = shape[1] == shape[2] != shape[3] if feature_size is None else shape[1] != feature_size == shape[-1]
+    is_last = vision_model.config.model_type in MAPS_WITH_FEATURES_LAST
+    if vision_model.config.model_type == "timm_wrapper":  # it is the last in the Swin of timm
+        width = cast(Any, vision_model).timm_model.num_features
+        is_last = features.shape[1] != width == features.shape[-1]
     return -1 if is_last else 1
 
 

@@ -61,7 +61,8 @@ def build_prefix(
     which continues at the end, and to the end for an encoder.
 
     Raises:
-        ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts.
+        ValueError: if the prefix with `max_new_tokens` tokens is longer than the language model accepts, or the number
+            of prompts is not that of soft prompts.
     """
     embeddings = embedding_weights(language_model)
     # With a `device_map` the embeddings may be on another device. If they are offloaded, use that of the soft prompt.
@@ -71,6 +72,8 @@ def build_prefix(
     if soft_prompt_mask is not None:
         mask = soft_prompt_mask.to(mask)
     if input_ids is not None and input_ids.shape[1] > 0:
+        if len(input_ids) != len(prefix):
+            raise ValueError(f"There are {len(prefix)} images but {len(input_ids)} prompts: give one prompt for each.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         prefix = torch.cat([prefix, embed_prompt(language_model, input_ids).to(device)], dim=1)  # [B, S, D]
@@ -81,7 +84,8 @@ def build_prefix(
             width = int(mask.sum(dim=1).max())
             order = order[:, :width] if language_model.config.is_encoder_decoder else order[:, -width:]
         prefix, mask = select_positions(prefix, order), mask.gather(1, order)
-    queries, length = soft_prompt.shape[1], prefix.shape[1]
+    queries = soft_prompt.shape[1] if soft_prompt_mask is None else int(soft_prompt_mask.sum(dim=1).max())
+    length = prefix.shape[1]
     limit = getattr(language_model.config, "max_position_embeddings", None)
     needed = max(length, max_new_tokens) if language_model.config.is_encoder_decoder else length + max_new_tokens
     if limit is not None and needed > limit:

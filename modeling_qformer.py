@@ -84,6 +84,7 @@ from .vision_qformer import (
     VisionFeaturesOutput,
     check_is_finite,
     encode_images,
+    feature_mask,
     mask_frames,
     mean_features,
     split_vision_inputs,
@@ -267,13 +268,14 @@ def split_windows(features: torch.Tensor, mask: torch.Tensor | None, window_size
     """Cut sequences of features into windows, as the projector of Granite Speech does (transformers' `granite_speech`).
 
     The last window is filled with zeros, to which the queries attend. Padding (`mask`, `[B, N]`, bool) may be anywhere.
+    It must be zeros, too.
 
     Returns:
         `[B*W, window_size, Dv]`: the W windows of each sequence.
     """
     if mask is not None:
         order = mask.int().argsort(dim=1, descending=True, stable=True)  # padding goes to the end
-        features = features.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(features))
+        features = features.gather(1, order[..., None].expand_as(features))
     features = nn.functional.pad(features, (0, 0, 0, -features.shape[1] % window_size))
     return features.reshape(-1, window_size, features.shape[-1])
 
@@ -509,6 +511,8 @@ class QFormerModel(PreTrainedModel):
             features = self._add_frame_embeddings(features)
         if features.ndim == 4:
             features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)  # [B, F*N, Dv]
+        if mask is not None:  # a weight of 0 does not remove a NaN
+            features = features.masked_fill(~mask[..., None], 0)
         query_attention_mask = None
         if self.config.window_size is not None:  # from here on, a window is a row of the batch
             query_attention_mask = mask_of_windows(mask, self.config.window_size, self.config.num_query_tokens)
@@ -563,12 +567,7 @@ class QFormerModel(PreTrainedModel):
         """Check a mask, and return it as bool, or `None` if no feature is masked: attention is faster without one."""
         if mask is None:
             return None
-        if mask.shape != features.shape[:-1]:
-            raise ValueError(
-                f"The mask of the features (`image_attention_mask` of a captioner) has the shape {list(mask.shape)}, "
-                f"but the features need {list(features.shape[:-1])}: 1 for each feature, 0 for padding."
-            )
-        mask = mask.bool()
+        mask = feature_mask(features, mask)
         if is_tracing(mask):  # values are not known
             return mask
         lengths = mask.flatten(1).sum(dim=1)
@@ -835,6 +834,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             and the vectors of windows of padding have no meaning. [`QFormerModelOutput`] tells which these are.
 
         Raises:
+            TypeError: if `image_embeds` are not a tensor.
             ValueError: if both or neither of `pixel_values` and `image_embeds` are given, or the Q-Former does not
                 accept the features, their mask or the prompt.
         """
@@ -866,17 +866,24 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         """
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
+        if image_embeds is not None and not isinstance(image_embeds, torch.Tensor):
+            raise TypeError(
+                f"`image_embeds` must be a tensor [B, N, D], not {type(image_embeds).__name__!r}: pad rows of "
+                "different lengths with `torch.nn.utils.rnn.pad_sequence`, and pass their `image_attention_mask`."
+            )
         if pixel_values is not None:
             vision_outputs = self.encode_images(pixel_values, frame_attention_mask=frame_attention_mask, **kwargs)
         else:
             assert image_embeds is not None
-            check_is_finite(image_embeds)
             vision_outputs = VisionFeaturesOutput(last_hidden_state=image_embeds)
             if frame_attention_mask is not None:
                 vision_outputs = mask_frames(vision_outputs, frame_attention_mask)
         features, mask = vision_outputs.last_hidden_state, vision_outputs.attention_mask
         if image_attention_mask is not None:
-            mask = image_attention_mask if mask is None else mask & image_attention_mask.bool()
+            own_mask = feature_mask(features, image_attention_mask)
+            mask = own_mask if mask is None else mask & own_mask
+        if pixel_values is None:
+            check_is_finite(features, mask)
         qformer_outputs = self.qformer(
             features,
             encoder_attention_mask=mask,
@@ -937,6 +944,11 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        frame_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
         **kwargs,
     ) -> QFormerCaptionerOutput:
         """Compute the loss of captions. The batch is the same for decoder-only and encoder-decoder language models.
@@ -958,8 +970,12 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 MiB in float32. Ignored without labels.
             output_attentions, output_hidden_states (`bool`, *optional*): return the outputs of the three models with
                 their attention weights (of eager attention) or hidden states.
-            kwargs: `return_dict`, further inputs that the processor returns for the images (`VISION_INPUTS`), and
-                arguments of the language model's decoder.
+            pixel_attention_mask, spatial_shapes, image_sizes (`torch.Tensor`, *optional*): what the vision encoder
+                reads beside the images. The processor returns it.
+            frame_attention_mask (`[B, F]`, *optional*): 1 for a frame of a video, 0 for padding.
+            interpolate_pos_encoding (`bool`, *optional*): let the vision encoder adapt its position embeddings to the
+                size of the images.
+            kwargs: `return_dict`, and arguments of the language model's decoder.
 
         Returns:
             A [`QFormerCaptionerOutput`].
@@ -971,7 +987,16 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         requested = requested_outputs({"output_attentions": attentions, "output_hidden_states": states})
-        vision_inputs, kwargs = split_vision_inputs(kwargs)
+        # Arguments with names, because the Trainer drops columns that have the name of none.
+        vision_inputs, _ = split_vision_inputs(
+            {
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+                "image_sizes": image_sizes,
+                "frame_attention_mask": frame_attention_mask,
+                "interpolate_pos_encoding": interpolate_pos_encoding,
+            }
+        )
         image_outputs, soft_prompt, soft_prompt_mask = self._encode(
             pixel_values,
             image_embeds,

@@ -15,7 +15,7 @@ from .backbones_qformer import VisionModelPlaceholder, dtype_of, is_frozen
 from .encoders_qformer import ENCODER_INPUTS, num_frames_of, reads_videos, run_encoder
 
 # All inputs of a captioner that belong to its `pixel_values`.
-VISION_INPUTS = (*ENCODER_INPUTS, "frame_attention_mask")
+VISION_INPUTS = (*ENCODER_INPUTS, "frame_attention_mask", "interpolate_pos_encoding")
 
 
 @dataclass
@@ -53,9 +53,11 @@ def encode_images(
 
     Raises:
         ValueError: if the encoder does not read one of the `VISION_INPUTS`, or returns no sequence of features. Also if
-            the mask of frames does not have the shape `[B, F]`.
+            the mask of frames does not have the shape `[B, F]`, or there are no images.
     """
     frame_attention_mask = kwargs.pop("frame_attention_mask", None)
+    if pixel_values.numel() == 0:
+        raise ValueError(f"There are no images or frames in `pixel_values`, whose shape is {list(pixel_values.shape)}.")
     is_video = pixel_values.ndim == 5 and not reads_videos(vision_model.config)
     if pixel_values.ndim == 5 and not is_video:
         number = max(num_frames_of(vision_model.config) or 1, pixel_values.shape[1])
@@ -124,15 +126,40 @@ def mask_frames(output: VisionFeaturesOutput, frame_attention_mask: torch.Tensor
     return VisionFeaturesOutput(**{**output, "attention_mask": of_frames if mask is None else mask & of_frames})
 
 
-def check_is_finite(image_embeds: torch.Tensor) -> None:
-    """Check that features `[B, ...]` have no NaN and no infinity.
+def feature_mask(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask of features as bool on their device.
+
+    Args:
+        features (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos): the features.
+        mask (`[B, N]` or `[B, F, N]`): 1 or `True` for a feature, 0 or `False` for padding.
+
+    Raises:
+        ValueError: if the mask has another shape, or holds other values.
+    """
+    mask = torch.as_tensor(mask, device=features.device)
+    if mask.shape != features.shape[:-1]:
+        raise ValueError(
+            f"The mask of the features (`image_attention_mask` of a captioner) has the shape {list(mask.shape)}, "
+            f"but the features need {list(features.shape[:-1])}: 1 for each feature, 0 for padding."
+        )
+    if mask.dtype != torch.bool and not is_tracing(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            "The mask of the features (`image_attention_mask` of a captioner) holds other values than 1 for a feature "
+            "and 0 for padding. It is not added to attention scores."
+        )
+    return mask.bool()
+
+
+def check_is_finite(image_embeds: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Check that features `[B, ..., Dv]` without padding (mask bool `[B, ...]`) have no NaN and no infinity.
 
     Raises:
         ValueError: if a feature is not finite; the message names its row.
     """
     if is_tracing(image_embeds) or image_embeds.sum(dtype=torch.float32).isfinite():
         return
-    finite = image_embeds.isfinite().flatten(1).all(dim=1)
+    finite = image_embeds.isfinite().all(dim=-1)
+    finite = (finite if mask is None else finite | ~mask).flatten(1).all(dim=1)
     if not finite.all():  # and not only a sum that is too large
         raise ValueError(
             f"The features of row {int(finite.int().argmin())} of the batch (`image_embeds`) hold NaN or infinity. "

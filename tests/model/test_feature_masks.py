@@ -1,11 +1,14 @@
 """Features of different lengths: a padded batch gives the losses, gradients and captions of single rows."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import AutoModel, GraniteSpeechConfig
 from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechEncoderProjector
 
 from qformer_captioner import QFormerCaptioner, QFormerConfig, QFormerModel
+from qformer_captioner.vision_qformer import VISION_INPUTS
 
 from ..fixtures import tiny
 
@@ -18,9 +21,11 @@ def rows_of_features(*shape: int) -> list[torch.Tensor]:
     return [torch.randn(length, *shape, tiny.VISION_WIDTH, generator=generator) for length in LENGTHS]
 
 
-def padded(rows: list[torch.Tensor], side: str = "right", value: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rows in one batch, padded with numbers that would change the result, and their mask."""
-    features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+def padded(
+    rows: list[torch.Tensor], side: str = "right", value: float = torch.nan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows in one batch, padded with values that would spoil the result, and their mask."""
+    features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan, padding_side=side)
     ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
     return features, tiny.pad(ones, 0, side)
 
@@ -110,12 +115,14 @@ def test_a_video_is_the_sequence_of_its_frames_with_their_embeddings():
     torch.testing.assert_close(model.get_soft_prompt(image_embeds=features), expected)
 
 
-def test_videos_of_different_lengths_equal_single_ones():
-    model = tiny.captioner(num_frames=4)
+@pytest.mark.parametrize("fields", [{}, dict(window_size=3)], ids=["frames", "windows"])
+def test_videos_of_different_lengths_equal_single_ones(fields):
+    model = tiny.captioner(num_frames=4, **fields)
     frames = torch.randn(2, 4, 3, tiny.SIDE, tiny.SIDE)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     together = model.get_soft_prompt(frames, frame_attention_mask=mask)
-    torch.testing.assert_close(together[1:], model.get_soft_prompt(frames[1:, :2]), rtol=1e-5, atol=1e-5)
+    single = model.get_soft_prompt(frames[1:, :2])
+    torch.testing.assert_close(together[1:, : single.shape[1]], single, rtol=1e-5, atol=1e-5)
     assert model.generate(frames, frame_attention_mask=mask, max_new_tokens=3).shape == (2, 3)
 
 
@@ -123,19 +130,48 @@ def test_videos_of_different_lengths_equal_single_ones():
     ("inputs", "message"),
     [
         (dict(image_attention_mask=torch.ones(2, 4)), r"has the shape \[2, 4\], but the features need \[2, 5\]"),
+        (dict(image_attention_mask=torch.tensor([[0.0] * 5, [-torch.inf] * 5])), "holds other values than 1"),
         (dict(image_attention_mask=torch.tensor([[1] * 5, [0] * 5])), "Row 1 of the batch has no features"),
         (dict(image_embeds=torch.zeros(2, 0, tiny.VISION_WIDTH)), r"without empty dimensions, not \[2, 0, 24\]"),
         (dict(image_embeds=torch.full((2, 5, tiny.VISION_WIDTH), torch.nan)), "of row 0 of the batch"),
         (dict(image_embeds=torch.zeros(2, 3, 5, tiny.VISION_WIDTH)), "have 3 frames, but this Q-Former tells 1 apart"),
         (dict(frame_attention_mask=torch.ones(2, 5)), "must have one entry for each frame"),
+        (
+            dict(
+                image_embeds=torch.ones(2, 3, 5, tiny.VISION_WIDTH),
+                frame_attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]),
+                image_attention_mask=torch.ones(2, 1, 5),
+            ),
+            r"has the shape \[2, 1, 5\], but the features need \[2, 3, 5\]",
+        ),
+        (dict(image_embeds=None, pixel_values=torch.ones(2, 0, 3, 32, 32)), "There are no images or frames in"),
     ],
-    ids=["shape", "empty row", "no features", "NaN", "frames", "mask of frames"],
+    ids=["shape", "additive", "empty row", "no features", "NaN", "frames", "mask of frames", "two masks", "no frames"],
 )
 def test_wrong_features_are_named(inputs, message):
     model = tiny.captioner()
     with pytest.raises(ValueError, match=message) as error:
         model.get_soft_prompt(**{"image_embeds": torch.ones(2, 5, tiny.VISION_WIDTH), **inputs})
     assert len(str(error.value)) < 500
+
+
+def test_the_length_of_a_soft_prompt_is_that_of_windows_with_features():
+    """The padded batch has 90 queries, and the row 60: with a prompt of 4 tokens, it leaves no room for a caption."""
+    model = tiny.captioner(language="gpt2", window_size=2)
+    features, mask = torch.ones(1, 60, tiny.VISION_WIDTH), torch.arange(60)[None] < 40
+    with pytest.raises(ValueError, match="at most 64 tokens, but there are 60 queries, a prompt of 4 and a caption"):
+        model.generate(image_embeds=features, image_attention_mask=mask, input_ids=torch.full((1, 4), 5))
+
+
+def test_the_number_of_prompts_is_checked():
+    model = tiny.captioner()
+    with pytest.raises(ValueError, match="There are 2 images but 3 prompts"):
+        model.generate(image_embeds=torch.ones(2, 5, tiny.VISION_WIDTH), input_ids=torch.full((3, 4), 5))
+
+
+def test_the_trainer_keeps_all_columns_that_belong_to_images():
+    """It drops those that are not arguments of `forward`, so that padding would be read as images."""
+    assert set(VISION_INPUTS) < set(inspect.signature(QFormerCaptioner.forward).parameters)
 
 
 def test_auto_model_builds_a_qformer_from_its_configuration():

@@ -86,7 +86,7 @@ REFUSED = {  # and the reason
     "oneformer": "it needs `task_inputs` beside images",
     "qwen2_5_vl_vision": "it needs `grid_thw` beside images",
     "seggpt": "it needs `prompt_pixel_values` beside images",
-    "idefics2_vision": "transformers has no class for it alone",
+    **dict.fromkeys(("idefics2_vision", "pp_chart2table_vision"), "transformers has no class for it alone"),
 }
 
 
@@ -144,16 +144,33 @@ def test_hidden_states_are_those_of_the_encoder(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "map_of"),
-    [("resnet", lambda features: features.permute(0, 2, 3, 1)), ("sam2_vision_model", lambda features: features)],
+    ("name", "size", "map_of", "shape"),
+    [
+        ("resnet", (128, 64), lambda features: features.permute(0, 2, 3, 1), (2, 16, 8, 16)),
+        ("sam2_vision_model", (64, 128), lambda features: features, (2, 8, 16, 16)),
+    ],
 )
-def test_a_feature_map_is_read_row_by_row(name, map_of):
+def test_a_feature_map_is_read_row_by_row(name, size, map_of, shape):
+    """Here a side of the map is as long as its features are wide."""
     vision_model = tower(name)
-    images = torch.randn(2, 3, 64, 96) if name == "resnet" else images_for(vision_model)["pixel_values"]
-    features, mask, output = run_encoder(vision_model, images)
+    features, mask, output = run_encoder(vision_model, torch.randn(2, 3, *size))
     feature_map = map_of(output.last_hidden_state)  # [B, H, W, Dv]
+    assert feature_map.shape == shape
     assert mask is None and feature_map.ndim == 4
     assert torch.equal(features, torch.cat(list(feature_map.unbind(1)), dim=1))
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_position_embeddings_are_interpolated(name):
+    """DINOv2 does so without being asked."""
+    model = captioner(name)
+    images = dict(pixel_values=torch.randn(1, 3, 48, 32), interpolate_pos_encoding=True)
+    expected = model.vision_model(
+        images["pixel_values"], **{key: True for key in images if key != "pixel_values" and name == "vit"}
+    ).last_hidden_state
+    output = model(**images, labels=torch.full((1, 2), 5))
+    torch.testing.assert_close(output.soft_prompt, model.get_soft_prompt(image_embeds=expected))
+    assert model.generate(**images, max_new_tokens=2).shape == (1, 2)
 
 
 def test_vit_mae_keeps_all_patches_in_their_order():
