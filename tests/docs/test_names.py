@@ -10,6 +10,10 @@ import pytest
 from qformer_captioner.cli.main import COMMANDS
 
 from ..conftest import ROOT
+from ..fixtures import tiny
+from ..fixtures.towers import TOWERS
+from ..model.test_prefix import OTHERS
+from ..model.test_towers import REFUSED
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 API = (ROOT / "docs" / "python_api.md").read_text()
@@ -68,3 +72,16 @@ def test_every_option_in_the_text_of_a_page_exists(monkeypatch, capsys):
     for page in PAGES:
         text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
         assert set(re.findall(r"(?<![\w-])--\w+", text)) <= options, page.name
+
+
+def test_the_tables_of_models_are_those_of_the_tests():
+    """The page and the README also give their numbers."""
+    page = (ROOT / "docs" / "vision_encoders.md").read_text()
+    encoders, refused, _, languages, _ = (
+        set(re.findall(r"`([^`]+)`", table)) for table in re.findall(r"(?:^\|.*\n)+", page, re.M)
+    )
+    tested = {**tiny.TEXT, **OTHERS}.values()
+    assert encoders == set(TOWERS) and refused == set(REFUSED)
+    assert languages == {fields["model_type"] for fields in tested}
+    for text in (page, (ROOT / "README.md").read_text()):
+        assert f"{len(encoders)} vision encoders and {len(languages)} language models" in " ".join(text.split())
