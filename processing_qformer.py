@@ -388,7 +388,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 prompt is replaced by the prompt of the processor.
             kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer, such as
                 `max_length=20` with `truncation=True`. A tokenizer of the Q-Former gets the same options, but pads on
-                the right. `images_kwargs` and `text_kwargs` hold options of one of them.
+                the right. `images_kwargs` and `text_kwargs` hold options of one of them. `num_frames` replaces that of
+                the processor.
 
         Returns:
             `pixel_values` (`[B, 3, H, W]`, float), if there are images. With a video among them they are
@@ -419,7 +420,11 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         return_tensors = text_options.pop("return_tensors", "pt")
 
         batch: dict[str, Any] = {}
-        videos = [] if images is None else self._frames_of_each(images)
+        videos = (
+            []
+            if images is None
+            else self._frames_of_each(images, options["videos_kwargs"].get("num_frames", self.num_frames))
+        )
         if videos:
             batch.update(self._prepare(videos, {"return_tensors": return_tensors, **options["images_kwargs"]}))
         prompts = self._prompts_for(text, len(videos))
@@ -432,18 +437,18 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         return BatchFeature(batch)
 
     def _frames_of_each(
-        self, images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]]
+        self, images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]], num_frames: int
     ) -> list[list[ImageInput]]:
-        """Return the frames to read of each video. An image is a video of one frame."""
+        """Return the frames to read of each video, at most `num_frames`. An image is a video of one frame."""
         videos = []
         for number, entry in enumerate(flatten_images(images), start=1):
             frames = entry if isinstance(entry, list) else [entry]
-            if len(frames) > 1 and self.num_frames == 1:
+            if len(frames) > 1 and num_frames == 1:
                 raise ValueError(
                     f"This captioner reads one image for each prompt, but conversation {number} has {len(frames)}: "
                     "give it one image, or train a captioner of videos with `num_frames` above 1."
                 )
-            videos.append(sample_frames(frames, self.num_frames))
+            videos.append(sample_frames(frames, num_frames))
         return videos
 
     def _prepare(self, videos: list[list[ImageInput]], options: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,9 @@ WITHOUT_PROMPT = {
 PROCESSOR = {
     "test_processor_text_has_no_visual": "Each prompt belongs to an image.",
     "test_replacement_offsets": "There is no token for an image, so nothing is replaced.",
+    "test_init_arguments_not_in_processor_kwargs": (
+        "As in video processors of transformers, `num_frames` has a default that a call may replace."
+    ),
     "test_processor_from_and_save_pretrained": (
         "Saving notes the file of the class in the processor, as for all code outside transformers."
     ),

@@ -53,6 +53,7 @@ def test_forms_of_videos(model, images, shape):
 def test_a_long_video_is_sampled_evenly(model):
     sampled = model.processor([frames(*range(10))]).pixel_values
     assert torch.equal(sampled, model.processor([frames(0, 3, 6, 9)]).pixel_values)
+    assert torch.equal(model.processor([frames(*range(10))], num_frames=2).pixel_values, sampled[:, [0, 3]])
 
 
 def test_videos_and_images_have_the_same_captions_in_a_batch_and_alone(model):
