@@ -1,13 +1,12 @@
 """Captioners that read only features, of an encoder that is not a part of them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from qformer_captioner import (
     QFormerCaptioner,
@@ -65,24 +64,16 @@ def test_saved_equals_loaded(folder, tmp_path, included):
     assert loaded.config.vision_config.to_dict()["hidden_size"] == WIDTH and not loaded.config.has_vision_model
 
 
-@pytest.mark.slow
-def test_it_opens_in_a_process_without_the_package(folder, tmp_path):
-    QFormerCaptioner.from_pretrained(folder / "captioner").save_pretrained(tmp_path / "whole", include_backbones=True)
-    torch.save(features(), tmp_path / "features.pt")
-    program = (
-        "import sys, torch\n"
-        "from transformers import AutoModel, AutoProcessor\n"
-        "folder, file, options = sys.argv[1:]\n"
-        "model = AutoModel.from_pretrained(folder, trust_remote_code=True)\n"
-        "assert 'qformer_captioner' not in sys.modules\n"
-        "ids = model.generate(**torch.load(file), **eval(options))\n"
-        "AutoProcessor.from_pretrained(folder, trust_remote_code=True).batch_decode(ids)\n"
-        "print(ids.tolist())"
-    )
-    words = [sys.executable, "-c", program, str(tmp_path / "whole"), str(tmp_path / "features.pt"), repr(OPTIONS)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == answer(QFormerCaptioner.from_pretrained(folder / "captioner"))
+def test_the_code_beside_its_weights_opens_it(folder, tmp_path):
+    model = QFormerCaptioner.from_pretrained(folder / "captioner")
+    model.save_pretrained(tmp_path, include_backbones=True)
+    names = ("configuration_qformer.QFormerCaptionerConfig", "modeling_qformer.QFormerCaptioner")
+    config_class, model_class = (get_class_from_dynamic_module(name, str(tmp_path)) for name in names)
+    assert model_class.__module__.startswith("transformers_modules.")
+    loaded = model_class.from_pretrained(tmp_path, config=config_class.from_pretrained(tmp_path))
+    assert answer(loaded) == answer(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert answer(QFormerCaptioner.from_pretrained(tmp_path / "again")) == answer(model)
 
 
 def test_images_and_other_widths_are_refused(folder):
