@@ -29,6 +29,7 @@ from transformers import BaseImageProcessor
 
 from ..common.errors import InputError
 from ..common.files import write_atomically
+from ..configuration_qformer import QFormerCaptionerConfig
 from .feature_shards import SplitLayout, damaged_file
 from .features import SplitFeatures
 from .vision_fingerprint import VisionFingerprint
@@ -143,12 +144,31 @@ class FeatureStore:
         """Width of the features, Dv."""
         return next(iter(self.layouts.values())).shape[1]
 
-    def check(self, name_or_path: str | None, revision: str | None, image_processor: BaseImageProcessor) -> None:
-        """Check that the features were computed by the vision encoder of a captioner and its image processor.
+    def check_captioner(self, config: QFormerCaptionerConfig, image_processor: BaseImageProcessor) -> None:
+        """Check that the features are those that a captioner reads. One without a vision encoder reads any features.
 
         Args:
-            name_or_path: id on the Hub, or a folder; `None` for a captioner without a vision encoder, which takes the
-                features of any encoder.
+            config: configuration of the captioner.
+            image_processor: its image processor.
+
+        Raises:
+            InputError: if its vision encoder did not compute the features, or has no name by which this can be known.
+            OSError: if its vision encoder does not exist.
+        """
+        name = config.vision_model_name_or_path
+        if config.has_vision_model and name is None:
+            raise InputError(
+                f"The captioner has a vision encoder of its own, which did not compute the features in "
+                f"{str(self.folder)!r}: give it images instead of --features."
+            )
+        if name is not None:
+            self.check(name, config.vision_model_revision, image_processor)
+
+    def check(self, name_or_path: str, revision: str | None, image_processor: BaseImageProcessor) -> None:
+        """Check that the features were computed by a vision encoder and its image processor.
+
+        Args:
+            name_or_path: id on the Hub, or a folder.
             revision: branch, tag or commit on the Hub.
             image_processor: its image processor.
 
@@ -156,8 +176,6 @@ class FeatureStore:
             InputError: if other weights computed the features, or if the images were preprocessed in another way.
             OSError: if the model does not exist.
         """
-        if name_or_path is None:
-            return
         if self.vision is None:
             raise InputError(
                 f"The features in {str(self.folder)!r} do not say which encoder computed them, and the captioner has "

@@ -145,9 +145,8 @@ def resolve_run(
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_captioner(args.model, args.revision, dtype).to(state.device)
     if store is not None:
-        config, processor = model.config, model.processor
-        assert processor is not None, "load_captioner checks it"
-        store.check(config.vision_model_name_or_path, config.vision_model_revision, processor.image_processor)
+        assert model.processor is not None, "load_captioner checks it"
+        store.check_captioner(model.config, model.processor.image_processor)
     skipped_rows = SkippedRows()
     num_frames = 1 if model.processor is None else model.processor.num_frames
     split, whole_split = load_images(args, image_folder, skipped_rows, rules, store, num_frames)

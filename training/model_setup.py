@@ -50,8 +50,7 @@ def build_model(run: TrainingRun, train_data: TrainingData) -> QFormerCaptioner:
         set_prompts(processor, run)
         set_num_frames(model, processor, args)
         if run.features is not None:
-            name, revision = model.config.vision_model_name_or_path, model.config.vision_model_revision
-            run.features.check(name, revision, processor.image_processor)
+            run.features.check_captioner(model.config, processor.image_processor)
         collate = CaptionCollator(processor, run.data_args.max_caption_length)
         with torch.no_grad():  # raises errors now, for example for a prompt that is too long
             model(**collate([next(iter(train_data))]))

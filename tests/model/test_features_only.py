@@ -163,6 +163,13 @@ def test_a_store_of_an_unknown_encoder_is_refused_for_a_vision_encoder(folder, s
         train_hf.train(command(tmp_path / "run", features=store, **backbones))
 
 
+def test_features_are_refused_by_a_captioner_with_a_vision_encoder_of_its_own(store, tmp_path):
+    tiny.captioner().save_pretrained(tmp_path / "own")
+    words = {"model": tmp_path / "own", "features": store, "output_dir": tmp_path / "scores", "use_cpu": "true"}
+    with pytest.raises(InputError, match="has a vision encoder of its own, which did not compute the features in"):
+        eval_captions.evaluate(command_line(**words))
+
+
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
