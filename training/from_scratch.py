@@ -1,12 +1,13 @@
 """Captioner without pretrained parts: backbones from configurations, and a tokenizer from the captions."""
 
 from collections.abc import Iterable
+from typing import cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerCaptionerConfig, QFormerConfig
-from ..encoders_qformer import num_frames_of
+from ..encoders_qformer import image_size_of, num_frames_of
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
 
@@ -90,10 +91,10 @@ def build_from_scratch(
     model = QFormerCaptioner(config)
     image_processor = ViTImageProcessorPil()
     if not reads_features:
-        side = model.vision_model.config.image_size
+        height, width = image_size_of(cast(PreTrainedModel, model.vision_model))
         # Mean 1 maps white to zero, so the embedding of an empty patch contains only its position.
         image_processor = ViTImageProcessorPil(
-            size={"height": side, "width": side}, image_mean=[1.0] * 3, image_std=[0.5] * 3
+            size={"height": height, "width": width}, image_mean=[1.0] * 3, image_std=[0.5] * 3
         )
     model.processor = QFormerCaptionerProcessor(
         image_processor,

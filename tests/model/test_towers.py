@@ -25,6 +25,7 @@ from qformer_captioner.backbones_qformer import load_backbone
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.encoders_qformer import EncoderError, run_encoder
 from qformer_captioner.processing_qformer import timm_image_processor
+from qformer_captioner.training.from_scratch import build_from_scratch
 from qformer_captioner.vision_qformer import split_vision_inputs
 
 from ..fixtures import tiny
@@ -191,6 +192,14 @@ def test_an_image_is_a_video_that_stands_still():
     assert torch.equal(model.get_soft_prompt(images), model.get_soft_prompt(video))
     with pytest.raises(ValueError, match="'videomae' reads videos of 2 frames, and not of 3: give it that many"):
         model.get_soft_prompt(images[:, None].expand(-1, 3, -1, -1, -1))
+
+
+def test_a_captioner_from_scratch_may_have_an_encoder_of_any_image_size():
+    vision = dict(model_type="resnet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    text = dict(model_type="llama", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = build_from_scratch(vision, text, tiny.QFORMER, tiny.CAPTIONS * 2)
+    assert model.processor(tiny.picture()).pixel_values.shape == (1, 3, 224, 224)
+    assert isinstance(model.caption(tiny.picture(), max_new_tokens=3), str)
 
 
 # --- Image processors -------------------------------------------------------------------------------------------------
