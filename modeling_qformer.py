@@ -868,8 +868,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
         if image_embeds is not None and not isinstance(image_embeds, torch.Tensor):
             raise TypeError(
-                f"`image_embeds` must be a tensor [B, N, D], not {type(image_embeds).__name__!r}: pad rows of "
-                "different lengths with `torch.nn.utils.rnn.pad_sequence`, and pass their `image_attention_mask`."
+                f"`image_embeds` must be a tensor [B, N, D], not {type(image_embeds).__name__!r}: "
+                "`model.processor(image_embeds=...)` makes one of rows that differ in length, and their mask."
             )
         if pixel_values is not None:
             vision_outputs = self.encode_images(pixel_values, frame_attention_mask=frame_attention_mask, **kwargs)
@@ -944,6 +944,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
@@ -970,8 +971,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 MiB in float32. Ignored without labels.
             output_attentions, output_hidden_states (`bool`, *optional*): return the outputs of the three models with
                 their attention weights (of eager attention) or hidden states.
-            pixel_attention_mask, spatial_shapes, image_sizes (`torch.Tensor`, *optional*): what the vision encoder
-                reads beside the images. The processor returns it.
+            pixel_mask, pixel_attention_mask, spatial_shapes, image_sizes (`torch.Tensor`, *optional*): what the vision
+                encoder reads beside the images. The processor returns it.
             frame_attention_mask (`[B, F]`, *optional*): 1 for a frame of a video, 0 for padding.
             interpolate_pos_encoding (`bool`, *optional*): let the vision encoder adapt its position embeddings to the
                 size of the images.
@@ -990,6 +991,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         # Arguments with names, because the Trainer drops columns that have the name of none.
         vision_inputs, _ = split_vision_inputs(
             {
+                "pixel_mask": pixel_mask,
                 "pixel_attention_mask": pixel_attention_mask,
                 "spatial_shapes": spatial_shapes,
                 "image_sizes": image_sizes,
@@ -1095,11 +1097,14 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
     def caption(
         self,
-        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]],
+        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,
         prompt: str | Sequence[str] | None = None,
+        *,
+        image_embeds: torch.Tensor | Sequence[Any] | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         **generation,
     ) -> str | list[str]:
-        r"""Caption one image, or a list of images and videos.
+        r"""Caption one image, a list of images and videos, or features of them.
 
         Args:
             images: an image as [`open_image`] takes it (a PIL image, an array, a tensor, a path, a URL, bytes ...), or
@@ -1107,10 +1112,13 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 array `[F, H, W, C]` inside the list: `caption([[frame_1, frame_2]])`. `processor.num_frames` frames of
                 it are read.
             prompt (`str` or list of `str`, *optional*): text that the caption continues; defaults to the processor's.
+            image_embeds (*optional*): features in place of images: of one row (`[N, Dv]`), or of several in a list,
+                whose N may differ, or in a batch `[B, N, Dv]`.
+            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features: 1 for a feature, 0 for padding.
             generation: options of `generate`, such as `num_beams=5`.
 
         Returns:
-            A string for one image, and a list of strings for several or with `num_return_sequences` above 1.
+            A string for one image or row, and a list of strings for several or with `num_return_sequences` above 1.
 
         Raises:
             OSError: if an image is missing or cannot be read; the message names it.
@@ -1122,6 +1130,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
         ```python
         >>> model.caption(["dog.jpg", "cat.jpg"], num_beams=5, max_new_tokens=20)  # doctest: +SKIP
+        ['A dog runs over the grass.', 'A cat sleeps on a bed.']
+        >>> model.caption(image_embeds=[torch.randn(50, 384), torch.randn(70, 384)])  # doctest: +SKIP
         ['A dog runs over the grass.', 'A cat sleeps on a bed.']
         ```
         """
@@ -1136,12 +1146,17 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 "`caption` returns strings: for scores and other outputs, call "
                 "`model.generate(**model.processor(images, prompt), return_dict_in_generate=True)`."
             )
-        images, is_one = flatten_images(images), not is_batch(images)
-        if not images:
-            return []
+        if image_embeds is None:
+            is_one, images = not is_batch(images), flatten_images(images)
+            if not images:
+                return []
+        else:
+            is_one = getattr(image_embeds, "ndim", None) == 2  # an array
         # Offloaded modules move their inputs themselves.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
-        inputs = self.processor(images=images, text=prompt).to(device)
+        inputs = self.processor(
+            images=images, text=prompt, image_embeds=image_embeds, image_attention_mask=image_attention_mask
+        ).to(device)
         token_ids = self.generate(**inputs, **{**generation, "return_dict_in_generate": False})
         captions = [caption.strip() for caption in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
         return captions[0] if is_one and len(captions) == 1 else captions

@@ -32,6 +32,7 @@ from transformers.utils.hub import cached_file
 
 from .encoders_qformer import ENCODER_INPUTS
 from .images_qformer import ImageInput, are_floats, flatten_images, open_image, sample_frames
+from .vision_qformer import feature_mask, pad_features
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -192,6 +193,35 @@ def prepare_videos(
     if min(lengths) < max(lengths):
         ones = [torch.ones(length, dtype=torch.long) for length in lengths]
         batch["frame_attention_mask"] = pad_sequence(ones, batch_first=True)
+    return dict(BatchFeature(batch, tensor_type=return_tensors))
+
+
+def prepare_features(
+    image_embeds: torch.Tensor | np.ndarray | Sequence[Any],
+    image_attention_mask: torch.Tensor | None,
+    return_tensors: str | None = None,
+) -> dict[str, Any]:
+    """Return features as a batch: `image_embeds` `[B, N, Dv]` and, with padding, `image_attention_mask` `[B, N]`.
+
+    Args:
+        image_embeds: one row `[N, Dv]`, a list of rows, or a batch `[B, N, Dv]`.
+        image_attention_mask: mask of a batch.
+        return_tensors: type of the result.
+
+    Raises:
+        ValueError: if the features or their mask have another shape.
+    """
+    ndim = image_embeds.ndim if isinstance(image_embeds, torch.Tensor | np.ndarray) else None
+    if ndim == 3 and image_attention_mask is not None:
+        features = torch.as_tensor(image_embeds)
+        batch = {"image_embeds": features, "image_attention_mask": feature_mask(features, image_attention_mask)}
+    elif image_attention_mask is None:
+        batch = pad_features([image_embeds] if ndim == 2 else list(image_embeds))
+    else:
+        raise ValueError(
+            "`image_attention_mask` belongs to a batch of features [B, N, D]: leave it out for a list of rows, which "
+            "is padded here."
+        )
     return dict(BatchFeature(batch, tensor_type=return_tensors))
 
 
@@ -376,9 +406,11 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         self,
         images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,
         text: str | Sequence[str] | None = None,
+        image_embeds: torch.Tensor | np.ndarray | Sequence[Any] | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Convert images and prompts to a batch of padded torch tensors.
+        """Convert images, or features of them, and prompts to a batch of padded torch tensors.
 
         Args:
             images (*optional*): an image to caption, in any form that [`open_image`] takes, or several: a list, a
@@ -386,6 +418,9 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 array `[F, H, W, C]` inside the list; an inner list of one image is that image.
             text (`str` or list of `str`, *optional*): one prompt for all images, or one for each. A missing or empty
                 prompt is replaced by the prompt of the processor.
+            image_embeds (*optional*): features in place of images: of one row (`[N, Dv]`), or of several in a list,
+                whose N may differ, or in a batch `[B, N, Dv]`.
+            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features: 1 for a feature, 0 for padding.
             kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer, such as
                 `max_length=20` with `truncation=True`. A tokenizer of the Q-Former gets the same options, but pads on
                 the right. `images_kwargs` and `text_kwargs` hold options of one of them. `num_frames` replaces that of
@@ -394,20 +429,24 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         Returns:
             `pixel_values` (`[B, 3, H, W]`, float), if there are images. With a video among them they are
             `[B, F, 3, H, W]`, and images are videos of one frame. What else the encoder reads of images
-            (`ENCODER_INPUTS`). `frame_attention_mask` (`[B, F]`, long) only if
-            videos differ in length: 1 for a frame, 0 for padding, which is zeros. `input_ids` and `attention_mask`
+            (`ENCODER_INPUTS`). `frame_attention_mask` (`[B, F]`, long) only if videos differ in length: 1 for a frame,
+            0 for padding, which is zeros. `image_embeds` (`[B, N, Dv]`), if there are features, and
+            `image_attention_mask` (bool `[B, N]`), if rows differ in length. `input_ids` and `attention_mask`
             (`[B, P]`, long; P may be 0). With a `qformer_tokenizer` also `qformer_input_ids` and
             `qformer_attention_mask` (`[B, P']`, long). `return_tensors` sets their type, which is `"pt"` by default.
 
         Raises:
             OSError: if an image cannot be read; the message names it.
             TypeError: if an image is of a type that does not hold images.
-            ValueError: if there are neither images nor prompts, or if the number of prompts is neither one nor the
-                number of images. Also if an array does not have the shape or the values of an image. Also for a video
-                without frames, with frames of different sizes, or if `num_frames` is 1.
+            ValueError: if there are neither images nor features nor prompts, or both images and features. Also if the
+                number of prompts is neither one nor the number of images. Also if an array does not have the shape or
+                the values of an image. Also for a video without frames, with frames of different sizes, or if
+                `num_frames` is 1.
         """
-        if images is None and text is None:
+        if images is None and text is None and image_embeds is None:
             raise ValueError("There is nothing to process: pass `images`, `text` or both.")
+        if images is not None and image_embeds is not None:
+            raise ValueError("Pass either `images` or their features (`image_embeds`), not both.")
         options = self._merge_kwargs(
             self.valid_processor_kwargs,  # type: ignore[arg-type]  # the stub asks for an instance of the class
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
@@ -427,7 +466,9 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         )
         if videos:
             batch.update(self._prepare(videos, {"return_tensors": return_tensors, **options["images_kwargs"]}))
-        prompts = self._prompts_for(text, len(videos))
+        elif image_embeds is not None:
+            batch.update(prepare_features(image_embeds, image_attention_mask, return_tensors))
+        prompts = self._prompts_for(text, len(batch["image_embeds"]) if image_embeds is not None else len(videos))
         texts = [self.format_prompt(prompt) for prompt in prompts]
         batch.update(tokenize_prompts(self.tokenizer, texts, return_tensors, text_options))
         if self.qformer_tokenizer is not None:

@@ -3,10 +3,12 @@
 Shapes: B images or videos, F frames of a video, N features of an image, Dv their width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import is_tracing
@@ -148,6 +150,40 @@ def feature_mask(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             "and 0 for padding. It is not added to attention scores."
         )
     return mask.bool()
+
+
+def pad_features(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Return rows of features of any lengths as one batch, padded with zeros.
+
+    Args:
+        rows: tensors, arrays or lists `[N, Dv]`. N may differ.
+
+    Returns:
+        `image_embeds` (`[B, N, Dv]`) and, only if rows differ in length, `image_attention_mask` (bool `[B, N]`).
+
+    Raises:
+        ValueError: if a row has another shape, or rows differ in width.
+
+    Example:
+
+    ```python
+    >>> batch = pad_features([torch.ones(2, 3), torch.ones(1, 3)])
+    >>> batch["image_attention_mask"].tolist()
+    [[True, True], [True, False]]
+    ```
+    """
+    tensors = [torch.as_tensor(row) for row in rows]
+    widths = {row.shape[-1] for row in tensors if row.ndim == 2 and len(row)}
+    for number, row in enumerate(tensors):
+        if row.ndim != 2 or 0 in row.shape or len(widths) > 1:
+            raise ValueError(
+                f"Row {number} of the features (`image_embeds`) has the shape {list(row.shape)}, but must be [N, D] "
+                f"with at least one feature. All rows must have the same width D (here {sorted(widths)})."
+            )
+    lengths = torch.tensor([len(row) for row in tensors])
+    features = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    mask = torch.arange(features.shape[1]) < lengths[:, None]
+    return {"image_embeds": features} if mask.all() else {"image_embeds": features, "image_attention_mask": mask}
 
 
 def check_is_finite(image_embeds: torch.Tensor, mask: torch.Tensor | None = None) -> None:

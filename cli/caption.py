@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -106,7 +106,7 @@ def load_on_device(model: str, revision: str | None) -> "QFormerCaptioner":
 
 
 def caption_files(
-    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation: int
+    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation: Any
 ) -> Iterator[tuple[str, str | OSError]]:
     """Caption files, batch by batch.
 
@@ -121,8 +121,7 @@ def caption_files(
         Each file with its caption, or with the error for an image or features that cannot be read.
     """
     from ..common.onednn import onednn_linears
-    from ..data.features import load_features, pad_features
-    from ..evaluation.inference import caption_features
+    from ..data.features import load_features
     from ..images_qformer import open_image
 
     width = model.qformer.config.encoder_hidden_size
@@ -146,8 +145,7 @@ def caption_files(
             if images:
                 yield from zip(images, model.caption(list(images.values()), prompt, **generation), strict=True)
             if features:
-                prompts = [prompt or ""] * len(features)
-                captions = caption_features(model, pad_features(list(features.values())), prompts, **generation)
+                captions = model.caption(prompt=prompt, image_embeds=list(features.values()), **generation)
                 yield from zip(features, captions, strict=True)
 
 

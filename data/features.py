@@ -280,14 +280,6 @@ def load_features(path: str | os.PathLike, width: int) -> np.ndarray:
     return features.astype(np.float32)
 
 
-def pad_features(rows: Sequence[np.ndarray]) -> PaddedFeatures:
-    """Return rows `[N, Dv]` of any lengths as one batch, padded with zeros."""
-    lengths = torch.tensor([len(row) for row in rows])
-    features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-    mask = torch.arange(features.shape[1]) < lengths[:, None]
-    return PaddedFeatures(features, None if mask.all() else mask)
-
-
 class BufferPool:
     """Pool of buffers for batches. A buffer is reused when the last tensor that uses it has been freed.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..common.errors import InputError, one_line
 from ..common.files import read_json_lines
 from ..common.onednn import onednn_linears
-from ..data.features import FeatureRef, PaddedFeatures, read_features
+from ..data.features import FeatureRef, read_features
 from ..data.images import Picture
 from ..modeling_qformer import QFormerCaptioner
 from .benchmarks import EvaluationSet
@@ -112,28 +112,7 @@ def caption_batch(
     if images:
         return list(model.caption(images, prompts, **generation))
     features = read_features([each for each in inputs if isinstance(each, FeatureRef)])
-    return caption_features(model, features, prompts, **generation)
-
-
-def caption_features(
-    model: QFormerCaptioner, features: PaddedFeatures, prompts: list[str], **generation: Any
-) -> list[str]:
-    """Return the captions of features, as `model.caption` returns those of images.
-
-    Args:
-        model: the captioner.
-        features: features `[B, N, Dv]` and their mask.
-        prompts: prompt of each row; an empty prompt is the captioner's own.
-        generation: arguments of the captioner's `generate`.
-
-    Raises:
-        ValueError: if the features have another width than the captioner reads.
-    """
-    assert model.processor is not None, "load_captioner checks it"
-    batch = model.processor(text=prompts)
-    batch.update({name: value for name, value in features._asdict().items() if value is not None})
-    token_ids = model.generate(**batch.to(model.device), **generation)
-    return [text.strip() for text in model.processor.batch_decode(token_ids, skip_special_tokens=True)]
+    return list(model.caption(prompt=prompts, **features._asdict(), **generation))
 
 
 class _ImageLoader(Dataset):

@@ -85,6 +85,34 @@ def test_images_and_other_widths_are_refused(folder):
         model.generate(image_embeds=torch.zeros(1, 3, 5))
 
 
+def test_rows_of_features_are_captioned_as_single_rows_are():
+    model = tiny.captioner()
+    rows = [torch.randn(length, tiny.VISION_WIDTH) for length in (7, 2, 4)]
+    prompts = ["a green heart", "a star", "a red circle"]
+    expected = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        expected.append(model.caption(image_embeds=row.numpy(), prompt=prompt, max_new_tokens=4))
+    assert model.caption(image_embeds=rows, prompt=prompts, max_new_tokens=4) == expected
+    batch = model.processor(image_embeds=rows, text=prompts)
+    assert batch["image_attention_mask"].sum(dim=1).tolist() == [7, 2, 4] and batch["image_embeds"].shape == (3, 7, 24)
+    features = {name: batch[name] for name in ("image_embeds", "image_attention_mask")}
+    assert model.caption(**features, prompt=prompts, max_new_tokens=4) == expected
+    assert "image_attention_mask" not in model.processor(image_embeds=rows[:1])
+
+
+def test_wrong_rows_of_features_are_named():
+    processor = tiny.processor()
+    for rows, message in {
+        (torch.ones(3, 4), torch.ones(2, 5)): r"has the shape \[3, 4\], but must be .* \(here \[4, 5\]\)",
+        (torch.ones(3, 4), torch.ones(0, 4)): r"Row 1 of the features .* has the shape \[0, 4\]",
+        (torch.ones(4),): r"has the shape \[4\], but must be \[N, D\]",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            processor(image_embeds=list(rows))
+    with pytest.raises(ValueError, match="Pass either `images` or their features"):
+        processor(tiny.picture(), image_embeds=[torch.ones(3, 4)])
+
+
 def test_either_a_vision_encoder_or_a_width_is_needed(folder):
     for vision, width in ((None, None), ("org/vision", 7)):
         with pytest.raises(TypeError, match="Pass either a vision encoder as `vision`, or `vision=None` and `enc"):
