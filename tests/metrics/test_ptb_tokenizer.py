@@ -176,7 +176,7 @@ def differing(captions: list[str], expected: list[list[str]]) -> list[tuple[str,
 
 @pytest.fixture(scope="session")
 def fuzzed(jar):
-    captions = {name: fuzz(name, 2000) for name in FUZZ_CLASSES}
+    captions = {name: fuzz(name, 1000) for name in FUZZ_CLASSES}
     tokens = iter(jar([text for texts in captions.values() for text in [*texts, "a dog"]]))
     return {name: (texts, [next(tokens) for _ in [*texts, "a dog"]][:-1]) for name, texts in captions.items()}
 

@@ -113,7 +113,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_o
 PROGRAMS = {"cpu": "train_hf.py", "deepspeed_zero2": "train_hf.py", "fsdp2": "tests/fixtures/fsdp_on_cpu.py"}
 
 
-CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0, "ema_decay": 0.9}
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_steps": 0, "ema_decay": 0.9, "save_steps": 4}
 
 
 @pytest.fixture(scope="module")
