@@ -4,6 +4,7 @@ Fields are named as in transformers' `Blip2QFormerConfig` and `Blip2Config` if t
 are ordinary transformers configurations: keyword arguments with checked types, saved as JSON.
 """
 
+import copy
 import difflib
 import os
 from dataclasses import fields
@@ -241,6 +242,10 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         vision = self.vision_config
         if isinstance(vision, dict) and vision.get("model_type") == PrecomputedFeaturesConfig.model_type:
             self.vision_config = PrecomputedFeaturesConfig.from_dict(vision)  # `AutoConfig` does not know the class
+        for name in self.sub_configs_defaults:
+            # A copy, because transformers resets the attention implementation of the parts of a configuration. Models
+            # that the caller built would lose theirs, and attend to padding.
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
         self.vision_config = vision_config_of(self.vision_config)
         self.qformer_config.encoder_hidden_size = image_feature_size(self.vision_config)

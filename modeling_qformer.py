@@ -15,7 +15,6 @@ Shapes: B images, K captions of an image, N image tokens, Q queries, P prompt to
 size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q-Former and the vision encoder.
 """
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -1244,10 +1243,9 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
         if qformer is not None:
             qformer.float().resize_image_features(image_feature_size(vision_model.config))
         config = QFormerCaptionerConfig(
-            # Copies, because a composite configuration resets the attention implementation of its parts.
-            vision_config=copy.deepcopy(vision_model.config),
-            qformer_config=copy.deepcopy(qformer_config),
-            text_config=copy.deepcopy(language_model.config),
+            vision_config=vision_model.config,
+            qformer_config=qformer_config,
+            text_config=language_model.config,
             vision_model_name_or_path=vision_model.config.name_or_path or None,
             vision_model_revision=None if vision is None else commit_of(vision, vision_revision),
             language_model_name_or_path=language_model.config.name_or_path,

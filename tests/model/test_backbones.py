@@ -204,6 +204,20 @@ def test_a_bert_does_not_attend_to_later_tokens(backbones, tmp_path):
     torch.testing.assert_close(model(**batch).logits[:, 0], expected)
 
 
+def test_models_of_the_caller_keep_their_attention_and_its_masks():
+    vision_model = AutoModel.from_config(tiny.vision_config("clip"))
+    language_model = AutoModelForCausalLM.from_config(tiny.text_config("llama"))
+    config = QFormerCaptionerConfig(
+        vision_config=vision_model.config, text_config=language_model.config, qformer_config=tiny.QFORMER
+    )
+    model = QFormerCaptioner(config, vision_model=vision_model, language_model=language_model).eval()
+    assert vision_model.config._attn_implementation == language_model.config._attn_implementation == "sdpa"
+    batch = tiny.batch()
+    losses = model(**batch).losses
+    batch["input_ids"][batch["attention_mask"] == 0] = 5  # padding
+    assert torch.equal(model(**batch).losses, losses)
+
+
 def test_from_backbones_starts_from_the_saved_weights(backbones):
     model = from_backbones(backbones["clip"], backbones["flan-t5"])
     reference = AutoModel.from_pretrained(backbones["clip"])

@@ -1,6 +1,5 @@
 """Vision encoders of transformers, of every kind, as parts of a captioner."""
 
-import copy
 import itertools
 import json
 import subprocess
@@ -42,7 +41,7 @@ PAIRS = list(zip(TOWERS, itertools.cycle([*tiny.TEXT, *OTHERS]), strict=False))
 def captioner(name: str, language: str = "llama") -> QFormerCaptioner:
     vision_model = tower(name)
     config = QFormerCaptionerConfig(
-        vision_config=copy.deepcopy(vision_model.config),
+        vision_config=vision_model.config,
         text_config=tiny.text_config(language) if language in tiny.TEXT else other_text_config(language),
         qformer_config=tiny.QFORMER,
     )
