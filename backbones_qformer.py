@@ -86,8 +86,8 @@ class VisionModelPlaceholder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         if self.config.model_type == PrecomputedFeaturesConfig.model_type:
             raise ValueError(
-                f"This captioner was trained on features and has no vision encoder for images: pass features of the "
-                f"width {self.config.hidden_size} as `image_embeds` to `generate` or `forward`."
+                "This captioner was trained on features and has no vision encoder for images: pass features of the "
+                f"width {self.config.hidden_size} as `image_embeds`."
             )
         raise ValueError(
             "This captioner was loaded without its vision encoder and reads precomputed features (`image_embeds`). To "

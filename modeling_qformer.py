@@ -1121,9 +1121,10 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: if an image is missing or cannot be read; the message names it.
-            TypeError: if an image is of a type that does not hold images.
+            TypeError: if an image is of a type that does not hold images, or features are not numbers.
             ValueError: if the captioner has no processor, or for `return_dict_in_generate=True`. Also if an array does
-                not have the shape or the values of an image, or for a video if the captioner reads only images.
+                not have the shape or the values of an image, or for a video if the captioner reads only images. Also if
+                there are neither images nor features, or both, or if features have another shape.
 
         Example:
 
@@ -1139,6 +1140,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 "This captioner has no processor. Set `model.processor = QFormerCaptionerProcessor(image_processor, "
                 "tokenizer)`, or load the captioner from a folder with a processor."
             )
+        if images is None and image_embeds is None:
+            raise ValueError("There is nothing to caption: pass `images`, or features as `image_embeds`.")
         given = generation.get("generation_config")
         if {**(vars(given) if given else {}), **generation}.get("return_dict_in_generate"):
             raise ValueError(
@@ -1151,6 +1154,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 return []
         else:
             is_one = getattr(image_embeds, "ndim", None) == 2  # an array
+            if not is_one and len(image_embeds) == 0:
+                return []
         # Offloaded modules move their inputs themselves.
         device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
         inputs = self.processor(

@@ -75,8 +75,7 @@ from transformers import AutoModel
 
 model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 {% if feature_width -%}
-token_ids = model.generate(image_embeds=features)  # [B, N, {{ feature_width }}]
-print(model.processor.batch_decode(token_ids, skip_special_tokens=True))
+print(model.caption(image_embeds=features))  # an array [N, {{ feature_width }}], or a list of arrays
 {%- else -%}
 print(model.caption("image.png"))
 {%- endif %}
@@ -209,6 +208,7 @@ def prepare_features(
         return_tensors: type of the result.
 
     Raises:
+        TypeError: if the features are not numbers.
         ValueError: if the features or their mask have another shape.
     """
     ndim = image_embeds.ndim if isinstance(image_embeds, torch.Tensor | np.ndarray) else None
@@ -444,7 +444,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 `num_frames` is 1.
         """
         if images is None and text is None and image_embeds is None:
-            raise ValueError("There is nothing to process: pass `images`, `text` or both.")
+            raise ValueError("There is nothing to process: pass `images` or `image_embeds`, `text` or both.")
         if images is not None and image_embeds is not None:
             raise ValueError("Pass either `images` or their features (`image_embeds`), not both.")
         options = self._merge_kwargs(
@@ -534,7 +534,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             prompts = prompts * number_of_images
         if number_of_images and len(prompts) != number_of_images:
             raise ValueError(
-                f"There are {number_of_images} images but {len(prompts)} prompts: give one prompt, or one for each."
+                f"There are {number_of_images} inputs but {len(prompts)} prompts: give one prompt, or one for each."
             )
         return [prompt or self.prompt for prompt in prompts]
 

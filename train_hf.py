@@ -158,8 +158,7 @@ def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
     logger.info("    from transformers import AutoModel")
     logger.info("    model = AutoModel.from_pretrained(%r, trust_remote_code=True)", str(run.output_dir))
     if run.features is not None and run.features.vision is None:
-        logger.info("    token_ids = model.generate(image_embeds=features)  # [B, N, %d]", run.features.width)
-        logger.info("    print(model.processor.batch_decode(token_ids, skip_special_tokens=True))")
+        logger.info("    print(model.caption(image_embeds=features))  # [N, %d], or a list", run.features.width)
     else:
         logger.info('    print(model.caption("image.png"))')
     if run.training_args.push_to_hub:

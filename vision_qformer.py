@@ -162,7 +162,8 @@ def pad_features(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         `image_embeds` (`[B, N, Dv]`) and, only if rows differ in length, `image_attention_mask` (bool `[B, N]`).
 
     Raises:
-        ValueError: if a row has another shape, or rows differ in width.
+        TypeError: if a row does not hold numbers.
+        ValueError: if there are no rows, a row has another shape, or rows differ in width.
 
     Example:
 
@@ -172,14 +173,29 @@ def pad_features(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
     [[True, True], [True, False]]
     ```
     """
-    tensors = [torch.as_tensor(row) for row in rows]
-    widths = {row.shape[-1] for row in tensors if row.ndim == 2 and len(row)}
-    for number, row in enumerate(tensors):
-        if row.ndim != 2 or 0 in row.shape or len(widths) > 1:
+    if len(rows) == 0:
+        raise ValueError("There are no rows of features in `image_embeds`.")
+    tensors = []
+    for number, row in enumerate(rows):
+        try:
+            tensors.append(torch.as_tensor(row))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"Row {number} of the features (`image_embeds`) is a {type(row).__name__!r} that cannot be read "
+                "as numbers: give a tensor, an array or lists [N, D]."
+            ) from error
+        if tensors[-1].ndim != 2 or 0 in tensors[-1].shape:
             raise ValueError(
-                f"Row {number} of the features (`image_embeds`) has the shape {list(row.shape)}, but must be [N, D] "
-                f"with at least one feature. All rows must have the same width D (here {sorted(widths)})."
+                f"Row {number} of the features (`image_embeds`) has the shape {list(tensors[-1].shape)}, but must be "
+                "[N, D] with at least one feature."
             )
+    widths = [row.shape[1] for row in tensors]
+    if len(set(widths)) > 1:
+        other = next(number for number, width in enumerate(widths) if width != widths[0])
+        raise ValueError(
+            f"The rows of features (`image_embeds`) differ in width: row 0 has {widths[0]} numbers in each feature, and "
+            f"row {other} has {widths[other]}. Use features of one encoder."
+        )
     lengths = torch.tensor([len(row) for row in tensors])
     features = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     mask = torch.arange(features.shape[1]) < lengths[:, None]

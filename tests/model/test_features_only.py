@@ -98,17 +98,24 @@ def test_rows_of_features_are_captioned_as_single_rows_are():
     features = {name: batch[name] for name in ("image_embeds", "image_attention_mask")}
     assert model.caption(**features, prompt=prompts, max_new_tokens=4) == expected
     assert "image_attention_mask" not in model.processor(image_embeds=rows[:1])
+    assert model.caption(image_embeds=[]) == []
+    with pytest.raises(ValueError, match="nothing to caption: pass `images`, or features"):
+        model.caption()
 
 
 def test_wrong_rows_of_features_are_named():
     processor = tiny.processor()
     for rows, message in {
-        (torch.ones(3, 4), torch.ones(2, 5)): r"has the shape \[3, 4\], but must be .* \(here \[4, 5\]\)",
+        (torch.ones(3, 4), torch.ones(2, 5)): "row 0 has 4 numbers in each feature, and row 1 has 5",
         (torch.ones(3, 4), torch.ones(0, 4)): r"Row 1 of the features .* has the shape \[0, 4\]",
         (torch.ones(4),): r"has the shape \[4\], but must be \[N, D\]",
     }.items():
         with pytest.raises(ValueError, match=message):
             processor(image_embeds=list(rows))
+    with pytest.raises(TypeError, match="Row 1 of the features .* is a 'str' that cannot be read as numbers"):
+        processor(image_embeds=[torch.ones(3, 4), "protein.npy"])
+    with pytest.raises(ValueError, match="There are no rows of features in `image_embeds`"):
+        processor(image_embeds=[])
     with pytest.raises(ValueError, match="Pass either `images` or their features"):
         processor(tiny.picture(), image_embeds=[torch.ones(3, 4)])
 
@@ -128,7 +135,7 @@ def test_a_pretrained_qformer_gets_the_width_of_the_features(folder):
 def test_its_card_shows_how_to_caption_features(folder):
     facts = describe_folder(folder / "captioner")
     card = render_card({"model": "USER/proteins", **facts})
-    assert "model.generate(image_embeds=features)" in card and "float32 [B, N, 7]" in card
+    assert "print(model.caption(image_embeds=features))" in card and "[N, 7]" in card
     assert [part["name"] for part in facts["parts"]] == ["language_model", "qformer", "language_projection"]
     assert not {"model.caption", "vision_model", "image-text-to-text", "image-captioning"} & set(card.split())
 

@@ -188,7 +188,7 @@ def test_the_prompt_of_the_processor_replaces_an_empty_one(make, text):
 
 @pytest.mark.parametrize("images, prompts", [(3, 2), (1, 2)])
 def test_a_wrong_number_of_prompts_is_refused(make, images, prompts):
-    with pytest.raises(ValueError, match=f"{images} images.*{prompts} prompts"):
+    with pytest.raises(ValueError, match=f"{images} inputs.*{prompts} prompts"):
         make("words")([tiny.picture()] * images, ["a star"] * prompts)
 
 
@@ -309,5 +309,5 @@ def test_what_the_tokenizer_was_asked_for_is_returned():
 
 
 def test_a_call_without_images_and_text_is_refused():
-    with pytest.raises(ValueError, match="nothing to process: pass `images`, `text` or both"):
+    with pytest.raises(ValueError, match="nothing to process: pass `images` or `image_embeds`, `text` or both"):
         tiny.processor("a photo of")()
