@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, vision_config_of
@@ -246,6 +246,8 @@ class QFormerCaptionerConfig(PreTrainedConfig):
             # A copy, because transformers resets the attention implementation of the parts of a configuration. Models
             # that the caller built would lose theirs, and attend to padding.
             setattr(self, name, copy.deepcopy(getattr(self, name)))
+        for name in ("vision_config", "text_config"):
+            check_model_type(name, getattr(self, name))
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
         self.vision_config = vision_config_of(self.vision_config)
         self.qformer_config.encoder_hidden_size = image_feature_size(self.vision_config)
@@ -288,6 +290,19 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         """Take over the special tokens of decoding defaults, so that they outlive a new `GenerationConfig`."""
         for name, value in special_tokens_of(generation_config).items():
             setattr(self, name, value)
+
+
+def check_model_type(name: str, config: Any) -> None:
+    """Check that transformers has the type of model that a dictionary names. Its own error lists hundreds of types.
+
+    Raises:
+        ValueError: if it does not; the message names the nearest type.
+    """
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(str(model_type), CONFIG_MAPPING, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "check the name, or update transformers."
+        raise ValueError(f"transformers has no model of the type {str(model_type)[:100]!r} (`{name}`): {hint}")
 
 
 def special_tokens_of(config: PreTrainedConfig | GenerationConfig) -> dict[str, int | list[int]]:

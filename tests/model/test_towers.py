@@ -98,6 +98,12 @@ def test_an_encoder_that_cannot_serve_is_refused_by_name(name):
     assert len(str(caught.value)) <= 500
 
 
+@pytest.mark.parametrize("part", ["vision_config", "text_config"])
+def test_an_unknown_type_of_model_is_named(part):
+    with pytest.raises(ValueError, match=rf"no model of the type 'convnet' \(`{part}`\): did you mean 'convnext'\?"):
+        QFormerCaptionerConfig(**{part: {"model_type": "convnet"}})
+
+
 # --- Other sizes, dtypes and modes ------------------------------------------------------------------------------------
 
 KINDS = ["vit", "swin", "convnext", "resnet", "sam_vision_model", "sam2_vision_model", "pixtral", "videomae"]
