@@ -1113,7 +1113,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             prompt (`str` or list of `str`, *optional*): text that the caption continues; defaults to the processor's.
             image_embeds (*optional*): features in place of images: of one row (`[N, Dv]`), or of several in a list,
                 whose N may differ, or in a batch `[B, N, Dv]`.
-            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features: 1 for a feature, 0 for padding.
+            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features, or of those that the vision
+                encoder returns for images: 0 for features that the Q-Former ignores.
             generation: options of `generate`, such as `num_beams=5`.
 
         Returns:

@@ -203,7 +203,7 @@ def prepare_features(
     """Return features as a batch: `image_embeds` `[B, N, Dv]` and, with padding, `image_attention_mask` `[B, N]`.
 
     Args:
-        image_embeds: one row `[N, Dv]`, a list of rows, or a batch `[B, N, Dv]`.
+        image_embeds: one row `[N, Dv]`, a list of rows, or a batch `[B, N, Dv]`, of videos `[B, F, N, Dv]`.
         image_attention_mask: mask of a batch.
         return_tensors: type of the result.
 
@@ -212,9 +212,10 @@ def prepare_features(
         ValueError: if the features or their mask have another shape.
     """
     ndim = image_embeds.ndim if isinstance(image_embeds, torch.Tensor | np.ndarray) else None
-    if ndim == 3 and image_attention_mask is not None:
-        features = torch.as_tensor(image_embeds)
-        batch = {"image_embeds": features, "image_attention_mask": feature_mask(features, image_attention_mask)}
+    if ndim in (3, 4):
+        batch = {"image_embeds": torch.as_tensor(image_embeds)}
+        if image_attention_mask is not None:
+            batch["image_attention_mask"] = feature_mask(batch["image_embeds"], image_attention_mask)
     elif image_attention_mask is None:
         batch = pad_features([image_embeds] if ndim == 2 else list(image_embeds))
     else:
@@ -420,7 +421,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
                 prompt is replaced by the prompt of the processor.
             image_embeds (*optional*): features in place of images: of one row (`[N, Dv]`), or of several in a list,
                 whose N may differ, or in a batch `[B, N, Dv]`.
-            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features: 1 for a feature, 0 for padding.
+            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features, or of those that the vision
+                encoder returns for images: 0 for features that the Q-Former ignores.
             kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer, such as
                 `max_length=20` with `truncation=True`. A tokenizer of the Q-Former gets the same options, but pads on
                 the right. `images_kwargs` and `text_kwargs` hold options of one of them. `num_frames` replaces that of
@@ -466,6 +468,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         )
         if videos:
             batch.update(self._prepare(videos, {"return_tensors": return_tensors, **options["images_kwargs"]}))
+            if image_attention_mask is not None:  # of the features that the vision encoder will return
+                batch["image_attention_mask"] = torch.as_tensor(image_attention_mask)
         elif image_embeds is not None:
             batch.update(prepare_features(image_embeds, image_attention_mask, return_tensors))
         prompts = self._prompts_for(text, len(batch["image_embeds"]) if image_embeds is not None else len(videos))

@@ -193,8 +193,8 @@ def pad_features(rows: Sequence[Any]) -> dict[str, torch.Tensor]:
     if len(set(widths)) > 1:
         other = next(number for number, width in enumerate(widths) if width != widths[0])
         raise ValueError(
-            f"The rows of features (`image_embeds`) differ in width: row 0 has {widths[0]} numbers in each feature, and "
-            f"row {other} has {widths[other]}. Use features of one encoder."
+            f"The rows of features (`image_embeds`) differ in width: row 0 has {widths[0]} numbers in each feature, "
+            f"and row {other} has {widths[other]}. Use features of one encoder."
         )
     lengths = torch.tensor([len(row) for row in tensors])
     features = nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -98,6 +98,19 @@ def test_rows_of_features_are_captioned_as_single_rows_are():
     features = {name: batch[name] for name in ("image_embeds", "image_attention_mask")}
     assert model.caption(**features, prompt=prompts, max_new_tokens=4) == expected
     assert "image_attention_mask" not in model.processor(image_embeds=rows[:1])
+
+
+def test_a_mask_of_the_features_of_an_image_reaches_the_model():
+    """The features that it hides are those of the bottom of the image, so a caption may not depend on them."""
+    model, mask = tiny.captioner(), torch.tensor([[1, 1, 0, 0, 0]])
+    image = tiny.picture()
+    inputs = model.processor(image, image_attention_mask=mask)
+    features = model.encode_images(inputs["pixel_values"]).last_hidden_state[:, :2]
+    torch.testing.assert_close(model(**inputs).logits, model(image_embeds=features).logits)
+    with pytest.raises(ValueError, match=r"has the shape \[1, 4\], but the features need \[1, 5\]"):
+        model.caption(image, image_attention_mask=mask[:, :4])
+    video = torch.randn(2, 1, 4, tiny.VISION_WIDTH)  # of one frame each
+    assert len(model.caption(image_embeds=video, max_new_tokens=2)) == 2
     assert model.caption(image_embeds=[]) == []
     with pytest.raises(ValueError, match="nothing to caption: pass `images`, or features"):
         model.caption()
