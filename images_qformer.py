@@ -468,8 +468,8 @@ def flatten_images(images: Any) -> list[ImageInput | list[ImageInput]]:
         own = flatten_images(entry)
         if not own:
             raise ValueError(
-                f"A captioner reads an image or the frames of a video, but conversation {number} has 0: give each "
-                "conversation an image."
+                f"A captioner reads an image or the frames of a video, but entry {number} of the images has 0: "
+                "give each entry an image."
             )
         if len(own) > 1 and any(isinstance(frame, list) for frame in own):
             raise ValueError(

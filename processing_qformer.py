@@ -490,8 +490,8 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             frames = entry if isinstance(entry, list) else [entry]
             if len(frames) > 1 and num_frames == 1:
                 raise ValueError(
-                    f"This captioner reads one image for each prompt, but conversation {number} has {len(frames)}: "
-                    "give it one image, or train a captioner of videos with `num_frames` above 1."
+                    f"This captioner reads one image for each prompt, but entry {number} of the images has "
+                    f"{len(frames)}: give it one image, or train a captioner of videos with `num_frames` above 1."
                 )
             videos.append(sample_frames(frames, num_frames))
         return videos

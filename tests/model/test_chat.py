@@ -60,7 +60,7 @@ def test_a_conversation_of_a_batch_needs_exactly_one_image(number):
     """The images of the other conversations would move to its prompt."""
     image = {"type": "image", "image": tiny.picture()}
     chats = [[user(image, text("a star"))], [user(*[image] * number, text("two"))]]
-    with pytest.raises(ValueError, match=f"conversation 2 has {number}"):
+    with pytest.raises(ValueError, match=f"entry 2 of the images has {number}"):
         tiny.processor().apply_chat_template(chats, tokenize=True, return_dict=True)
 
 
