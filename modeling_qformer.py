@@ -422,8 +422,12 @@ class QFormerModel(PreTrainedModel):
         the given images.
 
         Args:
-            encoder_hidden_states (`[B, N, Dv]`, float): features of a few hundred images.
-            encoder_attention_mask (`[B, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+            encoder_hidden_states (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): features of a few hundred
+                images or videos.
+            encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds other values.
 
         Example:
 

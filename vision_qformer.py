@@ -220,9 +220,17 @@ def check_is_finite(image_embeds: torch.Tensor, mask: torch.Tensor | None = None
 
 
 def mean_features(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the mean of the features of each row, without padding: `[B, ..., Dv]` -> `[B, Dv]` in float32."""
-    features = features.float().reshape(len(features), -1, features.shape[-1])  # [B, N, Dv]
+    """Return the mean of the features of each row, without padding: `[B, ..., Dv]` -> `[B, Dv]` in float32.
+
+    Args:
+        features (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos): the features.
+        mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+
+    Raises:
+        ValueError: if the mask has another shape, or holds other values.
+    """
+    rows = features.float().reshape(len(features), -1, features.shape[-1])  # [B, N, Dv]
     if mask is None:
-        return features.mean(dim=1)
-    weights = mask.reshape(len(mask), -1, 1).float()
-    return (features * weights).sum(dim=1) / weights.sum(dim=1)
+        return rows.mean(dim=1)
+    real = feature_mask(features, mask).reshape(len(rows), -1, 1)
+    return rows.masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)  # a weight of 0 does not remove a NaN

@@ -21,9 +21,7 @@ def rows_of_features(*shape: int) -> list[torch.Tensor]:
     return [torch.randn(length, *shape, tiny.VISION_WIDTH, generator=generator) for length in LENGTHS]
 
 
-def padded(
-    rows: list[torch.Tensor], side: str = "right", value: float = torch.nan
-) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: list[torch.Tensor], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows in one batch, padded with values that would spoil the result, and their mask."""
     features = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan, padding_side=side)
     ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
@@ -161,6 +159,19 @@ def test_the_length_of_a_soft_prompt_is_that_of_windows_with_features():
     features, mask = torch.ones(1, 60, tiny.VISION_WIDTH), torch.arange(60)[None] < 40
     with pytest.raises(ValueError, match="at most 64 tokens, but there are 60 queries, a prompt of 4 and a caption"):
         model.generate(image_embeds=features, image_attention_mask=mask, input_ids=torch.full((1, 4), 5))
+
+
+def test_normalisation_ignores_padding():
+    rows, (features, mask) = rows_of_features(), padded(rows_of_features())
+    means = torch.stack([row.mean(dim=0) for row in rows])
+    torch.manual_seed(0)
+    expected, model = tiny.captioner().qformer, tiny.captioner().qformer
+    model.load_state_dict(expected.state_dict())
+    expected.normalize_image_features(means[:, None])
+    model.normalize_image_features(features, mask)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    with pytest.raises(ValueError, match=r"has the shape \[3, 1\], but the features need \[3, 12\]"):
+        model.normalize_image_features(features, mask[:, :1])
 
 
 def test_the_number_of_prompts_is_checked():
