@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,8 @@ from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.conversations import is_conversation, rounds_of
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource, ShuffledImages
+from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
+from qformer_captioner.data.features import SplitFeatures
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.data.streaming import CaptionStream
 from qformer_captioner.training.data_setup import hold_out
@@ -197,22 +200,11 @@ def test_a_stream_of_conversations_has_a_row_for_each_round(images):
     ]
 
 
-class FeaturesOfRows(list):
-    """Stand-in for precomputed features."""
-
-    views = 1
-
-    @property
-    def present(self):
-        return [True] * len(self)
-
-    def check_rows(self, rows, column):
-        assert len(rows) == len(self)
-
-
-def test_the_rounds_of_a_conversation_share_the_features_of_their_image(images):
+def test_the_rounds_of_a_conversation_share_the_features_of_their_image(images, tmp_path):
+    layout = SplitLayout(tmp_path / "train", rows=2, rows_per_shard=2, views=1, shape=(3, 4), dtype="float32")
+    layout.write(0, [FeatureBatch(np.ones((6, 4), np.float32), np.full((2, 1), 3), [])])
     rows = datasets.Dataset.from_dict({"image": images[:2], "conversations": [llava(WHAT, WHERE), llava(WHAT)]})
-    data = CaptionDataset(CaptionSource("train", rows), SkippedRows(), features=FeaturesOfRows("ab"))
+    data = CaptionDataset(CaptionSource("train", rows), SkippedRows(), features=SplitFeatures(layout, {}))
     read = [data[index] for index in range(3)]
     assert [(row["image_embeds"].row, row["prompt"]) for row in read] == [
         (0, "What is it?"),
