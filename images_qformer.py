@@ -482,6 +482,9 @@ def flatten_images(images: Any) -> list[ImageInput | list[ImageInput]]:
 def sample_frames(frames: Sequence[Frame], num_frames: int) -> list[Frame]:
     """Return the frames of a video, or `num_frames` of a longer one: the first, the last, and evenly between them.
 
+    Raises:
+        ValueError: if `num_frames` is less than 1.
+
     Example:
 
     ```python
@@ -489,6 +492,8 @@ def sample_frames(frames: Sequence[Frame], num_frames: int) -> list[Frame]:
     (['a', 'c', 'e', 'g'], ['a', 'b'])
     ```
     """
+    if num_frames < 1:
+        raise ValueError(f"`num_frames` must be at least 1, got {num_frames}.")
     if len(frames) <= num_frames:
         return list(frames)
     step = (len(frames) - 1) / max(1, num_frames - 1)

@@ -92,7 +92,7 @@ def stretch_videos(
         num_frames: number of frames of each result, at least F.
 
     Raises:
-        ValueError: if the mask does not have the shape `[B, F]`.
+        ValueError: if the mask does not have the shape `[B, F]`, or holds other values than 0 and 1.
     """
     shape = pixel_values.shape[:2]
     if frame_attention_mask is None:
@@ -104,7 +104,7 @@ def stretch_videos(
             f"`frame_attention_mask` has the shape {list(frame_attention_mask.shape)}, but must have one entry for "
             f"each frame: {list(shape)}."
         )
-    mask = frame_attention_mask.to(pixel_values.device).int()
+    mask = bool_mask("`frame_attention_mask`", frame_attention_mask, pixel_values.device).int()
     real_first = mask.argsort(dim=1, descending=True, stable=True)
     last = mask.sum(dim=1, keepdim=True).clamp(min=1) - 1
     places = torch.arange(num_frames, device=mask.device) * last / max(1, num_frames - 1)  # [B, num_frames]
@@ -116,7 +116,8 @@ def mask_frames(output: VisionFeaturesOutput, frame_attention_mask: torch.Tensor
     """Mask the features `[B, F, N, Dv]` of the frames that are padding.
 
     Raises:
-        ValueError: if the mask of frames does not have the shape `[B, F]`, or there are no frames.
+        ValueError: if the mask of frames does not have the shape `[B, F]`, holds other values than 0 and 1, or there
+            are no frames.
     """
     features, mask = output.last_hidden_state, output.attention_mask
     if features.ndim != 4 or frame_attention_mask.shape != features.shape[:2]:
@@ -124,7 +125,8 @@ def mask_frames(output: VisionFeaturesOutput, frame_attention_mask: torch.Tensor
             f"`frame_attention_mask` has the shape {list(frame_attention_mask.shape)}, but must have one entry for "
             f"each frame: the features have the shape {list(features.shape)}, which is [B, F, N, D] for videos."
         )
-    of_frames = frame_attention_mask.bool()[:, :, None].expand(features.shape[:3])
+    of_frames = bool_mask("`frame_attention_mask`", frame_attention_mask, features.device)
+    of_frames = of_frames[:, :, None].expand(features.shape[:3])
     return VisionFeaturesOutput(**{**output, "attention_mask": of_frames if mask is None else mask & of_frames})
 
 
@@ -144,12 +146,25 @@ def feature_mask(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             f"The mask of the features (`image_attention_mask` of a captioner) has the shape {list(mask.shape)}, "
             f"but the features need {list(features.shape[:-1])}: 1 for each feature, 0 for padding."
         )
+    return bool_mask("The mask of the features (`image_attention_mask` of a captioner)", mask, features.device)
+
+
+def bool_mask(name: str, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a mask as bool on a device.
+
+    Args:
+        name: what messages call the mask.
+        mask: 1 or `True` for what is real, 0 or `False` for padding.
+        device: the device.
+
+    Raises:
+        ValueError: if the mask holds other values.
+    """
     if mask.dtype != torch.bool and not is_tracing(mask) and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
-            "The mask of the features (`image_attention_mask` of a captioner) holds other values than 1 for a feature "
-            "and 0 for padding. It is not added to attention scores."
+            f"{name} holds other values than 1 for what is real and 0 for padding. It is not added to attention scores."
         )
-    return mask.bool()
+    return mask.to(device).bool()
 
 
 def pad_features(rows: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -142,9 +142,26 @@ def test_videos_of_different_lengths_equal_single_ones(fields):
             ),
             r"has the shape \[2, 1, 5\], but the features need \[2, 3, 5\]",
         ),
+        (
+            dict(
+                image_embeds=torch.ones(2, 3, 5, tiny.VISION_WIDTH), frame_attention_mask=torch.full((2, 3), -torch.inf)
+            ),
+            "`frame_attention_mask` holds other values than 1",
+        ),
         (dict(image_embeds=None, pixel_values=torch.ones(2, 0, 3, 32, 32)), "There are no images or frames in"),
     ],
-    ids=["shape", "additive", "empty row", "no features", "NaN", "frames", "mask of frames", "two masks", "no frames"],
+    ids=[
+        "shape",
+        "additive",
+        "empty row",
+        "no features",
+        "NaN",
+        "frames",
+        "mask of frames",
+        "two masks",
+        "additive frames",
+        "no frames",
+    ],
 )
 def test_wrong_features_are_named(inputs, message):
     model = tiny.captioner()

@@ -72,8 +72,9 @@ def test_videos_and_images_have_the_same_captions_in_a_batch_and_alone(model):
         ([frames(0, 1), []], 4, "entry 2 of the images has 0"),
         ([[frames(0, 1), frames(1)], frames(2)], 4, "Entry 1 of the images holds 2 lists"),
         ([[*frames(0), *frames(1, size=(9, 9))]], 4, "different sizes, such as 40 x 50 and 9 x 9"),
+        ([frames(0, 1)], 0, "`num_frames` must be at least 1, got 0"),
     ],
-    ids=["image", "empty", "nested", "sizes"],
+    ids=["image", "empty", "nested", "sizes", "number"],
 )
 def test_wrong_videos_are_named(images, num_frames, message):
     processor = tiny.processor()
@@ -110,6 +111,8 @@ def test_an_encoder_of_videos_reads_short_videos_with_repeated_frames():
         torch.testing.assert_close(alone[0], soft_prompt)
     with pytest.raises(ValueError, match=r"has the shape \[3, 3\], but must have one entry for each frame: \[3, 4\]"):
         model.get_soft_prompt(batch["pixel_values"], frame_attention_mask=torch.ones(3, 3))
+    with pytest.raises(ValueError, match="`frame_attention_mask` holds other values than 1"):
+        model.get_soft_prompt(batch["pixel_values"], frame_attention_mask=torch.full((3, 4), -torch.inf))
 
 
 def test_a_processor_of_images_of_any_shape_is_refused_for_videos():
