@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, vision_config_of
+from .encoders_qformer import PrecomputedFeaturesConfig, image_feature_size, reads_videos, vision_config_of
 
 SPECIAL_TOKENS = (
     "bos_token_id",
@@ -251,6 +251,8 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)  # turns dictionaries into configurations
         self.vision_config = vision_config_of(self.vision_config)
         self.qformer_config.encoder_hidden_size = image_feature_size(self.vision_config)
+        if reads_videos(self.vision_config):
+            self.qformer_config.num_frames = 1  # the encoder returns one sequence for all frames, which it tells apart
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
         for name in SPECIAL_TOKENS:  # the Trainer pads gathered captions with `pad_token_id`
             if getattr(self, name) is None:

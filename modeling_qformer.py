@@ -86,6 +86,7 @@ from .layers_qformer import (
 from .processing_qformer import QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
 from .vision_qformer import (
+    VISION_INPUTS,
     VisionFeaturesOutput,
     check_is_finite,
     encode_images,
@@ -696,6 +697,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             vision_outputs = self.encode_images(pixel_values, frame_attention_mask=frame_attention_mask, **kwargs)
         else:
             assert image_embeds is not None
+            if ignored := [name for name in VISION_INPUTS if kwargs.get(name) is not None]:
+                raise ValueError(f"`{ignored[0]}` belongs to `pixel_values`: leave it out beside `image_embeds`.")
             vision_outputs = VisionFeaturesOutput(last_hidden_state=image_embeds)
             if frame_attention_mask is not None:
                 vision_outputs = mask_frames(vision_outputs, frame_attention_mask)

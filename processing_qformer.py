@@ -178,7 +178,7 @@ def prepare_videos(
             f"A {type(image_processor).__name__} prepares each image in its own shape ({others[0]!r}), which videos "
             "cannot have: use a vision encoder of images of one size, such as CLIP or SigLIP."
         )
-    prepared = [torch.as_tensor(image) for image in outputs["pixel_values"]]
+    prepared = [torch.as_tensor(np.asarray(image)) for image in outputs["pixel_values"]]
     if prepared[0].ndim == 4:  # VideoMAE's makes one video of all frames
         prepared = list(prepared[0])
     if len({image.shape for image in prepared}) > 1:

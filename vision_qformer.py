@@ -55,11 +55,16 @@ def encode_images(
 
     Raises:
         ValueError: if the encoder does not read one of the `VISION_INPUTS`, or returns no sequence of features. Also if
-            the mask of frames does not have the shape `[B, F]`, or there are no images.
+            the mask of frames does not have the shape `[B, F]`, or the images do not have their shape.
     """
     frame_attention_mask = kwargs.pop("frame_attention_mask", None)
     if pixel_values.numel() == 0:
         raise ValueError(f"There are no images or frames in `pixel_values`, whose shape is {list(pixel_values.shape)}.")
+    if pixel_values.ndim not in (4, 5) and kwargs.get("spatial_shapes") is None:  # NaFlex gets patches [B, N, P]
+        raise ValueError(
+            "`pixel_values` must have the shape [B, 3, H, W], or [B, F, 3, H, W] for videos, not "
+            f"{list(pixel_values.shape)}: `model.processor(images=...)` prepares them."
+        )
     is_video = pixel_values.ndim == 5 and not reads_videos(vision_model.config)
     if pixel_values.ndim == 5 and not is_video:
         number = max(num_frames_of(vision_model.config) or 1, pixel_values.shape[1])
@@ -92,7 +97,8 @@ def stretch_videos(
         num_frames: number of frames of each result, at least F.
 
     Raises:
-        ValueError: if the mask does not have the shape `[B, F]`, or holds other values than 0 and 1.
+        ValueError: if the mask does not have the shape `[B, F]`, holds other values than 0 and 1, or leaves a video
+            without frames.
     """
     shape = pixel_values.shape[:2]
     if frame_attention_mask is None:
@@ -106,7 +112,11 @@ def stretch_videos(
         )
     mask = bool_mask("`frame_attention_mask`", frame_attention_mask, pixel_values.device).int()
     real_first = mask.argsort(dim=1, descending=True, stable=True)
-    last = mask.sum(dim=1, keepdim=True).clamp(min=1) - 1
+    last = mask.sum(dim=1, keepdim=True) - 1
+    if not is_tracing(mask) and (last < 0).any():
+        raise ValueError(
+            f"Video {int(last.argmin())} of the batch has no frames: its mask is 0 everywhere. Leave it out."
+        )
     places = torch.arange(num_frames, device=mask.device) * last / max(1, num_frames - 1)  # [B, num_frames]
     chosen = real_first.gather(1, places.round().long())
     return pixel_values[torch.arange(len(mask), device=mask.device)[:, None], chosen]

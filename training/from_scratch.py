@@ -83,10 +83,11 @@ def build_from_scratch(
     if text.is_encoder_decoder:
         text.decoder_start_token_id = tokenizer.pad_token_id
     reads_features = vision_config.get("model_type") == PrecomputedFeaturesConfig.model_type
+    qformer = QFormerConfig.from_fields(**qformer_config)
     config = QFormerCaptionerConfig(
         vision_config=vision_config if reads_features else AutoConfig.for_model(**vision_config),
         text_config=text,
-        qformer_config=QFormerConfig.from_fields(**qformer_config),
+        qformer_config=qformer,
     )
     model = QFormerCaptioner(config)
     image_processor = ViTImageProcessorPil()
@@ -101,6 +102,6 @@ def build_from_scratch(
         tokenizer,
         prompt=prompt,
         is_encoder_decoder=text.is_encoder_decoder,
-        num_frames=num_frames_of(model.vision_model.config) or model.qformer.config.num_frames,
+        num_frames=num_frames_of(model.vision_model.config) or qformer.num_frames,
     )
     return model

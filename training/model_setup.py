@@ -13,7 +13,7 @@ from ..common.onednn import onednn_linears
 from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerConfig
 from ..data.collator import CaptionCollator
 from ..data.feature_store import FeatureStore
-from ..encoders_qformer import num_frames_of
+from ..encoders_qformer import num_frames_of, reads_videos
 from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
@@ -101,8 +101,9 @@ def set_num_frames(model: QFormerCaptioner, processor: QFormerCaptionerProcessor
     """
     if args.num_frames is None:
         return
-    known = num_frames_of(model.vision_model.config) or model.qformer.config.num_frames
-    if args.num_frames > known:
+    vision_config = model.vision_model.config
+    known = num_frames_of(vision_config) if reads_videos(vision_config) else model.qformer.config.num_frames
+    if known is not None and args.num_frames > known:
         raise InputError(
             f"The captioner tells {known} frames apart, fewer than --num_frames {args.num_frames}: give a smaller "
             "number, or train a new captioner."

@@ -149,6 +149,11 @@ def test_videos_of_different_lengths_equal_single_ones(fields):
             "`frame_attention_mask` holds other values than 1",
         ),
         (dict(image_embeds=None, pixel_values=torch.ones(2, 0, 3, 32, 32)), "There are no images or frames in"),
+        (
+            dict(image_embeds=None, pixel_values=torch.ones(3, 32, 32)),
+            r"for videos, not \[3, 32, 32\]",
+        ),
+        (dict(image_sizes=torch.ones(2, 2)), "`image_sizes` belongs to `pixel_values`"),
     ],
     ids=[
         "shape",
@@ -161,6 +166,8 @@ def test_videos_of_different_lengths_equal_single_ones(fields):
         "two masks",
         "additive frames",
         "no frames",
+        "one image",
+        "sizes beside features",
     ],
 )
 def test_wrong_features_are_named(inputs, message):

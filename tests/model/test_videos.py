@@ -8,6 +8,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
 from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerCaptionerProcessor
+from qformer_captioner.training.from_scratch import build_from_scratch
 
 from ..fixtures import tiny
 
@@ -119,3 +120,12 @@ def test_a_processor_of_images_of_any_shape_is_refused_for_videos():
     processor = QFormerCaptionerProcessor(Siglip2ImageProcessorPil(patch_size=8), tiny.tokenizer(), num_frames=4)
     with pytest.raises(ValueError, match="Siglip2ImageProcessorPil prepares each image in its own shape"):
         processor([frames(0, 1)])
+
+
+def test_an_encoder_of_videos_needs_no_embeddings_of_frames():
+    """It tells frames apart itself, and returns one sequence for all of them. The processor knows their number."""
+    vision = dict(model_type="vivit", hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    vision |= dict(image_size=32, tubelet_size=[2, 16, 16], num_frames=4)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = build_from_scratch(vision, dict(model_type="llama", **sizes), dict(sizes, num_frames=4), ["a dog"])
+    assert model.qformer.config.num_frames == 1 and model.processor.num_frames == 4
