@@ -61,6 +61,7 @@ from .encoders_qformer import (
     vision_config_of,
     vision_model_from_config,
 )
+from .features_qformer import check_is_finite, feature_mask, mean_features
 from .generation_qformer import (
     MAX_NEW_TOKENS,
     check_generation_options,
@@ -85,16 +86,7 @@ from .layers_qformer import (
 )
 from .processing_qformer import QFormerCaptionerProcessor
 from .saving_qformer import QFormerCaptionerPreTrainedModel
-from .vision_qformer import (
-    VISION_INPUTS,
-    VisionFeaturesOutput,
-    check_is_finite,
-    encode_images,
-    feature_mask,
-    mask_frames,
-    mean_features,
-    split_vision_inputs,
-)
+from .vision_qformer import VISION_INPUTS, VisionFeaturesOutput, encode_images, mask_frames, split_vision_inputs
 
 logger = logging.get_logger(__name__)
 

@@ -31,8 +31,8 @@ from transformers.utils import PROCESSOR_NAME, PushToHubMixin
 from transformers.utils.hub import cached_file
 
 from .encoders_qformer import ENCODER_INPUTS
+from .features_qformer import feature_mask, pad_features
 from .images_qformer import ImageInput, are_floats, flatten_images, open_image, sample_frames
-from .vision_qformer import feature_mask, pad_features
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")

@@ -14,10 +14,11 @@ from ..configuration_qformer import PrecomputedFeaturesConfig, QFormerConfig
 from ..data.collator import CaptionCollator
 from ..data.feature_store import FeatureStore
 from ..encoders_qformer import num_frames_of, reads_videos
+from ..features_qformer import mean_features
 from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..modeling_qformer import QFormerCaptioner
 from ..processing_qformer import QFormerCaptionerProcessor
-from ..vision_qformer import mean_features, split_vision_inputs
+from ..vision_qformer import split_vision_inputs
 from .arguments import ModelArguments
 from .data_setup import TrainingData
 from .from_scratch import build_from_scratch

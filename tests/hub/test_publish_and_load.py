@@ -349,6 +349,7 @@ PICTURES = {"captions.png", "loss_curve.png"}
                 "adapter_config.json",
                 "adapter_model.safetensors",
                 "encoders_qformer.py",
+                "features_qformer.py",
                 "images_qformer.py",
                 "processing_qformer.py",
             },

@@ -215,7 +215,7 @@ def test_an_image_in_a_chat_message_has_the_same_pixels(messages):
     ("value", "kind"),
     [
         (5, "'int'"),
-        (None, "'NoneType'"),
+        ([None], "'NoneType'"),
         (float("nan"), "'float'"),
         (io.StringIO("text"), "'StringIO'"),
         ({"array": [0.0], "sampling_rate": 8000}, r"'dict' with the keys \['array', 'sampling_rate'\]"),
