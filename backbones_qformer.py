@@ -32,7 +32,7 @@ from .encoders_qformer import (
     vision_config_of,
     vision_model_from_config,
 )
-from .weights_qformer import forget_tie, open_weights, read_weights, weight_files
+from .weights_qformer import forget_tie, read_shapes, read_weights
 
 BACKBONES = ("vision_model", "language_model")
 CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers whose backbones have the same two names
@@ -193,8 +193,7 @@ def prefix_of_encoder(
         own = model_class._from_config(config).state_dict()
     # Only a vision encoder has convolutions. Its layers may have the names of those of the language model.
     anchor = next((name for name, weight in own.items() if weight.ndim > 3), next(iter(own)))
-    files = [open_weights(file) for file in weight_files(name_or_path, **download)]
-    names = {name for file in files for name in file.keys()}  # noqa: SIM118
+    names = read_shapes(name_or_path, **download)
     prefixes = [name.removesuffix(f".{anchor}") for name in names if name.endswith(f".{anchor}")]
     if not prefixes:
         return model_class.base_model_prefix

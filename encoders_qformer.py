@@ -1,4 +1,4 @@
-"""What differs among vision encoders: their classes, the widths of their features, their inputs and outputs.
+"""Differences among vision encoders: their class, their inputs, their outputs, and the width of their features.
 
 Encoders of transformers and timm return tokens `[B, N, Dv]`, feature maps `[B, Dv, H, W]` or `[B, H, W, Dv]`, or the
 patches of all images in one row. [`run_encoder`] returns features `[B, N, Dv]` of each. [`image_feature_size`] returns

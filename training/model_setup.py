@@ -204,8 +204,12 @@ def qformer_options(args: ModelArguments) -> dict[str, Any]:
 
 def qformer_fields(args: ModelArguments) -> dict[str, Any]:
     """Return the fields of a new Q-Former that the options set."""
-    fields = {} if args.num_frames is None else {"num_frames": args.num_frames}
-    return {**fields, **parse_config(args.qformer_config, "qformer_config")}
+    fields = parse_config(args.qformer_config, "qformer_config")
+    if "num_frames" in fields:
+        raise InputError(
+            "Set the number of frames with --num_frames instead of --qformer_config, because the data needs it, too."
+        )
+    return fields if args.num_frames is None else {**fields, "num_frames": args.num_frames}
 
 
 def load_existing(name: str, load_vision_model: bool) -> QFormerCaptioner:

@@ -300,6 +300,7 @@ NO_FOLDER = {"dataset_name": "/no/such/folder", "metric_for_best_model": "cider"
         (NO_FOLDER, [], "'/no/such/folder' cannot be loaded"),
         ({"vision_config": None}, [], "Say which captioner to train"),
         ({"qformer_config": {"num_query_token": 3}}, [], "num_query_token"),
+        ({"qformer_config": {"num_frames": 4}}, [], "Set the number of frames with --num_frames"),
         ({"prompt": "word " * 3000}, [], "The language model accepts at most 2048 tokens"),
         ({}, ["--recipe", "no_such_recipe"], "There is no recipe 'no_such_recipe'"),
         ({}, ["--label_smoothing_factor", "0.1"], "--label_smoothing_factor does not work here"),
