@@ -27,10 +27,10 @@ from qformer_captioner.common.machine_faults import explain_faults
 from qformer_captioner.common.option_parser import OptionParser, asks_for_help
 from qformer_captioner.common.recipes import read_recipes, recipes_of
 from qformer_captioner.training.arguments import (
-    CaptionTrainingOptions,
     DataArguments,
     ModelArguments,
     RunArguments,
+    TrainingOptions,
 )
 
 # torch, the Trainer and the steps of a run are imported after the options are parsed, so that `--help` is quick.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qformer_captioner.modeling_qformer import QFormerCaptioner
     from qformer_captioner.training.run import TrainingRun
     from qformer_captioner.training.trainer import CaptionTrainer
-    from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+    from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 logger = get_logger(__name__)
 
@@ -103,7 +103,7 @@ def train(argv: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, "CaptionTrainingArguments"]:
+def parse_options(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, "QFormerTrainingArguments"]:
     """Return the options of a command line and of the recipes that it names.
 
     Args:
@@ -124,15 +124,15 @@ def expand_recipes(argv: list[str]) -> tuple[OptionParser, list[str]]:
     if not argv or not argv[0].startswith("-"):
         argv = ["--recipe", *(argv or ["scenes"])]
     if asks_for_help(argv):
-        return option_parser(CaptionTrainingOptions), ["--help"]
-    from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+        return option_parser(TrainingOptions), ["--help"]
+    from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
-    parser = option_parser(CaptionTrainingArguments)
+    parser = option_parser(QFormerTrainingArguments)
     return parser, [*read_recipes(recipes_of(argv), parser), *argv]
 
 
-def option_parser(training_options: type[CaptionTrainingOptions]) -> OptionParser:
-    """Return the parser of this package's options and, through `CaptionTrainingArguments`, of the Trainer's."""
+def option_parser(training_options: type[TrainingOptions]) -> OptionParser:
+    """Return the parser of this package's options and, through `QFormerTrainingArguments`, of the Trainer's."""
     return OptionParser((ModelArguments, DataArguments, RunArguments, training_options), __doc__, help_all=True)
 
 

@@ -6,9 +6,9 @@ arguments need a slow import themselves, so `--help` shows only the options of t
 ```python
 def parse_options(words: list[str]) -> tuple:
     if asks_for_help(words):
-        training_options = CaptionTrainingOptions # without importing torch
+        training_options = TrainingOptions # without importing torch
     else:
-        from qformer_captioner.training.training_arguments import CaptionTrainingArguments as training_options
+        from qformer_captioner.training.training_arguments import QFormerTrainingArguments as training_options
     return OptionParser((ModelArguments, training_options), __doc__, help_all=True).parse(words)
 ```
 """

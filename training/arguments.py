@@ -10,18 +10,40 @@ from ..common.arguments import option
 
 
 @dataclass
-class ModelArguments:
-    """Options of the model: an existing captioner, pretrained backbones, or a model from scratch."""
+class SharedModelOptions:
+    """Options of the model that every objective reads."""
 
-    model_name_or_path: str | None = option(None, "Captioner to continue training, as a Hub id or folder.", "model")
+    model_name_or_path: str | None = option(None, "Model to continue training, as a Hub id or folder.", "model")
     vision_model_name_or_path: str | None = option(None, "Pretrained vision encoder, as a Hub id or folder.", "model")
     vision_model_revision: str | None = option(None, "Branch, tag or commit of the vision encoder on the Hub.", "model")
+    vision_config: str | None = option(
+        None, "Configuration of a vision encoder to train from scratch, as JSON.", "model"
+    )
+    qformer_config: str | None = option(
+        None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.', "model"
+    )
+    num_frames: int | None = option(
+        None,
+        "Largest number of frames to read of a video, which is a list of images in a row. Longer videos are sampled "
+        "evenly. Default: that of the captioner, or 1 for a new one, which reads images.",
+        "model",
+    )
+    normalize_image_features_samples: int | None = option(
+        None, "Number of training images whose statistics normalise the image features of a new Q-Former.", "model"
+    )
+    freeze_vision_model: bool = option(True, "Freeze a pretrained vision encoder.", "model")
+    dtype: str = option(
+        "auto", "Dtype of pretrained backbones. auto is bfloat16 on GPUs that support it, otherwise float32.", "model"
+    )
+
+
+@dataclass
+class CaptionModelOptions:
+    """Options of the model that only captioners read."""
+
     language_model_name_or_path: str | None = option(None, "Pretrained language model, as a Hub id or folder.", "model")
     language_model_revision: str | None = option(
         None, "Branch, tag or commit of the language model on the Hub.", "model"
-    )
-    vision_config: str | None = option(
-        None, "Configuration of a vision encoder to train from scratch, as JSON.", "model"
     )
     text_config: str | None = option(None, "Configuration of a language model to train from scratch, as JSON.", "model")
     qformer_name_or_path: str | None = option(
@@ -38,26 +60,10 @@ class ModelArguments:
         "Tokenizer of a Q-Former that reads the prompt. Default: that of --qformer_name_or_path, otherwise BERT's.",
         "model",
     )
-    qformer_config: str | None = option(
-        None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.', "model"
-    )
-    num_frames: int | None = option(
-        None,
-        "Largest number of frames to read of a video, which is a list of images in a row. Longer videos are sampled "
-        "evenly. Default: that of the captioner, or 1 for a new one, which reads images.",
-        "model",
-    )
     projection_per_query: bool = option(
         False, "Give each query token its own projection into the language model. BLIP-2 has one for all.", "model"
     )
-    normalize_image_features_samples: int | None = option(
-        None, "Number of training images whose statistics normalise the image features of a new Q-Former.", "model"
-    )
-    freeze_vision_model: bool = option(True, "Freeze a pretrained vision encoder.", "model")
     freeze_language_model: bool = option(True, "Freeze a pretrained language model.", "model")
-    dtype: str = option(
-        "auto", "Dtype of pretrained backbones. auto is bfloat16 on GPUs that support it, otherwise float32.", "model"
-    )
     prompt: list[str] | None = option(
         None, "Text between image and caption. With several prompts, training draws one for each row.", "model"
     )
@@ -79,8 +85,13 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Options of the data: images and captions to train and evaluate on, and their augmentation."""
+class ModelArguments(CaptionModelOptions, SharedModelOptions):
+    """Options of the model: an existing model, pretrained backbones, or a model from scratch."""
+
+
+@dataclass
+class SharedDataOptions:
+    """Options of the data that every objective reads."""
 
     dataset_name: list[str] | None = option(
         None,
@@ -105,9 +116,6 @@ class DataArguments:
         "Column of captions, each a string or a list, for each data set or for all. a.b is the field b inside the "
         'column a. a,b are two columns of one data set. Default: "caption", or a column of conversations.',
         "data",
-    )
-    prompt_column: list[str] | None = option(
-        None, "Column of prompts, for each data set or for all. Default: all rows have the prompt of --prompt.", "data"
     )
     image_id_column: str | None = option(
         None, "Column that identifies the image. Rows with the same value become one row with all captions.", "data"
@@ -141,9 +149,6 @@ class DataArguments:
     eval_caption_column: str | None = option(
         None, "Caption column of --eval_dataset_name. Default: that of the first training data set.", "data"
     )
-    eval_prompt_column: str | None = option(
-        None, "Prompt column of --eval_dataset_name. Default: that of the first training data set.", "data"
-    )
     eval_image_folder: str | None = option(
         None, "Image folder of --eval_dataset_name. Default: that of the first training data set.", "data"
     )
@@ -176,39 +181,35 @@ class DataArguments:
 
 
 @dataclass
-class CaptionTrainingOptions:
-    """Training options of this package, and options of the Trainer with other defaults."""
+class CaptionDataOptions:
+    """Options of the data that only captioners read."""
+
+    prompt_column: list[str] | None = option(
+        None, "Column of prompts, for each data set or for all. Default: all rows have the prompt of --prompt.", "data"
+    )
+    eval_prompt_column: str | None = option(
+        None, "Prompt column of --eval_dataset_name. Default: that of the first training data set.", "data"
+    )
+
+
+@dataclass
+class DataArguments(CaptionDataOptions, SharedDataOptions):
+    """Options of the data: images and captions to train and evaluate on, and their augmentation."""
+
+
+@dataclass
+class SharedTrainingOptions:
+    """Training options that every objective reads, and options of the Trainer with other defaults."""
 
     learning_rate: float = option(1e-4, "Peak learning rate.", "objective")
     vision_model_learning_rate: float | None = option(
         None, "Peak learning rate of a trainable vision encoder. Default: --learning_rate.", "objective"
     )
-    language_model_learning_rate: float | None = option(
-        None,
-        "Peak learning rate of a trainable language model or of its LoRA adapters. Default: --learning_rate.",
-        "objective",
-    )
-    language_projection_learning_rate: float | None = option(
-        None, "Peak learning rate of the projection after the Q-Former. Default: --learning_rate.", "objective"
-    )
     lr_scheduler_type: str = option("cosine", "Learning-rate schedule, such as linear or cosine.", "objective")
     warmup_steps: float = option(0.05, "Number of warm-up steps. A value below 1 is a share of all steps.", "objective")
     weight_decay: float = option(0.05, "Weight decay of AdamW.", "objective")
-    bag_of_words_loss_weight: float = option(
-        0.0, "Weight of the bag-of-words loss, which is added to the caption loss.", "objective"
-    )
     ema_decay: float | None = option(
         None, "Decay of an exponential moving average of the weights, such as 0.999. Default: no average.", "objective"
-    )
-    generation_max_length: int | None = option(
-        30, "Largest number of tokens of a caption generated in evaluation.", "generation"
-    )
-    generation_num_beams: int | None = option(3, "Number of beams in evaluation.", "generation")
-    tokenize: str | None = option(
-        None,
-        "Tokenizer of the scores: ptb, characters, or a Hub id or folder. Default: ptb, or characters if the captions "
-        "have no spaces between words.",
-        "scoring",
     )
     eval_strategy: str = option("epoch", "When to evaluate: no, steps or epoch.", "run")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch or best.", "run")
@@ -221,6 +222,38 @@ class CaptionTrainingOptions:
         "Run the forward pass in bfloat16; trainable weights stay in float32. Default: on GPUs that support it.",
         "run",
     )
+
+
+@dataclass
+class CaptionTrainingOptions:
+    """Training options that only captioners read."""
+
+    language_model_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of a trainable language model or of its LoRA adapters. Default: --learning_rate.",
+        "objective",
+    )
+    language_projection_learning_rate: float | None = option(
+        None, "Peak learning rate of the projection after the Q-Former. Default: --learning_rate.", "objective"
+    )
+    bag_of_words_loss_weight: float = option(
+        0.0, "Weight of the bag-of-words loss, which is added to the caption loss.", "objective"
+    )
+    generation_max_length: int | None = option(
+        30, "Largest number of tokens of a caption generated in evaluation.", "generation"
+    )
+    generation_num_beams: int | None = option(3, "Number of beams in evaluation.", "generation")
+    tokenize: str | None = option(
+        None,
+        "Tokenizer of the scores: ptb, characters, or a Hub id or folder. Default: ptb, or characters if the captions "
+        "have no spaces between words.",
+        "scoring",
+    )
+
+
+@dataclass
+class TrainingOptions(CaptionTrainingOptions, SharedTrainingOptions):
+    """Training options of this package, and options of the Trainer with other defaults."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ from ..common.run_folder import is_complete
 from ..data.augmentation import check_image_augmentation
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .scores import CAPTION_SCORES, SCENE_SCORES
-from .training_arguments import CaptionTrainingArguments
+from .training_arguments import QFormerTrainingArguments
 
 EVAL_DATASET_OPTIONS = (  # each describes --eval_dataset_name with the prefix "eval_"
     "dataset_config_name",
@@ -28,7 +28,7 @@ def check_options(
     model_args: ModelArguments,
     data_args: DataArguments,
     run_args: RunArguments,
-    training_args: CaptionTrainingArguments,
+    training_args: QFormerTrainingArguments,
 ) -> None:
     """Check all options of a training run.
 
@@ -146,7 +146,7 @@ def check_model(args: ModelArguments) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_learning_rates(model_args: ModelArguments, training_args: CaptionTrainingArguments) -> None:
+def check_learning_rates(model_args: ModelArguments, training_args: QFormerTrainingArguments) -> None:
     """Check that no learning rate is given for a frozen backbone.
 
     Raises:
@@ -159,7 +159,7 @@ def check_learning_rates(model_args: ModelArguments, training_args: CaptionTrain
             raise InputError(f"--{part}_learning_rate has no effect on a frozen backbone: add --freeze_{part} false.")
 
 
-def check_training(args: CaptionTrainingArguments) -> None:
+def check_training(args: QFormerTrainingArguments) -> None:
     """Check the options of training that the Trainer does not check.
 
     Raises:
@@ -187,7 +187,7 @@ def check_training(args: CaptionTrainingArguments) -> None:
         raise InputError("--label_smoothing_factor does not work here: the captioner computes its own loss.")
 
 
-def check_best_model_score(args: CaptionTrainingArguments, scenes: bool) -> None:
+def check_best_model_score(args: QFormerTrainingArguments, scenes: bool) -> None:
     """Check that evaluation computes the score that selects the best checkpoint.
 
     Raises:
@@ -198,7 +198,7 @@ def check_best_model_score(args: CaptionTrainingArguments, scenes: bool) -> None
         raise InputError(f"--metric_for_best_model must be one of {', '.join(known)}, not {score!r}.")
 
 
-def check_publishing(args: CaptionTrainingArguments) -> None:
+def check_publishing(args: QFormerTrainingArguments) -> None:
     """Check that checkpoints are not published, because they hold pickles.
 
     Raises:

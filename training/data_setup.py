@@ -22,7 +22,7 @@ from ..data.splits import default_eval_split, load_eval_split, load_splits
 from ..data.streaming import CaptionStream
 from .arguments import DataArguments
 from .run import TrainingRun
-from .training_arguments import CaptionTrainingArguments
+from .training_arguments import QFormerTrainingArguments
 
 logger = get_logger(__name__)
 
@@ -133,7 +133,7 @@ def load_data(run: TrainingRun) -> tuple[TrainingData, CaptionDataset | None]:
     return train_data, eval_data
 
 
-def replace_epochs_by_steps(args: CaptionTrainingArguments) -> None:
+def replace_epochs_by_steps(args: QFormerTrainingArguments) -> None:
     """Replace evaluation and saving per epoch by ten times per run, because a stream has no epochs."""
     steps = max(1, args.max_steps // 10)
     if args.eval_strategy == IntervalStrategy.EPOCH:

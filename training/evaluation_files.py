@@ -19,7 +19,7 @@ SUFFIXES = ("jsonl", "png")
 SHEET_IMAGES = 12
 
 
-def write_evaluation_files(
+def write_caption_files(
     folder: Path, rows: CaptionDataset, captions: list[str], state: TrainerState, score_name: str
 ) -> None:
     """Write captions, sheet and loss curve of an evaluation.
@@ -47,16 +47,21 @@ def write_evaluation_files(
         stem.with_suffix(".png"),
         f"Held-out rows after step {state.global_step}: generated caption, one reference",
     )
-    show_captions_of_step(folder, state.global_step)
+    show_files_of_step(folder, "captions", state.global_step)
     draw_loss_curve(state.log_history, f"eval_{score_name}", folder / "loss_curve.png")
 
 
-def show_captions_of_step(folder: Path, step: int | None) -> None:
-    """Copy the captions and the sheet of a step to `captions.jsonl` and `captions.png`, if they exist.
+def show_files_of_step(folder: Path, stem: str, step: int | None) -> None:
+    """Copy the table and the sheet of a step, such as `captions_step_100.png`, to `captions.png`, if they exist.
 
     They do not exist if the run was resumed in another folder after that step.
+
+    Args:
+        folder: the output folder.
+        stem: beginning of the names of the files, such as "captions".
+        step: the step.
     """
     for suffix in SUFFIXES:
-        file = folder / f"captions_step_{step}.{suffix}"
+        file = folder / f"{stem}_step_{step}.{suffix}"
         if file.exists():
-            shutil.copyfile(file, folder / f"captions.{suffix}")
+            shutil.copyfile(file, folder / f"{stem}.{suffix}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import InputError
 from ..modeling_qformer import QFormerCaptioner
+from ..saving_qformer import QFormerCaptionerPreTrainedModel
 from .arguments import ModelArguments
 from .model_setup import backbones_to_include
 from .quantization import quantization_config
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+def without_adapters(model: "QFormerCaptionerPreTrainedModel | PeftModel") -> QFormerCaptionerPreTrainedModel:
+    """Return the base model of an adapter. A model without adapters is returned unchanged."""
+    if isinstance(model, QFormerCaptionerPreTrainedModel):
+        return model
+    base = model.get_base_model()
+    assert isinstance(base, QFormerCaptionerPreTrainedModel)
+    return base
+
+
 def captioner_of(model: "QFormerCaptioner | PeftModel") -> QFormerCaptioner:
     """Return the base captioner of an adapter. A captioner is returned unchanged."""
-    if isinstance(model, QFormerCaptioner):
-        return model
-    captioner = model.get_base_model()
+    captioner = without_adapters(model)
     assert isinstance(captioner, QFormerCaptioner)
     return captioner
 

@@ -12,7 +12,7 @@ from ..data.skipped_rows import SkippedRows
 from ..processing_qformer import QFormerCaptionerProcessor
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .checks import check_options, draws_scenes
-from .training_arguments import CaptionTrainingArguments
+from .training_arguments import QFormerTrainingArguments
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TrainingRun:
     model_args: ModelArguments
     data_args: DataArguments
     run_args: RunArguments
-    training_args: CaptionTrainingArguments
+    training_args: QFormerTrainingArguments
     changed_options: dict[str, object]
     folder: RunFolder
     checkpoint: str | None
@@ -98,7 +98,7 @@ def resolve(
     model_args: ModelArguments,
     data_args: DataArguments,
     run_args: RunArguments,
-    training_args: CaptionTrainingArguments,
+    training_args: QFormerTrainingArguments,
     changed_options: dict[str, object],
 ) -> TrainingRun:
     """Check the options, complete them, and open the output folder and the precomputed features that they name.

@@ -1,51 +1,28 @@
-"""Trainer of captioners, with evaluation on shuffled images, generated captions, and folders that others can load."""
+"""Trainer of captioners, with evaluation on shuffled images and generated captions."""
 
-import os
-import shutil
-import time
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
-from accelerate.data_loader import DataLoaderShard
-from huggingface_hub import HfApi
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import Seq2SeqTrainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, TrainOutput, speed_metrics
-from transformers.utils import PushInProgress
 
-from ..common.errors import InputError
-from ..common.logging import get_logger
-from ..common.onednn import has_relu, onednn_linears
-from ..common.run_folder import is_complete
+from ..common.onednn import onednn_linears
 from ..data.collator import CaptionCollator
 from ..data.dataset import CaptionDataset, ShuffledImages
-from ..data.streaming import CaptionStream
-from ..hub.layout import PICTURES
-from ..hub.model_card import write_card
-from ..hub.push import open_repository, publish
-from ..modeling_qformer import QFormerCaptioner
 from .bag_of_words import BagOfWordsLoss
-from .callbacks import SetEpochCallback
-from .data_setup import TrainingData
-from .ema import EMACallback
-from .evaluation_files import show_captions_of_step, write_evaluation_files
+from .base_trainer import QFormerTrainer
+from .evaluation_files import write_caption_files
 from .lora import captioner_of
-from .param_groups import set_learning_rates
-from .run_facts import describe_results
 from .scores import ScoreFunction
-from .training_arguments import CaptionTrainingArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-logger = get_logger(__name__)
+    from ..modeling_qformer import QFormerCaptioner
 
 
-class CaptionTrainer(Seq2SeqTrainer):
+class CaptionTrainer(QFormerTrainer):
     """Trainer of a [`QFormerCaptioner`] on captioned images.
 
     **Evaluation** logs the loss (`eval_loss`) and the scores of generated captions, such as `eval_cider`. Both are
@@ -54,25 +31,19 @@ class CaptionTrainer(Seq2SeqTrainer):
     (`evaluation_files.py`).
 
     **Loss.** With `args.bag_of_words_loss_weight` the [`BagOfWordsLoss`] is added in training, and the logged training
-    loss is the sum. Each log entry also has images per second and memory in GB. On a GPU this is peak memory, otherwise
-    the current memory of the process.
-
-    **Hub.** With `args.push_to_hub`, each save also publishes the captioner in the background, as one commit. The
-    caller publishes the final folder with [`~CaptionTrainer.push_to_hub`].
+    loss is the sum.
 
     Args:
-        args, kwargs: as for `transformers.Trainer`. `args` are [`CaptionTrainingArguments`], the collator is a
-            [`CaptionCollator`], and the model is a captioner or an adapter on one.
+        args, kwargs: as for [`QFormerTrainer`]. The collator is a [`CaptionCollator`], and the model is a captioner or
+            an adapter on one.
         score: function from captions and their rows to scores by name. Higher is better.
-        include_backbones: frozen backbones to store in the final folder, as in [`~QFormerCaptioner.save_pretrained`].
-        facts: facts of the run for the model card, as `run_facts.py` returns them. Without facts no card is written.
 
     Example:
 
     ```python
     >>> trainer = CaptionTrainer(
     ...     model=model,
-    ...     args=CaptionTrainingArguments(output_dir="outputs/mine"),
+    ...     args=QFormerTrainingArguments(output_dir="outputs/mine"),
     ...     train_dataset=train_data,
     ...     eval_dataset=eval_data,
     ...     data_collator=CaptionCollator(model.processor),
@@ -83,36 +54,13 @@ class CaptionTrainer(Seq2SeqTrainer):
     ```
     """
 
-    args: CaptionTrainingArguments
     model: "QFormerCaptioner | PeftModel"
     data_collator: CaptionCollator
-    train_dataset: TrainingData
-    eval_dataset: CaptionDataset | None
-    hub_model_id: str | None  # type: ignore[assignment]
-    push_in_progress: PushInProgress | None  # type: ignore[assignment]
+    evaluation_stem = "captions"
 
-    def __init__(
-        self,
-        *args: Any,
-        score: ScoreFunction,
-        include_backbones: bool | list[str] | None = None,
-        facts: dict | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, score: ScoreFunction, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.hub_token, self.args.hub_token = self.args.hub_token, None  # files of the run must not contain the token
         self.score = score
-        self.include_backbones = include_backbones
-        self.facts = facts
-        self.last_logged = (time.time(), self.state.global_step)
-        self.has_relu = has_relu(self.model)
-        if isinstance(self.model, QFormerCaptioner):  # weights that the Trainer expects to be missing from a checkpoint
-            self.model._keys_to_ignore_on_save = self.model.keys_left_out(include_backbones=False)
-        self.add_callback(SetEpochCallback(self.train_dataset))
-        self.ema: EMACallback | None = None
-        if self.args.ema_decay is not None:
-            self.ema = EMACallback(self.model, self.args.ema_decay)
-            self.add_callback(self.ema)
         self.bag_of_words_loss: BagOfWordsLoss | None = None
         if self.args.bag_of_words_loss_weight:
             encode = self.data_collator.processor.encode_caption
@@ -123,47 +71,13 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the Trainer's loader, or for a stream a loader that does not distribute the rows again.
-
-        A stream shares its rows among the processes itself. With the Trainer's loader, one process would open the
-        images of all processes, or every process would open all images.
-        """
-        if not isinstance(self.train_dataset, CaptionStream):
-            return super().get_train_dataloader()
-        workers = self.args.dataloader_num_workers
-        return DataLoaderShard(
-            self.train_dataset,
-            device=self.args.device,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return the Trainer's optimizer, with the separate learning rates of parts."""
-        optimizer = super().create_optimizer(model)
-        parts = ("vision_model", "language_model", "language_projection")
-        rates = {part: getattr(self.args, f"{part}_learning_rate") for part in parts}
-        set_learning_rates(optimizer, self.model if model is None else model, rates)
-        return optimizer
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as the Trainer does, and keep the EMA of the weights if there is one."""
-        output = super().train(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.copy_to_model()
-        return output
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the loss and its gradients as the Trainer does, with oneDNN's linear layers in float32 on a CPU."""
-        is_recomputed = self.args.gradient_checkpointing or captioner_of(self.model).is_activation_checkpointing
-        if is_recomputed:  # recomputed layers would run outside the context
-            return super().training_step(*args, **kwargs)
-        with onednn_linears(self.args.device, backward_only=self.has_relu):
-            return super().training_step(*args, **kwargs)
+    def part_learning_rates(self) -> Mapping[str, float | None]:
+        """Return the learning rates of the vision encoder, the language model and the projection."""
+        return {
+            **super().part_learning_rates(),
+            "language_model": self.args.language_model_learning_rate,
+            "language_projection": self.args.language_projection_learning_rate,
+        }
 
     def compute_loss(
         self,
@@ -181,69 +95,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         loss = loss + self.args.bag_of_words_loss_weight * bag_of_words / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, and add speed and memory to the training loss."""
-        if "loss" in logs:
-            last_time, last_step = self.last_logged
-            self.last_logged = now, step = time.time(), self.state.global_step
-            images = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            logs["images_per_second"] = round((step - last_step) * images / (now - last_time), 2)
-            has_gpu = torch.cuda.is_available() and not self.args.use_cpu
-            memory = torch.cuda.max_memory_allocated() if has_gpu else psutil.Process().memory_info().rss
-            logs["memory_gb"] = round(memory / 1e9, 2)
-        super().log(logs, start_time)
-
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
-    def get_eval_dataloader(  # type: ignore[override]
-        self, eval_dataset: CaptionDataset | ShuffledImages | None = None
-    ) -> DataLoader:
-        """Return a loader of all rows of the given data set.
-
-        With persistent workers, the Trainer would return the loader of the first call for every data set. With
-        `dataloader_drop_last`, which is meant for training, it would leave out the last rows.
-        """
-        names = ("dataloader_persistent_workers", "dataloader_drop_last")
-        values = {name: getattr(self.args, name) for name in names}
-        for name in names:
-            setattr(self.args, name, False)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            for name, value in values.items():
-                setattr(self.args, name, value)
-
-    def evaluate(  # type: ignore[override]
-        self,
-        eval_dataset: CaptionDataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Return and log losses and scores with right and with shuffled images, and write the evaluation files.
-
-        Args:
-            eval_dataset: the rows; by default the evaluation data of the trainer.
-            ignore_keys: ignored; accepted for compatibility with the Trainer.
-            metric_key_prefix: prefix of the names in the log.
-
-        Returns:
-            The losses and scores by name, such as `eval_loss` and `eval_loss_shuffled`.
-
-        Raises:
-            ValueError: if there are no rows to evaluate on.
-        """
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        if rows is None:
-            raise ValueError("There are no rows to evaluate on: pass `eval_dataset`.")
-        # Data loading draws random numbers. They must not affect training, or a resumed run would differ.
-        with self._averaged_weights(), torch.random.fork_rng(devices=[]), onednn_linears(self.args.device):
-            return self._evaluate_rows(rows, metric_key_prefix)
-
-    def _averaged_weights(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.ema is None else self.ema.averaged_weights()
-
-    def _evaluate_rows(self, rows: CaptionDataset, prefix: str) -> dict[str, float]:
-        start = time.time()
+    def _evaluate_rows(self, rows: CaptionDataset) -> tuple[dict[str, float], Callable[[], None]]:
+        """Return losses and scores with right and with shuffled images, and the function that writes the captions."""
         shuffled_rows = ShuffledImages(rows)
         metrics = {
             "loss": self._mean_loss(rows, "right inputs"),
@@ -257,15 +112,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         scores, shuffled_scores = self.score(captions, rows), self.score(shuffled_captions, rows)
         for name in scores:
             metrics |= {name: scores[name], f"{name}_shuffled": shuffled_scores[name]}
-        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= speed_metrics(prefix, start, num_samples=len(rows))
-
-        self.log(metrics)
-        if self.is_world_process_zero():
-            write_evaluation_files(self.args.output_folder, rows, captions, self.state, self.args.best_score_name)
-        self.last_logged = (time.time(), self.state.global_step)  # the training speed excludes evaluation
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        write = functools.partial(
+            write_caption_files, self.args.output_folder, rows, captions, self.state, self.args.best_score_name
+        )
+        return metrics, write
 
     @torch.no_grad()
     def _mean_loss(self, rows: CaptionDataset | ShuffledImages, description: str) -> float:
@@ -283,11 +133,6 @@ class CaptionTrainer(Seq2SeqTrainer):
             losses, counts = self.accelerator.gather_for_metrics((losses, (labels != -100).sum(dim=1)))
             nats, tokens = nats + losses.double().sum().item(), tokens + int(counts.sum())
         return nats / max(tokens, 1)
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the predictions of a batch as the Trainer does, with oneDNN's linear layers in float32 on a CPU."""
-        with onednn_linears(self.args.device):
-            return super().prediction_step(*args, **kwargs)
 
     def generate_captions(self, rows: CaptionDataset | ShuffledImages) -> list[str]:
         """Generate a caption for every row, in order, with the number of beams and the length in the options."""
@@ -307,178 +152,3 @@ class CaptionTrainer(Seq2SeqTrainer):
             ids = self.accelerator.gather_for_metrics(ids)
             captions += [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
         return captions
-
-    # --- The best checkpoint ------------------------------------------------------------------------------------------
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Return True for a new best score.
-
-        Among equal scores the last is the best, because all first scores may be zero.
-
-        Evaluations whose weights are not saved are ignored, because those weights cannot be loaded at the end.
-        """
-        is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
-        if self.args.load_best_model_at_end and not is_saved:
-            return False
-        if metrics[f"eval_{self.args.best_score_name}"] == self.state.best_metric:
-            self.state.best_metric = None
-        return super()._determine_best_metric(metrics, trial)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint as the Trainer does, with its EMA, and show its captions."""
-        super()._load_best_model()
-        if self.is_world_process_zero():
-            show_captions_of_step(self.args.output_folder, self.state.best_global_step)
-        if self.ema is not None:
-            self.ema.load(str(self.state.best_model_checkpoint))
-
-    # --- Checkpoints --------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the trainable weights of a checkpoint, under their names in memory.
-
-        `save_pretrained` stores some weights under older names, for example those of DINOv2. The Trainer does not
-        translate these names when it resumes, so the weights would silently keep their initial values.
-        """
-        output_dir = output_dir or str(self.args.output_folder)
-        os.makedirs(output_dir, exist_ok=True)
-        if self.ema is not None:
-            self.ema.save(output_dir, self.args.should_save)
-        if not self.args.should_save:
-            return
-        if isinstance(self.model, QFormerCaptioner):
-            self.model.save_pretrained(
-                output_dir, include_backbones=False, state_dict=state_dict, save_original_format=False
-            )
-        else:  # adapters already leave out the frozen weights
-            self.model.save_pretrained(output_dir, state_dict=state_dict)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save a checkpoint as the Trainer does, and delete it if it could not be written as a whole.
-
-        The Trainer deletes old checkpoints afterwards, so a full disk leaves the last complete checkpoint.
-        """
-        folder = self.args.output_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException:
-            if self.is_world_process_zero() and not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random state as the Trainer does, then wait until all processes have saved theirs.
-
-        The Trainer writes `trainer_state.json` next, so a checkpoint that has this file is complete.
-        """
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the optimizer and the schedule of a checkpoint as the Trainer does, and its EMA.
-
-        The Trainer calls this method after FSDP or DeepSpeed has prepared the model and loaded its weights.
-        """
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.ema is not None and checkpoint is not None:
-            self.ema.load(checkpoint)
-
-    # --- The final folder and the Hub ---------------------------------------------------------------------------------
-
-    def save_final_model(
-        self,
-        folder: str | os.PathLike,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        training: dict | None = None,
-    ) -> None:
-        """Write a folder that others can load: captioner or adapter, processor, plots and model card.
-
-        Args:
-            folder: the folder to write.
-            state_dict: the gathered weights, if they are sharded (FSDP, DeepSpeed).
-            training: steps, epochs and seconds of a finished run, and whether it was resumed.
-        """
-        if isinstance(self.model, QFormerCaptioner):
-            self.model.save_pretrained(folder, include_backbones=self.include_backbones, state_dict=state_dict)
-        else:
-            self.model.save_pretrained(os.fspath(folder), state_dict=state_dict)
-            self.data_collator.processor.save_pretrained(folder)
-        for name in PICTURES:
-            picture = self.args.output_folder / name
-            if picture.exists() and picture.parent != Path(folder):
-                shutil.copy(picture, folder)
-        if self.facts is not None:
-            ended_with_best = training is not None and self.args.load_best_model_at_end
-            results = describe_results(self.state, self.args.best_score_name if ended_with_best else None)
-            write_card(folder, {**self.facts, **results, "training": training})
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository before training, so that an invalid name or token raises an error at once.
-
-        Raises:
-            InputError: if the Hub refuses it.
-        """
-        if self.is_world_process_zero():
-            self.hub_model_id = open_repository(
-                self.args.hub_model_id or self.args.output_folder.absolute().name,
-                self.args.hub_private_repo if private is None else private,
-                self.args.hub_revision,
-                token or self.args.hub_token,
-            )
-            self.push_in_progress = None
-
-    def push_to_hub(  # type: ignore[override]
-        self, commit_message: str | None = "End of training", **kwargs: Any
-    ) -> None:
-        """Publish the output folder, after [`~CaptionTrainer.save_final_model`] has written it.
-
-        Args:
-            commit_message: title of the commit.
-            kwargs: ignored; accepted for compatibility with the Trainer.
-
-        Raises:
-            InputError: if the Hub refuses it.
-        """
-        if self.is_world_process_zero():
-            self._finish_current_push()
-            self._publish(self.args.output_folder, commit_message or "End of training")
-
-    def _publish(self, folder: Path, commit_message: str) -> None:
-        publish(
-            folder,
-            str(self.hub_model_id),
-            private=self.args.hub_private_repo,
-            revision=self.args.hub_revision,
-            token=self.hub_token,
-            commit_message=commit_message,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish the current captioner in the background.
-
-        The Trainer would publish the checkpoint, which holds pickles. With sharded weights (FSDP, DeepSpeed), only the
-        final folder is published.
-        """
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if not self.args.hub_always_push:
-                return
-            self._finish_current_push()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder = self.args.output_folder / "push"
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed during a push
-        with self._averaged_weights():
-            self.save_final_model(folder)
-        job = HfApi().run_as_future(self._publish_copy, folder, self.state.global_step)
-        self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
-
-    def _publish_copy(self, folder: Path, step: int) -> None:
-        try:
-            self._publish(folder, f"Training in progress, step {step}")
-        except InputError as error:
-            logger.warning("Step %d was not published: %s Training continues.", step, error)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Training arguments with the options and defaults of captioners."""
+"""Training arguments with the options and defaults of this package."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,19 +7,19 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from ..common.arguments import option
-from .arguments import CaptionTrainingOptions
+from .arguments import TrainingOptions
 
 
 @dataclass
-class CaptionTrainingArguments(CaptionTrainingOptions, Seq2SeqTrainingArguments):  # type: ignore[misc]
-    """Arguments of [`CaptionTrainer`]: all of transformers' `Seq2SeqTrainingArguments` and [`CaptionTrainingOptions`].
+class QFormerTrainingArguments(TrainingOptions, Seq2SeqTrainingArguments):  # type: ignore[misc]
+    """Arguments of [`QFormerTrainer`]: all of transformers' `Seq2SeqTrainingArguments` and [`TrainingOptions`].
 
     `bf16=None` becomes `True` on GPUs that support bfloat16, unless `fp16` or `use_cpu` is set.
 
     Example:
 
     ```python
-    >>> CaptionTrainingArguments(output_dir="outputs/mine", use_cpu=True, ema_decay=0.999).learning_rate
+    >>> QFormerTrainingArguments(output_dir="outputs/mine", use_cpu=True, ema_decay=0.999).learning_rate
     0.0001
     ```
     """

@@ -20,7 +20,7 @@ from qformer_captioner.common.onednn import MIN_WEIGHT_ELEMENTS, has_relu, onedn
 from qformer_captioner.hub.export_bridge import Bridge
 from qformer_captioner.training.model_setup import normalize_image_features
 from qformer_captioner.training.trainer import CaptionTrainer
-from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 from ..fixtures import tiny
 
@@ -243,7 +243,7 @@ def test_torch_still_leaves_the_context_where_activations_are_recomputed(any_siz
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_the_trainer_enters_it_except_with_gradient_checkpointing(language, checkpointing, any_size, tmp_path):
     options = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False, use_cpu=True)
-    args = CaptionTrainingArguments(str(tmp_path), gradient_checkpointing=checkpointing == "trainer", **options)
+    args = QFormerTrainingArguments(str(tmp_path), gradient_checkpointing=checkpointing == "trainer", **options)
     model, batch = tiny.captioner(language=language), tiny.batch()
     model(**batch).loss.backward()
     expected = model.qformer.query_tokens.grad.clone()
@@ -263,7 +263,7 @@ def test_the_trainer_captions_and_predicts_in_it(any_size, tmp_path):
     model = tiny.captioner()
     trainer = CaptionTrainer(
         model=model,
-        args=CaptionTrainingArguments(str(tmp_path), **options),
+        args=QFormerTrainingArguments(str(tmp_path), **options),
         score=None,
         train_dataset=[],
         data_collator=SimpleNamespace(processor=model.processor),

@@ -27,7 +27,7 @@ from qformer_captioner.data.vision_fingerprint import VisionFingerprint
 from qformer_captioner.hub.convert import convert, load_qformer
 from qformer_captioner.hub.export import export
 from qformer_captioner.hub.legacy import LegacyCaptioner
-from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 from ..conftest import ROOT
 from ..fixtures import tiny
@@ -343,7 +343,7 @@ def test_a_hostile_run_record_is_refused(content, tmp_path):
 
 
 def test_options_are_recorded_without_the_token(tmp_path):
-    args = CaptionTrainingArguments(output_dir=str(tmp_path), hub_token=SECRET, report_to="none", use_cpu=True)
+    args = QFormerTrainingArguments(output_dir=str(tmp_path), hub_token=SECRET, report_to="none", use_cpu=True)
     assert args.hub_token == SECRET
     for written in (args.to_json_string(), str(args)):
         assert SECRET not in written

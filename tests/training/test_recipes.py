@@ -33,7 +33,7 @@ from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.training.arguments import DataArguments, ModelArguments, RunArguments
 from qformer_captioner.training.data_setup import hold_out
 from qformer_captioner.training.model_setup import load_captioner
-from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 from ..conftest import ROOT
 from ..fixtures import tiny
@@ -41,7 +41,7 @@ from ..fixtures import tiny
 FILES = {path.stem: path for folder in RECIPE_FOLDERS for path in sorted((RECIPES / folder).glob("*.yaml"))}
 DATA = [name for name, path in FILES.items() if path.parent.name == "data"]
 MODELS = [name for name in FILES if name not in DATA]
-PARSER = OptionParser((ModelArguments, DataArguments, RunArguments, CaptionTrainingArguments), "")
+PARSER = OptionParser((ModelArguments, DataArguments, RunArguments, QFormerTrainingArguments), "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from qformer_captioner.training.model_setup import set_prompts
 from qformer_captioner.training.run_facts import columns_of
 from qformer_captioner.training.scores import CaptionScorer
 from qformer_captioner.training.trainer import CaptionTrainer
-from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 from ..fixtures import tiny
 from ..fixtures.read_rows import colour_of
@@ -52,7 +52,7 @@ def make_trainer(rows, folder, **options) -> CaptionTrainer:
     args |= dict(load_best_model_at_end=False, generation_num_beams=1, generation_max_length=5, disable_tqdm=True)
     return CaptionTrainer(
         model=model,
-        args=CaptionTrainingArguments(**args, **options),
+        args=QFormerTrainingArguments(**args, **options),
         train_dataset=data,
         eval_dataset=data,
         data_collator=CaptionCollator(model.processor),

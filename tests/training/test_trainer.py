@@ -8,15 +8,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qformer_captioner.evaluation.plots import mean_of_epochs
 from qformer_captioner.training.ema import EMACallback
 from qformer_captioner.training.trainer import CaptionTrainer
-from qformer_captioner.training.training_arguments import CaptionTrainingArguments
+from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 from ..fixtures import tiny
 
 
-def arguments(tmp_path, **options) -> CaptionTrainingArguments:
+def arguments(tmp_path, **options) -> QFormerTrainingArguments:
     """Return training arguments without evaluation and checkpoints."""
     defaults = dict(eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
-    return CaptionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **defaults, **options)
+    return QFormerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **defaults, **options)
 
 
 # --- EMA --------------------------------------------------------------------------------------------------------------
