@@ -72,10 +72,10 @@ def train(argv: list[str]) -> None:
     from huggingface_hub.constants import HF_HOME
     from transformers import set_seed
 
+    from qformer_captioner.training.captioner_setup import build_captioner
     from qformer_captioner.training.data_setup import load_data
     from qformer_captioner.training.fitting import build_trainer, finish, fit
     from qformer_captioner.training.lora import add_adapters
-    from qformer_captioner.training.model_setup import build_model
     from qformer_captioner.training.run import resolve
 
     run = resolve(model_args, data_args, run_args, training_args, parser.changed_options(words))
@@ -85,7 +85,7 @@ def train(argv: list[str]) -> None:
     set_seed(run.training_args.seed)
     with explain_faults(HF_HOME, "The environment variable HF_HOME names another folder for downloads."):
         train_data, eval_data = load_data(run)
-        captioner = build_model(run, train_data)
+        captioner = build_captioner(run, train_data)
     with explain_faults(run.output_dir, "Complete checkpoints are kept, and the same command continues from the last."):
         run.claim_folder()
         model: QFormerCaptioner | PeftModel = captioner

@@ -14,10 +14,10 @@ from ..data.dataset import CaptionDataset
 from ..modeling_qformer import QFormerCaptioner
 from .data_setup import TrainingData
 from .lora import captioner_of
-from .model_setup import backbones_to_include
 from .run import TrainingRun
 from .run_facts import describe_run
 from .scores import scorer_for
+from .shared_setup import backbones_to_include
 from .trainer import CaptionTrainer
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def build_trainer(
             Also for FSDP and an encoder-decoder.
     """
     captioner = captioner_of(model)
-    assert captioner.processor is not None, "build_model checks it"
+    assert captioner.processor is not None, "build_captioner checks it"
     trainable, total = model.get_nb_trainable_parameters()
     logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     score = scorer_for(run.draws_scenes, run.training_args.tokenize, eval_data)

@@ -9,9 +9,9 @@ from ..common.errors import InputError
 from ..modeling_qformer import QFormerCaptioner
 from ..saving_qformer import QFormerCaptionerPreTrainedModel
 from .arguments import ModelArguments
-from .model_setup import backbones_to_include
 from .quantization import quantization_config
 from .run import TrainingRun
+from .shared_setup import backbones_to_include
 
 if TYPE_CHECKING:
     from peft import PeftModel

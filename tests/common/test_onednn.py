@@ -18,7 +18,7 @@ import qformer_captioner
 from qformer_captioner.common import onednn
 from qformer_captioner.common.onednn import MIN_WEIGHT_ELEMENTS, has_relu, onednn_linears
 from qformer_captioner.hub.export_bridge import Bridge
-from qformer_captioner.training.model_setup import normalize_image_features
+from qformer_captioner.training.shared_setup import normalize_image_features
 from qformer_captioner.training.trainer import CaptionTrainer
 from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 

@@ -15,7 +15,7 @@ from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.feature_shards import FeatureBatch, SplitLayout
 from qformer_captioner.data.feature_store import FeatureStore, finish_store
 from qformer_captioner.data.features import FeatureRef
-from qformer_captioner.training.model_setup import normalize_image_features
+from qformer_captioner.training.shared_setup import normalize_image_features
 
 from ..fixtures import tiny
 from ..fixtures.feature_stores import command, with_embeddings

@@ -27,7 +27,7 @@ from qformer_captioner import QFormerConfig, QFormerModel
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.convert import load_qformer
 from qformer_captioner.training.arguments import ModelArguments
-from qformer_captioner.training.model_setup import qformer_options
+from qformer_captioner.training.captioner_setup import qformer_options
 
 from ..fixtures import tiny
 

@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from qformer_captioner import QFormerCaptioner, train_hf
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.export import export
+from qformer_captioner.training.captioner_setup import load_captioner
 from qformer_captioner.training.lora import add_lora
-from qformer_captioner.training.model_setup import load_captioner
 
 from ..fixtures import tiny
 from ..fixtures.processes import command_line

@@ -31,8 +31,8 @@ from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
 from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.training.arguments import DataArguments, ModelArguments, RunArguments
+from qformer_captioner.training.captioner_setup import load_captioner
 from qformer_captioner.training.data_setup import hold_out
-from qformer_captioner.training.model_setup import load_captioner
 from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 from ..conftest import ROOT

@@ -18,8 +18,8 @@ from qformer_captioner.evaluation.captioning_run import load_images
 from qformer_captioner.evaluation.inference import caption_images
 from qformer_captioner.train_hf import parse_options
 from qformer_captioner.training.arguments import ModelArguments
+from qformer_captioner.training.captioner_setup import set_prompts
 from qformer_captioner.training.data_setup import load_datasets, training_specs
-from qformer_captioner.training.model_setup import set_prompts
 from qformer_captioner.training.run_facts import columns_of
 from qformer_captioner.training.scores import CaptionScorer
 from qformer_captioner.training.trainer import CaptionTrainer
