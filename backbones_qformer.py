@@ -1,7 +1,7 @@
 """The pretrained models on both sides of the Q-Former: a vision encoder and a language model.
 
 This file loads a backbone from the Hub, from a folder or from a BLIP-2 checkpoint, and quantises it. saving_qformer.py
-decides whether a captioner saves the weights of a backbone or keeps it by reference.
+decides whether a folder has the weights of a backbone or keeps it by reference.
 """
 
 import copy
@@ -34,7 +34,7 @@ from .encoders_qformer import (
 )
 from .weights_qformer import forget_tie, read_shapes, read_weights
 
-BACKBONES = ("vision_model", "language_model")
+BACKBONES = ("vision_model", "language_model")  # of a captioner
 CAPTIONERS = ("blip-2", "instructblip")  # model types of transformers whose backbones have the same two names
 MAX_LAYERS = 1000
 
@@ -71,7 +71,7 @@ def embedding_weights(language_model: PreTrainedModel) -> torch.Tensor:
 
 
 class VisionModelPlaceholder(nn.Module):
-    """Placeholder for the vision encoder of a captioner that reads precomputed features; holds no weights.
+    """Placeholder for the vision encoder of a model that reads precomputed features; holds no weights.
 
     Args:
         config (`PreTrainedConfig`): configuration of the vision encoder, or of features without one.
@@ -86,11 +86,11 @@ class VisionModelPlaceholder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         if self.config.model_type == PrecomputedFeaturesConfig.model_type:
             raise ValueError(
-                "This captioner was trained on features and has no vision encoder for images: pass features of the "
+                "This model was trained on features and has no vision encoder for images: pass features of the "
                 f"width {self.config.hidden_size} as `image_embeds`."
             )
         raise ValueError(
-            "This captioner was loaded without its vision encoder and reads precomputed features (`image_embeds`). To "
+            "This model was loaded without its vision encoder and reads precomputed features (`image_embeds`). To "
             "show it images, call its `load_vision_model()` first."
         )
 
@@ -248,7 +248,7 @@ def loading_error(part: str, name_or_path: str, revision: str | None, error: Exc
     reason = " ".join(str(error).split())[:300]
     return OSError(
         f"The {part.replace('_', ' ')} {name_or_path!r} (revision {revision or 'main'}) could not be loaded: {remedy}. "
-        f"A captioner saved with `include_backbones=True` does not need it. ({reason})"
+        f"A model saved with `include_backbones=True` does not need it. ({reason})"
     )
 
 

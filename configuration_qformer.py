@@ -1,11 +1,12 @@
-"""Configurations of a Q-Former and of a captioner.
+"""Configurations of a Q-Former, of a captioner, and of a Q-Former in pretraining.
 
-Fields are named as in transformers' `Blip2QFormerConfig` and `Blip2Config` if they have the same meaning. Both classes
+Fields are named as in transformers' `Blip2QFormerConfig` and `Blip2Config` if they have the same meaning. All classes
 are ordinary transformers configurations: keyword arguments with checked types, saved as JSON.
 """
 
 import copy
 import difflib
+import math
 import os
 from dataclasses import fields
 from typing import Any, ClassVar, cast
@@ -161,7 +162,87 @@ class QFormerConfig(PreTrainedConfig):
 
 
 @strict
-class QFormerCaptionerConfig(PreTrainedConfig):
+class VisionQFormerConfig(PreTrainedConfig):
+    r"""Base class for configurations of a model that has a vision encoder and a Q-Former, and perhaps other parts.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
+            Configuration of a vision encoder of transformers. For a larger model (CLIP, SigLIP, LLaVA) it is the
+            configuration of its vision encoder. For a model without a vision encoder it is a
+            [`PrecomputedFeaturesConfig`].
+        qformer_config (`dict` or [`QFormerConfig`], *optional*):
+            Configuration of the Q-Former. Its `encoder_hidden_size` is set to the width of the vision encoder.
+        vision_model_name_or_path, vision_model_revision, freeze_vision_model, referenced_backbones, dtypes:
+            See the subclasses.
+        bos_token_id, eos_token_id, pad_token_id (*optional*): special tokens of captions.
+
+    Attributes:
+        auto_classes (`dict[str, str]`): class of this model for each Auto class.
+    """
+
+    # Parts of messages. `usage` helps somebody who loads such a model as another one, and `alternative` somebody who
+    # loads a model of another package as such a model.
+    kind: ClassVar[str]
+    usage: ClassVar[str]
+    alternative: ClassVar[str]
+    auto_classes: ClassVar[dict[str, str]]
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    vision_model_name_or_path: str | None = None
+    vision_model_revision: str | None = None
+    freeze_vision_model: bool = False
+    referenced_backbones: list[str] | None = None
+    dtypes: dict[str, str] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        vision = self.vision_config
+        if isinstance(vision, dict) and vision.get("model_type") == PrecomputedFeaturesConfig.model_type:
+            self.vision_config = PrecomputedFeaturesConfig.from_dict(vision)  # `AutoConfig` does not know the class
+        for name in self.sub_configs_defaults:
+            # A copy, because transformers resets the attention implementation of the parts of a configuration. Models
+            # that the caller built would lose theirs, and attend to padding.
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
+            if name != "qformer_config":  # of this package
+                check_model_type(name, getattr(self, name))
+        super().__post_init__(**kwargs)  # turns dictionaries into configurations
+        self.vision_config = vision_config_of(self.vision_config)
+        self.qformer_config.encoder_hidden_size = image_feature_size(self.vision_config)
+        if reads_videos(self.vision_config):
+            self.qformer_config.num_frames = 1  # the encoder returns one sequence for all frames, which it tells apart
+        if getattr(self, "auto_map", None) is None:
+            # A class can register itself for a single Auto class. This map lets all of them open a folder in a process
+            # that has not imported this package.
+            self.auto_map = dict(self.auto_classes)
+
+    @property
+    def has_vision_model(self) -> bool:
+        """Return False for a model that reads only features, of an encoder that is not a part of it."""
+        return cast(PreTrainedConfig, self.vision_config).model_type != PrecomputedFeaturesConfig.model_type
+
+    @classmethod
+    def check_source(cls, source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
+        """Check that a folder or Hub repository holds the configuration of this kind of model.
+
+        Raises:
+            OSError: if it holds another model; the message names its type.
+        """
+        model_type = cls.get_config_dict(str(source), **hub_kwargs)[0].get("model_type")
+        if model_type in (None, cls.model_type):
+            return
+        for other in (QFormerCaptionerConfig, QFormerPretrainingConfig):
+            if model_type == other.model_type:
+                raise OSError(f"{os.fspath(source)!r} holds a {other.kind} and not a {cls.kind}: {other.usage}.")
+        raise OSError(
+            f"{os.fspath(source)!r} holds a model of the type {model_type!r} and not a {cls.kind}: {cls.alternative}."
+        )
+
+
+@strict
+class QFormerCaptionerConfig(VisionQFormerConfig):
     r"""Configuration of a [`QFormerCaptioner`]: its three models, and where its two backbones came from.
 
     Args:
@@ -204,6 +285,18 @@ class QFormerCaptionerConfig(PreTrainedConfig):
     """
 
     model_type = "qformer_captioner"
+    kind = "captioner"
+    usage = "load it with `QFormerCaptioner`"
+    alternative = (
+        "load it with `AutoModel`, or join a vision encoder and a language model with `QFormerCaptioner.from_backbones`"
+    )
+    auto_classes = {
+        "AutoConfig": "configuration_qformer.QFormerCaptionerConfig",
+        "AutoModel": "modeling_qformer.QFormerCaptioner",
+        "AutoModelForImageTextToText": "modeling_qformer.QFormerCaptioner",
+        "AutoModelForMultimodalLM": "modeling_qformer.QFormerCaptioner",
+        "AutoProcessor": "processing_qformer.QFormerCaptionerProcessor",
+    }
     # The Trainer leaves these outputs out of its predictions, which are then the logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "losses",
@@ -218,60 +311,22 @@ class QFormerCaptionerConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="t5"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    qformer_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    vision_model_name_or_path: str | None = None
-    vision_model_revision: str | None = None
     language_model_name_or_path: str | None = None
     language_model_revision: str | None = None
-    freeze_vision_model: bool = False
     freeze_language_model: bool = False
     projection_per_query: bool = False
-    referenced_backbones: list[str] | None = None
-    dtypes: dict[str, str] | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
     forced_bos_token_id: int | list[int] | None = None
     forced_eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("tie_word_embeddings", None)  # that of the language model
-        vision = self.vision_config
-        if isinstance(vision, dict) and vision.get("model_type") == PrecomputedFeaturesConfig.model_type:
-            self.vision_config = PrecomputedFeaturesConfig.from_dict(vision)  # `AutoConfig` does not know the class
-        for name in self.sub_configs_defaults:
-            # A copy, because transformers resets the attention implementation of the parts of a configuration. Models
-            # that the caller built would lose theirs, and attend to padding.
-            setattr(self, name, copy.deepcopy(getattr(self, name)))
-        for name in ("vision_config", "text_config"):
-            check_model_type(name, getattr(self, name))
-        super().__post_init__(**kwargs)  # turns dictionaries into configurations
-        self.vision_config = vision_config_of(self.vision_config)
-        self.qformer_config.encoder_hidden_size = image_feature_size(self.vision_config)
-        if reads_videos(self.vision_config):
-            self.qformer_config.num_frames = 1  # the encoder returns one sequence for all frames, which it tells apart
+        super().__post_init__(**kwargs)
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
         for name in SPECIAL_TOKENS:  # the Trainer pads gathered captions with `pad_token_id`
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))
-        if getattr(self, "auto_map", None) is None:
-            # A class can register itself for a single Auto class. This map lets all of them open a folder in a process
-            # that has not imported this package.
-            self.auto_map = {
-                "AutoConfig": "configuration_qformer.QFormerCaptionerConfig",
-                "AutoModel": "modeling_qformer.QFormerCaptioner",
-                "AutoModelForImageTextToText": "modeling_qformer.QFormerCaptioner",
-                "AutoModelForMultimodalLM": "modeling_qformer.QFormerCaptioner",
-                "AutoProcessor": "processing_qformer.QFormerCaptionerProcessor",
-            }
-
-    @property
-    def has_vision_model(self) -> bool:
-        """Return False for a captioner that reads only features, of an encoder that is not a part of it."""
-        return cast(PreTrainedConfig, self.vision_config).model_type != PrecomputedFeaturesConfig.model_type
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -294,6 +349,119 @@ class QFormerCaptionerConfig(PreTrainedConfig):
             setattr(self, name, value)
 
 
+@strict
+class QFormerPretrainingConfig(VisionQFormerConfig):
+    r"""Configuration of a [`QFormerForPretraining`] (stage 1 of BLIP-2, arXiv 2301.12597, section 3.2).
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to CLIP ViT-B/32):
+            Configuration of a vision encoder of transformers. For a larger model (CLIP, SigLIP, LLaVA) it is the
+            configuration of its vision encoder. For a model without a vision encoder it is a
+            [`PrecomputedFeaturesConfig`].
+        qformer_config (`dict` or [`QFormerConfig`], *optional*):
+            Configuration of the Q-Former. Its `encoder_hidden_size` is set to the width of the vision encoder, and its
+            `use_qformer_text_input` to `True`. It cannot have a `window_size`.
+        vision_model_name_or_path (`str`, *optional*):
+            Hub id or folder that the vision encoder was loaded from. `None` if it was trained from scratch.
+        vision_model_revision (`str`, *optional*):
+            Commit of the Hub repository that the vision encoder was loaded from.
+        freeze_vision_model (`bool`, *optional*, defaults to `False`):
+            Whether the vision encoder is frozen. It then receives no gradients and stays in evaluation mode.
+        image_text_hidden_size (`int`, *optional*, defaults to 256):
+            Width E of the vectors of images and texts that are compared.
+        itc_loss (`str`, *optional*, defaults to `"softmax"`):
+            Image-text contrastive loss: `"softmax"` as in BLIP-2, or `"sigmoid"` as in SigLIP (arXiv 2303.15343).
+        itc_weight, itm_weight, itg_weight (`float`, *optional*, defaults to 1.0):
+            Weights of the image-text contrastive loss, the image-text matching loss and the loss of image-grounded text
+            generation. A loss of weight 0 is not computed.
+        label_smoothing (`float`, *optional*, defaults to 0.1):
+            Label smoothing of the softmax contrastive loss and of text generation, from 0 up to but not including 1.
+        logit_scale_init_value (`float`, *optional*):
+            Logarithm of the factor of similarities in a new model. Defaults to ln(1/0.07), or to ln(10) with
+            `itc_loss="sigmoid"`.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the output layer of text generation is the word embedding of the Q-Former, as in BERT.
+        referenced_backbones (`list[str]`, *optional*):
+            `["vision_model"]` if the vision encoder is kept by reference: the folder of this configuration does not
+            hold its weights. Written by `save_pretrained`.
+        dtypes (`dict[str, str]`, *optional*):
+            Dtype of each part, such as `{"vision_model": "bfloat16", "qformer": "float32"}`. Written by
+            `save_pretrained`, because transformers itself saves one dtype for the whole model.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*):
+            Token that starts a caption (`[DEC]` of BLIP-2), the token that ends it (`[SEP]`), and padding.
+
+    Raises:
+        StrictDataclassClassValidationError: for another `itc_loss`, a negative weight, three weights of 0, or a
+            `label_smoothing` outside its range. Also for a `window_size`, or a width below 1.
+
+    Example:
+
+    ```python
+    >>> from transformers import CLIPVisionConfig
+    >>> from qformer_captioner import QFormerPretrainingConfig
+    >>> config = QFormerPretrainingConfig(vision_config=CLIPVisionConfig(hidden_size=384), itc_loss="sigmoid")
+    >>> config.qformer_config.use_qformer_text_input, round(config.logit_scale_init_value, 2)
+    (True, 2.3)
+    ```
+    """
+
+    model_type = "qformer_pretraining"
+    kind = "Q-Former in pretraining"
+    usage = (
+        "load it with `QFormerForPretraining`, or train a captioner that begins with its Q-Former "
+        "(`--qformer_name_or_path`)"
+    )
+    alternative = "load it with `AutoModel`, or build a new model with `QFormerForPretraining.from_backbones`"
+    auto_classes = {
+        "AutoConfig": "configuration_qformer.QFormerPretrainingConfig",
+        "AutoModel": "pretraining_qformer.QFormerForPretraining",
+        "AutoProcessor": "processing_qformer.QFormerPretrainingProcessor",
+    }
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "qformer_config": QFormerConfig,
+    }
+
+    image_text_hidden_size: int = 256
+    itc_loss: str = "softmax"
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    itg_weight: float | int = 1.0
+    label_smoothing: float | int = 0.1
+    logit_scale_init_value: float | int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.qformer_config.use_qformer_text_input = True
+        if self.logit_scale_init_value is None:
+            self.logit_scale_init_value = math.log(10) if self.itc_loss == "sigmoid" else math.log(1 / 0.07)
+
+    def validate_architecture(self) -> None:
+        """Check the fields. transformers calls this method on construction and on saving.
+
+        Raises:
+            ValueError: if a field has a value that the class does not accept.
+        """
+        weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"`{name}` must be a number of at least 0, got {weight}.")
+        if not any(weights.values()):
+            raise ValueError("All losses have the weight 0: set `itc_weight`, `itm_weight` or `itg_weight` above 0.")
+        if self.itc_loss not in ("softmax", "sigmoid"):
+            raise ValueError(f'`itc_loss` must be "softmax" or "sigmoid", got {self.itc_loss!r}.')
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be at least 0 and below 1, got {self.label_smoothing}.")
+        if self.image_text_hidden_size < 1:
+            raise ValueError(f"`image_text_hidden_size` must be at least 1, got {self.image_text_hidden_size}.")
+        if cast(QFormerConfig, self.qformer_config).window_size is not None:
+            raise ValueError(
+                "Pretraining compares the queries of a whole image with a text, so the Q-Former cannot have a "
+                "`window_size`: leave it out, and set it when you train the captioner."
+            )
+
+
 def check_model_type(name: str, config: Any) -> None:
     """Check that transformers has the type of model that a dictionary names. Its own error lists hundreds of types.
 
@@ -309,25 +477,12 @@ def check_model_type(name: str, config: Any) -> None:
 
 def special_tokens_of(config: PreTrainedConfig | GenerationConfig) -> dict[str, int | list[int]]:
     """Return the special tokens that a configuration sets, such as `{"eos_token_id": 1}`."""
-    values = {name: getattr(config, name) for name in SPECIAL_TOKENS}
+    values = {name: getattr(config, name, None) for name in SPECIAL_TOKENS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 QFormerCaptionerConfig.register_for_auto_class()
-
-
-def check_is_captioner(source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
-    """Check that a folder or Hub repository holds the configuration of a captioner.
-
-    Raises:
-        OSError: if it holds another model; the message names its type.
-    """
-    model_type = QFormerCaptionerConfig.get_config_dict(str(source), **hub_kwargs)[0].get("model_type")
-    if model_type not in (None, QFormerCaptionerConfig.model_type):
-        raise OSError(
-            f"{os.fspath(source)!r} holds a model of the type {model_type!r} and not a captioner: load it with "
-            "`AutoModel`, or join a vision encoder and a language model with `QFormerCaptioner.from_backbones`."
-        )
+QFormerPretrainingConfig.register_for_auto_class()
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -375,4 +530,4 @@ def without_local_paths(config: dict[str, Any]) -> dict[str, Any]:
     return published
 
 
-__all__ = ["QFormerCaptionerConfig", "QFormerConfig"]
+__all__ = ["QFormerCaptionerConfig", "QFormerConfig", "QFormerPretrainingConfig"]

@@ -8,7 +8,7 @@ soft prompt + prompt tokens -> language_model -> caption
 
 The file defines the Q-Former, then the captioner. The layers of the Q-Former are in layers_qformer.py.
 language_qformer.py trains the language model after a prefix, and generation_qformer.py generates captions after it. The
-base classes of the captioner are in parts_qformer.py (embeddings, modes) and saving_qformer.py (loading, saving). The
+base classes of the captioner are in saving_qformer.py (loading, saving) and captioner_qformer.py (language model). The
 Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters have the names of transformers'
 `Blip2QFormerModel`.
 
@@ -52,6 +52,7 @@ from .backbones_qformer import (
     placeholder_for,
     untie_t5_head,
 )
+from .captioner_qformer import QFormerCaptionerPreTrainedModel
 from .checkpoint_qformer import arguments_for
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
 from .encoders_qformer import (
@@ -85,7 +86,6 @@ from .layers_qformer import (
     split_windows,
 )
 from .processing_qformer import QFormerCaptionerProcessor
-from .saving_qformer import QFormerCaptionerPreTrainedModel
 from .vision_qformer import VISION_INPUTS, VisionFeaturesOutput, encode_images, mask_frames, split_vision_inputs
 
 logger = logging.get_logger(__name__)

@@ -1,29 +1,26 @@
-"""The parts of a captioner as users, peft and the Trainer ask for them: embeddings, modes, and trainable parameters.
+"""The parts of a model as users, peft and the Trainer ask for them: modes, frozen backbones, trainable parameters.
 
-saving_qformer.py subclasses the class of this file, and modeling_qformer.py that class.
+saving_qformer.py subclasses the class of this file.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .backbones_qformer import BACKBONES, VisionModelPlaceholder, dtype_of, is_frozen, is_quantized
-from .configuration_qformer import QFormerCaptionerConfig
+from .backbones_qformer import VisionModelPlaceholder, dtype_of, is_frozen, is_quantized
+from .configuration_qformer import VisionQFormerConfig
 
 
-class QFormerCaptionerParts(PreTrainedModel):
-    """Base class that answers for the parts of a captioner.
+class QFormerParts(PreTrainedModel):
+    """Base class that answers for the parts of a model with a vision encoder, a Q-Former and perhaps others.
 
-    Subclasses set `vision_model` and `language_model`.
+    Subclasses name their backbones, and set each as an attribute of that name.
     """
 
-    config_class = QFormerCaptionerConfig
-    config: QFormerCaptionerConfig
+    backbones: ClassVar[tuple[str, ...]]  # "vision_model", and "language_model" if there is one
+    config: VisionQFormerConfig
     vision_model: PreTrainedModel | VisionModelPlaceholder
-    language_model: PreTrainedModel
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, and keep a compiled part in place of its wrapper.
@@ -50,10 +47,10 @@ class QFormerCaptionerParts(PreTrainedModel):
 
     def frozen_backbones(self) -> list[str]:
         """Return the names of the backbones that have no trainable parameters."""
-        return [part for part in BACKBONES if is_frozen(getattr(self, part))]
+        return [part for part in self.backbones if is_frozen(getattr(self, part))]
 
     def _freeze(self) -> None:
-        for part in BACKBONES:
+        for part in self.backbones:
             if getattr(self.config, f"freeze_{part}"):
                 getattr(self, part).requires_grad_(False)
 
@@ -62,56 +59,7 @@ class QFormerCaptionerParts(PreTrainedModel):
         super().train(mode)
         for part in self.frozen_backbones():
             getattr(self, part).eval()
-        # NEFTune of the Trainer adds noise to embeddings in training mode. The mode changes nothing else in them.
-        self.get_input_embeddings().training = mode
-        if self.language_model.is_activation_checkpointing:
-            # transformers recomputes the activations of a layer only if the layer is in training mode. The mode changes
-            # nothing else, except in layers that apply dropout themselves (OPT, BART), which are left out.
-            for layer in self.language_model.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    dropouts = [rate for name, rate in vars(layer).items() if "dropout" in name]
-                    layer.training = mode and not any(dropouts)
         return self
-
-    # --- The language model's layers ----------------------------------------------------------------------------------
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the input embeddings of the language model, `[V, D]`."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the input embeddings of the language model."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output layer of the language model, which computes the logits."""
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output layer of the language model."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """Return the encoder of the language model, or of `modality="image"` the vision encoder.
-
-        A decoder-only language model answers with itself, as in transformers.
-        """
-        if modality is None:
-            return self.language_model.get_encoder()
-        return super().get_encoder(modality)
-
-    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
-        """Replace the module that [`~QFormerCaptioner.get_encoder`] returns."""
-        if modality is None:
-            self.language_model.set_encoder(encoder)
-        else:
-            super().set_encoder(encoder, modality)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:  # type: ignore[override]
-        """Resize the vocabulary of the language model, as `PreTrainedModel.resize_token_embeddings` does."""
-        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
-        self.vocab_size = self.config.get_text_config().vocab_size
-        return embeddings
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable parameters and of all parameters, as `PeftModel` does."""

@@ -1,40 +1,35 @@
-"""Inputs and outputs of a captioner: images to pixel values, prompts and captions to tokens, tokens to text.
+"""Inputs and outputs of models: images to pixel values, prompts and captions to tokens, tokens to text.
 
 A `QFormerCaptionerProcessor` joins the image processor of the vision encoder and the tokenizer of the language model.
-The language model needs no `<image>` token: the model puts the soft prompt in front of the embedded prompt.
+The language model needs no `<image>` token: the model puts the soft prompt in front of the embedded prompt. A
+`QFormerPretrainingProcessor` joins an image processor and the tokenizer of the Q-Former.
 """
 
-import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    BaseImageProcessor,
-    BatchFeature,
-    CLIPImageProcessorPil,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    ViTImageProcessorPil,
-)
-from transformers.utils import PROCESSOR_NAME, PushToHubMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, ViTImageProcessorPil
+from transformers.utils import PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from .encoders_qformer import ENCODER_INPUTS
-from .features_qformer import feature_mask, pad_features
+from .cards_qformer import PushWithCaptionerCard, PushWithCard, PushWithPretrainingCard
 from .images_qformer import ImageInput, are_floats, flatten_images, open_image, sample_frames
+from .inputs_qformer import (
+    load_image_processor,
+    prepare_features,
+    prepare_images,
+    prepare_videos,
+    tokenize_texts,
+    without_special_tokens,
+)
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # subfolder of a saved processor
+BOS_TOKEN = "[DEC]"  # of LAVIS, which starts the captions of a Q-Former
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 # This template reduces chat messages to their text, because the language model captions and does not converse. The
@@ -56,202 +51,110 @@ PLAIN_TEXT_TEMPLATE = """
 {{- chat.text -}}
 """
 
-CARD = """---
-{{ card_data }}
----
 
-# {{ name }}
+class QFormerProcessor(PushWithCard, ProcessorMixin):
+    """Base class for processors, with what they have in common: images, videos, features and saved folders.
 
-{% if feature_width -%}
-A captioner of features: a Q-Former turns features of the width {{ feature_width }} into a short soft prompt, which a
-language model reads. The encoder of the features is not a part of it.
-{%- else -%}
-An image captioning model: a Q-Former turns the features of a vision encoder into a short soft prompt, which a language
-model reads.
-{%- endif %} It was made with the package qformer-captioner.
-
-```python
-from transformers import AutoModel
-
-model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
-{% if feature_width -%}
-print(model.caption(image_embeds=features))  # an array [N, {{ feature_width }}], or a list of arrays
-{%- else -%}
-print(model.caption("image.png"))
-{%- endif %}
-```
-
-`trust_remote_code=True` runs Python files of this repository: read them, and pin what you read with `revision="..."`.
-The code is under Apache-2.0; weights follow the terms of the models and data that they come from.
-"""
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The processor
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], return_tensors: str | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what a tokenizer computes for prompts: `input_ids` and `attention_mask` (`[B, P]`, long; P may be 0)."""
-    tokens = dict(tokenizer(prompts, return_tensors=return_tensors, **options))
-    if return_tensors == "pt":  # empty prompts come as float tensors
-        tokens = {name: value.long() for name, value in tokens.items()}
-    return tokens
-
-
-def load_image_processor(name_or_path: str | os.PathLike, revision: str | None = None) -> BaseImageProcessor:
-    """Load the image processor of a vision encoder. No code from the Hub is executed.
-
-    Raises:
-        OSError: if it cannot be fetched.
+    Subclasses have constructors of their own, because `ProcessorMixin` reads the names of its parts from them.
     """
-    config, _ = PreTrainedConfig.get_config_dict(str(name_or_path), revision=revision)
-    if config.get("model_type") == "timm_wrapper":
-        return timm_image_processor(config["pretrained_cfg"])
-    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
 
+    num_frames: int  # largest number of frames of a video
 
-def timm_image_processor(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessorPil:
-    """Return an image processor that does what timm does in evaluation.
-
-    That of transformers for timm models needs timm and torchvision, and cannot be saved.
-
-    Args:
-        pretrained_cfg: `pretrained_cfg` in the `config.json` of a timm model.
-    """
-    _, height, width = pretrained_cfg["input_size"]
-    larger = [math.floor(side / pretrained_cfg.get("crop_pct", 0.875)) for side in (height, width)]
-    keeps_ratio = height == width and pretrained_cfg.get("crop_mode", "center") == "center"
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": larger[0]} if keeps_ratio else {"height": larger[0], "width": larger[1]},
-        crop_size={"height": height, "width": width},
-        resample=Image.Resampling[pretrained_cfg.get("interpolation", "bilinear").upper()],
-        image_mean=list(pretrained_cfg["mean"]),
-        image_std=list(pretrained_cfg["std"]),
-    )
-
-
-def prepare_images(image_processor: Any, images: list[Image.Image], **options: Any) -> dict[str, Any]:
-    """Return what a vision encoder reads: `pixel_values` `[B, ...]`, and those of `ENCODER_INPUTS` that belong to them.
-
-    Raises:
-        ValueError: if the image processor does not return one entry for each image.
-    """
-    outputs = image_processor(images, **options)
-    batch = {name: outputs[name] for name in ("pixel_values", *ENCODER_INPUTS) if name in outputs}
-    if np.all(np.asarray(batch.get("pixel_mask", 1))):  # of images of one size, which YOLOS does not read
-        batch.pop("pixel_mask", None)
-    shape = np.shape(batch["pixel_values"])
-    if len(shape) == 5 and shape[:2] == (1, len(images)):  # VideoMAE's makes one video of all images
-        batch["pixel_values"] = batch["pixel_values"][0]
-    elif shape[0] != len(images):
-        raise ValueError(
-            f"A {type(image_processor).__name__} makes {shape[0]} rows of {len(images)} images, because it cuts them "
-            "into tiles: use another image processor, such as that of CLIP or SigLIP, in the size of the encoder."
+    @classmethod
+    def from_folder_if_any(cls, folder: str | os.PathLike, **hub_kwargs: Any) -> Self | None:
+        """Load the processor of a folder or Hub repository, or return `None` if it has no processor."""
+        processor_file = cached_file(
+            folder,
+            PROCESSOR_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_kwargs,
         )
-    return batch
+        if processor_file is None:
+            return None
+        # This class may run from the code of a Hub folder. The user has then trusted that code, and loading the
+        # tokenizer must not ask again. The class of the installed package executes no code of a folder.
+        trusted = cls.__module__.startswith("transformers_modules.")
+        return cls.from_pretrained(folder, trust_remote_code=trusted, **hub_kwargs)
+
+    @staticmethod
+    def open_image(image: ImageInput, name: str | None = None) -> Image.Image:
+        """Open an image as the processor does: upright RGB, transparent pixels white.
+
+        Args:
+            image: path, URL, bytes, array, tensor, PIL image, or another form that [`open_image`] takes.
+            name: name of the image in error messages.
+
+        Raises:
+            OSError: if the image cannot be read; the message names it and says what it is.
+            TypeError: if the image is of a type that does not hold images.
+            ValueError: if an array does not have the shape or the values of an image.
+        """
+        return open_image(image, name)
+
+    def _image_inputs(
+        self,
+        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None,
+        image_embeds: torch.Tensor | np.ndarray | Sequence[Any] | None,
+        image_attention_mask: torch.Tensor | None,
+        options: dict[str, dict[str, Any]],
+        return_tensors: str | None,
+    ) -> tuple[dict[str, Any], int]:
+        """Return the inputs of a batch that come from images or from features, and the number of its rows.
+
+        Args:
+            images, image_embeds, image_attention_mask: as in the call of the processor.
+            options: `images_kwargs` and `videos_kwargs`, as `_merge_kwargs` returns them.
+            return_tensors: type of the inputs.
+
+        Raises:
+            ValueError: if both images and features are given.
+        """
+        if images is not None and image_embeds is not None:
+            raise ValueError("Pass either `images` or their features (`image_embeds`), not both.")
+        if image_embeds is not None:
+            batch = prepare_features(image_embeds, image_attention_mask, return_tensors)
+            return batch, len(batch["image_embeds"])
+        if images is None:
+            return {}, 0
+        videos = self._frames_of_each(images, options["videos_kwargs"].get("num_frames", self.num_frames))
+        if not videos:
+            return {}, 0
+        batch = self._prepare(videos, {"return_tensors": return_tensors, **options["images_kwargs"]})
+        if image_attention_mask is not None:  # of the features that the vision encoder will return
+            batch["image_attention_mask"] = torch.as_tensor(image_attention_mask)
+        return batch, len(videos)
+
+    def _frames_of_each(
+        self, images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]], num_frames: int
+    ) -> list[list[ImageInput]]:
+        """Return the frames to read of each video, at most `num_frames`. An image is a video of one frame."""
+        videos = []
+        for number, entry in enumerate(flatten_images(images), start=1):
+            frames = entry if isinstance(entry, list) else [entry]
+            if len(frames) > 1 and num_frames == 1:
+                raise ValueError(
+                    f"This model reads one image in each row, but entry {number} of the images has {len(frames)}: "
+                    "give it one image, or train a model of videos with `num_frames` above 1."
+                )
+            videos.append(sample_frames(frames, num_frames))
+        return videos
+
+    def _prepare(self, videos: list[list[ImageInput]], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the pixel values of images, or those of videos with the mask of their frames if they need one."""
+        frames = [frame for video in videos for frame in video]
+        data_format = options.pop("input_data_format", None)
+        upright = [open_image(frame, input_data_format=data_format) for frame in frames]
+        if are_floats(frames):
+            options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
+        lengths = [len(video) for video in videos]
+        if max(lengths) == 1:
+            return prepare_images(self.image_processor, upright, **options)
+        return prepare_videos(self.image_processor, upright, lengths, **options)
 
 
-def prepare_videos(
-    image_processor: Any,
-    frames: list[Image.Image],
-    lengths: list[int],
-    return_tensors: str | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Return `pixel_values` `[B, F, 3, H, W]` of videos and, if they differ in length, `frame_attention_mask` `[B, F]`.
-
-    Args:
-        image_processor: image processor of the vision encoder.
-        frames: the frames of all videos, one after another.
-        lengths: number of frames of each video.
-        return_tensors: type of the result.
-        options: options of the image processor.
-
-    Raises:
-        ValueError: if frames get different sizes, or the encoder needs further inputs for each image.
-    """
-    outputs = image_processor(frames, **options)
-    if others := [name for name in ENCODER_INPUTS if name in outputs]:
-        raise ValueError(
-            f"A {type(image_processor).__name__} prepares each image in its own shape ({others[0]!r}), which videos "
-            "cannot have: use a vision encoder of images of one size, such as CLIP or SigLIP."
-        )
-    prepared = [torch.as_tensor(np.asarray(image)) for image in outputs["pixel_values"]]
-    if prepared[0].ndim == 4:  # VideoMAE's makes one video of all frames
-        prepared = list(prepared[0])
-    if len({image.shape for image in prepared}) > 1:
-        sizes = " and ".join(sorted({f"{image.shape[-1]} x {image.shape[-2]}" for image in prepared})[:2])
-        raise ValueError(
-            f"The frames of the videos are prepared to different sizes, such as {sizes} pixels: let the image "
-            "processor resize and crop them, or give frames of one size."
-        )
-    parts = torch.stack(prepared).split(lengths)
-    batch = {"pixel_values": pad_sequence(parts, batch_first=True)}  # padding is zeros
-    if min(lengths) < max(lengths):
-        ones = [torch.ones(length, dtype=torch.long) for length in lengths]
-        batch["frame_attention_mask"] = pad_sequence(ones, batch_first=True)
-    return dict(BatchFeature(batch, tensor_type=return_tensors))
-
-
-def prepare_features(
-    image_embeds: torch.Tensor | np.ndarray | Sequence[Any],
-    image_attention_mask: torch.Tensor | None,
-    return_tensors: str | None = None,
-) -> dict[str, Any]:
-    """Return features as a batch: `image_embeds` `[B, N, Dv]` and, with padding, `image_attention_mask` `[B, N]`.
-
-    Args:
-        image_embeds: one row `[N, Dv]`, a list of rows, or a batch `[B, N, Dv]`, of videos `[B, F, N, Dv]`.
-        image_attention_mask: mask of a batch.
-        return_tensors: type of the result.
-
-    Raises:
-        TypeError: if the features are not numbers.
-        ValueError: if the features or their mask have another shape.
-    """
-    ndim = image_embeds.ndim if isinstance(image_embeds, torch.Tensor | np.ndarray) else None
-    if ndim in (3, 4):
-        batch = {"image_embeds": torch.as_tensor(image_embeds)}
-        if image_attention_mask is not None:
-            batch["image_attention_mask"] = feature_mask(batch["image_embeds"], image_attention_mask)
-    elif image_attention_mask is None:
-        batch = pad_features([image_embeds] if ndim == 2 else list(image_embeds))
-    else:
-        raise ValueError(
-            "`image_attention_mask` belongs to a batch of features [B, N, D]: leave it out for a list of rows, which "
-            "is padded here."
-        )
-    return dict(BatchFeature(batch, tensor_type=return_tensors))
-
-
-class PushWithCard(PushToHubMixin):
-    """Mixin whose `push_to_hub` writes a model card that shows how to use the repository.
-
-    transformers creates a card with empty sections, "[More Information Needed]", for every new repository. Its
-    `push_to_hub` has no argument for a card, so the mixin replaces that card before the upload.
-
-    Attributes:
-        feature_width (`int`, *optional*): width of the features of a captioner without a vision encoder.
-    """
-
-    feature_width: int | None = None
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        card = os.path.join(working_dir, "README.md")
-        if os.path.exists(card) and "[More Information Needed]" in ModelCard.load(card).text:
-            data = ModelCardData(
-                library_name="transformers",
-                pipeline_tag=None if self.feature_width else "image-text-to-text",
-                tags=[*([] if self.feature_width else ["image-captioning"]), "q-former", "qformer-captioner"],
-            )
-            name, width = repo_id.split("/")[-1], self.feature_width
-            ModelCard.from_template(data, template_str=CARD, repo_id=repo_id, name=name, feature_width=width).save(card)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-
-class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
+class QFormerCaptionerProcessor(PushWithCaptionerCard, QFormerProcessor):
     r"""Processor that prepares the inputs of a [`QFormerCaptioner`] and decodes its captions.
 
     A Q-Former that also reads the prompt (InstructBLIP, arXiv 2305.06500) has its own tokenizer:
@@ -368,40 +271,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
             num_frames=num_frames,
         )
 
-    @classmethod
-    def from_folder_if_any(cls, folder: str | os.PathLike, **hub_kwargs: Any) -> "QFormerCaptionerProcessor | None":
-        """Load the processor of a folder or Hub repository, or return `None` if it has no processor."""
-        processor_file = cached_file(
-            folder,
-            PROCESSOR_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_kwargs,
-        )
-        if processor_file is None:
-            return None
-        # This class may run from the code of a Hub folder. The user has then trusted that code, and loading the
-        # tokenizer must not ask again. The class of the installed package executes no code of a folder.
-        trusted = cls.__module__.startswith("transformers_modules.")
-        return cls.from_pretrained(folder, trust_remote_code=trusted, **hub_kwargs)
-
     # --- Images and prompts -------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def open_image(image: ImageInput, name: str | None = None) -> Image.Image:
-        """Open an image as the processor does: upright RGB, transparent pixels white.
-
-        Args:
-            image: path, URL, bytes, array, tensor, PIL image, or another form that [`open_image`] takes.
-            name: name of the image in error messages.
-
-        Raises:
-            OSError: if the image cannot be read; the message names it and says what it is.
-            TypeError: if the image is of a type that does not hold images.
-            ValueError: if an array does not have the shape or the values of an image.
-        """
-        return open_image(image, name)
 
     def __call__(
         self,
@@ -447,8 +317,6 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         """
         if images is None and text is None and image_embeds is None:
             raise ValueError("There is nothing to process: pass `images` or `image_embeds`, `text` or both.")
-        if images is not None and image_embeds is not None:
-            raise ValueError("Pass either `images` or their features (`image_embeds`), not both.")
         options = self._merge_kwargs(
             self.valid_processor_kwargs,  # type: ignore[arg-type]  # the stub asks for an instance of the class
             tokenizer_init_kwargs=self.tokenizer.init_kwargs,
@@ -460,53 +328,15 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         text_options["padding_side"] = asked.get("padding_side", "right" if self.is_encoder_decoder else "left")
         return_tensors = text_options.pop("return_tensors", "pt")
 
-        batch: dict[str, Any] = {}
-        videos = (
-            []
-            if images is None
-            else self._frames_of_each(images, options["videos_kwargs"].get("num_frames", self.num_frames))
-        )
-        if videos:
-            batch.update(self._prepare(videos, {"return_tensors": return_tensors, **options["images_kwargs"]}))
-            if image_attention_mask is not None:  # of the features that the vision encoder will return
-                batch["image_attention_mask"] = torch.as_tensor(image_attention_mask)
-        elif image_embeds is not None:
-            batch.update(prepare_features(image_embeds, image_attention_mask, return_tensors))
-        prompts = self._prompts_for(text, len(batch["image_embeds"]) if image_embeds is not None else len(videos))
+        batch, rows = self._image_inputs(images, image_embeds, image_attention_mask, options, return_tensors)
+        prompts = self._prompts_for(text, rows)
         texts = [self.format_prompt(prompt) for prompt in prompts]
-        batch.update(tokenize_prompts(self.tokenizer, texts, return_tensors, text_options))
+        batch.update(tokenize_texts(self.tokenizer, texts, return_tensors, text_options))
         if self.qformer_tokenizer is not None:
             text_options["padding_side"] = "right"
-            tokens = tokenize_prompts(self.qformer_tokenizer, prompts, return_tensors, text_options)
+            tokens = tokenize_texts(self.qformer_tokenizer, prompts, return_tensors, text_options)
             batch.update({f"qformer_{name}": value for name, value in tokens.items()})
         return BatchFeature(batch)
-
-    def _frames_of_each(
-        self, images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]], num_frames: int
-    ) -> list[list[ImageInput]]:
-        """Return the frames to read of each video, at most `num_frames`. An image is a video of one frame."""
-        videos = []
-        for number, entry in enumerate(flatten_images(images), start=1):
-            frames = entry if isinstance(entry, list) else [entry]
-            if len(frames) > 1 and num_frames == 1:
-                raise ValueError(
-                    f"This captioner reads one image for each prompt, but entry {number} of the images has "
-                    f"{len(frames)}: give it one image, or train a captioner of videos with `num_frames` above 1."
-                )
-            videos.append(sample_frames(frames, num_frames))
-        return videos
-
-    def _prepare(self, videos: list[list[ImageInput]], options: dict[str, Any]) -> dict[str, Any]:
-        """Return the pixel values of images, or those of videos with the mask of their frames if they need one."""
-        frames = [frame for video in videos for frame in video]
-        data_format = options.pop("input_data_format", None)
-        upright = [open_image(frame, input_data_format=data_format) for frame in frames]
-        if are_floats(frames):
-            options.pop("do_rescale", None)  # says that floats are from 0 to 1, but `upright` has 8 bits
-        lengths = [len(video) for video in videos]
-        if max(lengths) == 1:
-            return prepare_images(self.image_processor, upright, **options)
-        return prepare_videos(self.image_processor, upright, lengths, **options)
 
     def format_prompt(self, prompt: str) -> str:
         """Return a prompt as the language model reads it: in its chat template with `use_chat_template`."""
@@ -571,7 +401,7 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         if not caption:
             raise ValueError("A caption is empty. Leave out the row, or give it a text.")
         # `split_special_tokens` below is not enough: the vocabulary of T5 also has "</s>" as an ordinary token.
-        caption = re.sub("|".join(map(re.escape, self.tokenizer.all_special_tokens)), " ", caption).strip()
+        caption = without_special_tokens(self.tokenizer, caption)
         if max_length is not None:
             caption = caption[: 100 * max_length]  # a very long text would otherwise be tokenised in full
         prompt = self.format_prompt(prompt or self.prompt)
@@ -586,6 +416,144 @@ class QFormerCaptionerProcessor(PushWithCard, ProcessorMixin):
         return [*ids[: max_length - 1 if max_length else None], end]
 
 
-QFormerCaptionerProcessor.register_for_auto_class("AutoProcessor")
+class QFormerPretrainingProcessor(PushWithPretrainingCard, QFormerProcessor):
+    r"""Processor that prepares the inputs of a [`QFormerForPretraining`] and decodes its captions.
 
-__all__ = ["QFormerCaptionerProcessor"]
+    Args:
+        image_processor: image processor of the vision encoder.
+        tokenizer: tokenizer of the Q-Former, such as BERT's. If it has no token that starts a caption, it gets `[DEC]`,
+            as in LAVIS. Its length is then the size of the vocabulary that the Q-Former needs.
+        num_frames (`int`, defaults to 1): largest number of frames to read of a video. Longer videos are sampled
+            evenly. With 1, only images are read.
+
+    Raises:
+        ValueError: if the tokenizer does not have the tokens `[CLS]`, `[SEP]` and `[PAD]`.
+
+    Example:
+
+    ```python
+    >>> processor = QFormerPretrainingProcessor.from_backbones(
+    ...     "facebook/dinov2-small", "google-bert/bert-base-uncased"
+    ... )  # doctest: +SKIP
+    >>> batch = processor(images=["dog.jpg"], text=["a dog", "two cats"])  # doctest: +SKIP
+    >>> batch.pixel_values.shape, batch.input_ids.shape  # doctest: +SKIP
+    (torch.Size([1, 3, 224, 224]), torch.Size([2, 4]))
+    ```
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase, num_frames: int = 1):
+        for name in ("cls_token", "sep_token", "pad_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(
+                    f"The tokenizer of a Q-Former needs a `{name}`, which {type(tokenizer).__name__} lacks: use a "
+                    "tokenizer such as that of google-bert/bert-base-uncased, or set the token."
+                )
+        if tokenizer.bos_token is None:
+            tokenizer.add_special_tokens({"bos_token": BOS_TOKEN})
+        self.num_frames = num_frames
+        super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike | None,
+        text: str | os.PathLike | PreTrainedTokenizerBase,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        num_frames: int = 1,
+    ) -> "QFormerPretrainingProcessor":
+        """Join the image processor of one pretrained model and the tokenizer of another.
+
+        Args:
+            vision (`str`, *optional*): Hub id or folder. `None` for a model that reads only features.
+            text (`str` or tokenizer): Hub id or folder of a model with BERT's tokenizer, or a tokenizer.
+            vision_revision, text_revision (`str`, *optional*): branch, tag or commit.
+            num_frames (`int`, defaults to 1): largest number of frames to read of a video.
+
+        Raises:
+            OSError: if the image processor or the tokenizer cannot be fetched.
+            ValueError: if the tokenizer lacks a token.
+        """
+        if not isinstance(text, PreTrainedTokenizerBase):
+            text = AutoTokenizer.from_pretrained(text, revision=text_revision, trust_remote_code=False)
+        image_processor = ViTImageProcessorPil() if vision is None else load_image_processor(vision, vision_revision)
+        return cls(image_processor, text, num_frames=num_frames)
+
+    def __call__(
+        self,
+        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,
+        text: str | Sequence[str] | None = None,
+        image_embeds: torch.Tensor | np.ndarray | Sequence[Any] | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Convert images, or features of them, and texts to a batch of padded torch tensors.
+
+        Args:
+            images (*optional*): images or videos, as in the call of [`QFormerCaptionerProcessor`].
+            text (`str` or list of `str`, *optional*): texts. Their number M does not depend on that of the images.
+            image_embeds (*optional*): features in place of images: of one row (`[N, Dv]`), or of several in a list,
+                whose N may differ, or in a batch `[B, N, Dv]`.
+            image_attention_mask (`[B, N]`, *optional*): 0 for features that the Q-Former ignores.
+            max_length (`int`, *optional*): largest number of tokens of a text, `[CLS]` and `[SEP]` included. Longer
+                texts are cut off at their end. By default no text is cut off.
+            kwargs: options of the image processor, such as `do_resize=False`, and of the tokenizer. `images_kwargs` and
+                `text_kwargs` hold options of one of them. `num_frames` replaces that of the processor.
+
+        Returns:
+            The same as [`QFormerCaptionerProcessor`] for images or features (`pixel_values`, `image_embeds` ...). Also
+            `input_ids` and `attention_mask` (`[M, T]`, long) of `[CLS] text [SEP]`, if there are texts, padded on the
+            right. Special tokens inside a text are removed.
+
+        Raises:
+            OSError: if an image cannot be read; the message names it.
+            TypeError: if an image is of a type that does not hold images, or a text is not a string.
+            ValueError: if there is nothing to process, if `text` is an empty list, or if `max_length` leaves no token
+                of a text. Also for images as in the call of [`QFormerCaptionerProcessor`].
+        """
+        if images is None and text is None and image_embeds is None:
+            raise ValueError("There is nothing to process: pass `images` or `image_embeds`, `text` or both.")
+        options = self._merge_kwargs(
+            self.valid_processor_kwargs,  # type: ignore[arg-type]  # the stub asks for an instance of the class
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
+        text_options = {"padding": True, "return_token_type_ids": False, **options["text_kwargs"]}
+        text_options["padding_side"] = "right"  # the positions of a Q-Former count from the first column
+        return_tensors = text_options.pop("return_tensors", "pt")
+        batch, _ = self._image_inputs(images, image_embeds, image_attention_mask, options, return_tensors)
+        if text is not None:
+            if max_length is not None:
+                if max_length < 3:
+                    raise ValueError(
+                        f"`max_length` must be at least 3, for [CLS], a token of the text and [SEP], got {max_length}."
+                    )
+                text_options |= {"max_length": max_length, "truncation": True, "truncation_side": "right"}
+            texts = [without_special_tokens(self.tokenizer, each) for each in checked_texts(text)]
+            batch.update(tokenize_texts(self.tokenizer, texts, return_tensors, text_options))
+        return BatchFeature(batch)
+
+
+def checked_texts(text: str | Sequence[str]) -> list[str]:
+    """Return texts as a list.
+
+    Raises:
+        TypeError: if they are not strings.
+        ValueError: if there are no texts.
+    """
+    if not isinstance(text, str | Iterable):
+        raise TypeError(f"`text` must be a string or a list of strings, not {repr(text)[:100]}.")
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("`text` is an empty list: give at least one text, or leave `text` out.")
+    for number, each in enumerate(texts, start=1):
+        if not isinstance(each, str):
+            raise TypeError(f"`text` must be a string or a list of strings, but entry {number} is {repr(each)[:100]}.")
+    return texts
+
+
+QFormerCaptionerProcessor.register_for_auto_class("AutoProcessor")
+QFormerPretrainingProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["QFormerCaptionerProcessor", "QFormerPretrainingProcessor"]

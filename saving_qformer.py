@@ -1,38 +1,34 @@
-"""Loading and saving of captioners, whose folders hold the weights of the backbones or keep them by reference.
+"""Loading and saving of models, whose folders hold the weights of the backbones or keep them by reference.
 
-modeling_qformer.py subclasses the class of this file and defines the computation.
+captioner_qformer.py subclasses the class of this file for captioners, and pretraining_qformer.py for pretraining.
 """
 
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import DownloadKwargs
 
 from .backbones_qformer import (
-    BACKBONES,
     VisionModelPlaceholder,
-    bits_and_bytes_config,
     check_number_of_layers,
     dtype_of,
-    is_frozen,
     is_quantized,
     load_backbone,
-    quantize,
-    single_device,
 )
-from .configuration_qformer import QFormerCaptionerConfig, check_is_captioner, special_tokens_of, without_local_paths
-from .parts_qformer import QFormerCaptionerParts
-from .processing_qformer import HUB_KWARGS, PushWithCard, QFormerCaptionerProcessor
+from .cards_qformer import PushWithCard
+from .configuration_qformer import VisionQFormerConfig, special_tokens_of, without_local_paths
+from .parts_qformer import QFormerParts
+from .processing_qformer import HUB_KWARGS, QFormerProcessor
 from .weights_qformer import (
     BackboneFingerprint,
     count_weights,
@@ -49,26 +45,29 @@ from .weights_qformer import (
 logger = logging.get_logger(__name__)
 
 
-class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
-    """Base class that loads and saves a captioner, and records which of its backbones are kept by reference.
+class QFormerPreTrainedModel(PushWithCard, QFormerParts):
+    """Base class that loads and saves a model, and records which of its backbones are kept by reference.
 
     A folder may leave out a frozen backbone that can be fetched by its name and commit, which are in the configuration.
     `config.referenced_backbones` lists these backbones. A backbone whose weights have changed, for example because an
     adapter was merged into it, is always saved.
 
-    Subclasses set `vision_model` and `language_model`, and their constructor accepts both as keywords.
+    Subclasses name their backbones and the class of their processor. They set each backbone as an attribute, and their
+    constructor accepts `vision_model` as a keyword.
     """
 
-    processor: QFormerCaptionerProcessor | None
+    config_class: type[VisionQFormerConfig]  # type: ignore[assignment]
+    processor_class: ClassVar[type[QFormerProcessor]]
+    processor: QFormerProcessor | None
     _fingerprints: dict[str, BackboneFingerprint]  # of the backbones as they were fetched
     _reported_backbones: set[str]  # a warning said that their weights have changed
 
-    def __init__(self, config: QFormerCaptionerConfig, *inputs: Any, **kwargs: Any):
+    def __init__(self, config: VisionQFormerConfig, *inputs: Any, **kwargs: Any):
         super().__init__(config, *inputs, **kwargs)
         self.processor = None
         self._fingerprints = {}
         self._reported_backbones = set()
-        self._was_loaded = False  # a captioner that was loaded keeps the name of its source
+        self._was_loaded = False  # a model that was loaded keeps the name of its source
         if not config.has_vision_model:
             self.feature_width = cast(PreTrainedConfig, config.vision_config).hidden_size
 
@@ -79,13 +78,13 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
 
         A quantised language model is left out: its original weights are not in memory, so it cannot be saved.
         """
-        local = [part for part in BACKBONES if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
+        local = [part for part in self.backbones if os.path.isdir(getattr(self.config, f"{part}_name_or_path") or "")]
         return [part for part in local if not is_quantized(getattr(self, part))]
 
     def load_vision_model(self) -> None:
-        """Fetch the vision encoder of a captioner that was loaded without it; otherwise do nothing.
+        """Fetch the vision encoder of a model that was loaded without it; otherwise do nothing.
 
-        A captioner that was trained on features of an unknown encoder has no vision encoder to fetch.
+        A model that was trained on features of an unknown encoder has no vision encoder to fetch.
 
         Raises:
             OSError: if the vision encoder cannot be fetched; the message names it.
@@ -98,58 +97,13 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             self._take_fingerprints(["vision_model"])
             self._keep_by_reference(self.config.referenced_backbones or [])
 
-    def quantize_language_model(
-        self, quantization_config: BitsAndBytesConfig | dict[str, Any], device: str | int | torch.device | None = None
-    ) -> None:
-        """Quantise the linear layers of the frozen language model to 4 or 8 bits, to save memory.
-
-        The vision encoder, the Q-Former and the projection keep their dtype. They are small, and a Q-Former in 8 bits
-        gave empty captions (huggingface/transformers#30383). Gradients pass through the quantised layers, so the
-        Q-Former or LoRA adapters can train. The whole captioner moves to the device of the quantised layers.
-
-        Args:
-            quantization_config (`BitsAndBytesConfig` or `dict`): `load_in_4bit=True` or `load_in_8bit=True`, and its
-                options.
-            device (`str`, `int` or `torch.device`, *optional*): defaults to the GPU, or to the CPU without one.
-
-        Raises:
-            ImportError: if bitsandbytes is not installed.
-            ValueError: if the language model is trainable, or `quantization_config` is of another kind.
-
-        Example:
-
-        ```python
-        >>> from transformers import BitsAndBytesConfig
-        >>> model.quantize_language_model(BitsAndBytesConfig(load_in_4bit=True))  # doctest: +SKIP
-        ```
-        """
-        if not is_frozen(self.language_model):
-            raise ValueError(
-                "A quantised language model cannot train. Save the captioner, load the folder with "
-                "`from_pretrained(folder, quantization_config=...)`, and train LoRA adapters on it."
-            )
-        quantization_config = bits_and_bytes_config(quantization_config)
-        if not self._matches_name("language_model", self.state_dict()):  # its rounded weights have no other source
-            self.config.language_model_name_or_path = self.config.language_model_revision = None
-        self.language_model = quantize(self.language_model, quantization_config, device).requires_grad_(False)
-        self._take_fingerprints(["language_model"])  # an adapter may be merged into the quantised weights
-        self.config.text_config = self.language_model.config
-        # peft chooses the kind of adapter by these attributes of the whole model.
-        self.is_loaded_in_4bit = quantization_config.load_in_4bit
-        self.is_loaded_in_8bit = quantization_config.load_in_8bit
-        referenced = set(self.config.referenced_backbones or [])
-        if self.config.language_model_name_or_path is not None:
-            referenced.add("language_model")
-        self._keep_by_reference(sorted(referenced, key=BACKBONES.index))
-        self.to(self.language_model.device)  # type: ignore[arg-type]
-
     def keys_left_out(
         self, include_backbones: bool | Sequence[str] = False, weights: Mapping[str, torch.Tensor] | None = None
     ) -> set[str]:
         """Return the names of the weights that `save_pretrained(include_backbones=...)` does not write.
 
         Args:
-            include_backbones (`bool` or list of backbones): see [`~QFormerCaptioner.save_pretrained`].
+            include_backbones (`bool` or list of backbones): see [`~QFormerPreTrainedModel.save_pretrained`].
             weights (`dict[str, torch.Tensor]`, *optional*): the weights to save, by default `self.state_dict()`.
 
         Raises:
@@ -182,44 +136,44 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         config=None,
         dtype=None,
         load_vision_model=True,
-        quantization_config=None,
+        before_adapter: Callable[[Any], None] | None = None,
         **kwargs,
     ):
-        """Load a captioner from a folder or the Hub, and fetch the backbones that it keeps by reference.
+        """Load a model from a folder or the Hub, and fetch the backbones that it keeps by reference.
 
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id.
-            config ([`QFormerCaptionerConfig`] or `str`, *optional*): configuration, or folder that holds one.
-                By default it is that of the captioner, and keywords that are its fields (`pad_token_id=0`) override it.
+            config ([`VisionQFormerConfig`] or `str`, *optional*): configuration, or folder that holds one. By default
+                it is that of the model, and keywords that are its fields (`pad_token_id=0`) override it.
             dtype (`str` or `torch.dtype`, *optional*): dtype of every part. Without it, each part has the dtype that it
                 was saved in.
             load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
-                precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
-            quantization_config (`BitsAndBytesConfig` or `dict`, *optional*): quantise the language model, and freeze it
-                ([`~QFormerCaptioner.quantize_language_model`]). `device_map` must then be a single device.
+                precomputed features. [`~QFormerPreTrainedModel.load_vision_model`] fetches it later.
+            before_adapter (*optional*): function that changes the loaded model before an adapter is loaded on it.
             model_args, kwargs: passed to `PreTrainedModel.from_pretrained` (`device_map`, `revision`, `token`, ...).
 
         Returns:
-            The captioner in evaluation mode. Backbones that were frozen when it was saved are frozen again.
+            The model in evaluation mode. Backbones that were frozen when it was saved are frozen again.
 
         Raises:
-            OSError: if the captioner or one of its backbones cannot be fetched; the message names it. Also for another
-                kind of model, and for an adapter that does not name its captioner.
-            ValueError: if `load_vision_model=False` and the vision encoder could not be fetched later, or if a
-                quantised captioner would be spread over devices.
+            OSError: if the model or one of its backbones cannot be fetched; the message names it. Also for another kind
+                of model, and for an adapter that does not name its model.
+            TypeError: for a `quantization_config`, because only the language model of a captioner can be quantised.
+            ValueError: if `load_vision_model=False` and the vision encoder could not be fetched later.
 
         Example:
 
         ```python
-        >>> model = QFormerCaptioner.from_pretrained("outputs/scenes")  # doctest: +SKIP
-        >>> model.caption("photo.jpg")  # doctest: +SKIP
-        'a small red circle to the left of a blue square'
+        >>> model = QFormerForPretraining.from_pretrained("outputs/stage1")  # doctest: +SKIP
+        >>> model.similarity("photo.jpg", ["a dog", "a red car"])  # doctest: +SKIP
+        tensor([[0.41, 0.12]])
         ```
         """
+        if kwargs.get("quantization_config") is not None:
+            raise TypeError(f"A {cls.config_class.kind} has no language model: leave out `quantization_config`.")
         source = pretrained_model_name_or_path
         former_dtype = kwargs.pop("torch_dtype", None)  # its former name, which transformers still accepts
         dtype = former_dtype if dtype is None else dtype
-        device = None if quantization_config is None else single_device(kwargs.pop("device_map", None))
         hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
         files = {**hub_kwargs, "variant": kwargs.get("variant")}
         # `AutoModel` passes the path of an adapter here. transformers loses it where the weights are a `state_dict`.
@@ -228,12 +182,12 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         )
         if adapter is not None and source is None:
             raise OSError(
-                f"The adapter {str(adapter)!r} names no captioner. Write the folder of its captioner as "
+                f"The adapter {str(adapter)!r} names no {cls.config_class.kind}. Write the folder of its model as "
                 "`base_model_name_or_path` into its `adapter_config.json`."
             )
 
         if not isinstance(config, PreTrainedConfig):  # fields of the configuration may also be keywords
-            check_is_captioner(config or source, hub_kwargs)
+            cls.config_class.check_source(config or source, hub_kwargs)
             others = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
             config, others = cls.config_class.from_pretrained(
                 str(config or source), return_unused_kwargs=True, **hub_kwargs, **others
@@ -251,10 +205,9 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         model._freeze()
         model._keep_by_reference(config.referenced_backbones or [])
         # A trainable backbone may differ from the pretrained model of its name, so it has no fingerprint.
-        model._take_fingerprints(part for part in BACKBONES if getattr(config, f"freeze_{part}"))
-        if quantization_config is not None:
-            model.language_model.requires_grad_(False)
-            model.quantize_language_model(quantization_config, device)
+        model._take_fingerprints(part for part in cls.backbones if getattr(config, f"freeze_{part}"))
+        if before_adapter is not None:
+            before_adapter(model)
         if source is not None:
             model._load_companions(source, kwargs.get("generation_config"), hub_kwargs)
         if adapter is not None:
@@ -265,23 +218,23 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def _resolve_config(
         cls,
         source: str | os.PathLike | None,
-        config: QFormerCaptionerConfig,
+        config: VisionQFormerConfig,
         dtype: str | torch.dtype | None,
         load_vision_model: bool,
-    ) -> QFormerCaptionerConfig:
+    ) -> VisionQFormerConfig:
         """Return a checked copy of the configuration, in which a given `dtype` replaces the saved ones."""
         config = copy.deepcopy(config)
         check_number_of_layers(config)
         for part in config.referenced_backbones or []:
-            if part not in BACKBONES or getattr(config, f"{part}_name_or_path") is None:
+            if part not in cls.backbones or getattr(config, f"{part}_name_or_path") is None:
                 raise OSError(
-                    f"The captioner {str(source)!r} keeps {part!r} by reference but does not name it. Save it again "
-                    "with `include_backbones=True`."
+                    f"The {config.kind} {str(source)!r} keeps {part!r} by reference but does not name it. Save it "
+                    "again with `include_backbones=True`."
                 )
         can_be_left_out = config.freeze_vision_model and config.vision_model_name_or_path
         if not load_vision_model and config.has_vision_model and not can_be_left_out:
             raise ValueError(
-                f"The captioner {str(source)!r} has its own vision encoder and cannot be loaded without it: "
+                f"The {config.kind} {str(source)!r} has its own vision encoder and cannot be loaded without it: "
                 "leave out `load_vision_model=False`."
             )
         # A user may also have changed `config.dtype`, in which transformers saves the dtype of the first part.
@@ -294,7 +247,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def _collect_weights(
         cls,
         source: str | os.PathLike,
-        config: QFormerCaptionerConfig,
+        config: VisionQFormerConfig,
         dtype: str | torch.dtype | None,
         load_vision_model: bool,
         files: dict[str, Any],
@@ -336,7 +289,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
     def _check_size(
         cls,
         source: str | os.PathLike,
-        config: QFormerCaptionerConfig,
+        config: VisionQFormerConfig,
         available: int,
         vision_model: VisionModelPlaceholder | None = None,
     ) -> None:
@@ -350,7 +303,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         needed = sum(parameter.numel() for parameter in model.parameters())
         if needed > 2 * available:
             raise OSError(
-                f"The configuration of the captioner {str(source)!r} needs {needed:,} weights, but its files hold "
+                f"The configuration of the {config.kind} {str(source)!r} needs {needed:,} weights, but its files hold "
                 f"{available:,}. Fetch it again."
             )
 
@@ -358,14 +311,15 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         self, source: str | os.PathLike, generation_config: GenerationConfig | None, hub_kwargs: dict[str, Any]
     ) -> None:
         """Load the generation configuration and the processor that are saved next to the weights."""
-        saved = GenerationConfig.from_pretrained(source, **hub_kwargs)  # transformers silently ignores a damaged file
-        stored = self.config_class.from_pretrained(str(source), **hub_kwargs)
-        for name, value in special_tokens_of(saved).items():
-            if getattr(self.config, name) == getattr(stored, name):  # and not given by the caller
-                setattr(self.config, name, value)
-        if generation_config is None:
-            self.generation_config = saved
-        self.processor = QFormerCaptionerProcessor.from_folder_if_any(source, **hub_kwargs)
+        if self.can_generate():
+            saved = GenerationConfig.from_pretrained(source, **hub_kwargs)  # transformers ignores a damaged file
+            stored = self.config_class.from_pretrained(str(source), **hub_kwargs)
+            for name, value in special_tokens_of(saved).items():
+                if getattr(self.config, name, None) == getattr(stored, name, None):  # and not given by the caller
+                    setattr(self.config, name, value)
+            if generation_config is None:
+                self.generation_config = saved
+        self.processor = self.processor_class.from_folder_if_any(source, **hub_kwargs)
         # peft writes `name_or_path` into adapter folders, and transformers writes `config.name_or_path` into
         # configurations.
         self._was_loaded = True
@@ -377,12 +331,12 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         self.load_adapter(adapter, adapter_kwargs=hub_kwargs)
         if any("lora_magnitude_vector" in name for name, _ in self.named_parameters()):
             super().load_state_dict(read_dora_magnitudes(adapter, **hub_kwargs), strict=False)
-        processor = QFormerCaptionerProcessor.from_folder_if_any(adapter, **hub_kwargs)
+        processor = self.processor_class.from_folder_if_any(adapter, **hub_kwargs)
         if processor is not None:
             self.processor = processor
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the weights, and warn if peft saves adapters that would not find their captioner again.
+        """Return the weights, and warn if peft saves adapters that would not find their model again.
 
         Their names are the same if a layer is wrapped by `torch.compile`.
         """
@@ -391,8 +345,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             weights[plain_name(name)] = weights.pop(name)
         if not self.name_or_path and any(".base_layer." in name for name in weights):
             logger.warning_once(
-                "The adapters are on a captioner that was never saved, so a saved adapter cannot name it: call the "
-                "captioner's `save_pretrained` before `get_peft_model`."
+                f"The adapters are on a {self.config.kind} that was never saved, so a saved adapter cannot name it: "
+                "call its `save_pretrained` before `get_peft_model`."
             )
         return weights
 
@@ -432,10 +386,10 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
             max_shard_size (`int` or `str`, defaults to `"50GB"`): largest size of a file of weights.
             variant (`str`, *optional*): part of the names of the weights, as in `model.fp16.safetensors`. Weights that
                 were saved before as the same variant are replaced, sharded or not. Other variants stay.
-            include_backbones (`bool` or list of `str`, *optional*): `True` saves the weights of both backbones, a list
-                such as `["language_model"]` those of the named ones. The other frozen backbones are kept by reference
-                if their names can be fetched. By default the choice of loading is kept: a captioner from
-                `from_backbones` keeps both frozen backbones by reference. Trained backbones are always saved.
+            include_backbones (`bool` or list of `str`, *optional*): `True` saves the weights of all backbones, a list
+                such as `["vision_model"]` those of the named ones. The other frozen backbones are kept by reference if
+                their names can be fetched. By default the choice of loading is kept: a model from `from_backbones`
+                keeps all frozen backbones by reference. Trained backbones are always saved.
             args, kwargs: passed to `PreTrainedModel.save_pretrained` (`repo_id`, `token`, ...).
 
         Raises:
@@ -451,15 +405,15 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         """
         if include_backbones is None:
             referenced = self._public_references() if push_to_hub else self.config.referenced_backbones or []
-            include_backbones = [part for part in BACKBONES if part not in referenced]
+            include_backbones = [part for part in self.backbones if part not in referenced]
         included = self._backbones_to_include(include_backbones)
         if "vision_model" in included:
             self.load_vision_model()
         weights = self.state_dict() if state_dict is None else state_dict  # gathered by FSDP and DeepSpeed
         if any(".base_layer." in name for name in weights) and not self._hf_peft_config_loaded:
             raise ValueError(
-                "There are adapters on the captioner that loading would not find: save the `PeftModel`, or call its "
-                "`merge_and_unload()` first."
+                f"There are adapters on the {self.config.kind} that loading would not find: save the `PeftModel`, or "
+                "call its `merge_and_unload()` first."
             )
         referenced = self._backbones_to_reference(included, weights)
         config = self._config_to_save(included, referenced)
@@ -473,10 +427,10 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         if is_main_process and not self._hf_peft_config_loaded:
             put_adapter_aside(save_directory)
         if not self._was_loaded and not push_to_hub:
-            self.name_or_path = os.path.abspath(save_directory)  # by which an adapter finds its captioner
+            self.name_or_path = os.path.abspath(save_directory)  # by which an adapter finds its model
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
-        """Upload the captioner, including the weights of backbones that were loaded from a local folder.
+        """Upload the model, including the weights of backbones that were loaded from a local folder.
 
         Args:
             repo_id (`str`): repository on the Hub.
@@ -516,29 +470,18 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
 
     def _backbones_to_include(self, include_backbones: bool | Sequence[str]) -> list[str]:
         if isinstance(include_backbones, bool):
-            return list(BACKBONES) if include_backbones else []
-        if unknown := set(include_backbones) - set(BACKBONES):
-            raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(BACKBONES)}.")
+            return list(self.backbones) if include_backbones else []
+        if unknown := set(include_backbones) - set(self.backbones):
+            raise ValueError(f"`include_backbones` names {sorted(unknown)}; the backbones are {list(self.backbones)}.")
         return list(include_backbones)
 
     def _backbones_to_reference(self, included: Sequence[str], weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """Return the frozen backbones that a folder can keep by reference, because their weights have not changed.
-
-        Raises:
-            ValueError: if a quantised language model would have to be saved.
-        """
+        """Return the frozen backbones that a folder can keep by reference, because their weights have not changed."""
         referenced = []
         for part in self.frozen_backbones():
             named = getattr(self.config, f"{part}_name_or_path") is not None
             if part not in included and named and self._matches_name(part, weights):
                 referenced.append(part)
-        only_adapters = self._hf_peft_config_loaded
-        if is_quantized(self.language_model) and "language_model" not in referenced and not only_adapters:
-            raise ValueError(
-                "A quantised language model has rounded weights, which are not saved: keep it by reference "
-                "(`include_backbones=False`), or load the captioner without `quantization_config`, and merge adapters "
-                "into it there."
-            )
         return referenced
 
     def _matches_name(self, part: str, weights: Mapping[str, torch.Tensor]) -> bool:
@@ -547,14 +490,12 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
         return part in self._fingerprints and self._fingerprints[part].matches(own)
 
-    def _config_to_save(self, included: Sequence[str], referenced: Sequence[str]) -> QFormerCaptionerConfig:
+    def _config_to_save(self, included: Sequence[str], referenced: Sequence[str]) -> VisionQFormerConfig:
         """Return a copy of the configuration that describes the folder to write."""
         config, frozen = copy.deepcopy(self.config), self.frozen_backbones()
         config.referenced_backbones = list(referenced)
         config.dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in self.named_children()}
-        # Loading ties the output layer to the embedding by this field, which an adapter or a new layer does not change.
-        cast(PreTrainedConfig, config.text_config).tie_word_embeddings = bool(ties_of(self.language_model))
-        for part in BACKBONES:
+        for part in self.backbones:
             setattr(config, f"freeze_{part}", part in frozen)
             name = getattr(config, f"{part}_name_or_path")
             if part in frozen and part not in (*included, *referenced) and name is not None:
@@ -566,7 +507,7 @@ class QFormerCaptionerPreTrainedModel(PushWithCard, QFormerCaptionerParts):
         return config
 
     @contextmanager
-    def _temporary(self, config: QFormerCaptionerConfig, keys_to_ignore: Iterable[str] | None) -> Iterator[None]:
+    def _temporary(self, config: VisionQFormerConfig, keys_to_ignore: Iterable[str] | None) -> Iterator[None]:
         """Replace the configuration and the keys to save inside a `with` block, and restore them after it.
 
         `fully_shard` (FSDP2) gives a module a class of its own, whose code transformers would save instead of ours.

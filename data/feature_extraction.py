@@ -16,7 +16,7 @@ from ..backbones_qformer import load_backbone, loading_error
 from ..common.errors import UNUSABLE, InputError
 from ..common.onednn import onednn_linears
 from ..encoders_qformer import image_feature_size, vision_config_of
-from ..processing_qformer import load_image_processor, prepare_images
+from ..inputs_qformer import load_image_processor, prepare_images
 from ..vision_qformer import encode_images
 from .augmentation import Augmentation
 from .feature_shards import FeatureBatch, SplitLayout

@@ -30,7 +30,7 @@ from ..data.streaming import CaptionStream
 from ..hub.layout import PICTURES
 from ..hub.model_card import write_card
 from ..hub.push import open_repository, publish
-from ..saving_qformer import QFormerCaptionerPreTrainedModel
+from ..saving_qformer import QFormerPreTrainedModel
 from .callbacks import SetEpochCallback
 from .data_setup import TrainingData
 from .ema import EMACallback
@@ -62,7 +62,7 @@ class QFormerTrainer(Seq2SeqTrainer):
     """
 
     args: QFormerTrainingArguments
-    model: "QFormerCaptionerPreTrainedModel | PeftModel"
+    model: "QFormerPreTrainedModel | PeftModel"
     train_dataset: TrainingData
     eval_dataset: CaptionDataset | None
     hub_model_id: str | None  # type: ignore[assignment]
@@ -82,7 +82,7 @@ class QFormerTrainer(Seq2SeqTrainer):
         self.facts = facts
         self.last_logged = (time.time(), self.state.global_step)
         self.has_relu = has_relu(self.model)
-        if isinstance(self.model, QFormerCaptionerPreTrainedModel):
+        if isinstance(self.model, QFormerPreTrainedModel):
             # Weights that the Trainer expects to be missing from a checkpoint
             self.model._keys_to_ignore_on_save = self.model.keys_left_out(include_backbones=False)
         self.add_callback(SetEpochCallback(self.train_dataset))
@@ -257,7 +257,7 @@ class QFormerTrainer(Seq2SeqTrainer):
             self.ema.save(output_dir, self.args.should_save)
         if not self.args.should_save:
             return
-        if isinstance(self.model, QFormerCaptionerPreTrainedModel):
+        if isinstance(self.model, QFormerPreTrainedModel):
             self.model.save_pretrained(
                 output_dir, include_backbones=False, state_dict=state_dict, save_original_format=False
             )
@@ -309,7 +309,7 @@ class QFormerTrainer(Seq2SeqTrainer):
             state_dict: the gathered weights, if they are sharded (FSDP, DeepSpeed).
             training: steps, epochs and seconds of a finished run, and whether it was resumed.
         """
-        if isinstance(self.model, QFormerCaptionerPreTrainedModel):
+        if isinstance(self.model, QFormerPreTrainedModel):
             self.model.save_pretrained(folder, include_backbones=self.include_backbones, state_dict=state_dict)
         else:
             self.model.save_pretrained(os.fspath(folder), state_dict=state_dict)

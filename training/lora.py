@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import InputError
 from ..modeling_qformer import QFormerCaptioner
-from ..saving_qformer import QFormerCaptionerPreTrainedModel
+from ..saving_qformer import QFormerPreTrainedModel
 from .arguments import ModelArguments
 from .quantization import quantization_config
 from .run import TrainingRun
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def without_adapters(model: "QFormerCaptionerPreTrainedModel | PeftModel") -> QFormerCaptionerPreTrainedModel:
+def without_adapters(model: "QFormerPreTrainedModel | PeftModel") -> QFormerPreTrainedModel:
     """Return the base model of an adapter. A model without adapters is returned unchanged."""
-    if isinstance(model, QFormerCaptionerPreTrainedModel):
+    if isinstance(model, QFormerPreTrainedModel):
         return model
     base = model.get_base_model()
-    assert isinstance(base, QFormerCaptionerPreTrainedModel)
+    assert isinstance(base, QFormerPreTrainedModel)
     return base
 
 

@@ -20,6 +20,7 @@ from ..conftest import ROOT
 from ..fixtures import tiny
 from ..fixtures.hub_server import Failure, Hub, files_of
 from ..fixtures.processes import command_line
+from ..fixtures.travelling_files import files_behind
 
 pytestmark = pytest.mark.slow
 
@@ -328,7 +329,7 @@ def test_the_usage_example_of_the_card_runs_unchanged(hub, stranger, repo):
 
 # --- What is in a repository ------------------------------------------------------------------------------------------
 
-CODE = {path.name for path in ROOT.glob("*_qformer.py")}
+CODE = files_behind("modeling_qformer")
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 CAPTIONER = CODE | PROCESSOR | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 PICTURES = {"captions.png", "loss_curve.png"}
@@ -348,9 +349,11 @@ PICTURES = {"captions.png", "loss_curve.png"}
                 "README.md",
                 "adapter_config.json",
                 "adapter_model.safetensors",
+                "cards_qformer.py",
                 "encoders_qformer.py",
                 "features_qformer.py",
                 "images_qformer.py",
+                "inputs_qformer.py",
                 "processing_qformer.py",
             },
         ),

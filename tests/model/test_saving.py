@@ -23,8 +23,8 @@ import qformer_captioner
 from qformer_captioner import QFormerCaptioner, saving_qformer
 from qformer_captioner.weights_qformer import BackboneFingerprint
 
-from ..conftest import ROOT
 from ..fixtures import tiny
+from ..fixtures.travelling_files import files_behind
 
 LANGUAGES = {
     "t5-tied": dict(name="t5"),
@@ -307,7 +307,7 @@ def test_a_folder_holds_all_files_that_open_it(folders, folder):
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
-        *(file.name for file in ROOT.glob("*_qformer.py")),
+        *files_behind("modeling_qformer"),
     }
 
 

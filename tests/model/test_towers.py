@@ -23,7 +23,7 @@ from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerC
 from qformer_captioner.backbones_qformer import load_backbone
 from qformer_captioner.data.collator import CaptionCollator
 from qformer_captioner.encoders_qformer import EncoderError, run_encoder
-from qformer_captioner.processing_qformer import timm_image_processor
+from qformer_captioner.inputs_qformer import timm_image_processor
 from qformer_captioner.training.from_scratch import build_from_scratch
 from qformer_captioner.vision_qformer import split_vision_inputs
 

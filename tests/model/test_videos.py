@@ -69,7 +69,7 @@ def test_videos_and_images_have_the_same_captions_in_a_batch_and_alone(model):
 @pytest.mark.parametrize(
     ("images", "num_frames", "message"),
     [
-        ([frames(0), frames(0, 1)], 1, "reads one image for each prompt, but entry 2 of the images has 2"),
+        ([frames(0), frames(0, 1)], 1, "reads one image in each row, but entry 2 of the images has 2"),
         ([frames(0, 1), []], 4, "entry 2 of the images has 0"),
         ([[frames(0, 1), frames(1)], frames(2)], 4, "Entry 1 of the images holds 2 lists"),
         ([[*frames(0), *frames(1, size=(9, 9))]], 4, "different sizes, such as 40 x 50 and 9 x 9"),
