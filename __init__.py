@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from .common.onednn import onednn_linears as onednn_linears
     from .configuration_qformer import QFormerCaptionerConfig as QFormerCaptionerConfig
     from .configuration_qformer import QFormerConfig as QFormerConfig
+    from .configuration_qformer import QFormerPretrainingConfig as QFormerPretrainingConfig
     from .modeling_qformer import QFormerCaptioner as QFormerCaptioner
     from .modeling_qformer import QFormerCaptionerOutput as QFormerCaptionerOutput
     from .modeling_qformer import QFormerModel as QFormerModel
     from .processing_qformer import QFormerCaptionerProcessor as QFormerCaptionerProcessor
+    from .processing_qformer import QFormerPretrainingProcessor as QFormerPretrainingProcessor
 
 __version__ = "0.1.0"  # pyproject.toml reads the version from here
 
@@ -25,6 +27,8 @@ _MODULES = {  # public name: the module that defines it
     "QFormerCaptionerProcessor": "processing_qformer",
     "QFormerConfig": "configuration_qformer",
     "QFormerModel": "modeling_qformer",
+    "QFormerPretrainingConfig": "configuration_qformer",
+    "QFormerPretrainingProcessor": "processing_qformer",
     "onednn_linears": "common.onednn",
 }
 __all__ = list(_MODULES)

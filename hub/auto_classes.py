@@ -31,9 +31,9 @@ def register_classes() -> None:
         AutoProcessor,
     )
 
-    from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+    from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig, QFormerPretrainingConfig
     from ..modeling_qformer import QFormerCaptioner, QFormerModel
-    from ..processing_qformer import QFormerCaptionerProcessor
+    from ..processing_qformer import QFormerCaptionerProcessor, QFormerPretrainingProcessor
 
     AutoConfig.register(QFormerConfig.model_type, QFormerConfig)
     AutoModel.register(QFormerConfig, QFormerModel)
@@ -42,6 +42,8 @@ def register_classes() -> None:
     AutoModelForImageTextToText.register(QFormerCaptionerConfig, QFormerCaptioner)
     AutoModelForMultimodalLM.register(QFormerCaptionerConfig, QFormerCaptioner)
     AutoProcessor.register(QFormerCaptionerConfig, QFormerCaptionerProcessor)
+    AutoConfig.register(QFormerPretrainingConfig.model_type, QFormerPretrainingConfig)
+    AutoProcessor.register(QFormerPretrainingConfig, QFormerPretrainingProcessor)
 
 
 class Placeholder(type):
@@ -82,6 +84,14 @@ class QFormerCaptionerProcessor(metaclass=Placeholder):
     pass
 
 
+class QFormerPretrainingConfig(metaclass=Placeholder):
+    pass
+
+
+class QFormerPretrainingProcessor(metaclass=Placeholder):
+    pass
+
+
 def register_placeholders(module: ModuleType) -> None:
     """Register the placeholders that belong to one of the Auto modules.
 
@@ -90,6 +100,7 @@ def register_placeholders(module: ModuleType) -> None:
     if module.__name__ == CONFIGURATION_AUTO:
         module.AutoConfig.register("qformer", QFormerConfig)
         module.AutoConfig.register("qformer_captioner", QFormerCaptionerConfig)
+        module.AutoConfig.register("qformer_pretraining", QFormerPretrainingConfig)
         return
     configuration = importlib.import_module(f"{PACKAGE}.configuration_qformer")  # imports no torch
     if module.__name__ == MODELING_AUTO:
@@ -99,6 +110,7 @@ def register_placeholders(module: ModuleType) -> None:
         module.MODEL_FOR_MULTIMODAL_LM_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
     else:
         module.AutoProcessor.register(configuration.QFormerCaptionerConfig, QFormerCaptionerProcessor)
+        module.AutoProcessor.register(configuration.QFormerPretrainingConfig, QFormerPretrainingProcessor)
 
 
 class AutoModuleFinder(importlib.abc.MetaPathFinder):
