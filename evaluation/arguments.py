@@ -83,18 +83,15 @@ class ScoringArguments:
 
 
 @dataclass
-class CaptioningArguments:
-    """Options for the captioner, its images and its decoding."""
+class DataSetArguments:
+    """Options for a benchmark or data set: its images, or their features, and its references."""
 
-    model: str | None = option(None, "Captioner whose captions are scored (Hub id or folder).", "model")
-    revision: str | None = option(None, "Branch, tag or commit of the captioner.", "model")
-    dtype: str = option("auto", "Dtype of the captioner's weights; auto keeps the saved dtype.", "model")
-    benchmark: str | None = option(None, "Standard benchmark to caption, such as coco_karpathy_test.", "data")
+    benchmark: str | None = option(None, "Standard benchmark, such as coco_karpathy_test.", "data")
     dataset_name: str | None = option(
         None, "Your own data (Hub id, folder or file), or with --benchmark a copy of the benchmark.", "data"
     )
     features: str | None = option(
-        None, "Folder of precomputed features to caption. By default, its data set holds the references.", "data"
+        None, "Folder of precomputed features to read. By default, its data set holds the references.", "data"
     )
     dataset_config_name: str | None = option(None, "Configuration of your data set.", "data")
     dataset_revision: str | None = option(None, "Branch, tag or commit of your data set on the Hub.", "data")
@@ -113,9 +110,6 @@ class CaptioningArguments:
         "or a column of conversations.",
         "data",
     )
-    prompt_column: str | None = option(
-        None, "Column of prompts. Default: all images have the prompt of --prompt.", "data"
-    )
     image_id_column: str | None = option(
         None, "Column of image ids. Rows with the same id, by default the same file, describe one image.", "data"
     )
@@ -123,7 +117,19 @@ class CaptioningArguments:
         None, "Further folders that paths of images may lead into; by default only the image folder.", "data"
     )
     max_samples: int | None = option(
-        None, "Largest number of images to caption. Scores of fewer images are not scores of the benchmark.", "data"
+        None, "Largest number of images to read. Scores of fewer images are not scores of the benchmark.", "data"
+    )
+
+
+@dataclass
+class CaptioningArguments(DataSetArguments):
+    """Options for the captioner, its images and its decoding."""
+
+    model: str | None = option(None, "Captioner whose captions are scored (Hub id or folder).", "model")
+    revision: str | None = option(None, "Branch, tag or commit of the captioner.", "model")
+    dtype: str = option("auto", "Dtype of the captioner's weights; auto keeps the saved dtype.", "model")
+    prompt_column: str | None = option(
+        None, "Column of prompts. Default: all images have the prompt of --prompt.", "data"
     )
     prompt: str | None = option(
         None, "Text that captions continue. The default is that of the benchmark or of the captioner.", "generation"

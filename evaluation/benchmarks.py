@@ -32,7 +32,7 @@ class Benchmark:
         split: its split.
         image_column: column of images, or of URLs of images.
         caption_column: column of references: a string, a list of strings, or a list of `{"raw": string}`.
-        id_column: column of the image ids that result files use.
+        id_column: column of the image ids that result files use. `None` numbers the images.
         images: number of images in the split.
         captions: number of references in the split.
         row_per_caption: whether an image has one row for each of its captions.
@@ -48,7 +48,7 @@ class Benchmark:
     split: str
     image_column: str
     caption_column: str
-    id_column: str
+    id_column: str | None
     images: int
     captions: int
     row_per_caption: bool = False
@@ -102,6 +102,15 @@ BENCHMARKS = {
         image_column="image",
         caption_column="caption",
         id_column="img_id",
+        images=1_000,
+        captions=5_000,
+    ),
+    "flickr8k_test": Benchmark(
+        dataset_name="jxie/flickr8k",
+        split="test",
+        image_column="image",
+        caption_column="caption_0,caption_1,caption_2,caption_3,caption_4",
+        id_column=None,
         images=1_000,
         captions=5_000,
     ),

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -25,7 +25,7 @@ from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split
 from ..hub.load import load_captioner
 from ..modeling_qformer import QFormerCaptioner
-from .arguments import CaptioningArguments
+from .arguments import CaptioningArguments, DataSetArguments
 from .benchmarks import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark, load_benchmark, load_evaluation_set
 from .caption_files import ImageId
 from .inference import caption_images
@@ -33,6 +33,7 @@ from .scoring import FaultyImage
 
 logger = get_logger(__name__)
 
+DataSetOptions = TypeVar("DataSetOptions", bound=DataSetArguments)
 DEFAULT_GENERATION: dict[str, int | float] = {"num_beams": 5, "max_new_tokens": 30}
 # Options that do not change the captions. A run can continue with other values of them.
 UNRELATED_OPTIONS = ("output_dir", "overwrite_output_dir", "num_workers", "use_cpu")
@@ -131,14 +132,8 @@ def resolve_run(
     """
     if args.model is None:
         raise InputError("Say which captioner captions: --model.")
-    store = None if args.features is None else FeatureStore(args.features)
-    if store is not None and args.dataset_name is None:
-        options = store.dataset_options
-        image_folder = image_folder or options.pop("image_folder", None)
-        args = replace(args, **options)  # type: ignore[arg-type]  # all of them are strings
+    args, image_folder, store = with_data_set(args, image_folder)
     assert args.model is not None, "it is not an option of the data set"
-    if args.benchmark is None and args.dataset_name is None:
-        raise InputError(f"Say what to caption: --dataset_name, --features, or --benchmark {', '.join(BENCHMARKS)}.")
     benchmark = None if args.benchmark is None else get_benchmark(args.benchmark)
     state = start_processes(args.use_cpu)
     disable_progress_bar()  # for loading weights
@@ -149,7 +144,9 @@ def resolve_run(
         store.check_captioner(model.config, model.processor.image_processor)
     skipped_rows = SkippedRows()
     num_frames = 1 if model.processor is None else model.processor.num_frames
-    split, whole_split = load_images(args, image_folder, skipped_rows, rules, store, num_frames)
+    split, whole_split = load_images(
+        args, image_folder, skipped_rows, rules, store, num_frames, prompt_column=args.prompt_column
+    )
     return CaptioningRun(
         args=args,
         benchmark=benchmark,
@@ -165,6 +162,30 @@ def resolve_run(
     )
 
 
+def with_data_set(
+    args: DataSetOptions, image_folder: str | None
+) -> tuple[DataSetOptions, str | None, FeatureStore | None]:
+    """Return the options with the data set of precomputed features, its folder of images, and the features.
+
+    Args:
+        args: the options.
+        image_folder: folder of the images, if the options name it.
+
+    Raises:
+        InputError: if the options name neither a benchmark nor a data set nor features, or the features are damaged.
+    """
+    store = None if args.features is None else FeatureStore(args.features)
+    if store is not None and args.dataset_name is None:
+        options = store.dataset_options
+        image_folder = image_folder or options.pop("image_folder", None)
+        args = replace(args, **options)  # type: ignore[arg-type]  # all of them are strings
+    if args.benchmark is None and args.dataset_name is None:
+        raise InputError(
+            f"Say which images to read: --dataset_name, --features, or --benchmark {', '.join(BENCHMARKS)}."
+        )
+    return args, image_folder, store
+
+
 def start_processes(use_cpu: bool) -> PartialState:
     """Return the state of the processes, which wait for each other for up to two hours."""
     # accelerate finds every kind of accelerator, but does not choose the CPU automatically.
@@ -173,12 +194,13 @@ def start_processes(use_cpu: bool) -> PartialState:
 
 
 def load_images(
-    args: CaptioningArguments,
+    args: DataSetArguments,
     image_folder: str | None,
     skipped: SkippedRows | None = None,
     rules: VizWizRules | None = None,
     store: FeatureStore | None = None,
     num_frames: int = 1,
+    prompt_column: str | None = None,
 ) -> tuple[str, EvaluationSet]:
     """Return the name of the split, and its images and references.
 
@@ -187,8 +209,9 @@ def load_images(
         image_folder: folder of the images, if it is not the folder of the data set.
         skipped: record of the rows that belong to no split, and of rejected captions.
         rules: rules for the captions of VizWiz.
-        store: precomputed features to caption instead of images.
+        store: precomputed features to read instead of images.
         num_frames: largest number of frames to read of a video.
+        prompt_column: column of prompts, if each image has its own.
 
     Raises:
         InputError: if the benchmark, the data set, the split or a column does not exist, or a file cannot be read.
@@ -219,7 +242,7 @@ def load_images(
         args.caption_column,
         args.image_id_column,
         folder_of_images(name, rows, image_folder, args.allowed_image_folders),
-        prompt_column=args.prompt_column,
+        prompt_column=prompt_column,
         num_frames=num_frames,
     )
     features = None if store is None else store.split(split)

@@ -70,7 +70,7 @@ def caption_images(
     state.wait_for_everyone()
     batches = _unfinished_batches(images, finished, batch_size)[state.process_index :: state.num_processes]
     loader = DataLoader(
-        _ImageLoader(evaluation_set, images), batch_sampler=batches, num_workers=num_workers, collate_fn=list
+        ImageLoader(evaluation_set, images), batch_sampler=batches, num_workers=num_workers, collate_fn=list
     )
     new_captions: dict[ImageId, str] = {}
     unreadable: dict[ImageId, str] = {}
@@ -115,7 +115,7 @@ def caption_batch(
     return list(model.caption(prompt=prompts, **features._asdict(), **generation))
 
 
-class _ImageLoader(Dataset):
+class ImageLoader(Dataset):
     """Images, or features, with their ids, opened by the data loader workers.
 
     For an unreadable image, the error is returned.

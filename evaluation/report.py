@@ -49,7 +49,7 @@ def write_report(
     if open_image is not None:
         for index in {*best, *worst}:
             with contextlib.suppress(OSError):
-                pictures[index] = _base64_jpeg(open_image(scored.images[index]))
+                pictures[index] = base64_jpeg(open_image(scored.images[index]))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -65,7 +65,8 @@ def write_report(
     write_atomically(path, page.encode(errors="replace"))
 
 
-def _base64_jpeg(image: Image.Image) -> str:
+def base64_jpeg(image: Image.Image) -> str:
+    """Return an image, at most `MAX_SIDE` pixels high and wide, as a JPEG file in base64."""
     image = image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()

@@ -124,7 +124,7 @@ def test_saved_document_frequencies_give_the_same_scores(files, tmp_path):
         (["--predictions", "a.json"], "Say what to score"),
         (["--predictions", "a.json", "--references", "b.json"], "There is no file 'b.json'"),
         (["--prediction", "a.json"], "Unknown option '--prediction'. Did you mean '--predictions'"),
-        (["--model", "m"], "Say what to caption"),
+        (["--model", "m"], "Say which images to read"),
         (["--model", "m", "--dtype", "half"], "--dtype must be auto, float32, bfloat16 or float16, not 'half'"),
         (
             ["--model", "m", "--output", "/no/such/folder/scores.json"],
@@ -464,4 +464,5 @@ def test_the_benchmarks_have_the_sizes_that_papers_report():
         "nocaps_validation": (4_500, 45_000),
         "nocaps_test": (10_600, 0),
         "flickr30k_karpathy_test": (1_000, 5_000),
+        "flickr8k_test": (1_000, 5_000),
     }
