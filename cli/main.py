@@ -28,6 +28,8 @@ COMMANDS = {
     "train": Command("train_hf", "train a captioner on your images"),
     "features": Command("precompute_features", "run the vision encoder once over a data set"),
     "eval": Command("eval_captions", "score captions, or caption a benchmark and score it"),
+    "retrieve": Command("eval_retrieval", "score how well a model of stage 1 finds images and texts"),
+    "search": Command("cli.search", "find the images of a folder that a text describes"),
     "caption": Command("cli.caption", "caption images"),
     "push": Command("hub.push", "publish a captioner with a model card on the Hub"),
     "convert": Command("hub.convert", "make a captioner from a BLIP-2 or InstructBLIP checkpoint"),
