@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .modeling_qformer import QFormerCaptioner as QFormerCaptioner
     from .modeling_qformer import QFormerCaptionerOutput as QFormerCaptionerOutput
     from .modeling_qformer import QFormerModel as QFormerModel
+    from .pretraining_qformer import QFormerForPretraining as QFormerForPretraining
+    from .pretraining_qformer import QFormerPretrainingOutput as QFormerPretrainingOutput
     from .processing_qformer import QFormerCaptionerProcessor as QFormerCaptionerProcessor
     from .processing_qformer import QFormerPretrainingProcessor as QFormerPretrainingProcessor
 
@@ -26,8 +28,10 @@ _MODULES = {  # public name: the module that defines it
     "QFormerCaptionerOutput": "modeling_qformer",
     "QFormerCaptionerProcessor": "processing_qformer",
     "QFormerConfig": "configuration_qformer",
+    "QFormerForPretraining": "pretraining_qformer",
     "QFormerModel": "modeling_qformer",
     "QFormerPretrainingConfig": "configuration_qformer",
+    "QFormerPretrainingOutput": "pretraining_qformer",
     "QFormerPretrainingProcessor": "processing_qformer",
     "onednn_linears": "common.onednn",
 }

@@ -158,6 +158,29 @@ def placeholder_for(config: PreTrainedConfig, dtype: str | torch.dtype | None) -
     return VisionModelPlaceholder(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
+def vision_model_or_width(
+    vision: str | os.PathLike | None,
+    encoder_hidden_size: int | None,
+    revision: str | None,
+    dtype: str | torch.dtype,
+    load_weights: bool,
+) -> PreTrainedModel | VisionModelPlaceholder:
+    """Return a pretrained vision encoder, or a placeholder of one that is unknown but for the width of its features.
+
+    Raises:
+        OSError: if the encoder cannot be fetched; the message names it.
+        TypeError: if there is neither an encoder nor a width, or both.
+    """
+    if vision is not None and encoder_hidden_size is None:
+        return load_backbone("vision_model", os.fspath(vision), revision, dtype, load_weights=load_weights)
+    if vision is None and encoder_hidden_size is not None:
+        return placeholder_for(PrecomputedFeaturesConfig(hidden_size=encoder_hidden_size), dtype)
+    raise TypeError(
+        "Pass either a vision encoder as `vision`, or `vision=None` and `encoder_hidden_size`, the width of the "
+        "features that another encoder computes."
+    )
+
+
 def load_vision_model(
     name_or_path: str, config: PreTrainedConfig, dtype: str | torch.dtype | None, **download: Any
 ) -> PreTrainedModel:

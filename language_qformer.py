@@ -481,7 +481,7 @@ def caption_loss(
     chunk_size = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
     weights = head.trainable_weights() if torch.is_grad_enabled() else []
     inputs = hidden_states[is_target.flatten()], targets[is_target]
-    loss, losses = ChunkedCrossEntropy.apply(head, chunk_size, *inputs, *weights)
+    loss, losses = ChunkedCrossEntropy.apply(head, chunk_size, *inputs, 0.0, *weights)
     return loss, losses.new_zeros(targets.shape).masked_scatter(is_target, losses), None
 
 
@@ -489,7 +489,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy over a large vocabulary, in chunks: `[N, D]` -> sum `[]` and the loss of each position `[N]`.
 
     The forward pass computes the logits of a chunk, reduces them to losses and gradients, and frees them. Nothing is
-    computed twice, as in Liger Kernel (arXiv 2410.10989), but for any head. Only the sum has a gradient.
+    computed twice, as in Liger Kernel (arXiv 2410.10989), but for any head. Only the sum has a gradient. With label
+    smoothing, that share of the target probability is spread evenly over the vocabulary.
     """
 
     @staticmethod
@@ -499,6 +500,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,  # positions
         hidden_states: torch.Tensor,  # [N, D]
         targets: torch.Tensor,  # [N]
+        label_smoothing: float,
         *weights: torch.Tensor,  # trainable weights of the head
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
@@ -511,10 +513,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 logits = head(inputs[0])  # [n, V]
             log_probs = logits.detach().float().log_softmax(dim=-1)
             losses[chunk] = -log_probs.gather(1, targets[chunk, None]).squeeze(1)
+            if label_smoothing:
+                losses[chunk] -= label_smoothing * (losses[chunk] + log_probs.mean(dim=1))
             if needs_gradients:
-                # The gradient of a loss with respect to its logits is the softmax, minus one at the target.
+                # The gradient of a loss with respect to its logits is the softmax minus the target probabilities.
                 grad_logits = log_probs.exp_()
-                grad_logits[torch.arange(len(grad_logits), device=grad_logits.device), targets[chunk]] -= 1
+                if label_smoothing:
+                    grad_logits -= label_smoothing / grad_logits.shape[1]
+                rows = torch.arange(len(grad_logits), device=grad_logits.device)
+                grad_logits[rows, targets[chunk]] -= 1 - label_smoothing
                 gradients[0][chunk], *grad_weights = torch.autograd.grad(
                     logits, inputs, grad_logits.to(logits.dtype), allow_unused=True, materialize_grads=True
                 )
@@ -528,4 +535,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_sum, _ = grad_outputs
         grad_hidden_states, *grad_weights = (grad_sum * gradient for gradient in ctx.saved_tensors)
-        return None, None, grad_hidden_states, None, *grad_weights
+        return None, None, grad_hidden_states, None, None, *grad_weights

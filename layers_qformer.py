@@ -7,6 +7,7 @@ the features.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -59,18 +60,36 @@ class QFormerMultiHeadAttention(nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,  # [B, N, Dv]
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        key_value_states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        return self.attend(
+            self.query(hidden_states),
+            self.key(key_value_states),
+            self.value(key_value_states),
+            attention_mask,
+            **kwargs,
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,  # [B, Q, Dq]
+        key: torch.Tensor,  # [B, N, Dq]
+        value: torch.Tensor,  # [B, N, Dq]
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended values `[B, Q, Dq]`, and with eager attention the weights."""
+
         def split_heads(x: torch.Tensor) -> torch.Tensor:  # -> [B, heads, length, head_size]
             return x.view(*x.shape[:-1], self.num_heads, self.head_size).transpose(1, 2)
 
-        key_value_states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        compute: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, weights = attend(
+        attended, weights = compute(
             self,
-            split_heads(self.query(hidden_states)),
-            split_heads(self.key(key_value_states)),
-            split_heads(self.value(key_value_states)),
+            split_heads(query),
+            split_heads(key),
+            split_heads(value),
             attention_mask,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
@@ -160,6 +179,10 @@ class QFormerEncoder(nn.Module):
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.layer = nn.ModuleList([QFormerLayer(config, index) for index in range(config.num_hidden_layers)])
+
+    def layers(self) -> list[QFormerLayer]:
+        """Return the layers in order."""
+        return [cast(QFormerLayer, layer) for layer in self.layer]
 
     def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         for layer in self.layer:

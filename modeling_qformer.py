@@ -51,18 +51,18 @@ from .backbones_qformer import (
     load_backbone,
     placeholder_for,
     untie_t5_head,
+    vision_model_or_width,
 )
 from .captioner_qformer import QFormerCaptionerPreTrainedModel
 from .checkpoint_qformer import arguments_for
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
 from .encoders_qformer import (
-    PrecomputedFeaturesConfig,
     image_feature_size,
     num_frames_of,
     vision_config_of,
     vision_model_from_config,
 )
-from .features_qformer import check_is_finite, feature_mask, mean_features
+from .features_qformer import feature_mask, mean_features
 from .generation_qformer import (
     MAX_NEW_TOKENS,
     check_generation_options,
@@ -86,7 +86,7 @@ from .layers_qformer import (
     split_windows,
 )
 from .processing_qformer import QFormerCaptionerProcessor
-from .vision_qformer import VISION_INPUTS, VisionFeaturesOutput, encode_images, mask_frames, split_vision_inputs
+from .vision_qformer import VisionFeaturesOutput, encode_images, features_of_inputs, split_vision_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -317,16 +317,8 @@ class QFormerModel(PreTrainedModel):
                 "The Q-Former was given the mask of a prompt without its tokens: pass `input_ids` "
                 "(`qformer_input_ids` of a captioner), or leave out the mask."
             )
-        self._check_features(encoder_hidden_states)
-        mask = self._check_mask(encoder_hidden_states, encoder_attention_mask)
-        features = encoder_hidden_states.to(self.query_tokens.dtype)
+        features, mask = self.prepare_features(encoder_hidden_states, encoder_attention_mask)
         batch_size = features.shape[0]  # `len` would be a constant for `torch.export`
-        if self.config.num_frames > 1:
-            features = self._add_frame_embeddings(features)
-        if features.ndim == 4:
-            features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)  # [B, F*N, Dv]
-        if mask is not None:  # a weight of 0 does not remove a NaN
-            features = features.masked_fill(~mask[..., None], 0)
         query_attention_mask = None
         if self.config.window_size is not None:  # from here on, a window is a row of the batch
             query_attention_mask = mask_of_windows(mask, self.config.window_size, self.config.num_query_tokens)
@@ -358,6 +350,33 @@ class QFormerModel(PreTrainedModel):
         return QFormerModelOutput(
             last_hidden_state=queries, pooler_output=queries[:, 0], query_attention_mask=query_attention_mask
         )
+
+    def prepare_features(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Check features, and return them as cross-attention reads them, with their mask.
+
+        Args:
+            encoder_hidden_states (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos of F frames, float): features.
+            encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+
+        Returns:
+            Features `[B, N, Dv]` or `[B, F*N, Dv]` in the dtype of the Q-Former, with 0 for padding. Their mask, bool,
+            is `None` without padding.
+
+        Raises:
+            ValueError: as `forward` does.
+        """
+        self._check_features(encoder_hidden_states)
+        mask = self._check_mask(encoder_hidden_states, encoder_attention_mask)
+        features = encoder_hidden_states.to(self.query_tokens.dtype)
+        if self.config.num_frames > 1:
+            features = self._add_frame_embeddings(features)
+        if features.ndim == 4:
+            features, mask = features.flatten(1, 2), None if mask is None else mask.flatten(1)  # [B, F*N, Dv]
+        if mask is not None:  # a weight of 0 does not remove a NaN
+            features = features.masked_fill(~mask[..., None], 0)
+        return features, mask
 
     def _check_features(self, features: torch.Tensor) -> None:
         width = features.shape[-1]
@@ -678,28 +697,15 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             The output of [`~QFormerCaptioner.get_image_features`], the soft prompt `[B, Q, D]`, and its mask, bool
             `[B, Q]`, or `None` without padding.
         """
-        if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
-        if image_embeds is not None and not isinstance(image_embeds, torch.Tensor):
-            raise TypeError(
-                f"`image_embeds` must be a tensor [B, N, D], not {type(image_embeds).__name__!r}: "
-                "`model.processor(image_embeds=...)` makes one of rows that differ in length, and their mask."
-            )
-        if pixel_values is not None:
-            vision_outputs = self.encode_images(pixel_values, frame_attention_mask=frame_attention_mask, **kwargs)
-        else:
-            assert image_embeds is not None
-            if ignored := [name for name in VISION_INPUTS if kwargs.get(name) is not None]:
-                raise ValueError(f"`{ignored[0]}` belongs to `pixel_values`: leave it out beside `image_embeds`.")
-            vision_outputs = VisionFeaturesOutput(last_hidden_state=image_embeds)
-            if frame_attention_mask is not None:
-                vision_outputs = mask_frames(vision_outputs, frame_attention_mask)
+        vision_outputs = features_of_inputs(
+            self.vision_model,
+            pixel_values,
+            image_embeds,
+            image_attention_mask,
+            frame_attention_mask=frame_attention_mask,
+            **kwargs,
+        )
         features, mask = vision_outputs.last_hidden_state, vision_outputs.attention_mask
-        if image_attention_mask is not None:
-            own_mask = feature_mask(features, image_attention_mask)
-            mask = own_mask if mask is None else mask & own_mask
-        if pixel_values is None:
-            check_is_finite(features, mask)
         qformer_outputs = self.qformer(
             features,
             encoder_attention_mask=mask,
@@ -1049,18 +1055,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
                 "The Q-Former reads the prompt: pass its tokenizer as `qformer_tokenizer`, such as "
                 '`AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")`.'
             )
-        vision_model: PreTrainedModel | VisionModelPlaceholder
-        if vision is not None and encoder_hidden_size is None:
-            vision_model = load_backbone(
-                "vision_model", os.fspath(vision), vision_revision, dtype, load_weights=load_vision_model
-            )
-        elif vision is None and encoder_hidden_size is not None:
-            vision_model = placeholder_for(PrecomputedFeaturesConfig(hidden_size=encoder_hidden_size), dtype)
-        else:
-            raise TypeError(
-                "Pass either a vision encoder as `vision`, or `vision=None` and `encoder_hidden_size`, the width of "
-                "the features that another encoder computes."
-            )
+        vision_model = vision_model_or_width(vision, encoder_hidden_size, vision_revision, dtype, load_vision_model)
         language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
         assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
         if qformer is not None:

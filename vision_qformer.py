@@ -13,7 +13,7 @@ from transformers.utils import is_tracing
 
 from .backbones_qformer import VisionModelPlaceholder, dtype_of, is_frozen
 from .encoders_qformer import ENCODER_INPUTS, num_frames_of, reads_videos, run_encoder
-from .features_qformer import bool_mask
+from .features_qformer import bool_mask, check_is_finite, feature_mask
 
 # All inputs of a captioner that belong to its `pixel_values`.
 VISION_INPUTS = (*ENCODER_INPUTS, "frame_attention_mask", "interpolate_pos_encoding")
@@ -83,6 +83,54 @@ def encode_images(
             frames["attention_mask"] = output.attention_mask.unflatten(0, pixel_values.shape[:2])
         output = VisionFeaturesOutput(**{**output, **frames})
     return output if frame_attention_mask is None else mask_frames(output, frame_attention_mask)
+
+
+def features_of_inputs(
+    vision_model: PreTrainedModel | VisionModelPlaceholder,
+    pixel_values: torch.Tensor | None,
+    image_embeds: torch.Tensor | None,
+    image_attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> VisionFeaturesOutput:
+    """Return the features of images, or the given features, with their mask.
+
+    Args:
+        vision_model (`PreTrainedModel`): the encoder.
+        pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; or
+        image_embeds (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): their features.
+        image_attention_mask (`[B, N]` or `[B, F, N]`, *optional*): 1 for a feature, 0 for a feature to ignore.
+        kwargs: those of `VISION_INPUTS` that the images need, and arguments of the encoder.
+
+    Raises:
+        TypeError: if `image_embeds` are not a tensor.
+        ValueError: if both or neither of `pixel_values` and `image_embeds` are given, or they or their mask have
+            another shape. Also if features hold NaN or infinity.
+    """
+    if (pixel_values is None) == (image_embeds is None):
+        raise ValueError("Pass either `pixel_values` (images) or `image_embeds` (features of images), not both.")
+    if image_embeds is not None and not isinstance(image_embeds, torch.Tensor):
+        raise TypeError(
+            f"`image_embeds` must be a tensor [B, N, D], not {type(image_embeds).__name__!r}: "
+            "`model.processor(image_embeds=...)` makes one of rows that differ in length, and their mask."
+        )
+    if pixel_values is not None:
+        outputs = encode_images(vision_model, pixel_values, **kwargs)
+    else:
+        assert image_embeds is not None
+        frame_attention_mask = kwargs.pop("frame_attention_mask", None)
+        if ignored := [name for name in VISION_INPUTS if kwargs.get(name) is not None]:
+            raise ValueError(f"`{ignored[0]}` belongs to `pixel_values`: leave it out beside `image_embeds`.")
+        outputs = VisionFeaturesOutput(last_hidden_state=image_embeds)
+        if frame_attention_mask is not None:
+            outputs = mask_frames(outputs, frame_attention_mask)
+    if image_attention_mask is not None:
+        mask = feature_mask(outputs.last_hidden_state, image_attention_mask)
+        if outputs.attention_mask is not None:
+            mask = mask & outputs.attention_mask
+        outputs = VisionFeaturesOutput(**{**outputs, "attention_mask": mask})
+    if pixel_values is None:
+        check_is_finite(outputs.last_hidden_state, outputs.attention_mask)
+    return outputs
 
 
 def stretch_videos(

@@ -33,6 +33,7 @@ def register_classes() -> None:
 
     from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig, QFormerPretrainingConfig
     from ..modeling_qformer import QFormerCaptioner, QFormerModel
+    from ..pretraining_qformer import QFormerForPretraining
     from ..processing_qformer import QFormerCaptionerProcessor, QFormerPretrainingProcessor
 
     AutoConfig.register(QFormerConfig.model_type, QFormerConfig)
@@ -43,6 +44,7 @@ def register_classes() -> None:
     AutoModelForMultimodalLM.register(QFormerCaptionerConfig, QFormerCaptioner)
     AutoProcessor.register(QFormerCaptionerConfig, QFormerCaptionerProcessor)
     AutoConfig.register(QFormerPretrainingConfig.model_type, QFormerPretrainingConfig)
+    AutoModel.register(QFormerPretrainingConfig, QFormerForPretraining)
     AutoProcessor.register(QFormerPretrainingConfig, QFormerPretrainingProcessor)
 
 
@@ -88,6 +90,10 @@ class QFormerPretrainingConfig(metaclass=Placeholder):
     pass
 
 
+class QFormerForPretraining(metaclass=Placeholder):
+    pass
+
+
 class QFormerPretrainingProcessor(metaclass=Placeholder):
     pass
 
@@ -106,6 +112,7 @@ def register_placeholders(module: ModuleType) -> None:
     if module.__name__ == MODELING_AUTO:
         module.MODEL_MAPPING.register(configuration.QFormerConfig, QFormerModel)
         module.MODEL_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
+        module.MODEL_MAPPING.register(configuration.QFormerPretrainingConfig, QFormerForPretraining)
         module.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
         module.MODEL_FOR_MULTIMODAL_LM_MAPPING.register(configuration.QFormerCaptionerConfig, QFormerCaptioner)
     else:

@@ -1,0 +1,380 @@
+"""Stage 1 of BLIP-2: a Q-Former that learns from pairs of images and texts, without a language model.
+
+```
+contrast (ITC):   image -> queries [B,Q,Dq] -> vision_projection -> [B,Q,E]; text -> [CLS] -> text_projection -> [M,E]
+matching (ITM):   image and text, which attend to each other -> queries [R,Q,Dq] -> itm_head -> [R,2]
+generation (ITG): image -> text, which attends to the queries -> lm_head -> [M,T,V]
+```
+
+The objectives are those of Li et al. 2023 (arXiv 2301.12597, section 3.2). packing_qformer.py runs all passes over the
+same layers without repeated work, and objectives_qformer.py has the losses. Names of modules are those of transformers'
+`Blip2ForImageTextRetrieval`.
+
+Shapes: B images, K texts of an image, M texts in all, T tokens of a text, N image tokens, Q queries, E width of the
+vectors that are compared, V size of the vocabulary. Dq and Dv are the widths of the Q-Former and of the features.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .backbones_qformer import commit_of, is_frozen, vision_model_or_width
+from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
+from .encoders_qformer import image_feature_size, num_frames_of
+from .language_qformer import MAX_LOGITS_PER_CHUNK, ChunkedCrossEntropy
+from .modeling_qformer import QFormerModel, check_qformer_arguments
+from .objectives_qformer import (
+    broadcast,
+    draw_negatives,
+    first_of_process,
+    gather_features,
+    gather_rows,
+    num_processes,
+    scale_gradient,
+    sigmoid_contrast,
+    softmax_contrast,
+)
+from .packing_qformer import ImageKeys, PackedRows, run_packed
+from .processing_qformer import QFormerPretrainingProcessor
+from .retrieval_qformer import QFormerRetrievalModel
+from .texts_qformer import TextBatch, check_texts
+from .vision_qformer import split_vision_inputs
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound. A temperature near 0 makes training unstable.
+
+
+@dataclass
+class QFormerPretrainingOutput(ModelOutput):
+    """Output of a [`QFormerForPretraining`]. With several processes, N images and M texts are those of all processes.
+
+    Args:
+        loss (`[]`, float32): weighted sum of the losses.
+        itc_loss, itm_loss, itg_loss (`[]`, float32, *optional*): losses of contrast, matching and generation, in nats.
+            `None` for a weight of 0.
+        logits_per_image (`[N, M]`, float32): similarities of images and texts, scaled.
+        logits_per_text (`[M, N]`, float32): the same, transposed.
+        itm_logits (`[3m, 2]`, float32, *optional*): logits of not matching and matching of the m texts of this process:
+            each with its image, with a wrong image, and its image with another text.
+        negative_images, negative_texts (`[M]`, long, *optional*): the wrong image for each text, and the other text.
+    """
+
+    loss: torch.Tensor | None = None
+    itc_loss: torch.Tensor | None = None
+    itm_loss: torch.Tensor | None = None
+    itg_loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    itm_logits: torch.Tensor | None = None
+    negative_images: torch.Tensor | None = None
+    negative_texts: torch.Tensor | None = None
+
+
+class QFormerForPretraining(QFormerRetrievalModel):
+    r"""Q-Former with the objectives of stage 1, and retrieval and captioning with it.
+
+    Args:
+        config ([`QFormerPretrainingConfig`]): configuration of all parts.
+        vision_model (`PreTrainedModel`, *optional*): vision encoder; by default with random weights.
+        qformer ([`QFormerModel`], *optional*): Q-Former that reads texts; by default with random weights.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained("outputs/stage1", trust_remote_code=True)  # doctest: +SKIP
+    >>> model.similarity(["dog.jpg", "cat.jpg"], ["a dog in the snow"])  # doctest: +SKIP
+    tensor([[0.41],
+            [0.12]])
+    ```
+    """
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        frame_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> QFormerPretrainingOutput:
+        """Compute the losses of contrast, matching and generation for images and their texts.
+
+        The processes of a run share the batch: negatives come from all of them, and the average of their gradients is
+        the gradient of the whole batch.
+
+        Args:
+            pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; or
+            image_embeds (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): their precomputed features.
+            input_ids (`[B, T]` or `[B, K, T]`, long): one text or K texts of each image as tokens, `[CLS] text [SEP]`,
+                padded on the right.
+            attention_mask (same shape, *optional*): 1 for a token, 0 for padding. An image with fewer than K texts has
+                texts of padding only.
+            image_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+            pixel_mask, pixel_attention_mask, spatial_shapes, image_sizes (`torch.Tensor`, *optional*): what the vision
+                encoder reads beside the images. The processor returns it.
+            frame_attention_mask (`[B, F]`, *optional*): 1 for a frame of a video, 0 for padding.
+            interpolate_pos_encoding (`bool`, *optional*): let the vision encoder adapt its position embeddings to the
+                size of the images.
+
+        Returns:
+            A [`QFormerPretrainingOutput`].
+
+        Raises:
+            TypeError: if `image_embeds` are not a tensor.
+            ValueError: if the images or features have another shape or width, or there is an image without a text. Also
+                for texts that are empty or too long, and for a batch of one image, which has no wrong pairs.
+        """
+        # Arguments with names, because the Trainer drops columns that have the name of none.
+        vision_inputs, _ = split_vision_inputs(
+            {
+                "pixel_mask": pixel_mask,
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+                "image_sizes": image_sizes,
+                "frame_attention_mask": frame_attention_mask,
+                "interpolate_pos_encoding": interpolate_pos_encoding,
+            }
+        )
+        features, mask = self._features(pixel_values, image_embeds, image_attention_mask, **vision_inputs)
+        if input_ids is None:
+            raise ValueError("There are no texts: pass `input_ids`, or call `get_image_features` for images alone.")
+        texts = check_texts(input_ids, attention_mask, len(features), self.qformer.config)
+        keys = ImageKeys.project(self.qformer.encoder, features, mask)
+        passes = [self._embed(texts)]
+        if self.config.itg_weight:
+            inputs = texts.decoder_inputs(cast(int, self.config.bos_token_id))
+            passes.append(self._embed(inputs, causal=True, attend_to_queries=True))
+        rows = PackedRows(self._queries(len(features)), passes)
+        states, tokens = rows.split(run_packed(self.qformer.encoder, rows, keys))  # [B, Q, Dq], [tokens, Dq] of each
+        lengths = texts.mask.sum(dim=1)
+        first_tokens = tokens[0][lengths.cumsum(0) - lengths]  # [M, Dq]
+        output = QFormerPretrainingOutput()
+        image_of_text = self._contrast(output, self._image_vectors(states), self._text_vectors(first_tokens), texts)
+        if self.config.itm_weight:
+            self._match_negatives(output, texts, image_of_text, keys, features, mask)
+        if self.config.itg_weight:
+            output.itg_loss = self._generation_loss(tokens[1], texts)
+        weights = {
+            "itc_loss": self.config.itc_weight,
+            "itm_loss": self.config.itm_weight,
+            "itg_loss": self.config.itg_weight,
+        }
+        output.loss = torch.stack([weight * output[name] for name, weight in weights.items() if weight]).sum()
+        return output
+
+    def _contrast(
+        self,
+        output: QFormerPretrainingOutput,
+        image_vectors: torch.Tensor,  # [B, Q, E]
+        text_vectors: torch.Tensor,  # [m, E], of this process
+        texts: TextBatch,
+    ) -> torch.Tensor:
+        """Compute similarities and the contrastive loss, and return the image of each text of all processes, `[M]`."""
+        first_image = first_of_process(len(image_vectors), image_vectors.device)
+        image_of_text = torch.cat(gather_rows(texts.image_of_text + first_image))  # [M]
+        images, text_vectors = gather_features(image_vectors), gather_features(text_vectors)  # [N, Q, E], [M, E]
+        similarity = (images @ text_vectors.t()).amax(dim=1).float()  # [N, M]
+        if self.training:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        # Each process computes the loss of all, so that the average of their gradients is N times too small for
+        # features, of which each process has its own, but right for the temperature, which all share.
+        processes = num_processes()
+        logits = similarity * scale_gradient(self.logit_scale, 1 / processes).exp()
+        if self.config.itc_loss == "sigmoid":
+            logits = logits + scale_gradient(self.logit_bias, 1 / processes)
+        if self.config.itc_weight:
+            if self.config.itc_loss == "sigmoid":
+                loss = sigmoid_contrast(logits, image_of_text)
+            else:
+                loss = softmax_contrast(logits, image_of_text, self.config.label_smoothing)
+            output.itc_loss = scale_gradient(loss, processes)
+        output.logits_per_image, output.logits_per_text = logits, logits.t()
+        return image_of_text
+
+    def _match_negatives(
+        self,
+        output: QFormerPretrainingOutput,
+        texts: TextBatch,
+        image_of_text: torch.Tensor,  # [M], of all processes
+        keys: ImageKeys,
+        features: torch.Tensor,  # [B, N, Dv]
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Match each text with its image, with a wrong image, and its image with another text."""
+        assert output.logits_per_image is not None
+        # Vectors that nothing trains say nothing about which pairs are hard.
+        logits = output.logits_per_image if self.config.itc_weight else torch.zeros_like(output.logits_per_image)
+        negative_images, negative_texts = map(broadcast, draw_negatives(logits, image_of_text))
+        output.negative_images, output.negative_texts = negative_images, negative_texts
+        count = len(texts.ids)
+        first = first_of_process(count, features.device)
+        own = slice(first, first + count)
+        numbers = torch.arange(first, first + count, device=features.device)
+        text_of_row = torch.cat([numbers, numbers, negative_texts[own]])
+        image_of_row = torch.cat([image_of_text[own], negative_images[own], image_of_text[own]])
+        keys, image_of_row, num_images = self._keys_of_images(image_of_row, keys, features, mask)
+        pairs = texts.gather(image_of_text).select(text_of_row, image_of_row)
+        output.itm_logits = self._matching_logits(pairs, keys, num_images)
+        is_match = torch.arange(3 * count, device=features.device) < count
+        loss = nn.functional.cross_entropy(output.itm_logits.float(), is_match.long(), reduction="sum")
+        output.itm_loss = loss * num_processes() / (3 * len(image_of_text))
+
+    def _keys_of_images(
+        self, image_of_row: torch.Tensor, keys: ImageKeys, features: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[ImageKeys, torch.Tensor, int]:
+        """Return keys and values with those of images of other processes, and the place of the image of each row.
+
+        Args:
+            image_of_row (`[R]`): numbers of images of all processes.
+            keys, features, mask: of the images of this process.
+        """
+        count = len(features)
+        if num_processes() == 1:
+            return keys, image_of_row, count
+        first = first_of_process(count, features.device)
+        is_own = (image_of_row >= first) & (image_of_row < first + count)
+        others = image_of_row[~is_own].unique()  # sorted
+        if mask is None:
+            mask = features.new_ones(features.shape[:2], dtype=torch.bool)
+        all_features = torch.cat(gather_rows(features, with_gradient=features.requires_grad))
+        all_masks = torch.cat(gather_rows(mask.long())).bool()
+        images = torch.cat([torch.arange(first, first + count, device=others.device), others])
+        other_keys = ImageKeys.project(self.qformer.encoder, all_features[others], None)
+        keys = keys.append(other_keys, all_masks[images])
+        place = torch.where(is_own, image_of_row - first, count + torch.searchsorted(others, image_of_row))
+        return keys, place, count + len(others)
+
+    def _generation_loss(self, hidden_states: torch.Tensor, texts: TextBatch) -> torch.Tensor:
+        """Return the mean cross-entropy of all tokens of the texts but their first.
+
+        Args:
+            hidden_states (`[tokens, Dq]`): outputs of the decoder inputs.
+            texts: the texts of this process.
+        """
+        targets = texts.decoder_targets()
+        weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+        chunk_size = max(1, MAX_LOGITS_PER_CHUNK // self.qformer.config.vocab_size)
+        loss, _ = ChunkedCrossEntropy.apply(
+            self.lm_head, chunk_size, hidden_states, targets, self.config.label_smoothing, *weights
+        )
+        count = torch.cat(gather_rows(torch.tensor([len(targets)], device=loss.device))).sum().clamp(min=1)
+        return loss * num_processes() / count
+
+    # --- From a pretrained encoder ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike | None,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase,
+        *,
+        encoder_hidden_size: int | None = None,
+        vision_revision: str | None = None,
+        qformer: QFormerModel | None = None,
+        freeze_vision_model: bool = True,
+        load_vision_model: bool = True,
+        dtype: str | torch.dtype = "auto",
+        image_text_hidden_size: int = 256,
+        itc_loss: str = "softmax",
+        itc_weight: float = 1.0,
+        itm_weight: float = 1.0,
+        itg_weight: float = 1.0,
+        label_smoothing: float = 0.1,
+        **qformer_fields: Any,
+    ) -> "QFormerForPretraining":
+        r"""Put a new or a given Q-Former behind a pretrained vision encoder.
+
+        Args:
+            vision (`str`, *optional*): Hub id or folder of a vision encoder. `None` for a model that reads only
+                features (`image_embeds`), of any other encoder.
+            tokenizer (`str` or `PreTrainedTokenizerBase`): tokenizer of the texts, or its Hub id or folder, such as
+                `"google-bert/bert-base-uncased"`. The Q-Former gets a word embedding for each of its tokens.
+            encoder_hidden_size (`int`, *optional*): width of the features, if `vision` is `None`.
+            vision_revision (`str`, *optional*): branch, tag or commit on the Hub.
+            qformer ([`QFormerModel`], *optional*): pretrained Q-Former that reads texts, such as
+                `load_qformer("google-bert/bert-base-uncased")` of `qformer_captioner.hub.convert` returns.
+            freeze_vision_model (`bool`, defaults to `True`): whether to freeze the vision encoder.
+            load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
+                precomputed features.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): dtype of a frozen vision encoder; "auto" is that of
+                the saved one. All trainable parts are float32.
+            image_text_hidden_size, itc_loss, itc_weight, itm_weight, itg_weight, label_smoothing: fields of
+                [`QFormerPretrainingConfig`].
+            qformer_fields: fields of the [`QFormerConfig`] of a new Q-Former, such as `num_query_tokens=16`.
+
+        Returns:
+            The model in evaluation mode, with its processor.
+
+        Raises:
+            OSError: if the encoder or the tokenizer cannot be fetched; the message names it.
+            TypeError: for a keyword that is not a field of [`QFormerConfig`], fields beside a given `qformer`, or a
+                `qformer` that is not a [`QFormerModel`]. Also for neither a vision encoder nor a width, or for both.
+            ValueError: if the given Q-Former reads no texts, or the tokenizer lacks a special token.
+
+        Example:
+
+        ```python
+        >>> model = QFormerForPretraining.from_backbones(
+        ...     "facebook/dinov2-small", "google-bert/bert-base-uncased", num_hidden_layers=4, num_query_tokens=16
+        ... )  # doctest: +SKIP
+        ```
+        """
+        check_qformer_arguments(qformer, qformer_fields)
+        vision_model = vision_model_or_width(vision, encoder_hidden_size, vision_revision, dtype, load_vision_model)
+        frames = num_frames_of(vision_model.config)
+        if frames is None:
+            frames = qformer_fields.get("num_frames", 1) if qformer is None else qformer.config.num_frames
+        processor = QFormerPretrainingProcessor.from_backbones(vision, tokenizer, vision_revision, num_frames=frames)
+        num_tokens = len(processor.tokenizer)
+        if qformer is None:
+            qformer_fields = {**qformer_fields, "use_qformer_text_input": True, "vocab_size": num_tokens}
+            qformer_config = QFormerConfig.from_fields(**qformer_fields)
+        else:
+            qformer.float().resize_image_features(image_feature_size(vision_model.config))
+            if qformer.config.use_qformer_text_input and qformer.config.vocab_size < num_tokens:
+                qformer.resize_token_embeddings(num_tokens)
+            qformer_config = qformer.config
+        config = QFormerPretrainingConfig(
+            vision_config=vision_model.config,
+            qformer_config=qformer_config,
+            vision_model_name_or_path=vision_model.config.name_or_path or None,
+            vision_model_revision=None if vision is None else commit_of(vision, vision_revision),
+            freeze_vision_model=freeze_vision_model,
+            image_text_hidden_size=image_text_hidden_size,
+            itc_loss=itc_loss,
+            itc_weight=itc_weight,
+            itm_weight=itm_weight,
+            itg_weight=itg_weight,
+            label_smoothing=label_smoothing,
+            bos_token_id=processor.tokenizer.bos_token_id,
+            eos_token_id=processor.tokenizer.sep_token_id,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        model = cls(config, vision_model=vision_model, qformer=qformer)
+        model.processor = processor
+        if not is_frozen(vision_model):
+            vision_model.float()  # bfloat16 is too coarse for small weight updates
+        model._keep_by_reference([part for part in model.frozen_backbones() if vision is not None])
+        model._take_fingerprints(cls.backbones)
+        return model.eval()
+
+
+QFormerForPretraining.register_for_auto_class("AutoModel")
+
+__all__ = ["QFormerForPretraining", "QFormerPretrainingOutput"]

@@ -1,0 +1,327 @@
+"""Retrieval with a Q-Former of stage 1: vectors of images and texts, and the probability that they match.
+
+pretraining_qformer.py subclasses the class of this file and trains it.
+
+Shapes: B images, M texts, T tokens of a text, N image tokens, Q queries, E width of the vectors that are compared. Dq
+and Dv are the widths of the Q-Former and of the features.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from .backbones_qformer import VisionModelPlaceholder, placeholder_for
+from .cards_qformer import PushWithPretrainingCard
+from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
+from .encoders_qformer import vision_config_of, vision_model_from_config
+from .images_qformer import ImageInput
+from .modeling_qformer import QFormerModel
+from .packing_qformer import ImageKeys, PackedRows, Texts, run_packed
+from .processing_qformer import QFormerPretrainingProcessor
+from .saving_qformer import QFormerPreTrainedModel
+from .texts_qformer import QFormerLMHead, TextBatch, check_texts
+from .vision_qformer import features_of_inputs
+
+PAIRS_OF_A_PASS = 128  # of image and text in `match`
+SIGMOID_LOGIT_BIAS = -10.0  # SigLIP's. At first, nearly all pairs are wrong.
+
+
+class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
+    """Base class of [`QFormerForPretraining`], with its parts and all that it does without training.
+
+    Args:
+        config ([`QFormerPretrainingConfig`]): configuration of all parts.
+        vision_model (`PreTrainedModel`, *optional*): vision encoder; by default with random weights.
+        qformer ([`QFormerModel`], *optional*): Q-Former that reads texts; by default with random weights.
+    """
+
+    config_class = QFormerPretrainingConfig
+    config: QFormerPretrainingConfig
+    backbones = ("vision_model",)
+    processor_class = QFormerPretrainingProcessor
+    processor: QFormerPretrainingProcessor | None
+    base_model_prefix = "pretraining"
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = False  # no kernel for the masks of packed rows
+    _no_split_modules = ["QFormerModel"]
+    _keep_in_fp32_modules = ["qformer", "vision_projection", "text_projection", "itm_head", "lm_head"]
+    _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
+
+    def __init__(
+        self,
+        config: QFormerPretrainingConfig,
+        vision_model: PreTrainedModel | VisionModelPlaceholder | None = None,
+        qformer: QFormerModel | None = None,
+    ):
+        super().__init__(config)
+
+        def dtype(part: str) -> torch.dtype:
+            return getattr(torch, config.dtypes[part]) if config.dtypes else torch.get_default_dtype()
+
+        if vision_model is None:
+            build = vision_model_from_config if config.has_vision_model else placeholder_for
+            vision_model = build(cast(PreTrainedConfig, config.vision_config), dtype("vision_model"))
+        if qformer is None:
+            qformer = QFormerModel._from_config(cast(QFormerConfig, config.qformer_config), dtype=dtype("qformer"))
+        if not qformer.config.use_qformer_text_input:
+            raise ValueError(
+                "The Q-Former does not read texts, so it cannot be pretrained with them: build it with "
+                "`use_qformer_text_input=True`, or load one that was pretrained with texts."
+            )
+        config.vision_config, config.qformer_config = vision_config_of(vision_model.config), qformer.config
+        self.vision_model = vision_model
+        self.qformer = qformer
+        sizes = qformer.config.hidden_size, config.image_text_hidden_size
+        self.vision_projection = nn.Linear(*sizes, dtype=dtype("vision_projection"))
+        self.text_projection = nn.Linear(*sizes, dtype=dtype("text_projection"))
+        self.itm_head = nn.Linear(qformer.config.hidden_size, 2, dtype=dtype("itm_head"))
+        self.lm_head = QFormerLMHead(qformer.config).to(dtype("lm_head"))
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        if config.itc_loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS))
+        self.post_init()
+        self.loss_type = None  # type: ignore[assignment]
+        self._freeze()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the embeddings of the texts, `[V, Dq]`."""
+        return self.qformer.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        """Replace the embeddings of the texts."""
+        self.qformer.embeddings.word_embeddings = value
+
+    # --- Features -----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        **vision_inputs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return the vectors of images that are compared with those of texts, Q of each image.
+
+        Args:
+            pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; or
+            image_embeds (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): their features.
+            image_attention_mask (`[B, N]` or `[B, F, N]`, *optional*): 1 for a feature, 0 for padding.
+            vision_inputs: further inputs that the processor returns for the images (`VISION_INPUTS`).
+
+        Returns:
+            An output with the vectors as `pooler_output` (`[B, Q, E]`, of length 1), and the query outputs as
+            `last_hidden_state` (`[B, Q, Dq]`).
+
+        Raises:
+            ValueError: as `forward` does.
+        """
+        features, mask = self._features(pixel_values, image_embeds, image_attention_mask, **vision_inputs)
+        rows = PackedRows(self._queries(len(features)), [])
+        tokens = run_packed(self.qformer.encoder, rows, ImageKeys.project(self.qformer.encoder, features, mask))
+        states, _ = rows.split(tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self._image_vectors(states))
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
+        """Return the vectors of texts that are compared with those of images.
+
+        Args:
+            input_ids (`[M, T]`, long): texts as tokens, `[CLS] text [SEP]`, padded on the right.
+            attention_mask (`[M, T]`, *optional*): 1 for a token, 0 for padding.
+
+        Returns:
+            An output with the vectors as `pooler_output` (`[M, E]`, of length 1), and the outputs of the tokens as
+            `last_hidden_state` (`[M, T, Dq]`, 0 for padding).
+
+        Raises:
+            ValueError: if a text is empty or longer than the Q-Former reads.
+        """
+        texts = check_texts(input_ids, attention_mask, len(input_ids), self.qformer.config)
+        rows = PackedRows(self._queries(len(input_ids))[:, :0], [self._embed(texts)])  # no queries
+        _, (tokens,) = rows.split(run_packed(self.qformer.encoder, rows, ImageKeys.none(self.qformer.encoder)))
+        states = tokens.new_zeros(*texts.mask.shape, tokens.shape[-1])
+        states[texts.mask] = tokens
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=self._text_vectors(states[:, 0]))
+
+    def get_matching_logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        image_of_text: torch.Tensor | None = None,
+        **vision_inputs: Any,
+    ) -> torch.Tensor:
+        """Return the logits of not matching and of matching of pairs of a text and an image, `[R, 2]`.
+
+        Args:
+            input_ids, attention_mask (`[R, T]`, long): the text of each pair, `[CLS] text [SEP]`, padded on the right.
+            pixel_values, image_embeds, image_attention_mask, vision_inputs: B images or their features, as in
+                [`~QFormerForPretraining.get_image_features`].
+            image_of_text (`[R]`, long, *optional*): the image of each text. By default text r belongs to image r. The
+                keys and values of an image are computed once for all of its texts.
+
+        Raises:
+            ValueError: as `forward` does.
+        """
+        features, mask = self._features(pixel_values, image_embeds, image_attention_mask, **vision_inputs)
+        keys = ImageKeys.project(self.qformer.encoder, features, mask)
+        texts = check_texts(input_ids, attention_mask, len(input_ids), self.qformer.config)
+        if image_of_text is None:
+            image_of_text = texts.image_of_text
+        return self._matching_logits(TextBatch(texts.ids, texts.mask, image_of_text), keys, len(features))
+
+    # --- Retrieval ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def similarity(
+        self,
+        images: ImageInput | Iterable[ImageInput] | None = None,
+        texts: str | Sequence[str] = (),
+        *,
+        image_embeds: torch.Tensor | Sequence[Any] | None = None,
+    ) -> torch.Tensor:
+        """Return how similar images and texts are by their vectors, between -1 and 1.
+
+        Args:
+            images: an image, or several, as in [`~QFormerCaptioner.caption`].
+            texts (`str` or list of `str`): texts.
+            image_embeds (*optional*): features in place of images: one row (`[N, Dv]`), a list of rows, or a batch.
+
+        Returns:
+            `[images, texts]`, float32: the cosine of the angle between the text and the nearest query of the image.
+
+        Raises:
+            OSError: if an image cannot be read; the message names it.
+            TypeError: if an image or a text has another type.
+            ValueError: if the model has no processor, there are no images or texts, or a text is too long.
+
+        Example:
+
+        ```python
+        >>> model.similarity(["dog.jpg", "cat.jpg"], "a dog in the snow")  # doctest: +SKIP
+        tensor([[0.41],
+                [0.12]])
+        ```
+        """
+        image_inputs, text_inputs = self._prepare(images, texts, image_embeds)
+        image_vectors = self.get_image_features(**image_inputs).pooler_output  # [B, Q, E]
+        text_vectors = self.get_text_features(**text_inputs).pooler_output  # [M, E]
+        return (image_vectors @ text_vectors.t()).amax(dim=1).float()
+
+    @torch.no_grad()
+    def match(
+        self,
+        images: ImageInput | Iterable[ImageInput] | None = None,
+        texts: str | Sequence[str] = (),
+        *,
+        image_embeds: torch.Tensor | Sequence[Any] | None = None,
+    ) -> torch.Tensor:
+        """Return the probability that each text describes each image, between 0 and 1.
+
+        The Q-Former reads every pair of an image and a text, so this is more exact and much slower than
+        [`~QFormerForPretraining.similarity`].
+
+        Args:
+            images, texts, image_embeds: as in [`~QFormerForPretraining.similarity`].
+
+        Returns:
+            `[images, texts]`, float32.
+
+        Raises:
+            OSError, TypeError, ValueError: as in [`~QFormerForPretraining.similarity`].
+
+        Example:
+
+        ```python
+        >>> model.match("dog.jpg", ["a dog in the snow", "a cat on a bed"])  # doctest: +SKIP
+        tensor([[0.98, 0.01]])
+        ```
+        """
+        image_inputs, text_inputs = self._prepare(images, texts, image_embeds)
+        features, mask = self._features(**image_inputs)
+        keys = ImageKeys.project(self.qformer.encoder, features, mask)
+        texts_of_batch = check_texts(
+            **text_inputs, num_images=len(text_inputs["input_ids"]), config=self.qformer.config
+        )
+        numbers = torch.cartesian_prod(
+            torch.arange(len(features), device=features.device), texts_of_batch.image_of_text
+        ).view(-1, 2)  # of image and text in each pair
+        logits = [
+            self._matching_logits(texts_of_batch.select(pairs[:, 1], pairs[:, 0]), keys, len(features))
+            for pairs in numbers.split(PAIRS_OF_A_PASS)
+        ]
+        return torch.cat(logits).float().softmax(dim=1)[:, 1].view(len(features), -1)
+
+    def _prepare(
+        self,
+        images: ImageInput | Iterable[ImageInput] | None,
+        texts: str | Sequence[str],
+        image_embeds: torch.Tensor | Sequence[Any] | None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return images or features, and texts, as the inputs of the model."""
+        if self.processor is None:
+            raise ValueError(
+                "This model has no processor. Set `model.processor = QFormerPretrainingProcessor(image_processor, "
+                "tokenizer)`, or load the model from a folder with a processor."
+            )
+        if images is None and image_embeds is None:
+            raise ValueError("There are no images: pass `images`, or features as `image_embeds`.")
+        if not texts:
+            raise ValueError("There are no texts: pass at least one as `texts`.")
+        device = self.qformer.query_tokens.device
+        image_inputs = self.processor(images=images, image_embeds=image_embeds).to(device)
+        inputs = {"pixel_values": None, "image_embeds": None, "image_attention_mask": None, **image_inputs}
+        return inputs, dict(self.processor(text=texts).to(device))
+
+    # --- Parts of the passes ------------------------------------------------------------------------------------------
+
+    def _features(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+        image_attention_mask: torch.Tensor | None,
+        **vision_inputs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the features of images `[B, N, Dv]`, and their mask, bool `[B, N]` or `None`."""
+        outputs = features_of_inputs(
+            self.vision_model, pixel_values, image_embeds, image_attention_mask, **vision_inputs
+        )
+        return self.qformer.prepare_features(outputs.last_hidden_state, outputs.attention_mask)
+
+    def _queries(self, num_rows: int) -> torch.Tensor:
+        """Return the embedded query tokens of rows, `[R, Q, Dq]`."""
+        queries = self.qformer.layernorm(self.qformer.query_tokens)
+        return self.qformer.dropout(queries.expand(num_rows, -1, -1))
+
+    def _embed(self, texts: TextBatch, rows: torch.Tensor | None = None, **attention: bool) -> Texts:
+        """Embed texts, and say which tokens they attend to. By default the texts of an image are in its row."""
+        states = self.qformer.dropout(self.qformer.layernorm(self.qformer.embeddings(texts.ids)))
+        return Texts(states, texts.mask, texts.image_of_text if rows is None else rows, **attention)
+
+    def _matching_logits(self, pairs: TextBatch, keys: ImageKeys, num_images: int) -> torch.Tensor:
+        """Return the matching logits `[R, 2]` of texts and their images, of which there are keys and values."""
+        numbers = torch.arange(len(pairs.ids), device=pairs.ids.device)
+        texts = self._embed(pairs, rows=numbers, attend_to_queries=True, attended_by_queries=True)
+        rows = PackedRows(self._queries(len(numbers)), [texts], pairs.image_of_text, num_images)
+        states, _ = rows.split(run_packed(self.qformer.encoder, rows, keys))
+        return self.itm_head(states.mean(dim=1))  # LAVIS takes the mean of the logits of all queries
+
+    def _image_vectors(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.vision_projection(states), dim=-1)
+
+    def _text_vectors(self, states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.text_projection(states), dim=-1)

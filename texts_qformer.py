@@ -1,0 +1,117 @@
+"""Texts as the Q-Former reads them in stage 1: `[CLS] text [SEP]`, one or several of each image.
+
+Shapes: B images, K texts of an image, M texts in all, T tokens of a text. Dq is the width of the Q-Former, and V the
+size of the vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_qformer import QFormerConfig
+from .features_qformer import bool_mask
+from .objectives_qformer import gather_rows, num_processes
+
+
+@dataclass
+class TextBatch:
+    """Texts as tokens, `[CLS] text [SEP]`, padded on the right.
+
+    Args:
+        ids (`[M, T]`, long): tokens.
+        mask (`[M, T]`, bool): `True` for a token.
+        image_of_text (`[M]`, long): image of each text.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    image_of_text: torch.Tensor
+
+    def select(self, index: torch.Tensor, image_of_text: torch.Tensor) -> "TextBatch":
+        """Return some of the texts, with their images."""
+        return TextBatch(self.ids[index], self.mask[index], image_of_text)
+
+    def gather(self, image_of_text: torch.Tensor) -> "TextBatch":
+        """Return the texts of all processes, whose images are `image_of_text`."""
+        if num_processes() == 1:
+            return self
+        ids, mask = (torch.cat(gather_rows(part)) for part in (self.ids, self.mask.long()))
+        return TextBatch(ids, mask.bool(), image_of_text)
+
+    def decoder_inputs(self, bos_token_id: int) -> "TextBatch":
+        """Return all tokens of the texts but the last, with the start token in place of the first."""
+        ids = self.ids[:, :-1].clone()
+        ids[:, 0] = bos_token_id
+        return TextBatch(ids, self.mask[:, 1:], self.image_of_text)
+
+    def decoder_targets(self) -> torch.Tensor:
+        """Return the token that each decoder input predicts, without padding, `[tokens]`."""
+        return self.ids[:, 1:][self.mask[:, 1:]]
+
+
+def check_texts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_images: int, config: QFormerConfig
+) -> TextBatch:
+    """Check texts, and return those that are not padding.
+
+    Args:
+        input_ids (`[B, T]` or `[B, K, T]`, long): one text or K texts of each image.
+        attention_mask (same shape, *optional*): 1 for a token, 0 for padding.
+        num_images: number of images, B.
+        config: configuration of the Q-Former that reads the texts.
+
+    Raises:
+        ValueError: for a shape that does not fit the images, an image without texts, padding on the left, and
+            texts that are too long or of another vocabulary.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if mask.shape != input_ids.shape or input_ids.ndim not in (2, 3) or len(input_ids) != num_images:
+        raise ValueError(
+            f"`input_ids` of shape {list(input_ids.shape)} and `attention_mask` of shape {list(mask.shape)} do not "
+            f"fit {num_images} images: give one text of each image ([B, T]) or K texts of each image ([B, K, T])."
+        )
+    mask = bool_mask("`attention_mask`", mask, input_ids.device)
+    has_text = mask.any(dim=-1).view(num_images, -1)  # [B, K]
+    if not has_text.any(dim=1).all():
+        raise ValueError(
+            f"Row {int(has_text.any(dim=1).int().argmin())} of the batch has no text: its mask is 0 everywhere. "
+            "Leave out images without texts."
+        )
+    image_of_text, _ = has_text.nonzero(as_tuple=True)
+    is_text = has_text.flatten()
+    ids, mask = input_ids.flatten(0, -2)[is_text], mask.flatten(0, -2)[is_text]
+    lengths = mask.sum(dim=1)
+    longest = int(lengths.max())
+    ids, mask = ids[:, :longest], mask[:, :longest]
+    if not torch.equal(mask, torch.arange(longest, device=mask.device) < lengths[:, None]):
+        raise ValueError("Texts must be padded on the right: set `tokenizer.padding_side = 'right'`.")
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"A text has {longest} tokens, but the Q-Former reads at most {config.max_position_embeddings}: "
+            "shorten it, or let the processor cut it (`max_length`)."
+        )
+    if int(ids.max()) >= config.vocab_size:
+        raise ValueError(
+            f"A text has the token {int(ids.max())}, but the vocabulary of the Q-Former has {config.vocab_size} "
+            "tokens: use the tokenizer that it was trained with (`model.processor.tokenizer`)."
+        )
+    return TextBatch(ids, mask, image_of_text)
+
+
+class QFormerLMHead(nn.Module):
+    """Head of masked language models as BERT has it: `[n, Dq]` -> logits `[n, V]`.
+
+    The weights of `decoder` are those of the word embeddings.
+    """
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.LayerNorm(self.activation(self.dense(hidden_states))))
