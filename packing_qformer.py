@@ -1,8 +1,9 @@
 """Queries and texts of many lengths in one pass through a Q-Former, without padding and with shared image keys.
 
-Stage 1 of BLIP-2 runs the same layers on queries alone, on texts alone, on queries with a text that they attend to, and
-on queries with a text that attends to them. Here all of these are rows of one list of tokens. Linear layers, layer
-norms and feed-forward layers run on that list. Only self-attention needs the rows, as a padded grid with a mask.
+Stage 1 of BLIP-2 runs the same layers on queries alone and on texts alone. It also runs them on queries with a text:
+either only the text attends to the queries, or both attend to each other. Here all of these are rows of one list of
+tokens. Linear layers, layer norms and feed-forward layers run on that list. Only self-attention needs the rows, as a
+padded grid with a mask.
 
 An image is in several rows: its keys and values are projected once in each layer, and the queries of all its rows
 attend to them together.
@@ -13,7 +14,7 @@ of the Q-Former.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -228,7 +229,7 @@ def run_packed(encoder: QFormerEncoder, rows: PackedRows, images: ImageKeys) -> 
     for layer, keys in zip(encoder.layers(), images.layers, strict=True):
         arguments = tokens, rows, keys, images.mask
         if layer.gradient_checkpointing and layer.training:
-            checkpoint: Callable = layer._gradient_checkpointing_func  # set by transformers
+            checkpoint = cast(Callable, layer._gradient_checkpointing_func)  # set by transformers
             tokens = checkpoint(run_packed_layer, layer, *arguments)
         else:
             tokens = run_packed_layer(layer, *arguments)

@@ -10,8 +10,8 @@ The objectives are those of Li et al. 2023 (arXiv 2301.12597, section 3.2). pack
 same layers without repeated work, and objectives_qformer.py has the losses. Names of modules are those of transformers'
 `Blip2ForImageTextRetrieval`.
 
-Shapes: B images, K texts of an image, M texts in all, T tokens of a text, N image tokens, Q queries, E width of the
-vectors that are compared, V size of the vocabulary. Dq and Dv are the widths of the Q-Former and of the features.
+Shapes: B images, K texts of an image, M texts in all, T tokens of a text, N image tokens, Q queries. V is the size of
+the vocabulary. E is the width of the vectors that are compared. Dq and Dv are those of the Q-Former and the features.
 """
 
 import math
@@ -192,8 +192,8 @@ class QFormerForPretraining(QFormerRetrievalModel):
         if self.training:
             with torch.no_grad():
                 self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        # Each process computes the loss of all, so that the average of their gradients is N times too small for
-        # features, of which each process has its own, but right for the temperature, which all share.
+        # Each process computes the loss of all. The average of their gradients is right for the temperature, which all
+        # share. It is too small for features, of which each process has its own.
         processes = num_processes()
         logits = similarity * scale_gradient(self.logit_scale, 1 / processes).exp()
         if self.config.itc_loss == "sigmoid":

@@ -63,8 +63,8 @@ def check_texts(
         config: configuration of the Q-Former that reads the texts.
 
     Raises:
-        ValueError: for a shape that does not fit the images, an image without texts, padding on the left, and
-            texts that are too long or of another vocabulary.
+        ValueError: for a shape that does not fit the images, an image without texts, or padding on the left. Also for
+            texts that are too long, or of another vocabulary.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape != input_ids.shape or input_ids.ndim not in (2, 3) or len(input_ids) != num_images:
