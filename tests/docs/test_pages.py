@@ -35,7 +35,7 @@ RUNNABLE = ("bash", "python")
 DATA_LANGUAGES = ("json", "yaml", "bibtex", "text")  # shown, not run
 # Pages that begin with what another page has trained: its command is that of the README.
 AFTER_TRAINING = ("README.md", "evaluation.md", "export.md", "publishing.md")
-CHECKOUT = ("train_hf.py", "eval_captions.py", "precompute_features.py", "recipes", "metrics")
+CHECKOUT = ("train_hf.py", "eval_captions.py", "eval_retrieval.py", "precompute_features.py", "recipes", "metrics")
 FIRST_TRAINING = "qformer-captioner train --recipe own_images --dataset_name photos/captions.csv"
 
 
@@ -117,6 +117,7 @@ def make_files(folder: Path) -> None:
     results = [{"image_id": number, "caption": photos[name][0]} for number, name in enumerate(photos)]
     (folder / "results.json").write_text(json.dumps(results))
     tiny.captioner().save_pretrained(folder / "outputs" / "scenes")
+    tiny.save_stage1(folder / "outputs" / "stage1")
 
 
 @pytest.fixture(scope="module")
