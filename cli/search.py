@@ -85,8 +85,7 @@ def search(words: Sequence[str]) -> None:
     weights = versions_of_weights(stage1, options.model, options.revision)
     index = ImageIndex(options.folder, model, weights, options.index)
     with explain_faults(index.folder, "Finished batches are kept, and the same command continues."):
-        number = index.refresh(options.batch_size, options.num_workers)
-    logger.info("%d images, of which %d are new or changed.", len(index.entries), number)
+        index.refresh(options.batch_size, options.num_workers)
     found = dict(zip(options.texts, index.search(options.texts, options.top_k, options.rerank_top_k), strict=True))
     for text, images in found.items():
         if len(found) > 1:

@@ -59,16 +59,16 @@ class BlockFolder:
 
     def has(self, number: int, key: str) -> bool:
         """Return True if a block exists and was computed from the inputs of this key."""
-        return self._metadata(number, key) is not None
+        return self._record(number, key) is not None
 
     def read(self, number: int, key: str) -> Block | None:
         """Return a block, or `None` if it is missing, damaged, or was computed from other inputs."""
-        metadata = self._metadata(number, key)
-        if metadata is None:
+        record = self._record(number, key)
+        if record is None:
             return None
         with safe_open(self.path(number), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-        return Block(tensors, json.loads(metadata["notes"]))
+        return Block(tensors, record["notes"])
 
     def write(self, number: int, key: str, block: Block) -> None:
         """Write a block in one piece.
@@ -80,15 +80,17 @@ class BlockFolder:
         """
         tensors = {name: tensor.contiguous() for name, tensor in block.tensors.items()}
         with atomic_path(self.path(number)) as unfinished:
-            save_file(tensors, unfinished, {"key": key, "notes": json.dumps(block.notes)})
+            # One entry, because safetensors writes several in random order.
+            save_file(tensors, unfinished, {"block": json.dumps({"key": key, "notes": block.notes})})
 
-    def _metadata(self, number: int, key: str) -> dict[str, str] | None:
+    def _record(self, number: int, key: str) -> dict[str, Any] | None:
+        """Return key and notes of a block, or `None` if it does not exist or has another key."""
         try:
             with safe_open(self.path(number), "pt") as file:  # compares the size of the file with its header
-                metadata = file.metadata() or {}
+                record = json.loads((file.metadata() or {}).get("block", "{}"))
         except (OSError, SafetensorError):
             return None
-        return metadata if metadata.get("key") == key else None
+        return record if record.get("key") == key else None
 
 
 def key_of(*inputs: Any) -> str:

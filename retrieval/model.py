@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -84,7 +84,7 @@ class RetrievalModel:
         pictures = [each for each in inputs if not isinstance(each, FeatureRef)]
         with onednn_linears(self.device):
             if pictures:
-                batch = self.processor(images=pictures, return_tensors="pt").to(self.device)
+                batch = self.processor(images=pictures).to(self.device)
                 pixel_values = batch.pop("pixel_values")
                 outputs = encode_images(self.model.vision_model, pixel_values, **batch)
                 features, mask = outputs.last_hidden_state, outputs.attention_mask
@@ -118,8 +118,7 @@ class RetrievalModel:
             )
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        options: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding": True}
-        batch = self.processor(text=list(texts), return_tensors="pt", **options).to(self.device)
+        batch = self.processor(text=list(texts), max_length=self.max_length).to(self.device)
         return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
