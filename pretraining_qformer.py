@@ -63,6 +63,7 @@ class QFormerPretrainingOutput(ModelOutput):
         itm_logits (`[3m, 2]`, float32, *optional*): logits of not matching and matching of the m texts of this process:
             each with its image, with a wrong image, and its image with another text.
         negative_images, negative_texts (`[M]`, long, *optional*): the wrong image for each text, and the other text.
+        image_vectors (`[B, Q, E]`), text_vectors (`[m, E]`): what is compared, of the images and texts of this process.
     """
 
     loss: torch.Tensor | None = None
@@ -74,6 +75,8 @@ class QFormerPretrainingOutput(ModelOutput):
     itm_logits: torch.Tensor | None = None
     negative_images: torch.Tensor | None = None
     negative_texts: torch.Tensor | None = None
+    image_vectors: torch.Tensor | None = None
+    text_vectors: torch.Tensor | None = None
 
 
 class QFormerForPretraining(QFormerRetrievalModel):
@@ -163,8 +166,9 @@ class QFormerForPretraining(QFormerRetrievalModel):
         states, tokens = rows.split(run_packed(self.qformer.encoder, rows, keys))  # [B, Q, Dq], [tokens, Dq] of each
         lengths = texts.mask.sum(dim=1)
         first_tokens = tokens[0][lengths.cumsum(0) - lengths]  # [M, Dq]
-        output = QFormerPretrainingOutput()
-        image_of_text = self._contrast(output, self._image_vectors(states), self._text_vectors(first_tokens), texts)
+        vectors = self._image_vectors(states), self._text_vectors(first_tokens)
+        output = QFormerPretrainingOutput(image_vectors=vectors[0], text_vectors=vectors[1])
+        image_of_text = self._contrast(output, *vectors, texts)
         if self.config.itm_weight:
             self._match_negatives(output, texts, image_of_text, keys, features, mask)
         if self.config.itg_weight:
