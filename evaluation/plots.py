@@ -4,6 +4,7 @@ import io
 import math
 import os
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,23 @@ LOSSES = (
 SHEET_DPI, SIDE, COLUMN_WIDTH, ROW_HEIGHT, TITLE_HEIGHT, LINE_HEIGHT = 100, 320, 340, 470, 50, 18
 
 
-def draw_loss_curve(log_history: list[dict[str, Any]], score_name: str | None, path: str | os.PathLike) -> None:
-    """Plot training loss, evaluation loss with right and with shuffled images, and the caption score against steps.
+def draw_loss_curve(
+    log_history: list[dict[str, Any]],
+    score_name: str | None,
+    path: str | os.PathLike,
+    losses: Iterable[tuple[str, str, dict[str, Any]]] = LOSSES,
+    unit: str = "cross-entropy, nats per token",
+) -> None:
+    """Plot training loss, evaluation loss with right and with shuffled images, and a score against steps.
 
     The training loss is shown as logged and as the mean of each epoch. The upper axis shows epochs.
 
     Args:
         log_history: the log of the Trainer (`trainer.state.log_history`).
-        score_name: key of the caption score in the log, such as "eval_cider". Its axis is on the right.
+        score_name: key of the score in the log, such as "eval_cider". Its axis is on the right.
         path: the picture to write.
+        losses: key in the log, label and style of each loss. Losses that the log lacks are left out.
+        unit: label of the axis of losses.
 
     Example:
 
@@ -39,14 +48,16 @@ def draw_loss_curve(log_history: list[dict[str, Any]], score_name: str | None, p
     """
     figure = Figure(figsize=(8, 5))  # a computed layout would take as long as the drawing
     axis = figure.add_axes((0.09, 0.1, 0.82, 0.8))
-    for key, label, style in LOSSES:
-        axis.plot(*_series(log_history, key), label=label, **style)
+    for key, label, style in losses:
+        steps, values = _series(log_history, key)
+        if steps:
+            axis.plot(steps, values, label=label, **style)
     epochs = mean_of_epochs(log_history)
     if len(epochs) > 1:
         axis.plot(*zip(*epochs, strict=True), label="training loss, mean of each epoch", color="black", marker=".")
     _add_epoch_axis(axis, log_history)
     axis.set_xlabel("step")
-    axis.set_ylabel("cross-entropy, nats per token")
+    axis.set_ylabel(unit)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     handles, labels = axis.get_legend_handles_labels()

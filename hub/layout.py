@@ -18,7 +18,10 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIG
 
 from ..common.errors import InputError
 
-PICTURES = ("captions.png", "loss_curve.png")
+PICTURES = ("captions.png", "retrieval.png", "loss_curve.png")
+
+# The file that holds the class of a model, by the type of the model
+CODE_OF_MODELS = {"qformer_captioner": "modeling_qformer.py", "qformer_pretraining": "pretraining_qformer.py"}
 
 # Glob patterns of the files that a repository may hold. This is an allow-list, because the folder of a run can also
 # hold optimizer states and other pickles, records with local paths, and private files.
@@ -121,16 +124,18 @@ def _check_adapter(folder: Path) -> str:
 def _check_captioner(folder: Path) -> None:
     """Check the configuration, weights, code, processor and referenced backbones of a captioner."""
     config = read_json(folder / CONFIG_NAME)
-    if config.get("model_type") != "qformer_captioner":
+    code = CODE_OF_MODELS.get(str(config.get("model_type")))
+    if code is None:
         raise InputError(
-            f"The folder {str(folder)!r} holds neither a captioner ({CONFIG_NAME} with model_type qformer_captioner) "
-            f"nor an adapter ({ADAPTER_CONFIG_NAME}): push the folder that training or `save_pretrained` wrote."
+            f"The folder {str(folder)!r} holds neither a captioner nor a pretrained Q-Former ({CONFIG_NAME} with "
+            f"model_type {' or '.join(CODE_OF_MODELS)}) nor an adapter ({ADAPTER_CONFIG_NAME}): push the folder that "
+            "training or `save_pretrained` wrote."
         )
     for file in _weight_files(folder):
         _check_weights(file)
-    for name in ("modeling_qformer.py", PROCESSOR_NAME):
+    for name in (code, PROCESSOR_NAME):
         if not (folder / name).is_file():
-            raise InputError(f"{name} is missing in {str(folder)!r}, so nobody could caption with it: save it again.")
+            raise InputError(f"{name} is missing in {str(folder)!r}, so nobody could use it: save it again.")
     _check_referenced_backbones(folder, config)
 
 

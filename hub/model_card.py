@@ -1,4 +1,4 @@
-"""Model card of a captioner or an adapter.
+"""Model card of a captioner, an adapter or a pretrained Q-Former.
 
 A run writes its card and the facts from which the card is rendered (`card.json`). Publishing renders the card again,
 because the repository and its licences are known only then. Text from data and names is escaped, so that it cannot
@@ -28,7 +28,12 @@ from .layout import pictures_of
 
 FACTS_NAME = "card.json"
 PEFT_PLACEHOLDER = "[More Information Needed]"  # text of the empty card that peft writes
-IMAGE_CAPTIONING = ("image-text-to-text", "Image captioning")  # type and name of the task
+TASKS = {  # type and name of the task, of captioners and pretrained Q-Formers, of images and features
+    (False, False): ("image-text-to-text", "Image captioning"),
+    (False, True): ("other", "Captioning of features"),
+    (True, False): ("other", "Image-text retrieval"),
+    (True, True): ("other", "Retrieval of features by text"),
+}
 PROTOCOL = ("prompt", "num_beams", "max_new_tokens", "tokenizer", "images", "references", "references_sha256")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,8 +72,8 @@ def format_number(value: float | None, form: str = "{:,}") -> Markdown:
     return Markdown(form % value if "%" in form else form.format(value))
 
 
-def card_template() -> jinja2.Template:
-    """Load the template. Each of its expressions is escaped, unless a filter returns [`Markdown`]."""
+def card_template(name: str) -> jinja2.Template:
+    """Load a template of this folder. Each expression is escaped, unless a filter returns [`Markdown`]."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         finalize=escape,
@@ -79,7 +84,7 @@ def card_template() -> jinja2.Template:
     environment.filters["url"] = lambda name: Markdown(quote(name))
     environment.filters["number"] = format_number
     environment.filters["code"] = lambda name: Markdown(re.sub(r"[^\w./-]", "_", name))
-    return environment.get_template("model_card_template.md")
+    return environment.get_template(name)
 
 
 def render_card(facts: dict[str, Any], pictures: tuple[str, ...] = ()) -> str:
@@ -89,7 +94,8 @@ def render_card(facts: dict[str, Any], pictures: tuple[str, ...] = ()) -> str:
         facts: facts of a run (`training/run_facts.py`) or of a folder ([`describe_folder`]).
         pictures: names of the `PICTURES` in the folder of the card.
     """
-    text = card_template().render(
+    is_pretrained = facts.get("objective") == "pretrain"
+    text = card_template("pretraining_card_template.md" if is_pretrained else "model_card_template.md").render(
         metadata=Markdown(card_metadata(facts).to_yaml()),
         title=single_line(facts["model"].split("/")[-1]),
         facts=facts,
@@ -107,16 +113,18 @@ def card_metadata(facts: dict[str, Any]) -> ModelCardData:
     """Return the metadata of the card, which the Hub uses to index the model."""
     is_adapter = bool(facts.get("adapter"))
     base_models, relation = _base_models(facts)
-    topics = [] if facts.get("feature_width") else ["image-captioning"]
-    task = ("other", "Captioning of features") if facts.get("feature_width") else IMAGE_CAPTIONING
+    reads_features, is_pretrained = bool(facts.get("feature_width")), facts.get("objective") == "pretrain"
+    topic = "image-text-retrieval" if is_pretrained else "image-captioning"
+    pipeline_tag = None if is_pretrained else "image-text-to-text"
+    task = TASKS[is_pretrained, reads_features]
     results = [_eval_result(facts["evaluation"], score, task) for score in facts.get("scores") or []]
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=None if facts.get("feature_width") else "image-text-to-text",
+        pipeline_tag=None if reads_features else pipeline_tag,
         base_model=base_models or None,
         base_model_relation=relation if base_models else None,
         datasets=sorted({dataset["name"] for dataset in facts.get("data", []) if dataset["on_hub"]}) or None,
-        tags=[*topics, "q-former", "qformer-captioner", *(["lora"] if is_adapter else [])],
+        tags=[*([] if reads_features else [topic]), "q-former", "qformer-captioner", *(["lora"] if is_adapter else [])],
         model_name=single_line(facts["model"].split("/")[-1]) if results else None,
         eval_results=results or None,
     )
@@ -220,7 +228,7 @@ def _with_license(text: str, license: str) -> str:
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Return facts about a folder without `card.json`: names, sizes and dtypes of the captioner's parts."""
+    """Return facts about a folder without `card.json`: names, sizes and dtypes of the model's parts."""
     from ..backbones_qformer import BACKBONES  # imports torch
     from ..configuration_qformer import PrecomputedFeaturesConfig, is_hub_id
 
@@ -231,7 +239,10 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     vision_config = config.get("vision_config") or {}
     has_vision_model = vision_config.get("model_type") != PrecomputedFeaturesConfig.model_type
     parts = []
-    for name in (*BACKBONES, "qformer", "language_projection"):
+    is_pretrained = config.get("model_type") == "qformer_pretraining"
+    heads = ("vision_projection", "text_projection", "itm_head", "lm_head")
+    names = ("vision_model", "qformer", *heads) if is_pretrained else (*BACKBONES, "qformer", "language_projection")
+    for name in names:
         if name == "vision_model" and not has_vision_model:
             continue
         source = config.get(f"{name}_name_or_path")
@@ -247,7 +258,11 @@ def describe_folder(folder: Path) -> dict[str, Any]:
                 "dtype": (config["dtypes"] or {}).get(name, ""),
             }
         )
-    return {"parts": parts, "feature_width": None if has_vision_model else vision_config["hidden_size"]}
+    return {
+        "objective": "pretrain" if is_pretrained else "caption",
+        "parts": parts,
+        "feature_width": None if has_vision_model else vision_config["hidden_size"],
+    }
 
 
 def count_parameters(folder: Path) -> dict[str, int]:

@@ -169,8 +169,8 @@ def test_a_run_that_could_not_be_published_does_not_start(tmp_path, options, mes
             b'{"weight_map": {"a": "../canary.safetensors"}}',
             "is not an index of weights",
         ),
-        ("processor_config.json", None, "nobody could caption with it"),
-        ("modeling_qformer.py", None, "nobody could caption with it"),
+        ("processor_config.json", None, "nobody could use it"),
+        ("modeling_qformer.py", None, "nobody could use it"),
     ],
 )
 def test_a_damaged_folder_gets_one_sentence(folder, file, content, message, monkeypatch):
