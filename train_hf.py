@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-r"""Train a Q-Former captioner.
+r"""Train a Q-Former captioner, or pretrain a Q-Former (stage 1 of BLIP-2).
 
     python train_hf.py                                    # recipes/scenes.yaml: needs no data and no network
     python train_hf.py --recipe flickr8k --dataset_name photographs
     python train_hf.py --vision_model_name_or_path facebook/dinov2-small \
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name my_folder --caption_column text --output_dir outputs/mine
+    python train_hf.py --recipe stage1_own_images --dataset_name photos/captions.csv
+    python train_hf.py --recipe own_images --dataset_name photos/captions.csv \
+        --qformer_name_or_path outputs/stage1_own_images  # stage 2 begins with the Q-Former of stage 1
 
 A recipe is a YAML file of the options below. It can build on other recipes, and several can be combined (`--recipe
 clip_llama coco_karpathy`). The command line overrides recipes. `--help_all` also shows the Trainer's own options, such
@@ -37,27 +40,27 @@ from qformer_captioner.training.arguments import (
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from qformer_captioner.modeling_qformer import QFormerCaptioner
+    from qformer_captioner.saving_qformer import QFormerPreTrainedModel
+    from qformer_captioner.training.base_trainer import QFormerTrainer
     from qformer_captioner.training.run import TrainingRun
-    from qformer_captioner.training.trainer import CaptionTrainer
     from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
 logger = get_logger(__name__)
 
 
 def train(argv: list[str]) -> None:
-    """Train the captioner that a command line describes, and write a folder that others can load.
+    """Train the model that a command line describes, and write a folder that others can load.
 
-    A finished run in the output folder is not repeated. Nothing is written before the data and the captioner are loaded
-    and one row has been tried. Training then starts, or resumes from the last checkpoint. In a distributed run, every
-    process calls this function.
+    A finished run in the output folder is not repeated. Nothing is written before the data and the model are loaded
+    and the first rows have been tried. Training then starts, or resumes from the last checkpoint. In a distributed run,
+    every process calls this function.
 
     Args:
         argv: the command line without the name of the program. Without arguments the recipe is `scenes`.
 
     Raises:
         InputError: if options contradict each other, a model or data set cannot be loaded, or the output folder holds
-            another run. Also if the disk is full or a worker is killed, or if the Hub refuses the captioner.
+            another run. Also if the disk is full or a worker is killed, or if the Hub refuses the model.
         OSError: if the output folder cannot be written.
 
     Example:
@@ -72,10 +75,10 @@ def train(argv: list[str]) -> None:
     from huggingface_hub.constants import HF_HOME
     from transformers import set_seed
 
-    from qformer_captioner.training.captioner_setup import build_captioner
     from qformer_captioner.training.data_setup import load_data
     from qformer_captioner.training.fitting import build_trainer, finish, fit
-    from qformer_captioner.training.lora import add_adapters
+    from qformer_captioner.training.lora import add_adapters, captioner_of
+    from qformer_captioner.training.model_setup import build_model
     from qformer_captioner.training.run import resolve
 
     run = resolve(model_args, data_args, run_args, training_args, parser.changed_options(words))
@@ -85,12 +88,11 @@ def train(argv: list[str]) -> None:
     set_seed(run.training_args.seed)
     with explain_faults(HF_HOME, "The environment variable HF_HOME names another folder for downloads."):
         train_data, eval_data = load_data(run)
-        captioner = build_captioner(run, train_data)
+        model: QFormerPreTrainedModel | PeftModel = build_model(run, train_data, eval_data)
     with explain_faults(run.output_dir, "Complete checkpoints are kept, and the same command continues from the last."):
         run.claim_folder()
-        model: QFormerCaptioner | PeftModel = captioner
         if run.model_args.lora_r is not None:
-            model = add_adapters(run, captioner)
+            model = add_adapters(run, captioner_of(model))
         trainer = build_trainer(run, model, train_data, eval_data)
         output = fit(run, trainer)
         summary = finish(run, trainer, output)
@@ -141,8 +143,8 @@ def option_parser(training_options: type[TrainingOptions]) -> OptionParser:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
-    """Log where the captioner is and how to use it, and publish it with `--push_to_hub`.
+def report(run: "TrainingRun", trainer: "QFormerTrainer", summary: str) -> None:
+    """Log where the model is and how to use it, and publish it with `--push_to_hub`.
 
     Raises:
         InputError: if the Hub refuses it.
@@ -152,19 +154,32 @@ def report(run: "TrainingRun", trainer: "CaptionTrainer", summary: str) -> None:
     logger.info("\nTrained in %s.", summary)
     if len(run.skipped_rows):
         logger.info("%d rows could not be used; %s lists them.", len(run.skipped_rows), run.skipped_rows.path)
-    contents = {"captions.png": "captions", "loss_curve.png": "losses"}
+    contents = {"captions.png": "captions", "retrieval.png": "retrieved captions", "loss_curve.png": "losses"}
     pictures = "".join(f", its {contents[name]} in {name}" for name in pictures_of(run.output_dir))
-    logger.info("The captioner is in %s%s. To use it:\n", run.output_dir, pictures)
+    logger.info("The %s is in %s%s. To use it:\n", name_of_model(run), run.output_dir, pictures)
     logger.info("    from transformers import AutoModel")
     logger.info("    model = AutoModel.from_pretrained(%r, trust_remote_code=True)", str(run.output_dir))
-    if run.features is not None and run.features.vision is None:
-        logger.info("    print(model.caption(image_embeds=features))  # [N, %d], or a list", run.features.width)
-    else:
-        logger.info('    print(model.caption("image.png"))')
+    logger.info("    print(%s)", usage_of(run))
+    if run.objective == "pretrain":
+        logger.info("\nTo train a captioner that begins with it, add --qformer_name_or_path %s.", run.output_dir)
     if run.training_args.push_to_hub:
         with explain_push(run, str(trainer.hub_model_id)):
             trainer.push_to_hub()
-        logger.info("\nThe captioner is on the Hub as %s.", trainer.hub_model_id)
+        logger.info("\nThe %s is on the Hub as %s.", name_of_model(run), trainer.hub_model_id)
+
+
+def name_of_model(run: "TrainingRun") -> str:
+    """Return what the run trains, in words."""
+    return "pretrained Q-Former" if run.objective == "pretrain" else "captioner"
+
+
+def usage_of(run: "TrainingRun") -> str:
+    """Return an expression of Python that uses the model of a run."""
+    reads_features = run.features is not None and run.features.vision is None
+    if run.objective == "pretrain":
+        image = "image_embeds=features, texts=" if reads_features else '"image.png", '
+        return f'model.similarity({image}["a dog on the beach", "a red car"])'
+    return "model.caption(image_embeds=features)" if reads_features else 'model.caption("image.png")'
 
 
 def report_finished(run: "TrainingRun") -> None:
@@ -194,12 +209,12 @@ def report_finished(run: "TrainingRun") -> None:
                 token=args.hub_token,
                 commit_message="End of training",
             )
-        logger.info("The captioner is on the Hub as %s.", repo_id)
+        logger.info("The %s is on the Hub as %s.", name_of_model(run), repo_id)
 
 
 @contextlib.contextmanager
 def explain_push(run: "TrainingRun", repo_id: str) -> Iterator[None]:
-    """Add to an error of publishing that the captioner is kept, and the command that publishes it.
+    """Add to an error of publishing that the model is kept, and the command that publishes it.
 
     Args:
         run: the finished run.
@@ -217,7 +232,7 @@ def explain_push(run: "TrainingRun", repo_id: str) -> Iterator[None]:
         if run.training_args.hub_revision is not None:
             command += ["--revision", run.training_args.hub_revision]
         raise InputError(
-            f"{one_line(error, 200)} The captioner is kept in {str(run.output_dir)!r}; to publish it later: "
+            f"{one_line(error, 200)} The {name_of_model(run)} is kept in {str(run.output_dir)!r}; to publish it later: "
             f"{shlex.join(command)}"
         ) from error
 

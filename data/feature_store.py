@@ -29,7 +29,7 @@ from transformers import BaseImageProcessor
 
 from ..common.errors import InputError
 from ..common.files import write_atomically
-from ..configuration_qformer import QFormerCaptionerConfig
+from ..configuration_qformer import VisionQFormerConfig
 from .feature_shards import SplitLayout, damaged_file
 from .features import SplitFeatures
 from .vision_fingerprint import VisionFingerprint
@@ -144,11 +144,11 @@ class FeatureStore:
         """Width of the features, Dv."""
         return next(iter(self.layouts.values())).shape[1]
 
-    def check_captioner(self, config: QFormerCaptionerConfig, image_processor: BaseImageProcessor) -> None:
-        """Check that the features are those that a captioner reads. One without a vision encoder reads any features.
+    def check_model(self, config: VisionQFormerConfig, image_processor: BaseImageProcessor) -> None:
+        """Check that the features are those that a model reads. One without a vision encoder reads any features.
 
         Args:
-            config: configuration of the captioner.
+            config: configuration of the model.
             image_processor: its image processor.
 
         Raises:
@@ -158,7 +158,7 @@ class FeatureStore:
         name = config.vision_model_name_or_path
         if config.has_vision_model and name is None:
             raise InputError(
-                f"The captioner has a vision encoder of its own, which did not compute the features in "
+                f"The model has a vision encoder of its own, which did not compute the features in "
                 f"{str(self.folder)!r}: give it images instead of --features."
             )
         if name is not None:
@@ -178,7 +178,7 @@ class FeatureStore:
         """
         if self.vision is None:
             raise InputError(
-                f"The features in {str(self.folder)!r} do not say which encoder computed them, and the captioner has "
+                f"The features in {str(self.folder)!r} do not say which encoder computed them, and the model has "
                 f"the vision encoder {name_or_path!r}: leave out --vision_model_name_or_path, or give it to "
                 "precompute_features.py."
             )

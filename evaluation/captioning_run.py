@@ -141,7 +141,7 @@ def resolve_run(
     model = load_captioner(args.model, args.revision, dtype).to(state.device)
     if store is not None:
         assert model.processor is not None, "load_captioner checks it"
-        store.check_captioner(model.config, model.processor.image_processor)
+        store.check_model(model.config, model.processor.image_processor)
     skipped_rows = SkippedRows()
     num_frames = 1 if model.processor is None else model.processor.num_frames
     split, whole_split = load_images(

@@ -155,7 +155,7 @@ def resolve_run(args: RetrievalArguments) -> RetrievalRun:
     stage1 = load_stage1(args.model, args.revision, dtype).to(state.device)
     model = RetrievalModel(stage1, args.max_length)
     if store is not None:
-        store.check_captioner(stage1.config, model.processor.image_processor)
+        store.check_model(stage1.config, model.processor.image_processor)
     elif not stage1.config.has_vision_model:
         raise InputError(
             f"The model {args.model!r} was trained on features and has no vision encoder: give it --features instead "

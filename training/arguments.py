@@ -4,7 +4,7 @@ Nothing here imports torch or transformers, so that `--help` is quick. The Train
 `training_arguments.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..common.arguments import option
 
@@ -13,6 +13,12 @@ from ..common.arguments import option
 class SharedModelOptions:
     """Options of the model that every objective reads."""
 
+    objective: str = option(
+        "caption",
+        "Objective of training: caption (a captioner), or pretrain (a Q-Former that matches images and texts, stage 1 "
+        "of BLIP-2).",
+        "model",
+    )
     model_name_or_path: str | None = option(None, "Model to continue training, as a Hub id or folder.", "model")
     vision_model_name_or_path: str | None = option(None, "Pretrained vision encoder, as a Hub id or folder.", "model")
     vision_model_revision: str | None = option(None, "Branch, tag or commit of the vision encoder on the Hub.", "model")
@@ -25,7 +31,7 @@ class SharedModelOptions:
     num_frames: int | None = option(
         None,
         "Largest number of frames to read of a video, which is a list of images in a row. Longer videos are sampled "
-        "evenly. Default: that of the captioner, or 1 for a new one, which reads images.",
+        "evenly. Default: that of the model, or 1 for a new one, which reads images.",
         "model",
     )
     normalize_image_features_samples: int | None = option(
@@ -39,7 +45,7 @@ class SharedModelOptions:
 
 @dataclass
 class CaptionModelOptions:
-    """Options of the model that only captioners read."""
+    """Options of the model that only `--objective caption` reads."""
 
     language_model_name_or_path: str | None = option(None, "Pretrained language model, as a Hub id or folder.", "model")
     language_model_revision: str | None = option(
@@ -85,7 +91,49 @@ class CaptionModelOptions:
 
 
 @dataclass
-class ModelArguments(CaptionModelOptions, SharedModelOptions):
+class PretrainingModelOptions:
+    """Options of the model that only `--objective pretrain` reads."""
+
+    text_model_name_or_path: str | None = option(
+        None,
+        "BERT whose weights and tokenizer a new Q-Former begins with, as a Hub id or folder. Default: new weights, and "
+        "a tokenizer of the training texts.",
+        "model",
+    )
+    text_model_revision: str | None = option(None, "Branch, tag or commit of the BERT on the Hub.", "model")
+    tokenizer_vocab_size: int | None = option(
+        None, "Largest number of tokens of a new tokenizer. Default: 8192.", "model"
+    )
+    tokenizer_lowercase: bool | None = option(
+        None, "Let a new tokenizer read all texts in lower case. Default: true.", "model"
+    )
+    image_text_hidden_size: int | None = option(
+        None, "Width of the vectors of images and texts that are compared. Default: 256.", "model"
+    )
+    itc_loss: str | None = option(
+        None,
+        "Contrastive loss: softmax as in BLIP-2, or sigmoid as in SigLIP. Default: that of the model, or softmax for a "
+        "new one.",
+        "objective",
+    )
+    itc_weight: float | None = option(
+        None, "Weight of the contrastive loss. Default: that of the model, or 1 for a new one.", "objective"
+    )
+    itm_weight: float | None = option(
+        None, "Weight of the matching loss. Default: that of the model, or 1 for a new one.", "objective"
+    )
+    itg_weight: float | None = option(
+        None, "Weight of the generation loss. Default: that of the model, or 1 for a new one.", "objective"
+    )
+    label_smoothing: float | None = option(
+        None,
+        "Label smoothing of the softmax and generation losses. Default: that of the model, or 0.1 for a new one.",
+        "objective",
+    )
+
+
+@dataclass
+class ModelArguments(PretrainingModelOptions, CaptionModelOptions, SharedModelOptions):
     """Options of the model: an existing model, pretrained backbones, or a model from scratch."""
 
 
@@ -182,7 +230,7 @@ class SharedDataOptions:
 
 @dataclass
 class CaptionDataOptions:
-    """Options of the data that only captioners read."""
+    """Options of the data that only `--objective caption` reads."""
 
     prompt_column: list[str] | None = option(
         None, "Column of prompts, for each data set or for all. Default: all rows have the prompt of --prompt.", "data"
@@ -215,7 +263,12 @@ class SharedTrainingOptions:
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps, epoch or best.", "run")
     save_total_limit: int | None = option(2, "Number of checkpoints to keep, besides the best one.", "run")
     load_best_model_at_end: bool = option(True, "Load the best checkpoint at the end of training.", "run")
-    metric_for_best_model: str | None = option("cider", "Score or loss that selects the best checkpoint.", "run")
+    metric_for_best_model: str | None = option(
+        "cider",
+        "Score or loss that selects the best checkpoint. cider stands for facts with drawn scenes, and for mean_recall "
+        "with --objective pretrain.",
+        "run",
+    )
     logging_steps: float = option(10, "Number of steps between two log entries.", "run")
     bf16: bool | None = option(
         None,
@@ -226,7 +279,7 @@ class SharedTrainingOptions:
 
 @dataclass
 class CaptionTrainingOptions:
-    """Training options that only captioners read."""
+    """Training options that only `--objective caption` reads."""
 
     language_model_learning_rate: float | None = option(
         None,
@@ -254,6 +307,19 @@ class CaptionTrainingOptions:
 @dataclass
 class TrainingOptions(CaptionTrainingOptions, SharedTrainingOptions):
     """Training options of this package, and options of the Trainer with other defaults."""
+
+
+# The options that only one objective reads. Others refuse them.
+OBJECTIVES = {
+    "caption": (CaptionModelOptions, CaptionDataOptions, CaptionTrainingOptions),
+    "pretrain": (PretrainingModelOptions,),
+}
+
+
+def unread_options(objective: str) -> set[str]:
+    """Return the names of the options that belong to other objectives."""
+    others = (classes for name, classes in OBJECTIVES.items() if name != objective)
+    return {field.name for classes in others for each in classes for field in fields(each)}
 
 
 @dataclass

@@ -314,7 +314,7 @@ class QFormerTrainer(Seq2SeqTrainer):
         else:
             self.model.save_pretrained(os.fspath(folder), state_dict=state_dict)
             processor = without_adapters(self.model).processor
-            assert processor is not None, "build_captioner checks it"
+            assert processor is not None, "build_model checks it"
             processor.save_pretrained(folder)
         for name in PICTURES:
             picture = self.args.output_folder / name

@@ -53,7 +53,7 @@ def build_captioner(run: TrainingRun, train_data: TrainingData) -> QFormerCaptio
         set_prompts(processor, run)
         set_num_frames(model, processor, args)
         if run.features is not None:
-            run.features.check_captioner(model.config, processor.image_processor)
+            run.features.check_model(model.config, processor.image_processor)
         collate = CaptionCollator(processor, run.data_args.max_caption_length)
         with torch.no_grad():  # raises errors now, for example for a prompt that is too long
             model(**collate([next(iter(train_data))]))

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers.trainer_utils import HubStrategy
@@ -10,8 +11,8 @@ from ..common.arguments import check_at_least, check_one_of
 from ..common.errors import InputError
 from ..common.run_folder import is_complete
 from ..data.augmentation import check_image_augmentation
-from .arguments import DataArguments, ModelArguments, RunArguments
-from .scores import CAPTION_SCORES, SCENE_SCORES
+from .arguments import OBJECTIVES, DataArguments, ModelArguments, RunArguments, unread_options
+from .scores import CAPTION_SCORES, RECALL_NAMES, SCENE_SCORES
 from .training_arguments import QFormerTrainingArguments
 
 EVAL_DATASET_OPTIONS = (  # each describes --eval_dataset_name with the prefix "eval_"
@@ -29,12 +30,19 @@ def check_options(
     data_args: DataArguments,
     run_args: RunArguments,
     training_args: QFormerTrainingArguments,
+    changed_options: Iterable[str],
 ) -> None:
     """Check all options of a training run.
+
+    Args:
+        model_args, data_args, run_args, training_args: the options.
+        changed_options: options whose values are not the defaults.
 
     Raises:
         InputError: for an option whose value is not valid, or options that contradict each other.
     """
+    check_one_of(model_args, tuple(OBJECTIVES), "objective")
+    check_are_read(changed_options, model_args.objective)
     if data_args.dataset_name is None:
         raise InputError(
             "There is no data set to train on: give --dataset_name (a Hub id, a local folder or file, or scenes) or a "
@@ -43,10 +51,27 @@ def check_options(
     check_data(data_args, training_args.max_steps)
     check_one_of(run_args, ("auto", "true", "false"), "include_backbones")
     check_model(model_args)
+    if model_args.objective == "pretrain":
+        check_pretraining(model_args, training_args)
+    else:
+        check_captioner(model_args)
     check_learning_rates(model_args, training_args)
     check_training(training_args)
-    check_best_model_score(training_args, draws_scenes(data_args))
+    check_best_model_score(training_args, known_scores(model_args, draws_scenes(data_args)))
     check_publishing(training_args)
+
+
+def check_are_read(changed_options: Iterable[str], objective: str) -> None:
+    """Check that no option is given that the objective does not read.
+
+    Raises:
+        InputError: if one is.
+    """
+    unread = unread_options(objective)
+    if given := [f"--{name}" for name in changed_options if name in unread]:
+        raise InputError(
+            f"--objective {objective} does not read {', '.join(given[:8])}: leave out what it does not read."
+        )
 
 
 def draws_scenes(args: DataArguments) -> bool:
@@ -123,22 +148,52 @@ def check_share(args: object, name: str) -> None:
 
 
 def check_model(args: ModelArguments) -> None:
-    """Check the options of the model.
+    """Check the options of the model that every objective reads.
+
+    Raises:
+        InputError: for an option whose value is not valid.
+    """
+    check_at_least(args, 1, "num_frames")
+    check_at_least(args, 2, "normalize_image_features_samples")  # the variance needs two images
+
+
+def check_captioner(args: ModelArguments) -> None:
+    """Check the options of a captioner.
 
     Raises:
         InputError: for an option whose value is not valid, or options that contradict each other.
     """
-    check_at_least(args, 1, "lora_r", "num_frames")
+    check_at_least(args, 1, "lora_r")
     check_share(args, "lora_dropout")
     if args.lora_r is not None and not (args.freeze_vision_model and args.freeze_language_model):
         raise InputError("--lora_r trains adapters on frozen backbones: leave out --freeze_... false.")
     prompts = args.prompt or []
     if len(prompts) > 1 and not all(prompt.strip() for prompt in prompts):
         raise InputError("One of several prompts is empty: write some text in each --prompt.")
-    check_at_least(args, 2, "normalize_image_features_samples")  # the variance needs two images
     if args.load_in_4bit and args.load_in_8bit:
         raise InputError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
     check_one_of(args, ("nf4", "fp4"), "bnb_4bit_quant_type")
+
+
+def check_pretraining(args: ModelArguments, training_args: QFormerTrainingArguments) -> None:
+    """Check the options of pretraining.
+
+    Raises:
+        InputError: for an option whose value is not valid, or options that contradict each other.
+    """
+    check_one_of(args, ("softmax", "sigmoid"), "itc_loss")
+    check_at_least(args, 0, "itc_weight", "itm_weight", "itg_weight", "label_smoothing")
+    check_at_least(args, 300, "tokenizer_vocab_size")  # all bytes, and special tokens
+    for name in ("tokenizer_vocab_size", "tokenizer_lowercase"):
+        source = "text_model_name_or_path" if args.text_model_name_or_path is not None else "model_name_or_path"
+        if getattr(args, name) is not None and getattr(args, source) is not None:
+            raise InputError(f"--{name} describes a new tokenizer, but --{source} has one: leave out one of the two.")
+    compares = args.itc_weight != 0 or args.itm_weight != 0
+    if compares and training_args.per_device_train_batch_size * training_args.world_size == 1:
+        raise InputError(
+            "A batch of one row has no wrong pairs to learn from: give --per_device_train_batch_size of at least 2, or "
+            "--itc_weight 0 --itm_weight 0."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,7 +207,7 @@ def check_learning_rates(model_args: ModelArguments, training_args: QFormerTrain
     Raises:
         InputError: if one is.
     """
-    if model_args.language_model_name_or_path is None or model_args.lora_r is not None:
+    if any((model_args.model_name_or_path, model_args.vision_config, model_args.text_config, model_args.lora_r)):
         return  # these options freeze nothing, and adapters train although the weights are frozen
     for part in ("vision_model", "language_model"):
         if getattr(training_args, f"{part}_learning_rate") is not None and getattr(model_args, f"freeze_{part}"):
@@ -184,18 +239,29 @@ def check_training(args: QFormerTrainingArguments) -> None:
             f"There is no complete checkpoint in {args.resume_from_checkpoint!r} (--resume_from_checkpoint)."
         )
     if args.label_smoothing_factor:
-        raise InputError("--label_smoothing_factor does not work here: the captioner computes its own loss.")
+        raise InputError("--label_smoothing_factor does not work here: the model computes its own loss.")
 
 
-def check_best_model_score(args: QFormerTrainingArguments, scenes: bool) -> None:
+def known_scores(model_args: ModelArguments, scenes: bool) -> tuple[str, ...]:
+    """Return the losses and scores that an evaluation computes.
+
+    Args:
+        model_args: options of the model.
+        scenes: whether the rows to evaluate on are drawn scenes.
+    """
+    if model_args.objective == "pretrain":
+        return ("loss", *(f"{name}_loss" for name in ("itc", "itm", "itg")), *RECALL_NAMES)
+    return ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))
+
+
+def check_best_model_score(args: QFormerTrainingArguments, known: Sequence[str]) -> None:
     """Check that evaluation computes the score that selects the best checkpoint.
 
     Raises:
         InputError: if it does not.
     """
-    score, known = args.best_score_name, ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))
-    if score not in known:
-        raise InputError(f"--metric_for_best_model must be one of {', '.join(known)}, not {score!r}.")
+    if args.best_score_name not in known:
+        raise InputError(f"--metric_for_best_model must be one of {', '.join(known)}, not {args.best_score_name!r}.")
 
 
 def check_publishing(args: QFormerTrainingArguments) -> None:

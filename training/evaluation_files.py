@@ -2,21 +2,31 @@
 
 The captions of step 100 are in `captions_step_100.jsonl` and `captions_step_100.png`. `captions.jsonl` and
 `captions.png` are copies of the files of the last evaluation. At the end of training they are copies of the files of
-the best checkpoint.
+the best checkpoint. Pretraining writes the captions that it retrieves to files named `retrieval` instead.
 """
 
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import TrainerState
 
 from ..data.dataset import CaptionDataset
-from ..evaluation.plots import draw_caption_sheet, draw_loss_curve
+from ..evaluation.plots import LOSSES, draw_caption_sheet, draw_loss_curve
+from ..evaluation.recall import ranks
 
 SUFFIXES = ("jsonl", "png")
 SHEET_IMAGES = 12
+RETRIEVED_CAPTIONS = 10
+PRETRAINING_LOSSES = (
+    *LOSSES,
+    ("eval_itc_loss", "held-out contrast", {"color": "tab:purple", "linestyle": ":"}),
+    ("eval_itm_loss", "held-out matching", {"color": "tab:brown", "linestyle": ":"}),
+    ("eval_itg_loss", "held-out generation", {"color": "tab:pink", "linestyle": ":"}),
+)
 
 
 def write_caption_files(
@@ -32,23 +42,71 @@ def write_caption_files(
         score_name: score that the loss curve shows beside the losses.
     """
     references = rows.references()
-    stem = folder / f"captions_step_{state.global_step}"
-    with stem.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
-        texts = zip(captions, references, rows.row_prompts(), strict=True)
-        for row, (caption, row_references, prompt) in enumerate(texts):
-            line = {"image_id": row, "caption": caption, "references": row_references}
-            line |= {"prompt": prompt} if prompt else {}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines: list[dict[str, Any]] = []
+    for row, (caption, prompt) in enumerate(zip(captions, rows.row_prompts(), strict=True)):
+        lines.append({"image_id": row, "caption": caption, "references": references[row]})
+        lines[-1] |= {"prompt": prompt} if prompt else {}
+    _write_table_and_sheet(folder, "captions", rows, lines, captions, state, "generated caption, one reference")
+    draw_loss_curve(state.log_history, f"eval_{score_name}", folder / "loss_curve.png")
+
+
+def write_retrieval_files(
+    folder: Path,
+    rows: CaptionDataset,
+    similarity: torch.Tensor,
+    image_of_text: torch.Tensor,
+    state: TrainerState,
+    score_name: str,
+) -> None:
+    """Write the captions that are most similar to each image, a sheet of images with the first, and the loss curve.
+
+    Args:
+        folder: the output folder.
+        rows: the rows.
+        similarity (`[N, M]`): similarities of their images and of all their captions.
+        image_of_text (`[M]`): row of each caption.
+        state: the state of the Trainer, with step and log.
+        score_name: score that the loss curve shows beside the losses.
+    """
+    references = rows.references()
+    texts = [text for row_texts in references for text in row_texts]
+    image_ranks, _ = ranks(similarity, image_of_text)
+    nearest = similarity.topk(min(RETRIEVED_CAPTIONS, len(texts)), dim=1).indices.tolist()
+    retrieved = [[texts[text] for text in row_texts] for row_texts in nearest]
+    lines = [
+        {"image_id": row, "rank": rank + 1, "retrieved": retrieved[row], "references": references[row]}
+        for row, rank in enumerate(image_ranks.tolist())
+    ]
+    firsts = [row_texts[0] for row_texts in retrieved]
+    title = "most similar caption of all rows, own caption"
+    _write_table_and_sheet(folder, "retrieval", rows, lines, firsts, state, title)
+    score = None if score_name.endswith("loss") else f"eval_{score_name}"
+    draw_loss_curve(state.log_history, score, folder / "loss_curve.png", PRETRAINING_LOSSES, "loss, nats")
+
+
+def _write_table_and_sheet(
+    folder: Path,
+    stem: str,
+    rows: CaptionDataset,
+    lines: list[dict[str, Any]],
+    captions: list[str],
+    state: TrainerState,
+    title: str,
+) -> None:
+    """Write a line of JSON for each row, and a sheet of evenly spaced rows with a caption and their own caption."""
+    files = folder / f"{stem}_step_{state.global_step}"
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    files.with_suffix(".jsonl").write_text(text, encoding="utf-8")
+    references = rows.references()
     shown = range(0, len(rows), math.ceil(len(rows) / SHEET_IMAGES))
     draw_caption_sheet(
         [rows.image_to_show(row) for row in shown],
         [captions[row] for row in shown],
         [references[row][0] for row in shown],
-        stem.with_suffix(".png"),
-        f"Held-out rows after step {state.global_step}: generated caption, one reference",
+        files.with_suffix(".png"),
+        f"Held-out rows after step {state.global_step}: {title}",
     )
-    show_files_of_step(folder, "captions", state.global_step)
-    draw_loss_curve(state.log_history, f"eval_{score_name}", folder / "loss_curve.png")
+    show_files_of_step(folder, stem, state.global_step)
 
 
 def show_files_of_step(folder: Path, stem: str, step: int | None) -> None:

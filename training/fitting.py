@@ -1,7 +1,7 @@
 """Steps around the Trainer: build the trainer, train, and write the final folder."""
 
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import TrainOutput
@@ -9,11 +9,14 @@ from transformers.trainer_utils import TrainOutput
 from ..common.errors import InputError, one_line
 from ..common.logging import get_logger
 from ..common.machine_faults import describe_fault
-from ..data.collator import CaptionCollator
+from ..data.collator import CaptionCollator, PretrainingCollator
 from ..data.dataset import CaptionDataset
-from ..modeling_qformer import QFormerCaptioner
+from ..pretraining_qformer import QFormerForPretraining
+from ..saving_qformer import QFormerPreTrainedModel
+from .base_trainer import QFormerTrainer
 from .data_setup import TrainingData
-from .lora import captioner_of
+from .lora import captioner_of, without_adapters
+from .pretraining_trainer import PretrainingTrainer
 from .run import TrainingRun
 from .run_facts import describe_run
 from .scores import scorer_for
@@ -28,15 +31,15 @@ logger = get_logger(__name__)
 
 def build_trainer(
     run: TrainingRun,
-    model: "QFormerCaptioner | PeftModel",
+    model: "QFormerPreTrainedModel | PeftModel",
     train_data: TrainingData,
     eval_data: CaptionDataset | None,
-) -> CaptionTrainer:
+) -> CaptionTrainer | PretrainingTrainer:
     """Return the trainer of a run.
 
     Args:
         run: the run.
-        model: the captioner, or the adapter on it.
+        model: the model, or the adapter on it.
         train_data: the rows to train on.
         eval_data: the rows to evaluate on, if there are any.
 
@@ -44,26 +47,37 @@ def build_trainer(
         InputError: if the Trainer refuses its options, for example because a package of `--report_to` is not installed.
             Also for FSDP and an encoder-decoder.
     """
-    captioner = captioner_of(model)
-    assert captioner.processor is not None, "build_captioner checks it"
     trainable, total = model.get_nb_trainable_parameters()
     logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-    score = scorer_for(run.draws_scenes, run.training_args.tokenize, eval_data)
+    shared = {
+        "args": run.training_args,
+        "train_dataset": train_data,
+        "eval_dataset": eval_data,
+        "include_backbones": backbones_to_include(run, without_adapters(model)),
+    }
     try:
-        trainer = CaptionTrainer(
-            model=model,
-            args=run.training_args,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            data_collator=CaptionCollator(captioner.processor, run.data_args.max_caption_length),
-            score=score,
-            include_backbones=backbones_to_include(run, captioner),
-            facts=describe_run(run, model, train_data, eval_data, score),
-        )
+        if isinstance(model, QFormerForPretraining):
+            return _pretraining_trainer(run, model, shared)
+        return _caption_trainer(run, model, shared)
     except InputError:
         raise
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(one_line(error)) from error
+
+
+def _caption_trainer(
+    run: TrainingRun, model: "QFormerPreTrainedModel | PeftModel", shared: dict[str, Any]
+) -> CaptionTrainer:
+    captioner = captioner_of(model)
+    assert captioner.processor is not None, "build_model checks it"
+    score = scorer_for(run.draws_scenes, run.training_args.tokenize, shared["eval_dataset"])
+    trainer = CaptionTrainer(
+        model=model,
+        data_collator=CaptionCollator(captioner.processor, run.data_args.max_caption_length),
+        score=score,
+        facts=describe_run(run, model, shared["train_dataset"], shared["eval_dataset"], score),
+        **shared,
+    )
     if trainer.is_fsdp_enabled and captioner.config.is_encoder_decoder:
         raise InputError(
             "FSDP cannot shard an embedding that encoder and decoder share, as in T5: train with "
@@ -72,7 +86,17 @@ def build_trainer(
     return trainer
 
 
-def fit(run: TrainingRun, trainer: CaptionTrainer) -> TrainOutput:
+def _pretraining_trainer(run: TrainingRun, model: QFormerForPretraining, shared: dict[str, Any]) -> PretrainingTrainer:
+    assert model.processor is not None, "build_model checks it"
+    return PretrainingTrainer(
+        model=model,
+        data_collator=PretrainingCollator(model.processor, run.data_args.max_caption_length),
+        facts=describe_run(run, model, shared["train_dataset"], shared["eval_dataset"]),
+        **shared,
+    )
+
+
+def fit(run: TrainingRun, trainer: QFormerTrainer) -> TrainOutput:
     """Train from the beginning or from the checkpoint of the run, and return steps, loss and speed.
 
     Raises:
@@ -90,7 +114,7 @@ def fit(run: TrainingRun, trainer: CaptionTrainer) -> TrainOutput:
         ) from error
 
 
-def finish(run: TrainingRun, trainer: CaptionTrainer, output: TrainOutput) -> str:
+def finish(run: TrainingRun, trainer: QFormerTrainer, output: TrainOutput) -> str:
     """Write the final folder, record the end of the run, and return a summary of time, speed and best score.
 
     Every process calls this, because with FSDP and DeepSpeed each process holds a part of the weights.

@@ -26,14 +26,14 @@ def without_adapters(model: "QFormerPreTrainedModel | PeftModel") -> QFormerPreT
     return base
 
 
-def captioner_of(model: "QFormerCaptioner | PeftModel") -> QFormerCaptioner:
+def captioner_of(model: "QFormerPreTrainedModel | PeftModel") -> QFormerCaptioner:
     """Return the base captioner of an adapter. A captioner is returned unchanged."""
     captioner = without_adapters(model)
     assert isinstance(captioner, QFormerCaptioner)
     return captioner
 
 
-def add_adapters(run: TrainingRun, model: QFormerCaptioner) -> "PeftModel":
+def add_adapters(run: TrainingRun, captioner: QFormerCaptioner) -> "PeftModel":
     """Add adapters to the captioner of a run, and save the base captioner in the folder `base`.
 
     An adapter needs the captioner that it was trained on. A new captioner is therefore saved before its language model
@@ -42,18 +42,18 @@ def add_adapters(run: TrainingRun, model: QFormerCaptioner) -> "PeftModel":
     Raises:
         InputError: if the language model has no layers with the names in the options.
     """
-    quantization = quantization_config(model, run.model_args, run.run_args.include_backbones)
+    quantization = quantization_config(captioner, run.model_args, run.run_args.include_backbones)
     if run.model_args.model_name_or_path is None:
         # peft records this path in the adapter. It is absolute, because adapters are also loaded from other working
         # folders.
         base = (run.output_dir / "base").absolute()
         if run.is_main_process:
-            save_base_model(model, base, backbones_to_include(run, model))
+            save_base_model(captioner, base, backbones_to_include(run, captioner))
         run.wait_for_everyone()
-        model = QFormerCaptioner.from_pretrained(base, load_vision_model=run.features is None)
+        captioner = QFormerCaptioner.from_pretrained(base, load_vision_model=run.features is None)
     if quantization is not None:
-        model.quantize_language_model(quantization)
-    return add_lora(model, run.model_args)
+        captioner.quantize_language_model(quantization)
+    return add_lora(captioner, run.model_args)
 
 
 def save_base_model(model: QFormerCaptioner, base: Path, include_backbones: bool | list[str]) -> None:

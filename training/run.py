@@ -9,8 +9,8 @@ from ..common.run_folder import RunFolder
 from ..data.augmentation import Augmentation
 from ..data.feature_store import FeatureStore
 from ..data.skipped_rows import SkippedRows
-from ..processing_qformer import QFormerCaptionerProcessor
-from .arguments import DataArguments, ModelArguments, RunArguments
+from ..processing_qformer import QFormerCaptionerProcessor, QFormerPretrainingProcessor
+from .arguments import DataArguments, ModelArguments, RunArguments, unread_options
 from .checks import check_options, draws_scenes
 from .training_arguments import QFormerTrainingArguments
 
@@ -51,6 +51,11 @@ class TrainingRun:
         return self.training_args.process_index == 0
 
     @property
+    def objective(self) -> str:
+        """Return what the run trains, one of `OBJECTIVES`."""
+        return self.model_args.objective
+
+    @property
     def draws_scenes(self) -> bool:
         """Return True if the run is evaluated on drawn scenes."""
         return draws_scenes(self.data_args)
@@ -61,7 +66,8 @@ class TrainingRun:
         name = self.model_args.model_name_or_path
         if self.model_args.num_frames is not None or name is None:
             return self.model_args.num_frames or 1
-        processor = QFormerCaptionerProcessor.from_folder_if_any(name)
+        processor_class = QFormerPretrainingProcessor if self.objective == "pretrain" else QFormerCaptionerProcessor
+        processor = processor_class.from_folder_if_any(name)
         return 1 if processor is None else processor.num_frames
 
     @property
@@ -114,10 +120,10 @@ def resolve(
     if data_args.features is not None:
         features = FeatureStore(data_args.features)
         complete_from_features(features, model_args, data_args)
-    if draws_scenes(data_args) and training_args.metric_for_best_model == "cider":
-        training_args.metric_for_best_model = "facts"  # captions of scenes have no CIDEr
-    check_options(model_args, data_args, run_args, training_args)
-    settings = {**asdict(model_args), **asdict(data_args)}
+    if training_args.metric_for_best_model == "cider":
+        choose_best_score(model_args, data_args, training_args)
+    check_options(model_args, data_args, run_args, training_args, changed_options)
+    settings = settings_of_run(model_args, data_args)
     folder = RunFolder(training_args.output_folder, settings, run_args.overwrite_output_dir)
     return TrainingRun(
         model_args=model_args,
@@ -136,6 +142,27 @@ def resolve(
             sample_view=True,
         ),
     )
+
+
+def choose_best_score(
+    model_args: ModelArguments, data_args: DataArguments, training_args: QFormerTrainingArguments
+) -> None:
+    """Let another score than CIDEr select the best checkpoint, where evaluation does not compute CIDEr."""
+    if model_args.objective == "pretrain":
+        compares = model_args.itc_weight != 0  # otherwise the recall stays at chance
+        training_args.metric_for_best_model = "mean_recall" if compares else "loss"
+        training_args.greater_is_better = compares
+    elif draws_scenes(data_args):
+        training_args.metric_for_best_model = "facts"
+
+
+def settings_of_run(model_args: ModelArguments, data_args: DataArguments) -> dict[str, object]:
+    """Return what distinguishes two runs: the options of model and data that the objective reads."""
+    settings = {**asdict(model_args), **asdict(data_args)}
+    unread = unread_options(model_args.objective)
+    if model_args.objective == "caption":
+        unread.add("objective")  # runs before there were objectives have no record of it
+    return {name: value for name, value in settings.items() if name not in unread}
 
 
 def complete_from_features(store: FeatureStore, model_args: ModelArguments, data_args: DataArguments) -> None:
@@ -157,6 +184,7 @@ def complete_from_features(store: FeatureStore, model_args: ModelArguments, data
     if data_args.dataset_name is None:
         for name, value in store.dataset_options.items():  # all but one are lists, with a value for each data set
             setattr(data_args, name, value if name == "split_column" else [value])
-    if model_args.language_model_name_or_path is not None and model_args.vision_model_name_or_path is None:
+    joins_backbones = model_args.language_model_name_or_path is not None or model_args.objective == "pretrain"
+    if joins_backbones and model_args.vision_model_name_or_path is None and model_args.model_name_or_path is None:
         model_args.vision_model_name_or_path = store.vision_model_name_or_path
         model_args.vision_model_revision = store.vision_model_revision

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel, TrainerState
 
-from ..backbones_qformer import BACKBONES, VisionModelPlaceholder, dtype_of, is_quantized
+from ..backbones_qformer import VisionModelPlaceholder, dtype_of, is_quantized
 from ..configuration_qformer import is_hub_id
 from ..data.columns import Rows, column_names
 from ..data.dataset import CaptionDataset, CaptionSource
@@ -27,11 +27,12 @@ from ..evaluation.scoring import SCORE_NAMES
 from ..hub.model_card import text_sha256
 from ..metrics.tokenizers import describe_tokenizer
 from ..modeling_qformer import QFormerCaptioner
+from ..saving_qformer import QFormerPreTrainedModel
 from .arguments import DataArguments
 from .data_setup import DatasetSpec, TrainingData, evaluation_spec, training_specs
-from .lora import captioner_of
+from .lora import captioner_of, without_adapters
 from .run import TrainingRun
-from .scores import CaptionScorer, ScoreFunction
+from .scores import RECALL_NAMES, CaptionScorer, ScoreFunction
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,49 +48,57 @@ PACKAGES = ("qformer-captioner", "torch", "transformers", "peft", "datasets")
 
 def describe_run(
     run: TrainingRun,
-    model: "QFormerCaptioner | PeftModel",
+    model: "QFormerPreTrainedModel | PeftModel",
     train_data: TrainingData,
     eval_data: CaptionDataset | None,
-    score: ScoreFunction,
+    score: ScoreFunction | None = None,
 ) -> dict:
     """Return the facts of a run that are known before training, in the format of `hub/model_card.py`.
 
     Args:
         run: the run.
-        model: the captioner, or the adapter on it.
+        model: the model, or the adapter on it.
         train_data: the rows to train on.
         eval_data: the rows to evaluate on, if there are any.
-        score: the score function of the evaluations.
+        score: the score function of generated captions, if evaluations generate captions.
     """
-    captioner = captioner_of(model)
-    processor = captioner.processor
+    base = without_adapters(model)
     starts_from = run.model_args.model_name_or_path
     starts_from = starts_from if is_hub_id(starts_from) else None
     facts = {
+        "objective": run.objective,
         "model": run.training_args.hub_model_id or shown_name(str(run.output_dir.absolute())),
         "starts_from": starts_from,
-        "parts": describe_parts(model),
-        "feature_width": None if captioner.config.has_vision_model else captioner.qformer.config.encoder_hidden_size,
+        "parts": describe_parts(model, {"qformer": run.model_args.text_model_name_or_path}),
+        "feature_width": base.feature_width,
         "data": describe_data(run.data_args, train_data),
         "options": describe_options(run.changed_options),
         **describe_machine(run.training_args.world_size),
     }
     if eval_data is not None:
-        prompt = "" if processor is None else processor.prompt
-        prompt = "that of each row" if any(eval_data.row_prompts()) else prompt
-        facts["evaluation"] = {
-            **describe_evaluation(run.data_args, eval_data),
-            "prompt": prompt,
-            "num_beams": run.training_args.generation_num_beams,
-            "max_new_tokens": run.training_args.generation_max_length,
-        }
-        if isinstance(score, CaptionScorer):
-            facts["evaluation"]["tokenizer"] = shown_name(describe_tokenizer(score.tokenize))
-    if not isinstance(model, QFormerCaptioner):
+        facts["evaluation"] = describe_evaluation(run.data_args, eval_data)
+        if score is not None:
+            facts["evaluation"] |= describe_generation(run, captioner_of(base), eval_data, score)
+    if model is not base:
         facts["adapter"] = {
             "base": starts_from or "the captioner in base/",
             "base_is_on_hub": starts_from is not None,
         }
+    return facts
+
+
+def describe_generation(
+    run: TrainingRun, captioner: QFormerCaptioner, eval_data: CaptionDataset, score: ScoreFunction
+) -> dict:
+    """Return how captions are generated and scored."""
+    prompt = "" if captioner.processor is None else captioner.processor.prompt
+    facts = {
+        "prompt": "that of each row" if any(eval_data.row_prompts()) else prompt,
+        "num_beams": run.training_args.generation_num_beams,
+        "max_new_tokens": run.training_args.generation_max_length,
+    }
+    if isinstance(score, CaptionScorer):
+        facts["tokenizer"] = shown_name(describe_tokenizer(score.tokenize))
     return facts
 
 
@@ -105,21 +114,26 @@ def shown_name(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def describe_parts(model: "QFormerCaptioner | PeftModel") -> list[dict]:
-    """Return name, origin, numbers of parameters and dtype of each part of a captioner.
+def describe_parts(
+    model: "QFormerPreTrainedModel | PeftModel", sources: Mapping[str, str | None] | None = None
+) -> list[dict]:
+    """Return name, origin, numbers of parameters and dtype of each part of a model.
 
     Args:
-        model: the captioner, or the adapter on it. Its trainable parameters are counted, so call this before training
-            ends.
+        model: the model, or the adapter on it. Its trainable parameters are counted, so call this before training ends.
+        sources: origin of parts other than the backbones, by name.
     """
-    captioner = captioner_of(model)
+    base = without_adapters(model)
     parts = []
-    for name, part in captioner.named_children():
-        if name == "vision_model" and not captioner.config.has_vision_model:
+    counted: set[int] = set()  # two parts may share a weight, which belongs to the first
+    for name, part in base.named_children():
+        if name == "vision_model" and not base.config.has_vision_model:
             continue
-        source = getattr(captioner.config, f"{name}_name_or_path") if name in BACKBONES else None
+        source = getattr(base.config, f"{name}_name_or_path") if name in base.backbones else (sources or {}).get(name)
         # peft keeps a second, frozen copy of modules that it trains in full.
         weights = [weight for key, weight in part.named_parameters() if "original_module." not in key]
+        weights = [weight for weight in weights if id(weight) not in counted]
+        counted.update(map(id, weights))
         total = sum(weight.numel() for weight in weights)
         if isinstance(part, PreTrainedModel) and is_quantized(part):
             total = part.num_parameters()  # a byte holds several weights
@@ -129,7 +143,7 @@ def describe_parts(model: "QFormerCaptioner | PeftModel") -> list[dict]:
                 "name": name,
                 "source": shown_name(source) if source else "",
                 "on_hub": on_hub,
-                "revision": getattr(captioner.config, f"{name}_revision") if on_hub else None,
+                "revision": getattr(base.config, f"{name}_revision") if on_hub and name in base.backbones else None,
                 "total": None if isinstance(part, VisionModelPlaceholder) else total,
                 "trained": sum(weight.numel() for weight in weights if weight.requires_grad),
                 "dtype": str(dtype_of(part)).removeprefix("torch."),
@@ -271,13 +285,19 @@ def describe_results(state: TrainerState, score_name: str | None) -> dict:
         return {}
     best = [entry for entry in evaluations if score_name and entry["step"] == state.best_global_step]
     entry = (best or evaluations)[-1]
-    names = [key.removeprefix("eval_") for key in entry if f"{key}_shuffled" in entry and key != "eval_loss"]
+    pairs = [key.removeprefix("eval_") for key in entry if f"{key}_shuffled" in entry]
+    names = [name for name in pairs if not name.endswith("loss")]
     return {
         "losses": {"matched": entry["eval_loss"], "shuffled": entry["eval_loss_shuffled"]},
+        "parts_of_loss": [
+            {"name": name, "matched": entry[f"eval_{name}"], "shuffled": entry[f"eval_{name}_shuffled"]}
+            for name in pairs
+            if name.endswith("_loss")
+        ],
         "scores": [
             {
                 "type": name,
-                "name": SCORE_NAMES.get(name, name),
+                "name": (SCORE_NAMES | RECALL_NAMES).get(name, name),
                 "value": 100 * entry[f"eval_{name}"],
                 "shuffled": 100 * entry[f"eval_{name}_shuffled"],
             }

@@ -1,10 +1,11 @@
-"""Scores of generated captions in the evaluations of a run."""
+"""Scores in the evaluations of a run: those of generated captions, and the names of those of retrieval."""
 
 from collections.abc import Callable
 
 from ..common.logging import get_logger
 from ..data.dataset import CaptionDataset
 from ..data.scenes import Scene, score_facts
+from ..evaluation.recall import DIRECTIONS
 from ..metrics import CaptionMetrics
 from ..metrics.tokenizers import Tokenize, first_without_spaces, resolve_tokenizer
 
@@ -14,6 +15,8 @@ ScoreFunction = Callable[[list[str], CaptionDataset], dict[str, float]]
 
 SCENE_SCORES = ("facts", "complete", "objects", "relations")
 CAPTION_SCORES = ("cider", "bleu_4", "rouge_l")
+RECALL_NAMES = {f"{way}_r{k}": f"R@{k}, {way.replace('_', ' ')}" for way in DIRECTIONS for k in (1, 5, 10)}
+RECALL_NAMES["mean_recall"] = "mean recall"
 
 
 def score_scenes(captions: list[str], rows: CaptionDataset) -> dict[str, float]:

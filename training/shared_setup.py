@@ -8,12 +8,14 @@ import torch
 
 from ..common.errors import InputError
 from ..common.onednn import onednn_linears
-from ..data.collator import CaptionCollator
+from ..data.collator import CaptionCollator, PretrainingCollator
 from ..encoders_qformer import num_frames_of, reads_videos
 from ..features_qformer import mean_features
 from ..modeling_qformer import QFormerCaptioner
-from ..processing_qformer import QFormerCaptionerProcessor
-from ..vision_qformer import split_vision_inputs
+from ..pretraining_qformer import QFormerForPretraining
+from ..processing_qformer import QFormerProcessor
+from ..saving_qformer import QFormerPreTrainedModel
+from ..vision_qformer import encode_images, split_vision_inputs
 from .arguments import ModelArguments
 from .data_setup import TrainingData
 from .run import TrainingRun
@@ -59,8 +61,10 @@ def parse_config(text: str | None, name: str) -> dict:
     return config
 
 
-def set_num_frames(model: QFormerCaptioner, processor: QFormerCaptionerProcessor, args: ModelArguments) -> None:
-    """Let the captioner read as many frames of a video as the option says. By default it keeps its own number.
+def set_num_frames(
+    model: QFormerCaptioner | QFormerForPretraining, processor: QFormerProcessor, args: ModelArguments
+) -> None:
+    """Let the model read as many frames of a video as the option says. By default it keeps its own number.
 
     Raises:
         InputError: if its Q-Former, or its encoder of videos, tells fewer frames apart.
@@ -71,8 +75,8 @@ def set_num_frames(model: QFormerCaptioner, processor: QFormerCaptionerProcessor
     known = num_frames_of(vision_config) if reads_videos(vision_config) else model.qformer.config.num_frames
     if known is not None and args.num_frames > known:
         raise InputError(
-            f"The captioner tells {known} frames apart, fewer than --num_frames {args.num_frames}: give a smaller "
-            "number, or train a new captioner."
+            f"The model tells {known} frames apart, fewer than --num_frames {args.num_frames}: give a smaller "
+            "number, or train a new model."
         )
     processor.num_frames = args.num_frames
 
@@ -84,12 +88,15 @@ def set_num_frames(model: QFormerCaptioner, processor: QFormerCaptionerProcessor
 
 @torch.no_grad()
 def normalize_image_features(
-    model: QFormerCaptioner, train_data: TrainingData, collate: CaptionCollator, num_samples: int
+    model: QFormerCaptioner | QFormerForPretraining,
+    train_data: TrainingData,
+    collate: CaptionCollator | PretrainingCollator,
+    num_samples: int,
 ) -> None:
     """Fold image feature normalisation, with the statistics of the first training images, into a new Q-Former.
 
     Args:
-        model: the captioner.
+        model: the model.
         train_data: the rows to train on.
         collate: collator of the rows.
         num_samples: number of rows to use.
@@ -105,7 +112,7 @@ def normalize_image_features(
         if image_embeds is None:
             vision_inputs, _ = split_vision_inputs({name: value.to(model.device) for name, value in batch.items()})
             with onednn_linears(model.device):
-                outputs = model.encode_images(batch["pixel_values"].to(model.device), **vision_inputs)
+                outputs = encode_images(model.vision_model, batch["pixel_values"].to(model.device), **vision_inputs)
             image_embeds, mask = cast(torch.Tensor, outputs.last_hidden_state), outputs.attention_mask
         features.append(mean_features(image_embeds, mask)[:, None])  # [B, 1, Dv], because rows may differ in length
     if sum(map(len, features)) < 2:
@@ -113,15 +120,15 @@ def normalize_image_features(
     model.qformer.normalize_image_features(torch.cat(features))
 
 
-def backbones_to_include(run: TrainingRun, model: QFormerCaptioner) -> bool | list[str]:
+def backbones_to_include(run: TrainingRun, model: QFormerPreTrainedModel) -> bool | list[str]:
     """Return the frozen backbones to store in saved folders, for `save_pretrained(include_backbones=...)`."""
     if run.run_args.include_backbones == "auto":
         return model.local_backbones()
     return run.run_args.include_backbones == "true"
 
 
-def check_publishable(run: TrainingRun, model: QFormerCaptioner) -> None:
-    """Check that others can load a captioner that the run publishes.
+def check_publishable(run: TrainingRun, model: QFormerPreTrainedModel) -> None:
+    """Check that others can load a model that the run publishes.
 
     Raises:
         InputError: if it would keep backbones of a local folder by reference.
@@ -130,5 +137,5 @@ def check_publishable(run: TrainingRun, model: QFormerCaptioner) -> None:
     if run.training_args.push_to_hub and leaves_out and model.local_backbones():
         raise InputError(
             "--include_backbones false leaves out backbones that only this machine has, so nobody could open the "
-            "captioner that --push_to_hub publishes: leave out one of the two options."
+            "model that --push_to_hub publishes: leave out one of the two options."
         )
