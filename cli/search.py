@@ -68,22 +68,13 @@ def search(words: Sequence[str]) -> None:
     options = parse_options(words)
 
     # torch and the model take seconds to import.
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from ..evaluation.captioning_run import versions_of_weights
-    from ..retrieval.index import ImageIndex
-    from ..retrieval.model import RetrievalModel, load_stage1
+    from ..retrieval.index import open_index
     from ..retrieval.report import write_search_page
 
     disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    stage1 = load_stage1(options.model, options.revision).to(device)  # type: ignore[arg-type]
-    if not stage1.config.has_vision_model:
-        raise InputError(f"The model {options.model!r} was trained on features and has no vision encoder for images.")
-    model = RetrievalModel(stage1, stage1.qformer.config.max_position_embeddings)
-    weights = versions_of_weights(stage1, options.model, options.revision)
-    index = ImageIndex(options.folder, model, weights, options.index)
+    index = open_index(options.folder, options.model, options.revision, options.index)
     with explain_faults(index.folder, "Finished batches are kept, and the same command continues."):
         index.refresh(options.batch_size, options.num_workers)
     found = dict(zip(options.texts, index.search(options.texts, options.top_k, options.rerank_top_k), strict=True))

@@ -25,6 +25,7 @@ from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split
 from ..hub.load import load_captioner
 from ..modeling_qformer import QFormerCaptioner
+from ..saving_qformer import QFormerPreTrainedModel
 from .arguments import CaptioningArguments, DataSetArguments
 from .benchmarks import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark, load_benchmark, load_evaluation_set
 from .caption_files import ImageId
@@ -265,11 +266,11 @@ def resolve_generation(args: CaptioningArguments, benchmark: Benchmark | None) -
     return generation
 
 
-def versions_of_weights(model: QFormerCaptioner, name: str, revision: str | None) -> dict[str, Any]:
+def versions_of_weights(model: QFormerPreTrainedModel, name: str, revision: str | None) -> dict[str, Any]:
     """Return the versions of captioner or adapter, the base captioner of an adapter, and backbones kept by reference.
 
     Args:
-        model: the captioner.
+        model: a captioner, or a model of stage 1.
         name: folder or Hub id from which it was loaded.
         revision: branch, tag or commit of `name`.
     """

@@ -18,10 +18,11 @@ from ..common.files import write_atomically
 from ..common.logging import get_logger
 from ..data.feature_shards import remove_unfinished
 from ..data.names import IMAGE_SUFFIXES
+from ..evaluation.captioning_run import versions_of_weights
 from ..images_qformer import open_image
 from .blocks import Block, BlockFolder, key_of
 from .encoding import encode_texts, similarity_of
-from .model import RetrievalModel
+from .model import RetrievalModel, load_stage1
 
 logger = get_logger(__name__)
 
@@ -74,8 +75,9 @@ class ImageIndex:
     Example:
 
     ```python
-    >>> index = ImageIndex("photos", RetrievalModel(model), {"outputs/stage1": None})  # doctest: +SKIP
+    >>> index = open_index("photos", "outputs/stage1")  # doctest: +SKIP
     >>> index.refresh()  # doctest: +SKIP
+    1200
     >>> index.search(["a dog in snow"], top_k=1)  # doctest: +SKIP
     [[Found(path='2024/dog.jpg', score=0.41)]]
     ```
@@ -227,6 +229,44 @@ class ImageIndex:
         notes = [[path, *stamps[path], error] for path, error in zip(paths, errors, strict=True)]
         tensors = {"vectors": self.model.encode_images(images).vectors.half().cpu()} if images else {}
         return Block(tensors, notes)
+
+
+def open_index(
+    images: str | os.PathLike,
+    model: str | os.PathLike,
+    revision: str | None = None,
+    folder: str | os.PathLike | None = None,
+) -> ImageIndex:
+    """Return the index of a folder of images, with its model on the accelerator, or on the CPU without one.
+
+    Args:
+        images: folder of the images.
+        model: model of stage 1 (Hub id or folder).
+        revision: branch, tag or commit of the model.
+        folder: folder of the index. By default, it is in the cache folder of Hugging Face.
+
+    Raises:
+        InputError: if the model cannot be loaded or has no vision encoder. Also if the folder of images does not exist,
+            or the folder of the index holds something else.
+
+    Example:
+
+    ```python
+    >>> index = open_index("photos", "outputs/stage1")  # doctest: +SKIP
+    >>> index.refresh()  # doctest: +SKIP
+    1200
+    >>> index.search(["a dog in snow"], top_k=1)  # doctest: +SKIP
+    [[Found(path='2024/dog.jpg', score=0.41)]]
+    ```
+    """
+    name = os.fspath(model)
+    stage1 = load_stage1(name, revision)
+    if not stage1.config.has_vision_model:
+        raise InputError(f"The model {name!r} was trained on features and has no vision encoder for images.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    stage1 = stage1.to(device or "cpu")  # type: ignore[arg-type]  # the stub asks for a model
+    retrieval_model = RetrievalModel(stage1, stage1.qformer.config.max_position_embeddings)
+    return ImageIndex(images, retrieval_model, versions_of_weights(stage1, name, revision), folder)
 
 
 def _entries(block: Block) -> dict[str, Entry]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -153,7 +153,7 @@ def load_stage1(
                 f"{name!r} is a captioner, and retrieval needs a model of stage 1: train one with "
                 "`qformer-captioner train --objective pretrain`."
             )
-        hub_options = {} if revision is None else {"revision": revision}
+        hub_options: dict[str, Any] = {} if revision is None else {"revision": revision}
         model = QFormerForPretraining.from_pretrained(name, dtype=dtype, **hub_options)
     except InputError:
         raise
