@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
@@ -91,6 +92,13 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         self.post_init()
         self.loss_type = None  # type: ignore[assignment]
         self._freeze()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:  # of a checkpoint without them, such as that of a BLIP-2
+            init.constant_(self.logit_scale, cast(float, self.config.logit_scale_init_value))
+            if self.config.itc_loss == "sigmoid":
+                init.constant_(self.logit_bias, SIGMOID_LOGIT_BIAS)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the embeddings of the texts, `[V, Dq]`."""
