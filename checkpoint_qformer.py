@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .backbones_qformer import check_number_of_layers
-from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, QFormerPretrainingConfig
 from .processing_qformer import HUB_KWARGS
 from .weights_qformer import read_shapes, read_weights
 
@@ -37,7 +37,7 @@ class StoredQFormer(NamedTuple):
 def find_qformer(
     source: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], module_name: str | None = None
 ) -> StoredQFormer:
-    """Return the Q-Former inside a checkpoint.
+    """Return the Q-Former inside a checkpoint. That of pretraining comes without its text part, unless asked for.
 
     Args:
         source: folder or Hub id of the checkpoint, for messages.
@@ -77,7 +77,10 @@ def find_qformer(
     fields = fields_of_qformer(source, config, hidden_size, prefix)
     if "query_tokens" in names:
         fields["num_query_tokens"] = shapes[names["query_tokens"]][1]
-    return StoredQFormer(fields | {"use_qformer_text_input": "embeddings.word_embeddings.weight" in names}, names)
+    reads_text = "embeddings.word_embeddings.weight" in names
+    if config.get("model_type") == QFormerPretrainingConfig.model_type:
+        reads_text = False  # the text part is for comparing; in a captioner, the language model reads the prompt
+    return StoredQFormer(fields | {"use_qformer_text_input": reads_text}, names)
 
 
 def prefix_of_qformer(
