@@ -417,6 +417,18 @@ class QFormerPretrainingConfig(VisionQFormerConfig):
         "AutoModel": "pretraining_qformer.QFormerForPretraining",
         "AutoProcessor": "processing_qformer.QFormerPretrainingProcessor",
     }
+    # The Trainer leaves these outputs out of its predictions, which are then the similarities.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "itc_loss",
+        "itm_loss",
+        "itg_loss",
+        "logits_per_text",
+        "itm_logits",
+        "negative_images",
+        "negative_texts",
+        "image_vectors",
+        "text_vectors",
+    ]
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "qformer_config": QFormerConfig,

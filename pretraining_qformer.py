@@ -57,7 +57,7 @@ class QFormerPretrainingOutput(ModelOutput):
     Args:
         loss (`[]`, float32): weighted sum of the losses.
         itc_loss, itm_loss, itg_loss (`[]`, float32, *optional*): losses of contrast, matching and generation, in nats.
-            `None` for a weight of 0.
+            `None` for a weight of 0, and with `return_loss=False`.
         logits_per_image (`[N, M]`, float32): similarities of images and texts, scaled.
         logits_per_text (`[M, N]`, float32): the same, transposed.
         itm_logits (`[3m, 2]`, float32, *optional*): logits of not matching and matching of the m texts of this process:
@@ -114,6 +114,7 @@ class QFormerForPretraining(QFormerRetrievalModel):
         image_sizes: torch.Tensor | None = None,
         frame_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        return_loss: bool = True,
     ) -> QFormerPretrainingOutput:
         """Compute the losses of contrast, matching and generation for images and their texts.
 
@@ -133,6 +134,8 @@ class QFormerForPretraining(QFormerRetrievalModel):
             frame_attention_mask (`[B, F]`, *optional*): 1 for a frame of a video, 0 for padding.
             interpolate_pos_encoding (`bool`, *optional*): let the vision encoder adapt its position embeddings to the
                 size of the images.
+            return_loss (`bool`, defaults to `True`): `False` computes only similarities. The Trainer evaluates the loss
+                of models with this argument.
 
         Returns:
             A [`QFormerPretrainingOutput`].
@@ -158,8 +161,14 @@ class QFormerForPretraining(QFormerRetrievalModel):
             raise ValueError("There are no texts: pass `input_ids`, or call `get_image_features` for images alone.")
         texts = check_texts(input_ids, attention_mask, len(features), self.qformer.config)
         keys = ImageKeys.project(self.qformer.encoder, features, mask)
+        weights = {
+            "itc_loss": self.config.itc_weight,
+            "itm_loss": self.config.itm_weight,
+            "itg_loss": self.config.itg_weight,
+        }
+        weights = {name: weight for name, weight in weights.items() if weight and return_loss}
         passes = [self._embed(texts)]
-        if self.config.itg_weight:
+        if "itg_loss" in weights:
             inputs = texts.decoder_inputs(cast(int, self.config.bos_token_id))
             passes.append(self._embed(inputs, causal=True, attend_to_queries=True))
         rows = PackedRows(self._queries(len(features)), passes)
@@ -168,17 +177,13 @@ class QFormerForPretraining(QFormerRetrievalModel):
         first_tokens = tokens[0][lengths.cumsum(0) - lengths]  # [M, Dq]
         vectors = self._image_vectors(states), self._text_vectors(first_tokens)
         output = QFormerPretrainingOutput(image_vectors=vectors[0], text_vectors=vectors[1])
-        image_of_text = self._contrast(output, *vectors, texts)
-        if self.config.itm_weight:
+        image_of_text = self._contrast(output, *vectors, texts, with_loss="itc_loss" in weights)
+        if "itm_loss" in weights:
             self._match_negatives(output, texts, image_of_text, keys, features, mask)
-        if self.config.itg_weight:
+        if "itg_loss" in weights:
             output.itg_loss = self._generation_loss(tokens[1], texts)
-        weights = {
-            "itc_loss": self.config.itc_weight,
-            "itm_loss": self.config.itm_weight,
-            "itg_loss": self.config.itg_weight,
-        }
-        output.loss = torch.stack([weight * output[name] for name, weight in weights.items() if weight]).sum()
+        if weights:
+            output.loss = torch.stack([weight * output[name] for name, weight in weights.items()]).sum()
         return output
 
     def _contrast(
@@ -187,6 +192,7 @@ class QFormerForPretraining(QFormerRetrievalModel):
         image_vectors: torch.Tensor,  # [B, Q, E]
         text_vectors: torch.Tensor,  # [m, E], of this process
         texts: TextBatch,
+        with_loss: bool,
     ) -> torch.Tensor:
         """Compute similarities and the contrastive loss, and return the image of each text of all processes, `[M]`."""
         first_image = first_of_process(len(image_vectors), image_vectors.device)
@@ -202,7 +208,7 @@ class QFormerForPretraining(QFormerRetrievalModel):
         logits = similarity * scale_gradient(self.logit_scale, 1 / processes).exp()
         if self.config.itc_loss == "sigmoid":
             logits = logits + scale_gradient(self.logit_bias, 1 / processes)
-        if self.config.itc_weight:
+        if with_loss:
             if self.config.itc_loss == "sigmoid":
                 loss = sigmoid_contrast(logits, image_of_text)
             else:
