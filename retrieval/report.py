@@ -28,14 +28,13 @@ class Case:
 
     Args:
         query: place of the text or image that was asked for.
-        rank: rank of the right candidate, from 1. With several texts of an image, of the best of them. `None` if
-            matching did not rank it, because it is not one of the first candidates.
+        rank: rank of the right candidate, from 1. With several texts of an image, of the best of them.
         wanted: places of the right candidates.
         found: places and scores of the first candidates, the best first. Candidates that matching left out are missing.
     """
 
     query: int
-    rank: int | None
+    rank: int
     wanted: list[int]
     found: list[tuple[int, float]]
 
@@ -73,11 +72,10 @@ def cases_of(rankings: Rankings, to_texts: bool, number: int = NUM_EXTREMES) -> 
 
     def case(place: int) -> Case:
         values, indices = scores[place].topk(min(NUM_CANDIDATES, scores.shape[1]))
-        found = zip(indices.tolist(), values.tolist(), strict=True)
-        is_ranked = scores[place][is_right[place]].max() > -torch.inf
+        found = [(index, value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
         return Case(
             place,
-            ranks[place] + 1 if is_ranked else None,
+            ranks[place] + 1,
             is_right[place].nonzero()[:, 0].tolist(),
             [(index, value) for index, value in found if value > -torch.inf],
         )
@@ -119,13 +117,13 @@ def write_report(
         path,
         title=f"Retrieval with {facts['model']}",
         rows=rows,
-        columns={name: label_of(name) for name in next(iter(rows.values()))},
+        columns=list(next(iter(rows.values()))),
         facts=facts,
         to_images=to_images,
         to_texts=to_texts,
         names=names,
         texts=corpus.texts,
-        top_k=facts["rerank_top_k"],
+        owners=corpus.image_of_text.tolist(),
         pictures=pictures,
         skipped=retrieved.skipped,
     )
@@ -150,12 +148,6 @@ def write_search_page(
         with contextlib.suppress(OSError):
             pictures[name] = base64_jpeg(open_image(name))
     _render("search.html", path, title=_title(found), found=found, pictures=pictures, facts=facts)
-
-
-def label_of(name: str) -> str:
-    """Return the heading of a column: "image_to_text_r1" is "image to text R@1"."""
-    way, _, k = name.rpartition("_r")
-    return f"{way} R@{k}".replace("_", " ") if k.isdecimal() else name.replace("_", " ")
 
 
 def _title(texts: Iterable[str]) -> str:

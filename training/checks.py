@@ -250,7 +250,8 @@ def known_scores(model_args: ModelArguments, scenes: bool) -> tuple[str, ...]:
         scenes: whether the rows to evaluate on are drawn scenes.
     """
     if model_args.objective == "pretrain":
-        return ("loss", *(f"{name}_loss" for name in ("itc", "itm", "itg")), *RECALL_NAMES)
+        losses = [name for name in ("itc", "itm", "itg") if getattr(model_args, f"{name}_weight") != 0]
+        return ("loss", *(f"{name}_loss" for name in losses), *RECALL_NAMES)
     return ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))
 
 

@@ -81,8 +81,8 @@ class PretrainingTrainer(QFormerTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             for name in LOSSES:
-                if outputs[name] is not None:
-                    self.logged_losses.setdefault(name, []).append(outputs[name].detach())
+                if (part := outputs.get(name)) is not None:  # a loss of weight 0 is not computed
+                    self.logged_losses.setdefault(name, []).append(part.detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -67,7 +67,10 @@ class TrainingRun:
         if self.model_args.num_frames is not None or name is None:
             return self.model_args.num_frames or 1
         processor_class = QFormerPretrainingProcessor if self.objective == "pretrain" else QFormerCaptionerProcessor
-        processor = processor_class.from_folder_if_any(name)
+        try:
+            processor = processor_class.from_folder_if_any(name)
+        except ValueError:  # of another kind of model, which `build_model` refuses
+            return 1
         return 1 if processor is None else processor.num_frames
 
     @property

@@ -67,6 +67,11 @@ def command(folder, output_dir, batch_size: int = 4, **changes) -> list[str]:
     return command_line(**values)
 
 
+PRETRAINING = {
+    "objective": "pretrain",
+    **dict.fromkeys(("language_model_name_or_path", "bag_of_words_loss_weight")),
+    **dict.fromkeys(("generation_num_beams", "generation_max_length")),
+}
 VARIANTS = {
     "images": {
         "qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}),
@@ -82,6 +87,8 @@ VARIANTS = {
         "horizontal_flip_prob": None,
         "dataloader_num_workers": 1,
     },
+    "pretraining": PRETRAINING
+    | {"qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}), "ema_decay": 0.9},
 }
 
 
@@ -109,6 +116,27 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_o
     assert all(torch.equal(broken[name], unbroken[name]) for name in unbroken)
 
 
+def losses(folder, key: str) -> dict[int, float]:
+    """Return the logged values of a key by step."""
+    log_history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[key] for entry in log_history if key in entry}
+
+
+def launch(commands, options: list[str], recipe: str, program: str = "train_hf.py") -> str:
+    """Run a training command with two processes, and return what it prints."""
+    command = ["-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / f"{recipe}.yaml")]
+    command += ["--num_processes", "2", "--mixed_precision", "no", str(ROOT / program)]
+    return subprocess.run(
+        ["python", *command, *options],
+        env={**commands.environment(), "DS_ACCELERATOR": "cpu"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+
+
 # accelerate leaves FSDP out where there is no GPU, so FSDP needs a program that puts it in.
 PROGRAMS = {"cpu": "train_hf.py", "deepspeed_zero2": "train_hf.py", "fsdp2": "tests/fixtures/fsdp_on_cpu.py"}
 
@@ -128,34 +156,13 @@ def one(backbones, tmp_path_factory):
 def test_two_processes_train_and_resume_as_one(backbones, one, commands, tmp_path, recipe):
     if recipe == "deepspeed_zero2":
         pytest.importorskip("deepspeed", reason="needs deepspeed")
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "recipes" / "accelerate" / f"{recipe}.yaml"),
-    ]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", str(ROOT / PROGRAMS[recipe])]
     for length in [{}] if recipe == "cpu" else [{"max_steps": 4}, {}]:
         options = command(backbones, tmp_path / "two", batch_size=2, **CONSTANT, **length)
-        run = subprocess.run(
-            ["python", *launch, *options],
-            env={**commands.environment(), "DS_ACCELERATOR": "cpu"},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert run.stdout.count("Trained in") == 1, "only the main process reports"
-    assert ("Resuming from" in run.stdout) == (recipe != "cpu")
+        printed = launch(commands, options, recipe, PROGRAMS[recipe])
+        assert printed.count("Trained in") == 1, "only the main process reports"
+    assert ("Resuming from" in printed) == (recipe != "cpu")
     for key in ("loss", "eval_loss", "eval_loss_shuffled", "eval_cider"):
-        expected, values = (
-            {
-                entry["step"]: entry[key]
-                for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
-                if key in entry
-            }
-            for folder in (one, tmp_path / "two")
-        )
+        expected, values = (losses(folder, key) for folder in (one, tmp_path / "two"))
         assert len(expected) > 1
         assert values == pytest.approx(expected, rel=1e-4, abs=1e-4)
     expected, weights = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
@@ -167,6 +174,26 @@ def test_two_processes_train_and_resume_as_one(backbones, one, commands, tmp_pat
     assert len(captions) == 1
     code = json.loads((tmp_path / "two" / "config.json").read_text())["auto_map"]["AutoModel"]
     assert code == "modeling_qformer.QFormerCaptioner", "the code of the class that FSDP makes cannot be loaded"
+
+
+def test_two_processes_pretrain_as_one(backbones, commands, tmp_path):
+    """The processes share each batch: eight images are contrasted with their texts, four of each process."""
+    changes = PRETRAINING | CONSTANT | {"max_steps": 3, "logging_steps": 1, "metric_for_best_model": "mean_recall"}
+    sizes = {"one": 8, "two": 4}
+    options = {
+        name: command(backbones, tmp_path / name, size, **changes, per_device_eval_batch_size=size)
+        for name, size in sizes.items()
+    }
+    train_hf.train(options["one"])
+    launch(commands, options["two"], "cpu")
+    for key in ("loss", "itc_loss", "itm_loss", "eval_itc_loss", "eval_itm_loss_shuffled", "eval_mean_recall"):
+        expected, values = (losses(tmp_path / name, key) for name in sizes)
+        assert expected and values == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in sizes)
+    assert expected.keys() == weights.keys()
+    for name in expected:  # Adam makes gradients that are zero but for rounding as large as others
+        tolerance = 1e-3 if name.endswith("key.bias") else 1e-4
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=tolerance)
 
 
 def test_an_incomplete_checkpoint_is_skipped(backbones, tmp_path, log):
