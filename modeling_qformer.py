@@ -8,16 +8,15 @@ soft prompt + prompt tokens -> language_model -> caption
 
 The file defines the Q-Former, then the captioner. The layers of the Q-Former are in layers_qformer.py.
 language_qformer.py trains the language model after a prefix, and generation_qformer.py generates captions after it. The
-base classes of the captioner are in saving_qformer.py (loading, saving) and captioner_qformer.py (language model). The
-Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters have the names of transformers'
-`Blip2QFormerModel`.
+base classes of the captioner are in saving_qformer.py (loading, saving), captioner_qformer.py (language model) and
+captioning_qformer.py (`caption`). The Q-Former is BLIP-2's (Li et al. 2023, arXiv 2301.12597); its parameters have the
+names of transformers' `Blip2QFormerModel`.
 
 Shapes: B images, K captions of an image, N image tokens, Q queries, P prompt tokens, T tokens of a caption. V is the
 size of the vocabulary. D, Dq and Dv are the widths of the language model, the Q-Former and the vision encoder.
 """
 
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +24,6 @@ import torch
 from torch import nn
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,6 +52,7 @@ from .backbones_qformer import (
     vision_model_or_width,
 )
 from .captioner_qformer import QFormerCaptionerPreTrainedModel
+from .captioning_qformer import QFormerCaptioningModel
 from .checkpoint_qformer import arguments_for
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, special_tokens_of
 from .encoders_qformer import (
@@ -69,7 +68,6 @@ from .generation_qformer import (
     generate_from_prefix,
     resolve_generation_config,
 )
-from .images_qformer import ImageInput, flatten_images, is_batch
 from .language_qformer import (
     build_prefix,
     caption_loss,
@@ -483,7 +481,7 @@ class QFormerCaptionerOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
+class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
     r"""Image captioner: a vision encoder, a Q-Former and a language model.
 
     [`~QFormerCaptioner.from_backbones`] joins two pretrained models. `from_pretrained` loads a captioner from a folder
@@ -916,78 +914,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, GenerationMixin):
             soft_prompt, input_ids, attention_mask, config.max_new_tokens, soft_prompt_mask
         )
         return generate_from_prefix(self.language_model, prefix, prefix_mask, config, **model_kwargs)
-
-    def caption(
-        self,
-        images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        image_embeds: torch.Tensor | Sequence[Any] | None = None,
-        image_attention_mask: torch.Tensor | None = None,
-        **generation,
-    ) -> str | list[str]:
-        r"""Caption one image, a list of images and videos, or features of them.
-
-        Args:
-            images: an image as [`open_image`] takes it (a PIL image, an array, a tensor, a path, a URL, bytes ...), or
-                several: a list, a column of `datasets`, or an array `[B, H, W, C]`. A video is a list of frames or an
-                array `[F, H, W, C]` inside the list: `caption([[frame_1, frame_2]])`. `processor.num_frames` frames of
-                it are read.
-            prompt (`str` or list of `str`, *optional*): text that the caption continues; defaults to the processor's.
-            image_embeds (*optional*): features in place of images: of one row (`[N, Dv]`), or of several in a list,
-                whose N may differ, or in a batch `[B, N, Dv]`.
-            image_attention_mask (`[B, N]`, *optional*): mask of a batch of features, or of those that the vision
-                encoder returns for images: 0 for features that the Q-Former ignores.
-            generation: options of `generate`, such as `num_beams=5`.
-
-        Returns:
-            A string for one image or row, and a list of strings for several or with `num_return_sequences` above 1.
-
-        Raises:
-            OSError: if an image is missing or cannot be read; the message names it.
-            TypeError: if an image is of a type that does not hold images, or features are not numbers.
-            ValueError: if the captioner has no processor, or for `return_dict_in_generate=True`. Also if an array does
-                not have the shape or the values of an image, or for a video if the captioner reads only images. Also if
-                there are neither images nor features, or both, or if features have another shape.
-
-        Example:
-
-        ```python
-        >>> model.caption(["dog.jpg", "cat.jpg"], num_beams=5, max_new_tokens=20)  # doctest: +SKIP
-        ['A dog runs over the grass.', 'A cat sleeps on a bed.']
-        >>> model.caption(image_embeds=[torch.randn(50, 384), torch.randn(70, 384)])  # doctest: +SKIP
-        ['A dog runs over the grass.', 'A cat sleeps on a bed.']
-        ```
-        """
-        if self.processor is None:
-            raise ValueError(
-                "This captioner has no processor. Set `model.processor = QFormerCaptionerProcessor(image_processor, "
-                "tokenizer)`, or load the captioner from a folder with a processor."
-            )
-        if images is None and image_embeds is None:
-            raise ValueError("There is nothing to caption: pass `images`, or features as `image_embeds`.")
-        given = generation.get("generation_config")
-        if {**(vars(given) if given else {}), **generation}.get("return_dict_in_generate"):
-            raise ValueError(
-                "`caption` returns strings: for scores and other outputs, call "
-                "`model.generate(**model.processor(images, prompt), return_dict_in_generate=True)`."
-            )
-        if image_embeds is None:
-            is_one, images = not is_batch(images), flatten_images(images)
-            if not images:
-                return []
-        else:
-            is_one = getattr(image_embeds, "ndim", None) == 2  # an array
-            if not is_one and len(image_embeds) == 0:
-                return []
-        # Offloaded modules move their inputs themselves.
-        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
-        inputs = self.processor(
-            images=images, text=prompt, image_embeds=image_embeds, image_attention_mask=image_attention_mask
-        ).to(device)
-        token_ids = self.generate(**inputs, **{**generation, "return_dict_in_generate": False})
-        captions = [caption.strip() for caption in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
-        return captions[0] if is_one and len(captions) == 1 else captions
 
     # --- From two pretrained models -----------------------------------------------------------------------------------
 
