@@ -70,9 +70,9 @@ def check_generation_options(config: GenerationConfig, kwargs: dict[str, Any], i
     options = {**config.to_dict(), **kwargs}
     neutral = {"guidance_scale": 1, "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0}
     computed = "the captioner computes it from `pixel_values` or `image_embeds` and a prompt in `input_ids`"
-    assisted = "assisted generation verifies token ids from the beginning, but the prefix of a caption is embeddings"
+    assisted = "assisted generation verifies token ids from the beginning, but the prefix of a caption holds an image"
     guided = "classifier-free guidance needs logits without the image, which a captioner is not trained for"
-    encoder = "it reads the token ids of an encoder, but the prefix of a caption is embeddings"
+    encoder = "it reads the token ids of an encoder, but the prefix of a caption holds an image"
     reasons = {
         "inputs": computed,
         "inputs_embeds": computed,
@@ -88,8 +88,8 @@ def check_generation_options(config: GenerationConfig, kwargs: dict[str, Any], i
         "negative_prompt_attention_mask": guided,
         "encoder_repetition_penalty": encoder,
         "encoder_no_repeat_ngram_size": encoder,
-        "token_healing": "it replaces the last token of a prompt, but the prefix of a caption is embeddings",
-        "prefill_chunk_size": "it splits token ids, but the prefix of a caption is embeddings",
+        "token_healing": "it replaces the last token of a prompt, but the prefix of a caption holds an image",
+        "prefill_chunk_size": "it splits token ids, but the prefix of a caption holds an image",
     }
     if not is_encoder_decoder:
         reasons["forced_bos_token_id"] = "only the decoder of an encoder-decoder has a start token"
@@ -114,7 +114,7 @@ def check_cache(config: GenerationConfig, cache: Cache | None, is_encoder_decode
     if kind == "paged":
         raise ValueError(
             "Leave out `cache_implementation='paged'`, which a captioner's `generate` does not support: continuous "
-            "batching reads token ids, but the prefix of a caption is embeddings."
+            "batching reads token ids, but the prefix of a caption holds an image."
         )
     if kind in ("offloaded", "offloaded_static") and not torch.accelerator.is_available():
         raise ValueError(
@@ -160,15 +160,17 @@ def generate_from_prefix(
     return generated
 
 
-def penalize_repetition(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    """Move the repetition penalty of a decoder-only model to a logits processor, without the length of the padding.
+def penalize_repetition(config: GenerationConfig, kwargs: dict[str, Any], prompt_length: int | None = None) -> None:
+    """Move the repetition penalty of a decoder-only model to a logits processor, which exempts the prompt.
 
     `generate` exempts as many tokens from the penalty as a row has padding. That is right for token ids, which begin
     with the padding. After embeddings the token ids are only the new ones, and the first of them would be exempt.
+
+    `prompt_length` is the number of token ids before the caption. `None` stands for a prefix of embeddings.
     """
     penalty, config.repetition_penalty = config.repetition_penalty, None
     if penalty not in (None, 1.0):
-        processors = [RepetitionPenaltyLogitsProcessor(penalty), *(kwargs.get("logits_processor") or ())]
+        processors = [RepetitionPenaltyLogitsProcessor(penalty, prompt_length), *(kwargs.get("logits_processor") or ())]
         kwargs["logits_processor"] = LogitsProcessorList(processors)
 
 

@@ -69,6 +69,10 @@ class QFormerMultiHeadAttention(nn.Module):
             **kwargs,
         )
 
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """Split queries, keys or values into heads: `[B, L, Dq]` -> `[B, heads, L, head_size]`."""
+        return states.view(*states.shape[:-1], self.num_heads, self.head_size).transpose(1, 2)
+
     def attend(
         self,
         query: torch.Tensor,  # [B, Q, Dq]
@@ -78,18 +82,27 @@ class QFormerMultiHeadAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attended values `[B, Q, Dq]`, and with eager attention the weights."""
+        return self.attend_heads(
+            self.split_heads(query), self.split_heads(key), self.split_heads(value), attention_mask, **kwargs
+        )
 
-        def split_heads(x: torch.Tensor) -> torch.Tensor:  # -> [B, heads, length, head_size]
-            return x.view(*x.shape[:-1], self.num_heads, self.head_size).transpose(1, 2)
-
+    def attend_heads(
+        self,
+        query: torch.Tensor,  # [B, heads, Q, head_size]
+        key: torch.Tensor,  # [B, heads, N, head_size]
+        value: torch.Tensor,  # [B, heads, N, head_size]
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended values as `attend` does, for queries, keys and values that are split into heads."""
         compute: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attended, weights = compute(
             self,
-            split_heads(query),
-            split_heads(key),
-            split_heads(value),
+            query,
+            key,
+            value,
             attention_mask,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
@@ -191,15 +204,16 @@ class QFormerEncoder(nn.Module):
 
 
 class QFormerEmbeddings(nn.Module):
-    """Token and position embeddings of a prompt."""
+    """Token and position embeddings of a prompt or another text."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)  # [B, P, Dq]
 
 

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbones_qformer import commit_of, is_frozen, vision_model_or_width
 from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
+from .decoding_qformer import QFormerDecodingModel
 from .encoders_qformer import image_feature_size, num_frames_of
 from .language_qformer import MAX_LOGITS_PER_CHUNK, ChunkedCrossEntropy
 from .modeling_qformer import QFormerModel, check_qformer_arguments
@@ -43,7 +44,6 @@ from .objectives_qformer import (
 )
 from .packing_qformer import ImageKeys, PackedRows, run_packed
 from .processing_qformer import QFormerPretrainingProcessor
-from .retrieval_qformer import QFormerRetrievalModel
 from .texts_qformer import TextBatch, check_texts
 from .vision_qformer import split_vision_inputs
 
@@ -79,7 +79,7 @@ class QFormerPretrainingOutput(ModelOutput):
     text_vectors: torch.Tensor | None = None
 
 
-class QFormerForPretraining(QFormerRetrievalModel):
+class QFormerForPretraining(QFormerDecodingModel):
     r"""Q-Former with the objectives of stage 1, and retrieval and captioning with it.
 
     Args:

@@ -1,6 +1,6 @@
 """Retrieval with a Q-Former of stage 1: vectors of images and texts, and the probability that they match.
 
-pretraining_qformer.py subclasses the class of this file and trains it.
+decoding_qformer.py subclasses the class of this file and captions with it, and pretraining_qformer.py trains it.
 
 Shapes: B images, M texts, T tokens of a text, N image tokens, Q queries, E width of the vectors that are compared. Dq
 and Dv are the widths of the Q-Former and of the features.

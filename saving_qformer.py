@@ -15,8 +15,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.integrations.peft import maybe_load_adapters
-from transformers.utils import CONFIG_NAME, logging
-from transformers.utils.hub import DownloadKwargs
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+from transformers.utils.hub import DownloadKwargs, cached_file
 
 from .backbones_qformer import (
     VisionModelPlaceholder,
@@ -311,7 +311,8 @@ class QFormerPreTrainedModel(PushWithCard, QFormerParts):
         self, source: str | os.PathLike, generation_config: GenerationConfig | None, hub_kwargs: dict[str, Any]
     ) -> None:
         """Load the generation configuration and the processor that are saved next to the weights."""
-        if self.can_generate():
+        file = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if file is not None and self.can_generate():  # other libraries may not write it
             saved = GenerationConfig.from_pretrained(source, **hub_kwargs)  # transformers ignores a damaged file
             stored = self.config_class.from_pretrained(str(source), **hub_kwargs)
             for name, value in special_tokens_of(saved).items():
