@@ -1,24 +1,30 @@
-"""The Q-Former inside a checkpoint of another model, found by the names of its tensors.
+"""The Q-Former inside a checkpoint of another model, found by the names of its tensors, and whole models of BLIP-2.
 
 BLIP-2, InstructBLIP and Granite Speech have a `Blip2QFormerModel`, or a module with the same parameters, at different
-places. Its query tokens are a parameter beside it.
+places. Its query tokens are a parameter beside it. A BERT has the layers of a Q-Former without queries.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .backbones_qformer import check_number_of_layers
+from .backbones_qformer import check_number_of_layers, commit_of, placeholder_for
 from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig, QFormerPretrainingConfig
 from .processing_qformer import HUB_KWARGS
 from .weights_qformer import read_shapes, read_weights
 
+logger = logging.get_logger(__name__)
+
 # Each Q-Former has cross-attention in its first layer, under this name.
 FIRST_LAYER = re.compile(r"^(.*?)encoder\.layer\.0\.crossattention\.attention\.key\.weight$")
 PARAMETERS = ("encoder.", "layernorm.", "embeddings.", "query_tokens", "frame_embeddings")  # of a `QFormerModel`
+TEXT_PART = re.compile(r"^embeddings\.|\.\d+\.(intermediate|output)\.")
+WORDS = "embeddings.word_embeddings.weight"
 SHOWN_NAMES = 4
 
 
@@ -59,6 +65,10 @@ def find_qformer(
     (3, 15, 'projector.query')
     ```
     """
+    if config.get("model_type") == "bert":
+        names = names_in_bert(shapes)
+        fields = {name: config[name] for name in QFormerConfig.field_names() if name in config}
+        return StoredQFormer(fields | {"use_qformer_text_input": WORDS in names}, names)
     prefix = prefix_of_qformer(source, config, shapes, module_name)
     names = {}
     for name in shapes:
@@ -77,10 +87,32 @@ def find_qformer(
     fields = fields_of_qformer(source, config, hidden_size, prefix)
     if "query_tokens" in names:
         fields["num_query_tokens"] = shapes[names["query_tokens"]][1]
-    reads_text = "embeddings.word_embeddings.weight" in names
-    if config.get("model_type") == QFormerPretrainingConfig.model_type:
-        reads_text = False  # the text part is for comparing; in a captioner, the language model reads the prompt
-    return StoredQFormer(fields | {"use_qformer_text_input": reads_text}, names)
+    is_stage_1 = config.get("model_type") == QFormerPretrainingConfig.model_type or is_retrieval_model(config)
+    return StoredQFormer(fields | {"use_qformer_text_input": WORDS in names and not is_stage_1}, names)
+
+
+def names_in_bert(names: Iterable[str]) -> dict[str, str]:
+    """Map the names in a Q-Former to those in a BERT, without token type embeddings and heads."""
+    ours = {own: name for name in names for own in our_bert_names(name)}
+    prefixes = ("encoder.", "embeddings.", "layernorm.")
+    return {
+        own: name
+        for own, name in ours.items()
+        if own.startswith(prefixes) and not own.startswith(("embeddings.token_type", "embeddings.position_ids"))
+    }
+
+
+def our_bert_names(name: str) -> list[str]:
+    """Return the names in a Q-Former of a tensor of BERT.
+
+    A feed-forward tensor of BERT has two names, because queries and text have separate feed-forward layers in a
+    Q-Former.
+    """
+    name = re.sub(r"^bert\.", "", name).replace(".gamma", ".weight").replace(".beta", ".bias")
+    name = name.replace("embeddings.LayerNorm.", "layernorm.").replace(".attention.self.", ".attention.attention.")
+    if re.search(r"layer\.\d+\.(intermediate|output)\.", name):
+        return [name, re.sub(r"(layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", name)]
+    return [name]
 
 
 def prefix_of_qformer(
@@ -150,6 +182,37 @@ def read_config_dict(source: str | os.PathLike, **hub_kwargs: Any) -> dict[str, 
     return AutoConfig.for_model(**stored).to_dict() if stored.get("model_type") in CONFIG_MAPPING else stored
 
 
+def is_retrieval_model(config: Mapping[str, Any]) -> bool:
+    """Return True for the configuration of a `Blip2ForImageTextRetrieval`, which is a model of stage 1."""
+    return config.get("model_type") == "blip-2" and "Blip2ForImageTextRetrieval" in (config.get("architectures") or [])
+
+
+def names_to_read(found: StoredQFormer, config: QFormerConfig) -> dict[str, str]:
+    """Return the names of the tensors of a Q-Former, without those of a text part that its configuration leaves out."""
+    if config.use_qformer_text_input:
+        return found.names
+    names = {ours: theirs for ours, theirs in found.names.items() if not TEXT_PART.search(ours)}
+    if len(names) < len(found.names):
+        logger.info("The Q-Former is loaded without its text part. To keep that, set `use_qformer_text_input=True`.")
+    return names
+
+
+def read_renamed(source: str | os.PathLike, names: Mapping[str, str], **files: Any) -> dict[str, torch.Tensor]:
+    """Return tensors of a checkpoint under other names. A tensor with two names is copied.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        names: name in the checkpoint of each tensor.
+        files: options of the download, and `variant`.
+
+    Raises:
+        OSError: if a file is missing or damaged.
+    """
+    tensors = read_weights(source, names=set(names.values()), **files)
+    copies = len(tensors) < len(names)
+    return {ours: tensors[theirs].clone() if copies else tensors[theirs] for ours, theirs in names.items()}
+
+
 def arguments_for(
     source: str | os.PathLike, module_name: str | None = None, config: QFormerConfig | None = None, **kwargs: Any
 ) -> dict[str, Any]:
@@ -187,9 +250,96 @@ def arguments_for(
     fields = {name: kwargs.pop(name) for name in QFormerConfig.field_names() & kwargs.keys()}
     if config is None:
         config = QFormerConfig.from_fields(**{**found.fields, **fields})
-        config.dtype = stored.get("dtype", stored.get("torch_dtype"))
+        config.dtype = (stored.get("dtypes") or {}).get("qformer", stored.get("dtype", stored.get("torch_dtype")))
     check_number_of_layers(config)
-    tensors = read_weights(source, names=set(found.names.values()), **files)
-    weights = {ours: tensors[theirs] for ours, theirs in found.names.items()}
+    weights = read_renamed(source, names_to_read(found, config), **files)
     others = {name: value for name, value in kwargs.items() if name not in hub_kwargs}
     return {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights, **others}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole models of BLIP-2
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def our_name(name: str) -> str | None:
+    """Return the name in a model of this package of a tensor of BLIP-2 or InstructBLIP.
+
+    Returns `None` for buffers that only some versions of transformers saved. The model computes them.
+
+    Example:
+
+    ```python
+    >>> our_name("query_tokens")
+    'qformer.query_tokens'
+    ```
+    """
+    if name.endswith((".position_ids", "rotary_emb.inv_freq")):
+        return None
+    if name == "query_tokens":
+        return "qformer.query_tokens"
+    name = re.sub(r"^embeddings\.", "qformer.embeddings.", name)  # Blip2ForImageTextRetrieval
+    return name.replace("qformer.embeddings.layernorm.", "qformer.layernorm.")  # InstructBLIP
+
+
+def retrieval_arguments(
+    source: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+    load_vision_model: bool = True,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Return the arguments with which a [`QFormerForPretraining`] is made from a `Blip2ForImageTextRetrieval`.
+
+    Its vision encoder is frozen and kept by reference to the checkpoint, and its output layer for texts is new.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        tokenizer: its tokenizer, if it has one. Missing embeddings of tokens are newly initialised.
+        load_vision_model: `False` leaves the vision encoder out of memory.
+        kwargs: other arguments of `from_pretrained`, and fields of the [`QFormerPretrainingConfig`].
+
+    Raises:
+        OSError: if the checkpoint cannot be read.
+    """
+    hub_kwargs = {name: kwargs.pop(name) for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
+    files = {**hub_kwargs, "variant": kwargs.pop("variant", None)}
+    stored = read_config_dict(source, **hub_kwargs)
+    names = {ours: name for name in read_shapes(source, **files) if (ours := our_name(name)) is not None}
+    if not load_vision_model:
+        names = {ours: name for ours, name in names.items() if not ours.startswith("vision_model.")}
+    weights = read_renamed(source, names, **files)
+    fields = {name: value for name, value in stored["qformer_config"].items() if name in QFormerConfig.field_names()}
+    fields["num_query_tokens"] = stored["num_query_tokens"]
+    words = weights.get("qformer.embeddings.word_embeddings.weight")
+    if tokenizer is not None and words is not None and tokenizer.bos_token_id >= len(words):
+        new = words.new_empty(tokenizer.bos_token_id + 1 - len(words), words.shape[1])
+        weights["qformer.embeddings.word_embeddings.weight"] = torch.cat([words, new.normal_(std=0.02)])
+        fields["vocab_size"] = tokenizer.bos_token_id + 1
+    dtypes = {name.partition(".")[0]: str(tensor.dtype).removeprefix("torch.") for name, tensor in weights.items()}
+    dtypes["lm_head"] = dtypes["qformer"]
+    dtypes.setdefault("vision_model", dtypes["qformer"])
+    tokens = {"bos_token_id": "bos_token_id", "eos_token_id": "sep_token_id", "pad_token_id": "pad_token_id"}
+    given = {name: kwargs.pop(name) for name in QFormerPretrainingConfig.field_names() & kwargs.keys()}
+    config = QFormerPretrainingConfig(
+        vision_config=stored["vision_config"],
+        qformer_config=fields,
+        **{
+            "image_text_hidden_size": stored["image_text_hidden_size"],
+            "vision_model_name_or_path": os.path.abspath(source) if os.path.isdir(source) else os.fspath(source),
+            "vision_model_revision": commit_of(source, hub_kwargs.get("revision")),
+            "freeze_vision_model": True,
+            "referenced_backbones": ["vision_model"],
+            "dtypes": dtypes,
+            "dtype": dtypes["vision_model"],
+            **{name: getattr(tokenizer, theirs, None) for name, theirs in tokens.items()},
+            **given,
+        },
+    )
+    check_number_of_layers(config)
+    if not load_vision_model:
+        kwargs["vision_model"] = placeholder_for(cast(PreTrainedConfig, config.vision_config), dtypes["vision_model"])
+    logger.warning(
+        f"The output layer for texts (`lm_head`) and the temperature (`logit_scale`) are newly initialised: {source!s} "
+        "lacks them. transformers' conversion of LAVIS' models left them out."
+    )
+    return {"config": config, "state_dict": weights, "load_vision_model": load_vision_model, **kwargs}

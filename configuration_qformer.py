@@ -218,6 +218,11 @@ class VisionQFormerConfig(PreTrainedConfig):
             # that has not imported this package.
             self.auto_map = dict(self.auto_classes)
 
+    @classmethod
+    def field_names(cls) -> set[str]:
+        """Return the names of the fields of this class, without those that every configuration has."""
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+
     @property
     def has_vision_model(self) -> bool:
         """Return False for a model that reads only features, of an encoder that is not a part of it."""
@@ -236,6 +241,12 @@ class VisionQFormerConfig(PreTrainedConfig):
         for other in (QFormerCaptionerConfig, QFormerPretrainingConfig):
             if model_type == other.model_type:
                 raise OSError(f"{os.fspath(source)!r} holds a {other.kind} and not a {cls.kind}: {other.usage}.")
+        if model_type == QFormerConfig.model_type and cls is QFormerPretrainingConfig:
+            raise OSError(
+                f"{os.fspath(source)!r} holds a Q-Former alone. If an earlier `qformer-captioner convert` wrote it "
+                "from a Blip2ForImageTextRetrieval, convert that again; otherwise build a model with "
+                "`QFormerForPretraining.from_backbones(..., qformer=...)`."
+            )
         raise OSError(
             f"{os.fspath(source)!r} holds a model of the type {model_type!r} and not a {cls.kind}: {cls.alternative}."
         )

@@ -176,8 +176,9 @@ class QFormerModel(PreTrainedModel):
         r"""Load a Q-Former from a folder or the Hub, also one inside the checkpoint of another model.
 
         Args:
-            pretrained_model_name_or_path (`str`): folder or Hub id of a Q-Former or captioner. Also of another
-                checkpoint with the parameters of a `Blip2QFormerModel`: BLIP-2, InstructBLIP, Granite Speech ...
+            pretrained_model_name_or_path (`str`): folder or Hub id of a Q-Former, a captioner or a model of stage 1,
+                whose Q-Former is loaded without its text part. Also of a BERT, and of another checkpoint with the
+                parameters of a `Blip2QFormerModel`: BLIP-2, InstructBLIP, Granite Speech ...
             module_name (`str`, *optional*): name of the Q-Former's module in a checkpoint with several Q-Formers, such
                 as `"model.projectors.0.qformer"`.
             model_args, kwargs: passed to `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `config`, ...). Fields

@@ -14,19 +14,23 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .backbones_qformer import VisionModelPlaceholder, placeholder_for
+from .backbones_qformer import VisionModelPlaceholder, dtype_of, placeholder_for
 from .cards_qformer import PushWithPretrainingCard
+from .checkpoint_qformer import is_retrieval_model, retrieval_arguments
 from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
 from .encoders_qformer import vision_config_of, vision_model_from_config
 from .images_qformer import ImageInput
 from .modeling_qformer import QFormerModel
 from .packing_qformer import ImageKeys, PackedRows, Texts, run_packed
-from .processing_qformer import QFormerPretrainingProcessor
+from .processing_qformer import HUB_KWARGS, QFormerPretrainingProcessor
 from .saving_qformer import QFormerPreTrainedModel
 from .texts_qformer import QFormerLMHead, TextBatch, check_texts
 from .vision_qformer import features_of_inputs
+
+logger = logging.get_logger(__name__)
 
 PAIRS_OF_A_PASS = 128  # of image and text in `match`
 SIGMOID_LOGIT_BIAS = -10.0  # SigLIP's. At first, nearly all pairs are wrong.
@@ -55,6 +59,7 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
     _supports_flash_attn = False  # no kernel for the masks of packed rows
     _no_split_modules = ["QFormerModel"]
     _keep_in_fp32_modules = ["qformer", "vision_projection", "text_projection", "itm_head", "lm_head"]
+    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # bfloat16 is too coarse for their updates
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
 
     def __init__(
@@ -86,19 +91,12 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         self.text_projection = nn.Linear(*sizes, dtype=dtype("text_projection"))
         self.itm_head = nn.Linear(qformer.config.hidden_size, 2, dtype=dtype("itm_head"))
         self.lm_head = QFormerLMHead(qformer.config).to(dtype("lm_head"))
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value, dtype=torch.float32))
         if config.itc_loss == "sigmoid":
-            self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS))
+            self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS, dtype=torch.float32))
         self.post_init()
         self.loss_type = None  # type: ignore[assignment]
         self._freeze()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:  # of a checkpoint without them, such as that of a BLIP-2
-            init.constant_(self.logit_scale, cast(float, self.config.logit_scale_init_value))
-            if self.config.itc_loss == "sigmoid":
-                init.constant_(self.logit_bias, SIGMOID_LOGIT_BIAS)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the embeddings of the texts, `[V, Dq]`."""
@@ -107,6 +105,64 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         """Replace the embeddings of the texts."""
         self.qformer.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """Return the output layer of text generation, whose weights are the embeddings of the texts."""
+        return self.lm_head.decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the first part, as in captioners. The temperature is float32 whatever the parts are."""
+        return dtype_of(self.vision_model)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, cast(float, self.config.logit_scale_init_value))
+            if self.config.itc_loss == "sigmoid":
+                init.constant_(self.logit_bias, SIGMOID_LOGIT_BIAS)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a model from a folder or the Hub, also a `Blip2ForImageTextRetrieval` of transformers.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id.
+            model_args, kwargs: as in [`~QFormerPreTrainedModel.from_pretrained`]. For a `Blip2ForImageTextRetrieval`
+                also fields of the [`QFormerPretrainingConfig`].
+
+        Returns:
+            The model in evaluation mode. The vision encoder of a `Blip2ForImageTextRetrieval` is frozen. What such a
+            checkpoint lacks, the output layer for texts and the temperature, is newly initialised, and a warning says
+            so.
+
+        Raises:
+            OSError, TypeError, ValueError: as in [`~QFormerPreTrainedModel.from_pretrained`].
+
+        Example:
+
+        ```python
+        >>> model = QFormerForPretraining.from_pretrained("Salesforce/blip2-itm-vit-g")  # doctest: +SKIP
+        >>> model.match("photo.jpg", ["a dog", "a red car"])  # doctest: +SKIP
+        tensor([[0.97, 0.02]])
+        ```
+        """
+        source = pretrained_model_name_or_path
+        hub_kwargs = {name: kwargs[name] for name in (*HUB_KWARGS, "subfolder") if name in kwargs}
+        if source is None or not is_retrieval_model(PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]):
+            return super().from_pretrained(source, *model_args, **kwargs)
+        try:
+            processor = QFormerPretrainingProcessor.from_backbones(source, source, *[kwargs.get("revision")] * 2)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            logger.warning(f"The model gets no processor, because {source!s} has none ({reason}).")
+            processor = None
+        arguments = retrieval_arguments(source, processor and processor.tokenizer, **kwargs)
+        loaded = super().from_pretrained(None, *model_args, **arguments)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
+        model.processor = processor
+        return loaded
 
     # --- Features -----------------------------------------------------------------------------------------------------
 

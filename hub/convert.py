@@ -5,7 +5,7 @@
 
 SOURCE is a folder or Hub id of a `Blip2ForConditionalGeneration`, `InstructBlipForConditionalGeneration` or
 `Blip2ForImageTextRetrieval`. By default OUT holds the Q-Former and the projection, and keeps the backbones of SOURCE by
-reference. For a `Blip2ForImageTextRetrieval`, OUT holds the Q-Former and, in a separate file, the stage-1 heads.
+reference. For a `Blip2ForImageTextRetrieval`, OUT is a `QFormerForPretraining`.
 
 Both libraries use nearly the same names for modules and parameters. Tensors are renamed and copied without changes, a
 few hundred megabytes at a time.
@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,29 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..backbones_qformer import BACKBONES, CAPTIONERS, commit_of
-from ..checkpoint_qformer import find_qformer
+from ..backbones_qformer import BACKBONES, CAPTIONERS, check_number_of_layers, commit_of
+from ..checkpoint_qformer import (
+    find_qformer,
+    is_retrieval_model,
+    names_to_read,
+    our_name,
+    read_config_dict,
+    read_renamed,
+)
 from ..common.arguments import CommandParser
 from ..common.command import run_command
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
 from ..modeling_qformer import QFormerCaptioner, QFormerModel
+from ..pretraining_qformer import QFormerForPretraining
 from ..processing_qformer import QFORMER_TOKENIZER, QFormerCaptionerProcessor
+from ..weights_qformer import read_shapes
 from .checkpoint import Checkpoint
 
 logger = get_logger(__name__)
 
 MAX_SHARD_BYTES = 400_000_000  # also about the memory that conversion needs
-STAGE_1_HEADS = ("vision_projection.", "text_projection.", "itm_head.")
 TEXT_FEED_FORWARD = re.compile(r"^qformer.*\d\.(intermediate|output)\.")
 
 
@@ -49,42 +58,9 @@ TEXT_FEED_FORWARD = re.compile(r"^qformer.*\d\.(intermediate|output)\.")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def our_name(name: str) -> str | None:
-    """Return the name in a captioner of a tensor of BLIP-2 or InstructBLIP.
-
-    Returns `None` for buffers that only some versions of transformers saved. The model computes them.
-
-    Example:
-
-    ```python
-    >>> our_name("query_tokens")
-    'qformer.query_tokens'
-    ```
-    """
-    if name.endswith((".position_ids", "rotary_emb.inv_freq")):
-        return None
-    if name == "query_tokens":
-        return "qformer.query_tokens"
-    name = re.sub(r"^embeddings\.", "qformer.embeddings.", name)  # Blip2ForImageTextRetrieval
-    return name.replace("qformer.embeddings.layernorm.", "qformer.layernorm.")  # InstructBLIP
-
-
 def our_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Map the names of tensors in a captioner to their names in a BLIP-2 or InstructBLIP checkpoint."""
     return {ours: theirs for theirs in checkpoint.tensors if (ours := our_name(theirs)) is not None}
-
-
-def our_bert_names(name: str) -> list[str]:
-    """Return the names in a Q-Former of a tensor of BERT.
-
-    A feed-forward tensor of BERT has two names, because queries and text have separate feed-forward layers in a
-    Q-Former.
-    """
-    name = re.sub(r"^bert\.", "", name).replace(".gamma", ".weight").replace(".beta", ".bias")
-    name = name.replace("embeddings.LayerNorm.", "layernorm.").replace(".attention.self.", ".attention.attention.")
-    if re.search(r"layer\.\d+\.(intermediate|output)\.", name):
-        return [name, re.sub(r"(layer\.\d+\.(?:intermediate|output))\.", r"\1_query.", name)]
-    return [name]
 
 
 def qformer_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -103,8 +79,9 @@ def load_qformer(
 ) -> QFormerModel:
     """Load the Q-Former of a checkpoint, to train it between other backbones.
 
-    The checkpoint is one that [`QFormerModel.from_pretrained`] loads, such as a BLIP-2, or a BERT. Weights that the
-    checkpoint lacks, such as the query tokens of a BERT, are newly initialised, and a warning says so.
+    The checkpoint is one that [`QFormerModel.from_pretrained`] loads, such as a BLIP-2, a model of stage 1 or a BERT.
+    Weights that the checkpoint lacks, such as the query tokens of a BERT, are newly initialised, and a warning says so.
+    The Q-Former of a model of stage 1 is loaded without its text part, unless `use_qformer_text_input=True`.
 
     Args:
         source: folder or Hub id.
@@ -129,11 +106,14 @@ def load_qformer(
     torch.Size([1, 32, 768])
     ```
     """
-    checkpoint = Checkpoint(source, revision)
-    stored_fields, names = _qformer_in(checkpoint, module_name)
-    tensors = checkpoint.read(set(names.values()))
-    weights = {ours: tensors[theirs] for ours, theirs in names.items()}
-    qformer = QFormerModel(QFormerConfig.from_fields(**stored_fields | fields))
+    with _explain(source):
+        stored = read_config_dict(source, revision=revision)
+        found = find_qformer(os.fspath(source), stored, read_shapes(source, revision=revision), module_name)
+    config = QFormerConfig.from_fields(**found.fields | fields)
+    with _explain(source):
+        check_number_of_layers(config)
+        weights = read_renamed(source, names_to_read(found, config), revision=revision)
+    qformer = QFormerModel(config)
     expected = qformer.state_dict()
     misfits = [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
     if misfits:
@@ -158,6 +138,20 @@ def load_qformer(
             unexpected[0],
         )
     return qformer.eval()
+
+
+@contextmanager
+def _explain(source: str | os.PathLike) -> Iterator[None]:
+    """Convert errors of a checkpoint to an `InputError` that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+    except (OSError, *UNUSABLE) as error:
+        raise InputError(
+            f"The checkpoint {os.fspath(source)!r} cannot be read: {str(error).splitlines()[0]} Give a folder or Hub "
+            "id with a config.json and safetensors files."
+        ) from error
 
 
 def load_qformer_tokenizer(
@@ -210,35 +204,6 @@ def load_qformer_tokenizer(
         ) from error
 
 
-def _qformer_in(checkpoint: Checkpoint, module_name: str | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the fields of the [`QFormerConfig`] in a checkpoint, and its tensors by the names of a [`QFormerModel`].
-
-    Raises:
-        InputError: if the checkpoint has no Q-Former.
-    """
-    config = checkpoint.config
-    if config.model_type == "bert":
-        names = _names_in_bert(checkpoint)
-        return qformer_fields(config) | {"use_qformer_text_input": "embeddings.word_embeddings.weight" in names}, names
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    try:
-        return find_qformer(
-            checkpoint.source, {**config.to_dict(), "model_type": config.model_type}, shapes, module_name
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _names_in_bert(checkpoint: Checkpoint) -> dict[str, str]:
-    """Map the names in a Q-Former to those in a BERT, without token type embeddings and heads."""
-    names = {ours: theirs for theirs in checkpoint.tensors for ours in our_bert_names(theirs)}
-    return {
-        ours: theirs
-        for ours, theirs in names.items()
-        if ours.startswith(("encoder.", "embeddings.", "layernorm.")) and not ours.startswith("embeddings.token_type")
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Conversion
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,12 +215,13 @@ def convert(
     include_backbones: bool = False,
     revision: str | None = None,
 ) -> None:
-    """Convert a checkpoint to the folder of a captioner, or of a Q-Former for `Blip2ForImageTextRetrieval`.
+    """Convert a checkpoint to the folder of a captioner, or of a model of stage 1 for `Blip2ForImageTextRetrieval`.
 
     Args:
         source: folder or Hub id of a BLIP-2 or InstructBLIP checkpoint of transformers.
         out: folder to write.
-        include_backbones: copy the vision encoder and the language model, instead of keeping them by reference.
+        include_backbones: copy the vision encoder and the language model, instead of keeping them by reference. The
+            weights of a `Blip2ForImageTextRetrieval` are then in memory together.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -282,8 +248,8 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
         unfinished = Path(folder) / "captioner"
         try:
-            if "Blip2ForImageTextRetrieval" in (checkpoint.config.architectures or []):
-                _convert_retrieval_model(checkpoint, unfinished)
+            if is_retrieval_model(checkpoint.config.to_dict()):
+                _convert_retrieval_model(checkpoint, unfinished, include_backbones)
             else:
                 _convert_captioner(checkpoint, unfinished, include_backbones)
         except InputError:
@@ -347,18 +313,17 @@ def _refer_to_backbones(config: QFormerCaptionerConfig, checkpoint: Checkpoint) 
     config.referenced_backbones = list(BACKBONES)
 
 
-def _convert_retrieval_model(checkpoint: Checkpoint, out: Path) -> None:
-    names = our_names(checkpoint)
-    heads = {ours: theirs for ours, theirs in names.items() if ours.startswith(STAGE_1_HEADS)}
-    names = {ours.removeprefix("qformer."): theirs for ours, theirs in names.items() if ours.startswith("qformer.")}
-    config = _qformer_config(checkpoint.config, reads_text=True)
-    with torch.device("meta"):
-        model = QFormerModel(config)
-    names = _match(checkpoint, names, model.state_dict(), {})
-    config.dtype = getattr(torch, checkpoint.most_common_dtype(names.values()))
-    _write_model(checkpoint, model, config, names, out)
-    tensors = checkpoint.read(heads.values())
-    save_file({ours: tensors[theirs] for ours, theirs in heads.items()}, out / "stage_1_heads.safetensors")
+def _convert_retrieval_model(checkpoint: Checkpoint, out: Path, include_backbones: bool) -> None:
+    model, info = QFormerForPretraining.from_pretrained(
+        checkpoint.source,
+        revision=checkpoint.revision or "main",
+        load_vision_model=include_backbones,
+        output_loading_info=True,
+    )
+    new = ("lm_head.", "logit_scale", "vision_model.nothing")
+    _refuse(checkpoint, "lacks", sorted(name for name in info["missing_keys"] if not name.startswith(new)))
+    _refuse(checkpoint, "has an unknown", sorted(info["unexpected_keys"]))
+    model.save_pretrained(out, include_backbones=include_backbones)
 
 
 def _match(
@@ -429,7 +394,7 @@ def _load_processor(
 
 def _write_model(
     checkpoint: Checkpoint,
-    model: QFormerCaptioner | QFormerModel,
+    model: QFormerCaptioner,
     config: PreTrainedConfig,
     names: dict[str, str],
     out: Path,
