@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -61,17 +62,19 @@ def save_clip(folder: Path) -> None:
     CLIPProcessor(images, tiny.tokenizer()).save_pretrained(folder)
 
 
-def save_blip2(folder: Path) -> None:
-    """Save a BLIP-2 with an OPT."""
+def save_blip2(folder: Path, stage_1: bool = False) -> None:
+    """Save a BLIP-2 with an OPT, or one of stage 1."""
     vision = dict(tiny.LAYERS, hidden_size=tiny.VISION_WIDTH, intermediate_size=40, image_size=tiny.SIDE, patch_size=16)
     qformer = dict(tiny.QFORMER, encoder_hidden_size=tiny.VISION_WIDTH, vocab_size=50, cross_attention_frequency=2)
+    qformer = dict(qformer, use_qformer_text_input=stage_1)
     qformer.pop("num_query_tokens")
     text = tiny.text_config("opt", word_embed_proj_dim=tiny.TEXT_WIDTH).to_dict()
     torch.manual_seed(6)
     config = Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=tiny.QUERIES)
-    Blip2ForConditionalGeneration(config).save_pretrained(folder)
+    model_class = Blip2ForImageTextRetrieval if stage_1 else Blip2ForConditionalGeneration
+    model_class(config).save_pretrained(folder)
     tiny.image_processor().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    (tiny.text_tokenizer() if stage_1 else tiny.tokenizer()).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,7 @@ def server(hub, commands, tmp_path_factory) -> Iterator[ForkServer]:
     tiny.save_language(folder / "HuggingFaceTB/SmolLM2-135M-Instruct", max_position_embeddings=256)
     save_clip(folder / "openai/clip-vit-base-patch32")
     save_blip2(folder / "Salesforce/blip2-opt-2.7b")
+    save_blip2(folder / "Salesforce/blip2-itm-vit-g", stage_1=True)
     for path in folder.glob("*/*"):
         hub.files["model", f"{path.parent.name}/{path.name}"] = files_of(path)
     user, hub.tokens["hf_test"] = hub.tokens["hf_test"], "USER"
