@@ -17,6 +17,8 @@ from .saving_qformer import QFormerPreTrainedModel
 class QFormerCaptioningModel(QFormerPreTrainedModel, GenerationMixin):
     """Base class of models that generate captions, which makes strings of images."""
 
+    qformer: Any
+
     def caption(
         self,
         images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,

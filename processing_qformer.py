@@ -59,6 +59,7 @@ class QFormerProcessor(PushWithCard, ProcessorMixin):
     """
 
     num_frames: int  # largest number of frames of a video
+    prompt: str = ""  # text that captions continue
 
     @classmethod
     def from_folder_if_any(cls, folder: str | os.PathLike, **hub_kwargs: Any) -> Self | None:

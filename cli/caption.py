@@ -35,7 +35,7 @@ from ..hub.load import load_captioner
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..modeling_qformer import QFormerCaptioner
+    from ..captioning_qformer import QFormerCaptioningModel
 
 # torch and the model take seconds to import, so only the functions that use them import them.
 
@@ -52,7 +52,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     """
     parser = CommandParser(description=__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder, pattern or URL; .npy for features.")
-    parser.add_argument("--model", required=True, help="Captioner or adapter, as a Hub id or folder.")
+    parser.add_argument("--model", required=True, help="Captioner, adapter or model of stage 1, as a Hub id or folder.")
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
     parser.add_argument("--prompt", help="Text that the captions continue; by default the captioner's own prompt.")
     parser.add_argument("--num_beams", type=int, help="Number of beams; by default the captioner's own.")
@@ -87,7 +87,7 @@ def find_images(patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(file for pattern in patterns for file in files_of(pattern)))
 
 
-def load_on_device(model: str, revision: str | None) -> "QFormerCaptioner":
+def load_on_device(model: str, revision: str | None) -> "QFormerCaptioningModel":
     """Load a captioner to the accelerator, or to the CPU if there is no accelerator.
 
     Args:
@@ -106,7 +106,11 @@ def load_on_device(model: str, revision: str | None) -> "QFormerCaptioner":
 
 
 def caption_files(
-    model: "QFormerCaptioner", files: Sequence[str], prompt: str | None = None, batch_size: int = 8, **generation: Any
+    model: "QFormerCaptioningModel",
+    files: Sequence[str],
+    prompt: str | None = None,
+    batch_size: int = 8,
+    **generation: Any,
 ) -> Iterator[tuple[str, str | OSError]]:
     """Caption files, batch by batch.
 

@@ -125,7 +125,9 @@ class DataSetArguments:
 class CaptioningArguments(DataSetArguments):
     """Options for the captioner, its images and its decoding."""
 
-    model: str | None = option(None, "Captioner whose captions are scored (Hub id or folder).", "model")
+    model: str | None = option(
+        None, "Captioner or model of stage 1 whose captions are scored (Hub id or folder).", "model"
+    )
     revision: str | None = option(None, "Branch, tag or commit of the captioner.", "model")
     dtype: str = option("auto", "Dtype of the captioner's weights; auto keeps the saved dtype.", "model")
     prompt_column: str | None = option(

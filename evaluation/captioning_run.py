@@ -13,6 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.logging import disable_progress_bar
 
+from ..captioning_qformer import QFormerCaptioningModel
 from ..common.errors import InputError
 from ..common.logging import get_logger
 from ..common.run_folder import RunFolder
@@ -24,7 +25,6 @@ from ..data.loading import load_rows
 from ..data.skipped_rows import SkippedRows
 from ..data.splits import default_eval_split
 from ..hub.load import load_captioner
-from ..modeling_qformer import QFormerCaptioner
 from ..saving_qformer import QFormerPreTrainedModel
 from .arguments import CaptioningArguments, DataSetArguments
 from .benchmarks import BENCHMARKS, Benchmark, EvaluationSet, get_benchmark, load_benchmark, load_evaluation_set
@@ -61,7 +61,7 @@ class CaptioningRun:
     args: CaptioningArguments
     benchmark: Benchmark | None
     state: PartialState
-    model: QFormerCaptioner
+    model: QFormerCaptioningModel
     weights: dict[str, Any]
     split: str
     whole_split: EvaluationSet

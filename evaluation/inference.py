@@ -11,18 +11,18 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..captioning_qformer import QFormerCaptioningModel
 from ..common.errors import InputError, one_line
 from ..common.files import read_json_lines
 from ..common.onednn import onednn_linears
 from ..data.features import FeatureRef, read_features
 from ..data.images import Picture
-from ..modeling_qformer import QFormerCaptioner
 from .benchmarks import EvaluationSet
 from .caption_files import ImageId
 
 
 def caption_images(
-    model: QFormerCaptioner,
+    model: QFormerCaptioningModel,
     evaluation_set: EvaluationSet,
     folder: str | os.PathLike,
     prompt: str = "",
@@ -98,7 +98,7 @@ def caption_images(
 
 
 def caption_batch(
-    model: QFormerCaptioner, inputs: Sequence[Picture | FeatureRef], prompts: list[str], **generation: Any
+    model: QFormerCaptioningModel, inputs: Sequence[Picture | FeatureRef], prompts: list[str], **generation: Any
 ) -> list[str]:
     """Return the captions of images or videos, or of precomputed features.
 

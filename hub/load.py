@@ -10,14 +10,19 @@ from ..common.errors import UNUSABLE, InputError, cannot_use, one_line
 if TYPE_CHECKING:
     import torch
 
+    from ..captioning_qformer import QFormerCaptioningModel
     from ..modeling_qformer import QFormerCaptioner
 
 
-def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.dtype" = "auto") -> "QFormerCaptioner":
+def load_captioner(
+    model: str, revision: str | None = None, dtype: "str | torch.dtype" = "auto"
+) -> "QFormerCaptioningModel":
     """Load a captioner with its processor. An adapter is loaded on the captioner that it belongs to.
 
+    A Q-Former of stage 1 is a captioner, too: it captions by its own head.
+
     Args:
-        model: folder or Hub id of a captioner or an adapter.
+        model: folder or Hub id of a captioner, an adapter, or a model of stage 1.
         revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the base captioner.
         dtype: dtype of the weights; `"auto"` keeps the dtype in which each part was saved.
 
@@ -35,7 +40,7 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
     from transformers import AutoModel
     from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
-    from ..modeling_qformer import QFormerCaptioner
+    from ..captioning_qformer import QFormerCaptioningModel
 
     try:
         adapter_config = cached_file(
@@ -53,7 +58,7 @@ def load_captioner(model: str, revision: str | None = None, dtype: "str | torch.
         raise InputError(
             f"The captioner {model!r} cannot be loaded from a folder or the Hub: {one_line(error)}"
         ) from error
-    if not isinstance(captioner, QFormerCaptioner):
+    if not isinstance(captioner, QFormerCaptioningModel):
         raise InputError(f"{model!r} holds a {type(captioner).__name__}, not a captioner of this package.")
     if captioner.processor is None:
         raise InputError(f"The captioner {model!r} has no processor: save it again with `save_pretrained`.")

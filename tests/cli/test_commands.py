@@ -9,7 +9,7 @@ import sys
 import pytest
 from transformers import AutoModel
 
-from qformer_captioner import QFormerCaptioner, eval_captions
+from qformer_captioner import QFormerCaptioner, QFormerForPretraining, eval_captions
 from qformer_captioner.cli import main as cli
 from qformer_captioner.cli.caption import caption, find_images, printable_line
 from qformer_captioner.evaluation.caption_files import read_predictions
@@ -89,18 +89,20 @@ def test_examples_show_the_program_that_was_started(monkeypatch, capsys):
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
 DECODING = dict(max_new_tokens=6)
-FORMS = ["referenced", "included", "adapter"]
+FORMS = ["referenced", "included", "adapter", "stage1"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with captioners in three forms, and images in a folder and in a folder below it."""
+    """Return a folder with captioners in all forms, and images in a folder and in a folder below it."""
     folder = tmp_path_factory.mktemp("captioners")
     vision, language = tiny.save_vision(folder / "vision"), tiny.save_language(folder / "language")
     model = QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER)
     model.save_pretrained(folder / "referenced")
     model.save_pretrained(folder / "included", include_backbones=True)
     adapter_of(QFormerCaptioner.from_pretrained(folder / "referenced")).save_pretrained(folder / "adapter")
+    stage1 = QFormerForPretraining.from_backbones(vision, tiny.text_tokenizer(), **tiny.QFORMER)
+    stage1.save_pretrained(folder / "stage1")
     (folder / "images" / "below").mkdir(parents=True)
     for number, name in enumerate(["b.png", "a.JPG", "below/c.webp"]):
         tiny.picture(number).save(folder / "images" / name)

@@ -11,14 +11,16 @@ from dataclasses import replace
 
 import datasets
 import pytest
+import torch
 
-from qformer_captioner import QFormerCaptioner, eval_captions
+from qformer_captioner import QFormerCaptioner, QFormerForPretraining, eval_captions, precompute_features
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.evaluation import benchmarks
 from qformer_captioner.evaluation.benchmarks import load_benchmark
+from qformer_captioner.evaluation.caption_files import read_predictions
 
 from ..conftest import ROOT
-from ..fixtures import tiny
+from ..fixtures import feature_stores, tiny
 from ..model.test_loading import adapter_of
 
 REFERENCES = {
@@ -340,6 +342,34 @@ def test_an_image_that_could_not_be_read_gets_its_caption_when_it_is_replaced(ca
     (folder / "4.png").write_bytes((pictures / "4.png").read_bytes())
     eval_captions.evaluate(options)
     assert len(json.loads((tmp_path / "run" / "captions.json").read_text())) == 11
+
+
+def test_a_model_of_stage_1_is_scored_on_images_and_on_their_features(pictures, tmp_path):
+    vision = tiny.save_vision(tmp_path / "vision", "vit")
+    torch.manual_seed(0)
+    model = QFormerForPretraining.from_backbones(vision, tiny.text_tokenizer(), **tiny.QFORMER)
+    model.save_pretrained(tmp_path / "stage1")
+    precompute_features.precompute(
+        feature_stores.command(vision, pictures, tmp_path / "features", "--dtype", "float32")
+    )
+    options = [
+        "--num_beams",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--allow_empty",
+        "--use_cpu",
+        "--model",
+        f"{tmp_path}/stage1",
+    ]
+    eval_captions.evaluate([*options, "--dataset_name", str(pictures), "--output_dir", f"{tmp_path}/images"])
+    eval_captions.evaluate([*options, "--features", f"{tmp_path}/features", "--output_dir", f"{tmp_path}/run"])
+    captions = read_predictions(tmp_path / "run" / "captions.json")
+    assert captions == read_predictions(tmp_path / "images" / "captions.json")
+    assert list(captions.values())[:2] == model.caption(
+        [pictures / f"{i}.png" for i in (0, 1)], num_beams=2, max_new_tokens=8
+    )
+    assert len(set(captions.values())) > 1 and scores(tmp_path / "run") == scores(tmp_path / "images")
 
 
 # --- Benchmarks, from a local Hub -------------------------------------------------------------------------------------
