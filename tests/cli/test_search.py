@@ -84,7 +84,7 @@ def test_options_that_cannot_be_used_are_refused(words, message):
 
 
 def test_texts_and_models_that_cannot_be_used_are_refused(stage1, photos, tmp_path):
-    with pytest.raises(InputError, match="has 32 tokens, and the model reads at most 16: shorten it"):
+    with pytest.raises(InputError, match="has 32 tokens, and the model reads at most 31: shorten it"):
         search(["a red " * 15, str(photos), "--model", stage1])
     tiny.captioner().save_pretrained(tmp_path / "captioner")
     with pytest.raises(InputError, match="is a captioner, and retrieval needs a model of stage 1"):
