@@ -17,7 +17,7 @@ the vocabulary. E is the width of the vectors that are compared. Dq and Dv are t
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -169,7 +169,12 @@ class QFormerForPretraining(QFormerDecodingModel):
         weights = {name: weight for name, weight in weights.items() if weight and return_loss}
         passes = [self._embed(texts)]
         if "itg_loss" in weights:
-            inputs = texts.decoder_inputs(cast(int, self.config.bos_token_id))
+            if self.config.bos_token_id is None:
+                raise ValueError(
+                    "Text generation needs the token that starts a caption: set `config.bos_token_id`, such as "
+                    "`processor.tokenizer.bos_token_id`, or `itg_weight=0`."
+                )
+            inputs = texts.decoder_inputs(self.config.bos_token_id)
             passes.append(self._embed(inputs, causal=True, attend_to_queries=True))
         rows = PackedRows(self._queries(len(features)), passes)
         states, tokens = rows.split(run_packed(self.qformer.encoder, rows, keys))  # [B, Q, Dq], [tokens, Dq] of each

@@ -110,6 +110,17 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         """Return the output layer of text generation, whose weights are the embeddings of the texts."""
         return self.lm_head.decoder
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer of text generation."""
+        self.lm_head.decoder = cast(nn.Linear, new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the size of the vocabulary as `PreTrainedModel.resize_token_embeddings` does."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        vars(self.config).pop("vocab_size", None)  # where transformers notes it
+        self.qformer.config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the first part, as in captioners. The temperature is float32 whatever the parts are."""
@@ -244,8 +255,15 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         features, mask = self._features(pixel_values, image_embeds, image_attention_mask, **vision_inputs)
         keys = ImageKeys.project(self.qformer.encoder, features, mask)
         texts = check_texts(input_ids, attention_mask, len(input_ids), self.qformer.config)
-        if image_of_text is None:
+        if image_of_text is None and len(features) == len(texts.ids):
             image_of_text = texts.image_of_text
+        if image_of_text is None or image_of_text.shape != texts.image_of_text.shape:
+            raise ValueError(
+                f"There are {len(texts.ids)} texts and {len(features)} images: give the image of each text as "
+                "`image_of_text`."
+            )
+        if not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < len(features):
+            raise ValueError(f"`image_of_text` must be numbers of images from 0 to {len(features) - 1}.")
         return self._matching_logits(TextBatch(texts.ids, texts.mask, image_of_text), keys, len(features))
 
     # --- Retrieval ----------------------------------------------------------------------------------------------------
@@ -348,6 +366,8 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
             raise ValueError("There are no texts: pass at least one as `texts`.")
         device = self.qformer.query_tokens.device
         image_inputs = self.processor(images=images, image_embeds=image_embeds).to(device)
+        if not image_inputs:
+            raise ValueError("There are no images: `images` is empty.")
         inputs = {"pixel_values": None, "image_embeds": None, "image_attention_mask": None, **image_inputs}
         return inputs, dict(self.processor(text=texts).to(device))
 

@@ -72,6 +72,11 @@ def check_texts(
             f"`input_ids` of shape {list(input_ids.shape)} and `attention_mask` of shape {list(mask.shape)} do not "
             f"fit {num_images} images: give one text of each image ([B, T]) or K texts of each image ([B, K, T])."
         )
+    if 0 in input_ids.shape or input_ids.is_floating_point():
+        raise ValueError(
+            f"`input_ids` of shape {list(input_ids.shape)} and type {input_ids.dtype} are not texts as tokens: let "
+            "`model.processor(text=...)` prepare them."
+        )
     mask = bool_mask("`attention_mask`", mask, input_ids.device)
     has_text = mask.any(dim=-1).view(num_images, -1)  # [B, K]
     if not has_text.any(dim=1).all():
@@ -83,7 +88,7 @@ def check_texts(
     is_text = has_text.flatten()
     ids, mask = input_ids.flatten(0, -2)[is_text], mask.flatten(0, -2)[is_text]
     lengths = mask.sum(dim=1)
-    longest = int(lengths.max())
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
     ids, mask = ids[:, :longest], mask[:, :longest]
     if not torch.equal(mask, torch.arange(longest, device=mask.device) < lengths[:, None]):
         raise ValueError("Texts must be padded on the right: set `tokenizer.padding_side = 'right'`.")
@@ -92,10 +97,15 @@ def check_texts(
             f"A text has {longest} tokens, but the Q-Former reads at most {config.max_position_embeddings}: "
             "shorten it, or let the processor cut it (`max_length`)."
         )
-    if int(ids.max()) >= config.vocab_size:
+    if shortest < 2:
         raise ValueError(
-            f"A text has the token {int(ids.max())}, but the vocabulary of the Q-Former has {config.vocab_size} "
-            "tokens: use the tokenizer that it was trained with (`model.processor.tokenizer`)."
+            "A text has a single token: texts are `[CLS] text [SEP]`, so let `model.processor(text=...)` prepare them."
+        )
+    lowest, highest = torch.stack(ids.aminmax()).tolist()
+    if lowest < 0 or highest >= config.vocab_size:
+        raise ValueError(
+            f"A text has the token {min(lowest, 0) or highest}, but the vocabulary of the Q-Former has "
+            f"{config.vocab_size} tokens: use the tokenizer that it was trained with (`model.processor.tokenizer`)."
         )
     return TextBatch(ids, mask, image_of_text)
 
