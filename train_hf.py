@@ -7,8 +7,9 @@ r"""Train a Q-Former captioner, or pretrain a Q-Former (stage 1 of BLIP-2).
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M \
         --dataset_name my_folder --caption_column text --output_dir outputs/mine
     python train_hf.py --recipe stage1_own_images --dataset_name photos/captions.csv
-    python train_hf.py --recipe own_images --dataset_name photos/captions.csv \
-        --qformer_name_or_path outputs/stage1_own_images  # stage 2 begins with the Q-Former of stage 1
+    python train_hf.py --vision_model_name_or_path facebook/dinov2-small \
+        --language_model_name_or_path HuggingFaceTB/SmolLM2-135M --qformer_name_or_path outputs/stage1_own_images \
+        --dataset_name photos/captions.csv --output_dir outputs/stage2  # begins with the Q-Former of stage 1
 
 A recipe is a YAML file of the options below. It can build on other recipes, and several can be combined (`--recipe
 clip_llama coco_karpathy`). The command line overrides recipes. `--help_all` also shows the Trainer's own options, such

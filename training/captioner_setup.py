@@ -143,7 +143,9 @@ def load_captioner(
 def join_backbones(args: ModelArguments, features: FeatureStore | None) -> QFormerCaptioner:
     """Join two pretrained backbones, or features of an unknown encoder and a language model, with a Q-Former."""
     vision = args.vision_model_name_or_path
-    return QFormerCaptioner.from_backbones(
+    options = qformer_options(args)
+    learned_width = options["qformer"].config.encoder_hidden_size if "qformer" in options else None
+    model = QFormerCaptioner.from_backbones(
         vision,
         str(args.language_model_name_or_path),
         encoder_hidden_size=features.width if vision is None and features is not None else None,
@@ -155,8 +157,16 @@ def join_backbones(args: ModelArguments, features: FeatureStore | None) -> QForm
         prompt=args.prompt[0] if args.prompt else "",
         load_vision_model=features is None,
         projection_per_query=args.projection_per_query,
-        **qformer_options(args),
+        **options,
     )
+    # For features of another width, attention to them is new.
+    reads_learned_features = learned_width == model.qformer.config.encoder_hidden_size
+    if reads_learned_features and args.normalize_image_features_samples is not None:
+        raise InputError(
+            "--normalize_image_features_samples changes features that the Q-Former of --qformer_name_or_path has "
+            "learned to read: unset it with --normalize_image_features_samples null."
+        )
+    return model
 
 
 def qformer_options(args: ModelArguments) -> dict[str, Any]:

@@ -163,6 +163,22 @@ def test_a_captioner_begins_with_the_pretrained_qformer_without_its_text_part(fi
     assert not captioner.qformer.config.use_qformer_text_input
 
 
+def test_features_that_a_qformer_has_learned_to_read_are_not_normalised_again(pictures, tmp_path):
+    tiny.save_vision(tmp_path / "vision")
+    tiny.save_language(tmp_path / "llama")
+    tiny.pretraining_model("clip").save_pretrained(tmp_path / "stage1")
+    options = {
+        "vision_model_name_or_path": tmp_path / "vision",
+        "language_model_name_or_path": tmp_path / "llama",
+        "qformer_name_or_path": tmp_path / "stage1",
+        "normalize_image_features_samples": 5,
+        "dataset_name": pictures,
+        "output_dir": tmp_path / "run",
+    }
+    with pytest.raises(InputError, match="has learned to read: unset it"):
+        train_hf.train(command_line(**options))
+
+
 @pytest.mark.slow
 def test_a_pretrained_model_continues_with_another_weight(finished, pictures, tmp_path):
     changes = {"vision_config": None, "qformer_config": None, "model_name_or_path": finished, "itm_weight": 0.25}
