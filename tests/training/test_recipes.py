@@ -41,6 +41,8 @@ from ..fixtures import tiny
 FILES = {path.stem: path for folder in RECIPE_FOLDERS for path in sorted((RECIPES / folder).glob("*.yaml"))}
 DATA = [name for name, path in FILES.items() if path.parent.name == "data"]
 MODELS = [name for name in FILES if name not in DATA]
+PRETRAINING = [name for name in MODELS if name.startswith("stage1_")]
+CAPTIONERS = [name for name in MODELS if name not in PRETRAINING]
 PARSER = OptionParser((ModelArguments, DataArguments, RunArguments, QFormerTrainingArguments), "")
 
 
@@ -84,7 +86,8 @@ def models(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     side = {"height": tiny.SIDE, "width": tiny.SIDE}
     clip = CLIPImageProcessorPil(size={"shortest_edge": tiny.SIDE}, crop_size=side)
-    save_two_towers(folder / "openai/clip-vit-base-patch32", CLIPModel, CLIPConfig, clip)
+    for name in ("clip-vit-base-patch32", "clip-vit-large-patch14"):
+        save_two_towers(folder / "openai" / name, CLIPModel, CLIPConfig, clip)
     siglip = SiglipImageProcessorPil(size=side)
     save_two_towers(folder / "google/siglip-base-patch16-224", SiglipModel, SiglipConfig, siglip)
     tiny.save_vision(folder / "facebook/dinov2-small", "dinov2")
@@ -94,9 +97,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     save_language(folder / "google/flan-t5-base", "flan-t5")
     for name in ("SmolLM2-360M-Instruct", "SmolLM2-135M-Instruct"):
         save_language(folder / "HuggingFaceTB" / name, "llama")
-    bert = dict(tiny.LAYERS, hidden_size=tiny.QFORMER_WIDTH, intermediate_size=40, vocab_size=tiny.WORDS)
+    bert = dict(tiny.LAYERS, hidden_size=tiny.QFORMER_WIDTH, intermediate_size=40, vocab_size=BERT_WORDS)
     BertModel(BertConfig(**bert)).save_pretrained(folder / "google-bert/bert-base-uncased")
-    tiny.tokenizer().save_pretrained(folder / "google-bert/bert-base-uncased")
+    tiny.text_tokenizer().save_pretrained(folder / "google-bert/bert-base-uncased")
     return {f"{path.parent.name}/{path.name}": str(path) for path in folder.glob("*/*")}
 
 
@@ -148,6 +151,7 @@ def data(tmp_path_factory) -> dict[str, str]:
     return {**names, "flickr8k": str(images), "captions.csv": str(table), "scenes": "scenes"}
 
 
+BERT_WORDS = len(tiny.text_tokenizer())
 SIZES = {
     "qformer_config": tiny.QFORMER | dict(initializer_range=0.02),
     "train_val_split": 0.25,
@@ -158,14 +162,13 @@ SIZES = {
     "per_device_eval_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "dataloader_num_workers": 0,
-    "generation_num_beams": 1,
-    "generation_max_length": 6,
     "learning_rate": 0.01,
     "use_cpu": True,
     "disable_tqdm": True,
     "dtype": "bfloat16",  # as on a GPU
     "bf16": True,
 }
+GENERATION = {"generation_num_beams": 1, "generation_max_length": 6}  # which pretraining does not read
 
 
 def fields(*names: str) -> dict:
@@ -177,16 +180,18 @@ def tiny_recipe(folder: Path, names: list[str], models: dict[str, str], data: di
     """Return a command line with these recipes, at tiny sizes and with folders instead of names."""
     recipe = fields(*names)
     changes = {**SIZES, "output_dir": str(folder / "run"), **changes}
-    for option in ("vision_model_name_or_path", "language_model_name_or_path", "qformer_name_or_path"):
-        if option in recipe:
-            changes[option] = models[recipe[option]]
+    if "objective" not in recipe:
+        changes = GENERATION | changes
+    for part in ("vision_model", "language_model", "qformer", "text_model"):
+        if f"{part}_name_or_path" in recipe:
+            changes[f"{part}_name_or_path"] = models[recipe[f"{part}_name_or_path"]]
     changes["dataset_name"] = data[recipe["dataset_name"]]
     if "vision_config" in recipe:  # from scratch
         changes |= {"vision_config": {"hidden_size": 16, "intermediate_size": 16}, "dtype": "auto"}
         changes |= {"text_config": {"hidden_size": 16, "intermediate_size": 16}, "max_train_samples": 8}
         changes |= {"max_eval_samples": 4}
-    if "qformer_name_or_path" in recipe:  # the tiny BERT has a small vocabulary
-        changes["qformer_config"] = changes["qformer_config"] | dict(vocab_size=tiny.WORDS)
+    if "qformer_name_or_path" in recipe or "text_model_name_or_path" in recipe:  # the tiny BERT has a small vocabulary
+        changes["qformer_config"] = changes["qformer_config"] | dict(vocab_size=BERT_WORDS)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(changes))
     return ["--recipe", *names, str(folder / "tiny.yaml")]
 
@@ -207,7 +212,7 @@ def check_captions(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CAPTIONERS)
 def test_a_recipe_runs_from_yaml_to_caption(name, models, data, tmp_path):
     if name.endswith("qlora") and not is_bitsandbytes_available():
         pytest.skip("needs bitsandbytes: pip install 'qformer-captioner[qlora]'")
@@ -219,6 +224,14 @@ def test_a_recipe_runs_from_yaml_to_caption(name, models, data, tmp_path):
         skipped = [json.loads(line) for line in (folder / "skipped_rows.jsonl").read_text().splitlines()]
         assert {(row["split"], row["row"]) for row in skipped} == {("train", 2)}
     check_captions(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_recipe_of_stage_1_runs_from_yaml_to_similarity(name, models, data, tmp_path):
+    train_hf.train(tiny_recipe(tmp_path, [name], models, data))
+    model = AutoModel.from_pretrained(tmp_path / "run", trust_remote_code=True)
+    assert model.similarity([tiny.picture(1), tiny.picture(2)], tiny.CAPTIONS).shape == (2, 3)
 
 
 @pytest.mark.slow
