@@ -5,6 +5,9 @@ The losses are those of BLIP-2 (arXiv 2301.12597, section 3.2) as LAVIS computes
 Shapes: N images and M texts of a batch, of all processes. Text j belongs to image `image_of_text[j]`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -92,6 +95,54 @@ def draw_negatives(logits: torch.Tensor, image_of_text: torch.Tensor) -> tuple[t
     images = wrong.t().softmax(dim=1).multinomial(1).squeeze(1)
     texts = wrong.softmax(dim=1)[image_of_text].multinomial(1).squeeze(1)
     return images, texts
+
+
+class ChunkedMatching(torch.autograd.Function):
+    """Matching loss of many pairs, in chunks: its sum `[]`, and the logits of each pair `[R, 2]`.
+
+    The forward pass runs a chunk forward and backward, keeps the gradients of inputs and weights, and frees all else.
+    Nothing is computed twice, and the memory depends on the size of a chunk. Only the sum has a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        match: Callable[[slice, slice, Sequence[torch.Tensor]], torch.Tensor],  # pairs, images, their keys -> logits
+        chunks: Sequence[tuple[slice, slice]],  # pairs and their images
+        is_match: torch.Tensor,  # [R], bool
+        counts: torch.Tensor,  # [R], how often each pair counts
+        num_keys: int,
+        *inputs: torch.Tensor,  # keys and values of images, then trainable weights
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, weights = inputs[:num_keys], inputs[num_keys:]
+        needs_gradients = any(ctx.needs_input_grad)
+        key_gradients = [torch.zeros_like(key) for key in keys] if needs_gradients else []
+        weight_gradients: list[torch.Tensor] = []
+        losses, logits = [], []
+        for pairs, images in chunks:
+            with torch.set_grad_enabled(needs_gradients):
+                own_keys = [key[images].detach().requires_grad_() for key in keys]
+                logits.append(match(pairs, images, own_keys).float())
+                each = nn.functional.cross_entropy(logits[-1], is_match[pairs].long(), reduction="none")
+                losses.append((each * counts[pairs]).sum())
+            if needs_gradients:
+                gradients = torch.autograd.grad(
+                    losses[-1], [*own_keys, *weights], allow_unused=True, materialize_grads=True
+                )
+                for total, gradient in zip(key_gradients, gradients[:num_keys], strict=True):
+                    total[images] += gradient
+                of_weights = gradients[num_keys:]
+                weight_gradients = [*map(torch.Tensor.add_, weight_gradients, of_weights)] or [*of_weights]
+        ctx.save_for_backward(*key_gradients, *weight_gradients)
+        all_logits = torch.cat(logits).detach()
+        ctx.mark_non_differentiable(all_logits)
+        return torch.stack(losses).detach().sum(), all_logits
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # In place, to save the memory of another copy. A second backward pass raises an error.
+        gradients = (gradient.mul_(grad_outputs[0]) for gradient in ctx.saved_tensors)
+        return None, None, None, None, None, *gradients
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,16 @@ class ImageKeys:
         """Return the keys and values of rows without queries, which attend to no image."""
         return cls([None] * len(encoder.layer), None)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return keys and values of all layers in order."""
+        return [tensor for keys in self.layers if keys is not None for tensor in keys]
+
+    def select(self, images: slice, tensors: Sequence[torch.Tensor]) -> "ImageKeys":
+        """Return the keys and values of some images, which are `tensors` in the order of [`~ImageKeys.tensors`]."""
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        layers = [None if keys is None else next(pairs) for keys in self.layers]
+        return ImageKeys(layers, None if self.mask is None else self.mask[images])
+
     def append(self, other: "ImageKeys", mask: torch.Tensor) -> "ImageKeys":
         """Return the keys and values of these images followed by those of others, which have at least as large an N.
 

@@ -16,6 +16,7 @@ the vocabulary. E is the width of the vectors that are compared. Dq and Dv are t
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from .encoders_qformer import image_feature_size, num_frames_of
 from .language_qformer import MAX_LOGITS_PER_CHUNK, ChunkedCrossEntropy
 from .modeling_qformer import QFormerModel, check_qformer_arguments
 from .objectives_qformer import (
+    ChunkedMatching,
     broadcast,
     draw_negatives,
     first_of_process,
@@ -47,7 +49,14 @@ from .processing_qformer import QFormerPretrainingProcessor
 from .texts_qformer import TextBatch, check_texts
 from .vision_qformer import split_vision_inputs
 
+PAIRS_OF_A_CHUNK = 64  # of image and text in the matching loss
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's bound. A temperature near 0 makes training unstable.
+
+
+def trainable_weights(*modules: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of modules that receive gradients, none inside `torch.no_grad`."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    return weights if torch.is_grad_enabled() else []
 
 
 @dataclass
@@ -243,16 +252,48 @@ class QFormerForPretraining(QFormerDecodingModel):
         numbers = torch.arange(first, first + count, device=features.device)
         text_of_row = torch.cat([numbers, numbers, negative_texts[own]])
         image_of_row = torch.cat([image_of_text[own], negative_images[own], image_of_text[own]])
-        keys, image_of_row, num_images = self._keys_of_images(image_of_row, keys, features, mask)
-        pairs = texts.gather(image_of_text).select(text_of_row, image_of_row)
-        output.itm_logits = self._matching_logits(pairs, keys, num_images)
-        is_match = torch.arange(3 * count, device=features.device) < count
-        loss = nn.functional.cross_entropy(output.itm_logits.float(), is_match.long(), reduction="sum")
+        keys, image_of_row = self._keys_of_images(image_of_row, keys, features, mask)
+        # A wrong pair may be drawn several times. Each pair is computed once, those of an image side by side.
+        numbers, pair_of_row, counts = (image_of_row * len(image_of_text) + text_of_row).unique(
+            return_inverse=True, return_counts=True
+        )
+        image_of_pair, text_of_pair = numbers // len(image_of_text), numbers % len(image_of_text)
+        is_match = torch.zeros_like(numbers, dtype=torch.bool)
+        is_match[pair_of_row[:count]] = True
+        pairs = texts.gather(image_of_text).select(text_of_pair, image_of_pair)
+        loss, logits = self._matching_loss(pairs, is_match, counts, keys)
+        output.itm_logits = logits[pair_of_row]
         output.itm_loss = loss * num_processes() / (3 * len(image_of_text))
+
+    def _matching_loss(
+        self, pairs: TextBatch, is_match: torch.Tensor, counts: torch.Tensor, keys: ImageKeys
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the matching losses of pairs, and their logits `[R, 2]`.
+
+        Args:
+            pairs: the text of each pair and its image, sorted by image.
+            is_match (`[R]`, bool): whether text and image belong together.
+            counts (`[R]`, long): how often each pair counts.
+            keys: keys and values of images.
+        """
+
+        def match(rows: slice, images: slice, own_keys: Sequence[torch.Tensor]) -> torch.Tensor:
+            image_of_row = pairs.image_of_text[rows] - images.start
+            chunk = TextBatch(pairs.ids[rows], pairs.mask[rows], image_of_row)
+            return self._matching_logits(chunk, keys.select(images, own_keys), images.stop - images.start)
+
+        num_chunks = math.ceil(len(counts) / PAIRS_OF_A_CHUNK)
+        chunks = []
+        for part in torch.arange(len(counts)).tensor_split(num_chunks):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            images = pairs.image_of_text[rows]
+            chunks.append((rows, slice(int(images[0]), int(images[-1]) + 1)))
+        tensors, weights = keys.tensors(), trainable_weights(self.qformer, self.itm_head)
+        return ChunkedMatching.apply(match, chunks, is_match, counts, len(tensors), *tensors, *weights)
 
     def _keys_of_images(
         self, image_of_row: torch.Tensor, keys: ImageKeys, features: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[ImageKeys, torch.Tensor, int]:
+    ) -> tuple[ImageKeys, torch.Tensor]:
         """Return keys and values with those of images of other processes, and the place of the image of each row.
 
         Args:
@@ -261,7 +302,7 @@ class QFormerForPretraining(QFormerDecodingModel):
         """
         count = len(features)
         if num_processes() == 1:
-            return keys, image_of_row, count
+            return keys, image_of_row
         first = first_of_process(count, features.device)
         is_own = (image_of_row >= first) & (image_of_row < first + count)
         others = image_of_row[~is_own].unique()  # sorted
@@ -273,7 +314,7 @@ class QFormerForPretraining(QFormerDecodingModel):
         other_keys = ImageKeys.project(self.qformer.encoder, all_features[others], None)
         keys = keys.append(other_keys, all_masks[images])
         place = torch.where(is_own, image_of_row - first, count + torch.searchsorted(others, image_of_row))
-        return keys, place, count + len(others)
+        return keys, place
 
     def _generation_loss(self, hidden_states: torch.Tensor, texts: TextBatch) -> torch.Tensor:
         """Return the mean cross-entropy of all tokens of the texts but their first.
@@ -283,7 +324,7 @@ class QFormerForPretraining(QFormerDecodingModel):
             texts: the texts of this process.
         """
         targets = texts.decoder_targets()
-        weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+        weights = trainable_weights(self.lm_head)
         chunk_size = max(1, MAX_LOGITS_PER_CHUNK // self.qformer.config.vocab_size)
         loss, _ = ChunkedCrossEntropy.apply(
             self.lm_head, chunk_size, hidden_states, targets, self.config.label_smoothing, *weights

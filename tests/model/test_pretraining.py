@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from qformer_captioner import pretraining_qformer
 from qformer_captioner.pretraining_qformer import QFormerForPretraining
 
 from ..fixtures import tiny
@@ -117,7 +118,8 @@ def contrast(model, logits, image_of_text):
 @pytest.mark.parametrize("itc_loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [[[5], [9], [3]], [[5, 4, 7], [3], [8, 3]]], ids=["one text", "several texts"])
-def test_losses_and_gradients_equal_the_mathematics(itc_loss, attention, lengths):
+def test_losses_and_gradients_equal_the_mathematics(itc_loss, attention, lengths, monkeypatch):
+    monkeypatch.setattr(pretraining_qformer, "PAIRS_OF_A_CHUNK", 4)
     torch.manual_seed(0)
     model = tiny.pretraining_model(vision=None, text={"num_hidden_layers": 3}, itc_loss=itc_loss).double()
     model.set_attn_implementation({"qformer_config": attention})
@@ -134,6 +136,19 @@ def test_losses_and_gradients_equal_the_mathematics(itc_loss, attention, lengths
     tolerance = dict(rtol=1e-5, atol=1e-6, check_dtype=False)
     torch.testing.assert_close((output.itc_loss, output.itm_loss, output.itg_loss), expected, **tolerance)
     torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_evaluation_has_the_losses_of_training_without_gradients(monkeypatch):
+    monkeypatch.setattr(pretraining_qformer, "PAIRS_OF_A_CHUNK", 4)
+    model = tiny.pretraining_model(vision=None)
+    batch = {"image_embeds": torch.randn(3, 6, tiny.VISION_WIDTH)} | texts_of([[5], [9], [3]])
+    torch.manual_seed(0)
+    expected = model(**batch)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        output = model(**batch)
+    assert expected.loss.requires_grad and not output.loss.requires_grad
+    torch.testing.assert_close([*output.values()], [value.detach() for value in expected.values()])
 
 
 def test_padded_features_do_not_change_the_losses():
