@@ -349,7 +349,7 @@ def load_captioner(model_name_or_path: str, revision: str | None) -> PreTrainedM
         revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the base captioner.
 
     Raises:
-        OSError: if the model cannot be fetched, or has no processor.
+        OSError: if the model cannot be fetched, is not a captioner with a language model, or has no processor.
     """
     adapter_config = cached_file(
         model_name_or_path, "adapter_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
@@ -363,6 +363,11 @@ def load_captioner(model_name_or_path: str, revision: str | None) -> PreTrainedM
         trust_remote_code=True,
         attn_implementation={"qformer_config": "eager"},
     )
+    if model.config.model_type != "qformer_captioner":
+        raise OSError(
+            f"{model_name_or_path!r} holds a {type(model).__name__}, but the demo shows captioners with a language "
+            "model: train one first, which may begin with this model (`--qformer_name_or_path`)."
+        )
     if model.processor is None:
         raise OSError(f"{model_name_or_path!r} holds a model without a processor.")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

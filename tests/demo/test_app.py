@@ -76,3 +76,8 @@ def test_an_unusable_command_line_ends_with_one_line(environment, folder, monkey
         app.main()
     message = capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code
     assert re.search("tests.* cannot be shown|nowhere|MODEL_ID", message.strip().splitlines()[-1])
+
+
+def test_a_model_of_stage_1_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(OSError, match="holds a QFormerForPretraining, but the demo shows captioners"):
+        app.load_captioner(tiny.save_stage1(tmp_path), None)
