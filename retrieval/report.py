@@ -28,13 +28,14 @@ class Case:
 
     Args:
         query: place of the text or image that was asked for.
-        rank: rank of the right candidate, from 1. With several texts of an image, of the best of them.
+        rank: rank of the right candidate, from 1. With several texts of an image, of the best of them. `None` if
+            matching did not rank it, because it is not one of the first candidates.
         wanted: places of the right candidates.
         found: places and scores of the first candidates, the best first. Candidates that matching left out are missing.
     """
 
     query: int
-    rank: int
+    rank: int | None
     wanted: list[int]
     found: list[tuple[int, float]]
 
@@ -72,10 +73,11 @@ def cases_of(rankings: Rankings, to_texts: bool, number: int = NUM_EXTREMES) -> 
 
     def case(place: int) -> Case:
         values, indices = scores[place].topk(min(NUM_CANDIDATES, scores.shape[1]))
-        found = [(index, value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
+        found = zip(indices.tolist(), values.tolist(), strict=True)
+        is_ranked = scores[place][is_right[place]].max() > -torch.inf
         return Case(
             place,
-            ranks[place] + 1,
+            ranks[place] + 1 if is_ranked else None,
             is_right[place].nonzero()[:, 0].tolist(),
             [(index, value) for index, value in found if value > -torch.inf],
         )
@@ -117,13 +119,13 @@ def write_report(
         path,
         title=f"Retrieval with {facts['model']}",
         rows=rows,
-        columns=list(next(iter(rows.values()))),
+        columns={name: label_of(name) for name in next(iter(rows.values()))},
         facts=facts,
         to_images=to_images,
         to_texts=to_texts,
         names=names,
         texts=corpus.texts,
-        owners=corpus.image_of_text.tolist(),
+        top_k=facts["rerank_top_k"],
         pictures=pictures,
         skipped=retrieved.skipped,
     )
@@ -148,6 +150,12 @@ def write_search_page(
         with contextlib.suppress(OSError):
             pictures[name] = base64_jpeg(open_image(name))
     _render("search.html", path, title=_title(found), found=found, pictures=pictures, facts=facts)
+
+
+def label_of(name: str) -> str:
+    """Return the heading of a column: "image_to_text_r1" is "image to text R@1"."""
+    way, _, k = name.rpartition("_r")
+    return f"{way} R@{k}".replace("_", " ") if k.isdecimal() else name.replace("_", " ")
 
 
 def _title(texts: Iterable[str]) -> str:

@@ -14,7 +14,9 @@ from qformer_captioner import (
 )
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.evaluation.recall import recalls
+from qformer_captioner.retrieval.arguments import RetrievalArguments
 from qformer_captioner.retrieval.model import RetrievalModel, load_stage1
+from qformer_captioner.retrieval.run import resolve_fold_size
 
 from ..conftest import ROOT
 from ..fixtures import feature_stores, tiny
@@ -69,7 +71,8 @@ def test_a_run_scores_its_model_by_contrast_and_by_matching(stage1, pictures, tm
     printed = capsys.readouterr().out.splitlines()
     assert printed[2].split()[0] == "contrast" and len(printed) == 6
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "rank 1" in page and page.count("data:image/jpeg;base64,") > NUM_IMAGES
+    assert "rank 1" in page and "image to text R@10" in page and "mean recall" in page
+    assert page.count("data:image/jpeg;base64,") > NUM_IMAGES
 
 
 def test_texts_that_are_cut_are_counted(stage1, pictures, tmp_path, log):
@@ -137,6 +140,21 @@ def test_a_captioner_and_folds_that_are_too_large_are_refused(stage1, pictures, 
         eval_retrieval.evaluate(command(tmp_path / "captioner", pictures, tmp_path / "run"))
     with pytest.raises(InputError, match="--fold_size 12 is more than the 11 images"):
         eval_retrieval.evaluate(command(stage1, pictures, tmp_path / "run", "--fold_size", "12"))
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "fold_size", "num_images", "expected"),
+    [
+        ("coco_karpathy_test", None, 5000, 1000),
+        ("coco_karpathy_test", None, 200, None),  # --max_samples 200
+        ("coco_karpathy_test", 0, 5000, None),
+        ("flickr8k_test", None, 1000, None),
+        (None, 4, 9, 4),
+    ],
+)
+def test_only_coco_has_folds_by_default(benchmark, fold_size, num_images, expected):
+    args = RetrievalArguments(benchmark=benchmark, fold_size=fold_size)
+    assert resolve_fold_size(args, num_images) == expected
 
 
 def test_a_model_of_features_needs_features(pictures, tmp_path):

@@ -83,8 +83,11 @@ def test_cases_are_sorted_by_rank(scores):
 
 def test_candidates_that_matching_left_out_are_not_shown(scores):
     similarity, logits, image_of_text = scores
-    rankings = Rankings(similarity, image_of_text, logits, Reranking(2))
-    assert {len(case.found) for cases in cases_of(rankings, True).values() for case in cases} == {2}
+    cases = cases_of(Rankings(similarity, image_of_text, logits, Reranking(2)), to_texts=True)
+    assert {len(case.found) for case in cases["worst"]} == {2}
+    for case in [*cases["best"], *cases["worst"]]:
+        is_found = any(place in case.wanted for place, _ in case.found)
+        assert case.rank is None if not is_found else case.rank in (1, 2)
 
 
 def test_the_table_shows_percent():
