@@ -172,7 +172,7 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         arguments = retrieval_arguments(source, processor and processor.tokenizer, **kwargs)
         loaded = super().from_pretrained(None, *model_args, **arguments)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info=True`
-        model.processor = processor
+        model.processor, model.name_or_path = processor, str(source)
         return loaded
 
     # --- Features -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Find the images of a folder that a text describes.
 
-    qformer-captioner search "a dog in snow" photos --model outputs/stage1
+    qformer-captioner search "a dog in snow" photos
     qformer-captioner search "a red car" "two children" photos --model outputs/stage1 --top_k 5 --output page.html
     qformer-captioner search "a dog in snow" photos --model outputs/stage1 --rerank_top_k 64
 
@@ -20,6 +20,7 @@ from ..common.machine_faults import explain_faults
 
 logger = get_logger(__name__)
 
+DEFAULT_MODEL = "Salesforce/blip2-itm-vit-g"
 SHOWN_FAULTS = 5  # images named on the terminal
 
 
@@ -32,7 +33,7 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="Description of the images, such as a caption.")
     parser.add_argument("folder", metavar="FOLDER", help="Folder of the images.")
-    parser.add_argument("--model", required=True, help="Model of stage 1, as a Hub id or folder.")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="Model of stage 1, as a Hub id or folder.")
     parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
     parser.add_argument("--top_k", type=int, default=12, help="Number of images for each text.")
     parser.add_argument(
