@@ -233,6 +233,17 @@ class TestCaption:
         assert capsys.readouterr().out.strip() == caption
 
 
+def test_a_trained_model_writes_the_texts_of_its_images(features):
+    model = model_of(vision=None, itc_weight=0.0, itm_weight=0.0, label_smoothing=0.0)
+    batch = model.processor(image_embeds=features, text=tiny.CAPTIONS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert model.caption(image_embeds=features, num_beams=3) == tiny.CAPTIONS
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
