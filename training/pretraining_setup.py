@@ -8,6 +8,7 @@ import torch
 from transformers import IntervalStrategy, PreTrainedTokenizerBase
 
 from ..common.errors import UNUSABLE, InputError, one_line
+from ..common.logging import get_logger
 from ..data.collator import PretrainingCollator
 from ..data.dataset import CaptionDataset
 from ..data.images import frames_of, id_of_image
@@ -25,6 +26,8 @@ from .shared_setup import (
     qformer_fields,
     set_num_frames,
 )
+
+logger = get_logger(__name__)
 
 VOCAB_SIZE = 8192  # of a new tokenizer
 TRIED_ROWS = 2  # the fewest that have wrong pairs
@@ -209,10 +212,34 @@ def check_rows(train_data: TrainingData, eval_data: CaptionDataset | None, proce
                 f"All rows to {purpose} on have the same image, so no wrong pair can be made: give different images, "
                 "or another --image_column."
             )
+        if isinstance(data, CaptionDataset):
+            warn_of_repeated_images(data)
     if eval_data is not None and len(eval_data) < max(2, processes):
         raise InputError(
             f"There are {len(eval_data)} rows to evaluate on, and wrong pairs need {max(2, processes)} (one for each "
             "process): give more rows, or --eval_strategy no."
+        )
+
+
+def warn_of_repeated_images(data: CaptionDataset) -> None:
+    """Log a warning if several rows have the same file as image, because each counts as wrong for the other's captions.
+
+    Images that the rows themselves hold are not compared, because all of them would have to be read.
+    """
+    column = data.source.image_column
+    first = None if data.images is None else data.images[data.row_of[data.indices[0]]][column]
+    if data.images is None or not isinstance(first, dict) or first["bytes"] is not None:
+        return
+    paths = [cell and cell["path"] for cell in data.images[column]]
+    used = [paths[data.row_of[index]] for index in data.indices]
+    if repeated := len(used) - len(set(used)):
+        logger.warning(
+            "%d of %d rows of the %s split have the image of another row, and count as wrong for its captions: merge "
+            "the captions of an image with --image_id_column %s.",
+            repeated,
+            len(used),
+            data.split,
+            column,
         )
 
 

@@ -11,10 +11,16 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 from qformer_captioner import QFormerCaptioner, train_hf
 from qformer_captioner.common.errors import InputError
+from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.collator import PretrainingCollator
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
 from qformer_captioner.data.skipped_rows import SkippedRows
+from qformer_captioner.hub.layout import check_folder
+from qformer_captioner.hub.model_card import card_for_hub
+from qformer_captioner.hub.push import collect_files
+from qformer_captioner.training.data_setup import load_datasets
 from qformer_captioner.training.from_scratch import pretraining_from_scratch, train_text_tokenizer
+from qformer_captioner.training.pretraining_setup import check_rows
 from qformer_captioner.training.pretraining_trainer import PretrainingTrainer
 from qformer_captioner.training.training_arguments import QFormerTrainingArguments
 
@@ -138,6 +144,21 @@ def test_the_card_says_what_the_model_is_and_shows_its_recall(finished):
     assert f"| R@1, text to image | {recall[0]:.2f} | {recall[1]:.2f} |" in card
     assert "](retrieval.png)" in card and "caption()" not in card
     assert card.count("image-text-retrieval") == 1
+
+
+def test_the_folder_can_be_published_with_its_code_and_a_card_for_the_repository(finished):
+    assert check_folder(finished) is None
+    files = collect_files(finished, "me/stage1")
+    names = {"pretraining_qformer.py", "model.safetensors", "tokenizer.json", "processor_config.json", "retrieval.png"}
+    assert names <= files.keys()
+    assert not any("checkpoint-" in name or name.endswith(".jsonl") for name in files)
+    assert b'from_pretrained("me/stage1", trust_remote_code=True)' in files["README.md"]
+
+
+def test_a_folder_without_a_run_gets_a_card_of_its_parts(tmp_path):
+    tiny.save_stage1(tmp_path)
+    card = card_for_hub(tmp_path, "me/stage1")
+    assert "| itm\\_head |  | 66 |" in card and "model.match(" in card
 
 
 @pytest.mark.slow
@@ -350,6 +371,18 @@ def test_rows_without_wrong_pairs_are_answered_in_one_sentence(tmp_path, caption
         train_hf.train(command_line(**OPTIONS, dataset_name=folder, output_dir=tmp_path / "run"))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_one_image_that_are_not_merged_are_reported(tmp_path, log):
+    folder = save_pictures(tmp_path / "pictures", lambda name: f"a {name} picture", ("red", "blue", "pink"))
+    again = '\n{"file_name": "red.png", "caption": "all is red", "split": "train"}'
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(again)
+    for column, reported in ((None, True), ("image", False)):
+        log.clear()
+        data_args = train_hf.parse_options(command_line(dataset_name=folder, image_id_column=column))[1]
+        check_rows(*load_datasets(data_args, None, SkippedRows(), Augmentation()), processes=1)
+        assert ("1 of 4 rows of the train split have the image of another row" in log.text) is reported
 
 
 def test_one_row_to_evaluate_on_is_refused(pictures, tmp_path):
