@@ -87,7 +87,6 @@ def search(words: Sequence[str]) -> None:
     if options.output is not None:
         facts = {"model": options.model, "folder": options.folder, "images": len(index.paths)}
         write_search_page(options.output, found, index.open, facts)
-        logger.info("The page is %s.", options.output)
     report_faults(index.unreadable)
 
 
