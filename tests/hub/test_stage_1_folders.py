@@ -188,6 +188,9 @@ def test_lora_adapters_on_the_q_former_train_and_load_again(folders, tmp_path):
     loaded = PeftModel.from_pretrained(
         QFormerForPretraining.from_pretrained(folders / "included"), tmp_path / "adapter"
     )
-    for other in (loaded, AutoModel.from_pretrained(tmp_path / "adapter")):
+    opened = [
+        open_model(tmp_path / "adapter") for open_model in (AutoModel.from_pretrained, type(base).from_pretrained)
+    ]
+    for other in (loaded, *opened):
         for mine, theirs in zip(answers(other, "included")[:2], expected[:2], strict=True):
             torch.testing.assert_close(mine, theirs)
