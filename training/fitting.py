@@ -45,7 +45,7 @@ def build_trainer(
 
     Raises:
         InputError: if the Trainer refuses its options, for example because a package of `--report_to` is not installed.
-            Also for FSDP and an encoder-decoder.
+            Also for FSDP with an encoder-decoder or in stage 1.
     """
     trainable, total = model.get_nb_trainable_parameters()
     logger.info("Trainable: %s of %s parameters (%.1f %%).", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
@@ -88,12 +88,18 @@ def _caption_trainer(
 
 def _pretraining_trainer(run: TrainingRun, model: QFormerForPretraining, shared: dict[str, Any]) -> PretrainingTrainer:
     assert model.processor is not None, "build_model checks it"
-    return PretrainingTrainer(
+    trainer = PretrainingTrainer(
         model=model,
         data_collator=PretrainingCollator(model.processor, run.data_args.max_caption_length),
         facts=describe_run(run, model, shared["train_dataset"], shared["eval_dataset"]),
         **shared,
     )
+    if trainer.is_fsdp_enabled:
+        raise InputError(
+            "FSDP cannot shard a Q-Former of stage 1, whose layers run images and texts in one pass: train with "
+            "recipes/accelerate/ddp.yaml instead."
+        )
+    return trainer
 
 
 def fit(run: TrainingRun, trainer: QFormerTrainer) -> TrainOutput:

@@ -353,6 +353,18 @@ def test_options_that_do_not_fit_are_answered_in_one_sentence(pictures, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_sharding_by_fsdp_is_refused_before_training(pictures, tmp_path, monkeypatch):
+    create = PretrainingTrainer.create_accelerator_and_postprocess
+
+    def with_fsdp(trainer: PretrainingTrainer) -> None:
+        create(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(PretrainingTrainer, "create_accelerator_and_postprocess", with_fsdp)
+    with pytest.raises(InputError, match="FSDP cannot shard a Q-Former of stage 1"):
+        train_hf.train(command_line(**OPTIONS, dataset_name=pictures, output_dir=tmp_path / "run"))
+
+
 def conversation(name: str) -> list[dict]:
     return [{"from": "human", "value": "What do you see?"}, {"from": "gpt", "value": f"a {name} picture"}]
 
