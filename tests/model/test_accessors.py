@@ -172,6 +172,6 @@ def test_the_task_type_of_an_adapter_changes_nothing(task_type):
     loss, ids = plain(**tiny.batch()).loss, plain.generate(**tiny.batch(), max_new_tokens=4)
     config = LoraConfig(target_modules=r"language_model.*\.(q_proj|q)", task_type=task_type)
     adapted = get_peft_model(plain, config).eval()
-    assert torch.equal(adapted(**tiny.batch()).loss, loss)
+    torch.testing.assert_close(adapted(**tiny.batch()).loss, loss, rtol=1e-6, atol=0)
     if task_type != "FEATURE_EXTRACTION":
         assert torch.equal(adapted.generate(**tiny.batch(), max_new_tokens=4), ids)
