@@ -4,7 +4,7 @@
     python -m benchmarks.stages --features features --language_model smollm2 --minutes 20 --stage_1_share 0.4
 
 "stage 2 alone" trains a captioner from scratch for all of the time. The others pretrain the Q-Former for a share of the
-time, with the softmax or the sigmoid loss of contrast, and then train the captioner for the rest. Data, Q-Former and
+time, and then train the captioner. Their contrastive loss is softmax or sigmoid. Data, Q-Former and
 language model are the same. The command first measures the time of a step of each stage. From these times it takes the
 numbers of steps. Evaluation, which all have once at the end, does not count.
 
@@ -76,7 +76,8 @@ def stage_2_command(options: argparse.Namespace, pretrained: Path | None, seed: 
     words += ["--max_eval_samples", str(options.max_eval_samples)]
     if pretrained is None:
         return [*words, "--qformer_config", options.qformer_config or qformer_of_recipe(options.stage_1_recipe)]
-    return [*words, "--qformer_config", "null", "--qformer_name_or_path", str(pretrained)]
+    kept = ["--qformer_config", "null", "--normalize_image_features_samples", "null"]
+    return [*words, *kept, "--qformer_name_or_path", str(pretrained)]
 
 
 def qformer_of_recipe(recipe: str) -> str:

@@ -197,6 +197,11 @@ def check_rows(train_data: TrainingData, eval_data: CaptionDataset | None, proce
     """
     named = {"train": train_data} if eval_data is None else {"train": train_data, "evaluate": eval_data}
     for purpose, data in named.items():
+        if data is eval_data and len(data) < max(2, processes):
+            raise InputError(
+                f"There are {len(data)} rows to evaluate on, and wrong pairs need {max(2, processes)} (one for each "
+                "process): give more rows, or --eval_strategy no."
+            )
         if any(itertools.islice(data.row_prompts(), CHECKED_PROMPTS)):
             raise InputError(
                 f"Rows to {purpose} on have prompts, such as the questions of a conversation, and pretraining reads "
@@ -214,11 +219,6 @@ def check_rows(train_data: TrainingData, eval_data: CaptionDataset | None, proce
             )
         if isinstance(data, CaptionDataset):
             warn_of_repeated_images(data)
-    if eval_data is not None and len(eval_data) < max(2, processes):
-        raise InputError(
-            f"There are {len(eval_data)} rows to evaluate on, and wrong pairs need {max(2, processes)} (one for each "
-            "process): give more rows, or --eval_strategy no."
-        )
 
 
 def warn_of_repeated_images(data: CaptionDataset) -> None:
