@@ -59,7 +59,7 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
     _supports_flash_attn = False  # no kernel for the masks of packed rows
     _no_split_modules = ["QFormerModel"]
     _keep_in_fp32_modules = ["qformer", "vision_projection", "text_projection", "itm_head", "lm_head"]
-    _keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]  # bfloat16 is too coarse for their updates
+    _keep_in_fp32_modules_strict = ["logit_scale"]  # bfloat16 is too coarse for their updates
     _tied_weights_keys = {"lm_head.decoder.weight": "qformer.embeddings.word_embeddings.weight"}
 
     def __init__(
@@ -93,6 +93,7 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         self.lm_head = QFormerLMHead(qformer.config).to(dtype("lm_head"))
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value, dtype=torch.float32))
         if config.itc_loss == "sigmoid":
+            self._keep_in_fp32_modules_strict = ["logit_scale", "logit_bias"]
             self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS, dtype=torch.float32))
         self.post_init()
         self.loss_type = None  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from .conformance import decisions, suite
 from .conftest import ROOT
 
 CAPTIONERS = ("LlamaTest", "OptTest", "T5Test", "BartTest", "PromptTest", "ProjectionPerQueryTest")
-OTHERS = ("QFormerTest", "PromptQFormerTest", "Blip2OptTest", "Blip2T5Test", "ProcessorTest")
+OTHERS = ("QFormerTest", "PromptQFormerTest", "PretrainingTest", "Blip2OptTest", "Blip2T5Test", "ProcessorTest")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,6 @@ def test_each_tester_collects_the_common_tests(collected):
 
 @pytest.mark.slow
 def test_each_decision_is_about_a_test_that_exists(collected):
-    lists = [decisions.CAPTIONER, decisions.WITHOUT_PROMPT, decisions.PROCESSOR]
+    lists = [decisions.CAPTIONER, decisions.PRETRAINING, decisions.WITHOUT_PROMPT, decisions.PROCESSOR]
     names = {name for _, name in collected}
     assert [name for each in lists for name in each if not any(test.startswith(name) for test in names)] == []

@@ -35,6 +35,32 @@ CAPTIONER = {
     ),
 }
 
+# Deliberate differences of a model of stage 1.
+PRETRAINING = {
+    **{name: reason for name, reason in AS_BLIP2.items() if name != "test_inputs_embeds"},
+    "test_eager_matches_sdpa_inference": (
+        "The test reads `hidden_states`, which packed passes do not keep. tests/hub/test_stage_1.py compares both "
+        "kinds of attention with transformers."
+    ),
+    "test_can_capture_specific_layers_hidden_states": "Packed passes keep no hidden states.",
+    "test_capture_outputs_decorator": "Packed passes keep no hidden states.",
+    "test_training_gradient_checkpointing_use_reentrant_true": (
+        "Matching computes its gradients in the forward pass, for which torch needs `use_reentrant=False`, the default."
+    ),
+    "test_batching_equivalence": (
+        "Losses compare the rows of a batch. tests/model/test_pretraining_inputs.py compares the vectors of rows alone "
+        "and in a batch."
+    ),
+    "test_model_outputs_equivalence": "Matching draws wrong pairs at random, so the losses of two calls differ.",
+    "test_get_image_features": "The outputs are those of the queries, and packed passes keep no hidden states.",
+    "test_get_text_features": "The configuration of texts is that of the Q-Former, and there is no `text_config`.",
+    "test_resize": (
+        "The size of the vocabulary is in the configuration of the Q-Former. tests/model/test_pretraining_inputs.py "
+        "resizes it."
+    ),
+    "test_model_weights_reload_no_missing_tied_weights": CAPTIONER["test_model_weights_reload_no_missing_tied_weights"],
+}
+
 # Deliberate differences of a Q-Former.
 WITHOUT_PROMPT = {
     "test_eager_matches_sdpa_inference": (

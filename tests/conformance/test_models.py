@@ -4,10 +4,17 @@ import unittest
 
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
-from qformer_captioner import QFormerCaptioner, QFormerCaptionerConfig, QFormerConfig, QFormerModel
+from qformer_captioner import (
+    QFormerCaptioner,
+    QFormerCaptionerConfig,
+    QFormerConfig,
+    QFormerForPretraining,
+    QFormerModel,
+    QFormerPretrainingConfig,
+)
 
 from . import decisions, suite
-from .testers import Blip2Tester, CaptionerTester, QFormerTester
+from .testers import Blip2Tester, CaptionerTester, PretrainingTester, QFormerTester
 
 modeling, configuration = suite.load("test_modeling_common"), suite.load("test_configuration_common")
 PROMPT = dict(use_qformer_text_input=True, vocab_size=50, max_position_embeddings=16)
@@ -81,6 +88,19 @@ class QFormerTest(QFormerTests, unittest.TestCase):
 class PromptQFormerTest(QFormerTests, unittest.TestCase):
     def setUp(self) -> None:
         self.model_tester = QFormerTester(self, **PROMPT)
+
+
+@decisions.skip(decisions.PRETRAINING)
+class PretrainingTest(ConfigurationTests, modeling.ModelTesterMixin, suite.GenerationTesterMixin, unittest.TestCase):
+    config_class = QFormerPretrainingConfig
+    all_model_classes = (QFormerForPretraining,)
+    _is_composite = True
+    test_attention_outputs = False
+    test_all_params_have_gradient = False  # CLIP's last norm belongs to its pooled output, which nothing needs
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self) -> None:
+        self.model_tester = PretrainingTester(self)
 
 
 @decisions.skip(decisions.AS_BLIP2)

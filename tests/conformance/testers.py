@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Blip2Config, PreTrainedConfig
 
-from qformer_captioner import QFormerCaptionerConfig, QFormerConfig
+from qformer_captioner import QFormerCaptionerConfig, QFormerConfig, QFormerPretrainingConfig
 
 from ..fixtures import tiny
 
@@ -98,6 +98,16 @@ class QFormerTester(ModelTester):
     def get_inputs(self) -> dict[str, Any]:
         inputs = {"encoder_hidden_states": torch.rand(BATCH_SIZE, IMAGE_TOKENS, tiny.VISION_WIDTH)}
         return inputs | (prompts(self.fields["vocab_size"]) if self.fields else {})
+
+
+class PretrainingTester(ModelTester):
+    """Tester of a model of stage 1."""
+
+    def get_config(self) -> QFormerPretrainingConfig:
+        return tiny.pretraining_model("clip").config
+
+    def get_inputs(self) -> dict[str, Any]:
+        return {"pixel_values": torch.rand(BATCH_SIZE, 3, tiny.SIDE, tiny.SIDE), **prompts()}
 
 
 class Blip2Tester(ModelTester):
