@@ -24,14 +24,16 @@ logger = get_logger(__name__)
 LOSSES = ("itc_loss", "itm_loss", "itg_loss")
 MAX_SIMILARITIES = 2**26  # computed at once, of queries and texts
 
+RowVectors = tuple[int, torch.Tensor, torch.Tensor]  # number of a row, vectors of its image [Q, E] and its texts [K, E]
+
 
 class PretrainingTrainer(QFormerTrainer):
     """Trainer of a [`QFormerForPretraining`] on captioned images.
 
-    **Evaluation** logs each loss (`eval_itc_loss`, ...) and their weighted sum (`eval_loss`). It also logs the recall
-    of retrieval by contrast among all rows, such as `eval_image_to_text_r1`. All are logged again with the images
-    shuffled among the rows (`eval_loss_shuffled`, ...). Then the recall is at chance. A table of the retrieved captions
-    and two plots are written to the output folder (`evaluation_files.py`).
+    **Evaluation** logs each loss (`eval_itc_loss`, ...) and their weighted sum (`eval_loss`), for the first caption of
+    each row. It also logs the recall of retrieval by contrast among all captions, such as `eval_image_to_text_r1`. All
+    are logged again with the images shuffled among the rows (`eval_loss_shuffled`, ...). Then the recall is at chance.
+    A table of the retrieved captions and two plots are written to the output folder (`evaluation_files.py`).
 
     **Loss.** The log of training has each loss, too. A row alone has no wrong pairs, so a last batch of one row is left
     out.
@@ -99,9 +101,10 @@ class PretrainingTrainer(QFormerTrainer):
     @torch.no_grad()
     def _evaluate_rows(self, rows: CaptionDataset) -> tuple[dict[str, float], Callable[[], None]]:
         """Return losses and recalls with right and with shuffled images, and the function that writes the files."""
-        losses, similarity, image_of_text = self._run(rows, "right inputs")
+        losses, vectors = self._run(rows, "right inputs")
+        similarity, image_of_text = similarities(gather_object(vectors), self.args.device)
         shuffled_rows = ShuffledImages(rows)
-        shuffled_losses, _, _ = self._run(shuffled_rows, "shuffled inputs")
+        shuffled_losses, _ = self._run(shuffled_rows, "shuffled inputs", with_texts=False)
         place = torch.tensor([shuffled_rows.image_of[row] for row in range(len(rows))])
         found = {**losses, **recalls(similarity, image_of_text)}
         shuffled = {**shuffled_losses, **recalls(similarity[place], image_of_text)}
@@ -120,18 +123,24 @@ class PretrainingTrainer(QFormerTrainer):
         return metrics, write
 
     def _run(
-        self, rows: CaptionDataset | ShuffledImages, description: str
-    ) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+        self, rows: CaptionDataset | ShuffledImages, description: str, with_texts: bool = True
+    ) -> tuple[dict[str, float], list[RowVectors]]:
         """Run the model on all rows once, in batches that do not depend on the number of processes.
 
+        The losses are those of the first caption of each row. With all captions, matching would take most of the time.
+
+        Args:
+            rows: the rows.
+            description: what the progress bar shows.
+            with_texts: return the vectors of all captions, too.
+
         Returns:
-            The losses by name, similarities of images and texts `[N, M]`, and the image of each text `[M]`, in the
-            order of the rows.
+            The losses by name, and the vectors of the rows of this process.
         """
         model = self.accelerator.unwrap_model(self.model).eval()
-        sums = {name: 0.0 for name in LOSSES if getattr(model.config, name.replace("loss", "weight"))}
-        counts = dict.fromkeys(sums, 0)
-        vectors: list[tuple[list[int], list[torch.Tensor], list[torch.Tensor]]] = []
+        weights = {name: getattr(model.config, name.replace("loss", "weight")) for name in LOSSES}
+        sums, counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(LOSSES, 0)
+        vectors: list[RowVectors] = []
         batches = self._evaluation_batches(len(rows))
         loader = DataLoader(
             rows,
@@ -143,24 +152,25 @@ class PretrainingTrainer(QFormerTrainer):
             progress = tqdm(loader, description, leave=False, disable=self.args.disable_tqdm)
             for indices, batch in zip(batches, progress, strict=True):
                 inputs = self._prepare_inputs(batch)
+                ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")  # [b, K, T]
                 with self.compute_loss_context_manager():
-                    outputs = model(**inputs)
-                mask = inputs["attention_mask"]
-                texts = mask.any(dim=-1)  # [b, K]
-                # Means of contrast are over images, those of matching over texts, those of generation over tokens.
-                sizes = torch.stack([mask.new_tensor(len(indices)), texts.sum(), mask.sum() - texts.sum()])
-                sizes = self.accelerator.reduce(sizes, reduction="sum").tolist()
-                for name, size in zip(LOSSES, sizes, strict=True):
-                    if name in sums:
-                        loss = self.accelerator.reduce(outputs[name].detach().float(), reduction="mean").item()
-                        sums[name] += loss * size
-                        counts[name] += size
-                text_vectors = outputs.text_vectors.float().cpu().split(texts.sum(dim=1).tolist())
-                vectors.append((indices, list(outputs.image_vectors.float().cpu()), list(text_vectors)))
-        losses = {name: total / counts[name] for name, total in sums.items()}
-        weighted = sum(getattr(model.config, name.replace("loss", "weight")) * loss for name, loss in losses.items())
-        similarity, image_of_text = similarities(gather_object(vectors), self.args.device)
-        return {"loss": weighted, **losses}, similarity, image_of_text
+                    outputs = model(**inputs, input_ids=ids[:, 0], attention_mask=mask[:, 0])
+                # Means of contrast and matching are over rows, those of generation over all tokens but the first.
+                tokens = mask[:, 0].sum() - len(indices)
+                sizes = torch.stack([mask.new_tensor(len(indices)), tokens])
+                num_rows, num_tokens = self.accelerator.reduce(sizes, reduction="sum").tolist()
+                for name in (name for name, weight in weights.items() if weight):
+                    loss = self.accelerator.reduce(outputs[name].float(), reduction="mean").item()
+                    size = num_tokens if name == "itg_loss" else num_rows
+                    sums[name], counts[name] = sums[name] + loss * size, counts[name] + size
+                if with_texts:
+                    texts = mask.any(dim=-1)  # [b, K]
+                    with self.compute_loss_context_manager():
+                        of_texts = model.get_text_features(ids[texts], mask[texts]).pooler_output
+                    parts = of_texts.float().cpu().split(texts.sum(dim=1).tolist())
+                    vectors += zip(indices, outputs.image_vectors.float().cpu(), parts, strict=True)
+        losses = {name: sums[name] / counts[name] for name, weight in weights.items() if weight}
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}, vectors
 
     def _evaluation_batches(self, num_rows: int) -> list[list[int]]:
         """Return the rows of each batch of this process.
@@ -183,21 +193,17 @@ class PretrainingTrainer(QFormerTrainer):
             yield
 
 
-def similarities(
-    parts: list[tuple[list[int], list[torch.Tensor], list[torch.Tensor]]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def similarities(vectors: list[RowVectors], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the similarity of each image and each text `[N, M]`, and the image of each text `[M]`.
 
     Args:
-        parts: for each batch of each process, the rows, and the vectors of their images (`[Q, E]` each) and of their
-            texts (`[K, E]` each).
+        vectors: those of all rows, in any order.
         device: device to compute on.
     """
-    of_rows = ((row, images[at], texts[at]) for rows, images, texts in parts for at, row in enumerate(rows))
-    in_order = sorted(of_rows, key=lambda part: part[0])
-    counts = [len(texts) for _, _, texts in in_order]
+    in_order = sorted(vectors, key=lambda row: row[0])
     texts = torch.cat([texts for _, _, texts in in_order]).to(device)  # [M, E]
     images = torch.stack([image for _, image, _ in in_order])  # [N, Q, E]
     at_once = max(1, MAX_SIMILARITIES // (images.shape[1] * len(texts)))
     blocks = [(block.to(device) @ texts.T).amax(dim=1).cpu() for block in images.split(at_once)]
-    return torch.cat(blocks), torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    counts = torch.tensor([len(texts) for _, _, texts in in_order])
+    return torch.cat(blocks), torch.arange(len(counts)).repeat_interleave(counts)

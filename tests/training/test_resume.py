@@ -186,7 +186,7 @@ def test_two_processes_pretrain_as_one(backbones, commands, tmp_path):
     }
     train_hf.train(options["one"])
     launch(commands, options["two"], "cpu")
-    for key in ("loss", "itc_loss", "itm_loss", "eval_itc_loss", "eval_itm_loss_shuffled", "eval_mean_recall"):
+    for key in ("loss", "itc_loss", "itm_loss", "eval_itc_loss", "eval_itm_loss_shuffled", "eval_text_to_image_r1"):
         expected, values = (losses(tmp_path / name, key) for name in sizes)
         assert expected and values == pytest.approx(expected, rel=1e-3, abs=1e-4)
     expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in sizes)
