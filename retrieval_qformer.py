@@ -343,10 +343,13 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         numbers = torch.cartesian_prod(
             torch.arange(len(features), device=features.device), texts_of_batch.image_of_text
         ).view(-1, 2)  # of image and text in each pair
-        logits = [
-            self._matching_logits(texts_of_batch.select(pairs[:, 1], pairs[:, 0]), keys, len(features))
-            for pairs in numbers.split(PAIRS_OF_A_PASS)
-        ]
+        logits = []
+        for pairs in numbers.split(PAIRS_OF_A_PASS):  # sorted by image
+            first, last = int(pairs[0, 0]), int(pairs[-1, 0])
+            own = slice(first, last + 1)
+            own_keys = keys.select(own, [tensor[own] for tensor in keys.tensors()])
+            chunk = texts_of_batch.select(pairs[:, 1], pairs[:, 0] - first)
+            logits.append(self._matching_logits(chunk, own_keys, last + 1 - first))
         return torch.cat(logits).float().softmax(dim=1)[:, 1].view(len(features), -1)
 
     def _prepare(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qformer_captioner import QFormerForPretraining, QFormerModel, QFormerPretrainingProcessor
+from qformer_captioner import QFormerForPretraining, QFormerModel, QFormerPretrainingProcessor, retrieval_qformer
 
 from ..fixtures import tiny
 
@@ -157,7 +157,8 @@ def test_matching_of_a_pair_does_not_depend_on_the_batch(model):
         torch.testing.assert_close(together[row : row + 1], alone, **NEAR)
 
 
-def test_similarity_and_match_are_the_scores_of_the_vectors_and_the_pairs(model):
+def test_similarity_and_match_are_the_scores_of_the_vectors_and_the_pairs(model, monkeypatch):
+    monkeypatch.setattr(retrieval_qformer, "PAIRS_OF_A_PASS", 3)  # passes that begin within an image
     features = batch()["image_embeds"]
     inputs = model.processor(text=tiny.CAPTIONS[:2])
     similarity, match = (
