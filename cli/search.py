@@ -49,6 +49,11 @@ def parse_options(words: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     check_at_least(options, 1, "top_k", "batch_size")
     check_at_least(options, 0, "rerank_top_k", "num_workers")
+    if 0 < options.rerank_top_k < options.top_k:
+        raise InputError(
+            f"--rerank_top_k {options.rerank_top_k} is less than the {options.top_k} images of --top_k: rank at least "
+            "as many again as are shown, or give a smaller --top_k."
+        )
     if options.output is not None:
         check_output(options.output)
     if not Path(options.folder).is_dir():

@@ -73,6 +73,7 @@ def test_broken_images_are_counted_and_named(stage1, photos, log):
     [
         (["a dog", "nowhere", "--model", "m"], "There is no folder 'nowhere'"),
         (["a dog", ".", "--model", "m", "--top_k", "0"], "--top_k must be at least 1"),
+        (["a dog", ".", "--model", "m", "--rerank_top_k", "4"], "is less than the 12 images of --top_k"),
         (["a dog", ".", "--model", "m", "--output", "nowhere/page.html"], "There is no folder for"),
         (["a dog", ".", "--model", "./nowhere"], r"The model './nowhere' cannot be loaded from a folder or the Hub"),
         (["a dog"], "The following arguments are required: FOLDER."),
