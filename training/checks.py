@@ -189,6 +189,11 @@ def check_pretraining(args: ModelArguments, training_args: QFormerTrainingArgume
         if getattr(args, name) is not None and getattr(args, source) is not None:
             raise InputError(f"--{name} describes a new tokenizer, but --{source} has one: leave out one of the two.")
     compares = args.itc_weight != 0 or args.itm_weight != 0
+    if training_args.n_gpu > 1:  # DataParallel would contrast only the rows of each GPU
+        raise InputError(
+            f"This process has {training_args.n_gpu} GPUs, but pretraining needs a process for each: start it with "
+            f"torchrun --nproc_per_node {training_args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
     if compares and training_args.per_device_train_batch_size * training_args.world_size == 1:
         raise InputError(
             "A batch of one row has no wrong pairs to learn from: give --per_device_train_batch_size of at least 2, or "

@@ -72,6 +72,10 @@ class PretrainingTrainer(QFormerTrainer):
 
     # --- Training -----------------------------------------------------------------------------------------------------
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Return the names that the Trainer returns without the temperature, which CLIP and BLIP-2 do not decay."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -18,6 +18,7 @@ from qformer_captioner.data.skipped_rows import SkippedRows
 from qformer_captioner.hub.layout import check_folder
 from qformer_captioner.hub.model_card import card_for_hub
 from qformer_captioner.hub.push import collect_files
+from qformer_captioner.training.checks import check_options
 from qformer_captioner.training.data_setup import load_datasets
 from qformer_captioner.training.from_scratch import pretraining_from_scratch, train_text_tokenizer
 from qformer_captioner.training.pretraining_setup import check_rows
@@ -280,6 +281,13 @@ def test_a_last_batch_of_one_row_is_left_out(dataset, tmp_path, log, size, steps
     assert ("is left out" in log.text) == (10 % size == 1)
 
 
+def test_only_matrices_decay(dataset, tmp_path):
+    trainer = new_trainer(dataset, tmp_path)
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    assert "vision_projection.weight" in decayed
+    assert all(weight.ndim > 1 for name, weight in trainer.model.named_parameters() if name in decayed)
+
+
 def test_a_batch_has_all_captions_of_each_image_and_masks_missing_ones():
     model = new_model()
     rows = [{"image": tiny.picture(0), "captions": ["a red picture"]}]
@@ -351,6 +359,13 @@ def test_options_that_do_not_fit_are_answered_in_one_sentence(pictures, tmp_path
         train_hf.train(command_line(**options))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_in_one_process_are_refused(pictures, tmp_path):
+    options = train_hf.parse_options(command_line(**OPTIONS, dataset_name=pictures, output_dir=tmp_path / "run"))
+    options[3]._n_gpu = 2
+    with pytest.raises(InputError, match="torchrun --nproc_per_node 2"):
+        check_options(*options, changed_options=[])
 
 
 def test_sharding_by_fsdp_is_refused_before_training(pictures, tmp_path, monkeypatch):
