@@ -1,7 +1,6 @@
 """Shared parts of the benchmarks: timing in turn, facts about the machine, memory, result files and figures."""
 
 import json
-import math
 import os
 import platform
 import re
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 RESULTS_DIR = Path(__file__).parent / "results"
 
@@ -86,12 +86,34 @@ def _process_status_mb(field: str) -> float:
     return int(status[field].removesuffix("kB")) / 1024
 
 
+class CountFlop(TorchDispatchMode):
+    """Context that counts the floating-point operations of matrix products, in `total`.
+
+    `FlopCounterMode` cannot count a step that computes gradients in its forward pass, because it follows modules.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        operation = function._overloadpacket
+        if operation is torch.ops.mkldnn._linear_pointwise:
+            inputs, weight = args[:2]
+            self.total += 2 * inputs.numel() * len(weight)
+        elif operation in flop_registry:
+            self.total += flop_registry[operation](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def count_gflop(run: Callable[[], object]) -> float:
     """Return the floating-point operations of the matrix products in a run, forward and backward, in units of 1e9."""
-    onednn_linear = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
-    with FlopCounterMode(display=False, custom_mapping=onednn_linear) as counter:
+    with CountFlop() as counter:
         run()
-    return counter.get_total_flops() / 1e9
+    return counter.total / 1e9
 
 
 def matrix_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
