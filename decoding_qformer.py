@@ -174,7 +174,7 @@ class QFormerDecodingModel(QFormerRetrievalModel, QFormerCaptioningModel):
         texts = check_texts(input_ids, attention_mask, num_images, self.qformer.config)
         last = texts.mask.sum(dim=1, keepdim=True) - 1
         has_end = texts.ids.gather(1, last) == cast(int, self.config.eos_token_id)
-        if not has_end.all() or (last == 0).any():
+        if not has_end.all():
             raise ValueError(
                 "The texts to continue must be `[CLS] text [SEP]`: make them with `model.processor(text=...)`, which "
                 "adds the special tokens."
