@@ -414,7 +414,7 @@ def test_rows_of_one_image_that_are_not_merged_are_reported(tmp_path, log):
 
 def test_one_row_to_evaluate_on_is_refused(pictures, tmp_path):
     options = OPTIONS | {"dataset_name": pictures, "output_dir": tmp_path / "run", "max_eval_samples": 1}
-    with pytest.raises(InputError, match="All rows to evaluate on have the same image"):
+    with pytest.raises(InputError, match="There are 1 rows to evaluate on"):
         train_hf.train(command_line(**options))
 
 
