@@ -219,7 +219,7 @@ class QFormerForPretraining(QFormerDecodingModel):
         # Each process computes the loss of all. The average of their gradients is right for the temperature, which all
         # share. It is too small for features, of which each process has its own.
         processes = num_processes()
-        logits = similarity * scale_gradient(self.logit_scale, 1 / processes).exp()
+        logits = similarity * scale_gradient(self.logit_scale.clamp(max=MAX_LOGIT_SCALE), 1 / processes).exp()
         if self.config.itc_loss == "sigmoid":
             logits = logits + scale_gradient(self.logit_bias, 1 / processes)
         if with_loss:

@@ -82,7 +82,7 @@ def check_texts(
     if not has_text.any(dim=1).all():
         raise ValueError(
             f"Row {int(has_text.any(dim=1).int().argmin())} of the batch has no text: its mask is 0 everywhere. "
-            "Leave out images without texts."
+            "Leave out rows without texts."
         )
     image_of_text, _ = has_text.nonzero(as_tuple=True)
     is_text = has_text.flatten()

@@ -159,3 +159,11 @@ def test_padded_features_do_not_change_the_losses():
     padded = torch.cat([torch.full((3, 2, tiny.VISION_WIDTH), torch.nan), features], dim=1).double()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]] * 3)
     torch.testing.assert_close(model(image_embeds=padded, image_attention_mask=mask, **texts).loss, expected)
+
+
+def test_the_temperature_is_bounded_in_evaluation_as_in_training():
+    model = tiny.pretraining_model(vision=None, itm_weight=0.0)
+    features, texts = torch.randn(3, 6, tiny.VISION_WIDTH), texts_of([[5], [9], [3]])
+    with torch.no_grad():
+        model.logit_scale.fill_(10.0)  # an optimizer step may pass the bound
+        assert model(image_embeds=features, **texts).logits_per_image.abs().max() <= 100.001
