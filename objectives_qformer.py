@@ -18,6 +18,23 @@ from torch.distributed.nn.functional import all_gather as all_gather_with_gradie
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def right_pairs(num_images: int, image_of_text: torch.Tensor) -> torch.Tensor:
+    """Return which texts belong to which image, bool `[N, M]`.
+
+    Args:
+        num_images: number of images, N.
+        image_of_text (`[M]`, long): image of each text.
+
+    Example:
+
+    ```python
+    >>> right_pairs(2, torch.tensor([0, 1, 1])).tolist()
+    [[True, False, False], [False, True, True]]
+    ```
+    """
+    return image_of_text == torch.arange(num_images, device=image_of_text.device)[:, None]
+
+
 def softmax_contrast(logits: torch.Tensor, image_of_text: torch.Tensor, label_smoothing: float) -> torch.Tensor:
     """Return the mean cross-entropy of choosing a text for each image, and the image for each text.
 
@@ -35,7 +52,7 @@ def softmax_contrast(logits: torch.Tensor, image_of_text: torch.Tensor, label_sm
     tensor(0.)
     ```
     """
-    is_right = (image_of_text == torch.arange(len(logits), device=logits.device)[:, None]).to(logits.dtype)  # [N, M]
+    is_right = right_pairs(len(logits), image_of_text).to(logits.dtype)  # [N, M]
     losses = []
     for scores, right in ((logits, is_right), (logits.t(), is_right.t())):
         targets = (1 - label_smoothing) * right / right.sum(dim=1, keepdim=True) + label_smoothing / right.shape[1]
@@ -57,7 +74,7 @@ def sigmoid_contrast(logits: torch.Tensor, image_of_text: torch.Tensor) -> torch
     True
     ```
     """
-    is_right = image_of_text == torch.arange(len(logits), device=logits.device)[:, None]
+    is_right = right_pairs(len(logits), image_of_text)
     signs = torch.where(is_right, 1.0, -1.0).to(logits.dtype)
     return -nn.functional.logsigmoid(signs * logits).sum() / len(image_of_text)
 
@@ -85,7 +102,7 @@ def draw_negatives(logits: torch.Tensor, image_of_text: torch.Tensor) -> tuple[t
     (tensor([1, 0]), tensor([1, 0]))
     ```
     """
-    is_right = image_of_text == torch.arange(len(logits), device=logits.device)[:, None]  # [N, M]
+    is_right = right_pairs(len(logits), image_of_text)
     if bool(is_right.all(dim=1).any()):
         raise ValueError(
             "Matching needs texts of at least two images in a batch, to choose wrong pairs: use larger batches, or "

@@ -8,6 +8,8 @@ time, and then train the captioner. Their contrastive loss is softmax or sigmoid
 language model are the same. The command first measures the time of a step of each stage. From these times it takes the
 numbers of steps. Evaluation, which all have once at the end, does not count.
 
+This benchmark has not been run yet, so docs/results.md has no figures of it.
+
 Each run adds a line of JSON to benchmarks/results/stages.jsonl and is not repeated. A killed command therefore
 continues where it stopped.
 """
