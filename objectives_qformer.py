@@ -18,99 +18,107 @@ from torch.distributed.nn.functional import all_gather as all_gather_with_gradie
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def right_pairs(num_images: int, image_of_text: torch.Tensor) -> torch.Tensor:
-    """Return which texts belong to which image, bool `[N, M]`.
+def right_pairs(num_images: int, image_of_text: torch.Tensor, text_numbers: torch.Tensor) -> torch.Tensor:
+    """Return which texts are right for which image, bool `[N, M]`: its own texts, and all texts equal to one of them.
 
     Args:
         num_images: number of images, N.
         image_of_text (`[M]`, long): image of each text.
+        text_numbers (`[M]`, long): numbers from 0 to M - 1, the same one for equal texts.
 
     Example:
 
     ```python
-    >>> right_pairs(2, torch.tensor([0, 1, 1])).tolist()
-    [[True, False, False], [False, True, True]]
+    >>> right_pairs(3, torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 0])).tolist()
+    [[True, False, False, True], [False, True, True, False], [True, False, False, True]]
     ```
     """
-    return image_of_text == torch.arange(num_images, device=image_of_text.device)[:, None]
+    has_text = torch.zeros(num_images, len(text_numbers), dtype=torch.bool, device=text_numbers.device)
+    has_text[image_of_text, text_numbers] = True
+    return has_text[:, text_numbers]
 
 
-def softmax_contrast(logits: torch.Tensor, image_of_text: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    """Return the mean cross-entropy of choosing a text for each image, and the image for each text.
+def softmax_contrast(logits: torch.Tensor, is_right: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Return the mean cross-entropy of choosing a text for each image, and an image for each text.
 
-    All texts of an image are equally right, as in LAVIS' fine-tuning on COCO.
+    All texts that are right for an image are equally right, as in LAVIS' fine-tuning on COCO.
 
     Args:
         logits (`[N, M]`): similarities of images and texts, divided by the temperature.
-        image_of_text (`[M]`, long): image of each text. Each image has a text.
+        is_right (`[N, M]`, bool): which texts are right for which image, as [`right_pairs`] returns it.
         label_smoothing: share of the target probability that is spread over all candidates.
 
     Example:
 
     ```python
-    >>> softmax_contrast(torch.eye(2) * 100, torch.tensor([0, 1]), 0.0)
+    >>> softmax_contrast(torch.eye(2) * 100, torch.eye(2).bool(), 0.0)
     tensor(0.)
     ```
     """
-    is_right = right_pairs(len(logits), image_of_text).to(logits.dtype)  # [N, M]
     losses = []
     for scores, right in ((logits, is_right), (logits.t(), is_right.t())):
+        right = right.to(logits.dtype)
         targets = (1 - label_smoothing) * right / right.sum(dim=1, keepdim=True) + label_smoothing / right.shape[1]
         losses.append(-(targets * scores.log_softmax(dim=1)).sum(dim=1).mean())
     return (losses[0] + losses[1]) / 2
 
 
-def sigmoid_contrast(logits: torch.Tensor, image_of_text: torch.Tensor) -> torch.Tensor:
+def sigmoid_contrast(logits: torch.Tensor, is_right: torch.Tensor) -> torch.Tensor:
     """Return the binary cross-entropy of all pairs of image and text, summed over images, mean over texts (SigLIP).
 
     Args:
         logits (`[N, M]`): scaled similarities of images and texts plus the bias.
-        image_of_text (`[M]`, long): image of each text.
+        is_right (`[N, M]`, bool): which texts are right for which image, as [`right_pairs`] returns it.
 
     Example:
 
     ```python
-    >>> sigmoid_contrast(torch.tensor([[100.0, -100.0], [-100.0, 100.0]]), torch.tensor([0, 1])).item() == 0
+    >>> sigmoid_contrast(torch.tensor([[100.0, -100.0], [-100.0, 100.0]]), torch.eye(2).bool()).item() == 0
     True
     ```
     """
-    is_right = right_pairs(len(logits), image_of_text)
     signs = torch.where(is_right, 1.0, -1.0).to(logits.dtype)
-    return -nn.functional.logsigmoid(signs * logits).sum() / len(image_of_text)
+    return -nn.functional.logsigmoid(signs * logits).sum() / logits.shape[1]
 
 
-def draw_negatives(logits: torch.Tensor, image_of_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_negatives(
+    logits: torch.Tensor, is_right: torch.Tensor, image_of_text: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a wrong image for each text, and for each text another text that is wrong for its image.
 
-    The probability is the softmax of the logits, so hard negatives are drawn more often. Other texts of the same image
-    are never drawn.
+    The probability is the softmax of the logits, so hard negatives are drawn more often. A right pair is drawn only for
+    a text or an image that is right with all others, and must then not count.
 
     Args:
         logits (`[N, M]`): similarities of images and texts, divided by the temperature.
+        is_right (`[N, M]`, bool): which texts are right for which image, as [`right_pairs`] returns it.
         image_of_text (`[M]`, long): image of each text.
 
     Returns:
         Indices of images and of texts, each `[M]`.
 
     Raises:
-        ValueError: if there is only one image with texts.
+        ValueError: if there is only one image.
 
     Example:
 
     ```python
-    >>> draw_negatives(torch.zeros(2, 2), torch.tensor([0, 1]))
+    >>> draw_negatives(torch.zeros(2, 2), torch.eye(2).bool(), torch.tensor([0, 1]))
     (tensor([1, 0]), tensor([1, 0]))
     ```
     """
-    is_right = right_pairs(len(logits), image_of_text)
-    if bool(is_right.all(dim=1).any()):
+    if len(is_right) < 2:
         raise ValueError(
             "Matching needs texts of at least two images in a batch, to choose wrong pairs: use larger batches, or "
             "`itm_weight=0`."
         )
     wrong = logits.detach().float().masked_fill(is_right, -torch.inf)
-    images = wrong.t().softmax(dim=1).multinomial(1).squeeze(1)
-    texts = wrong.softmax(dim=1)[image_of_text].multinomial(1).squeeze(1)
+
+    def probabilities(scores: torch.Tensor) -> torch.Tensor:
+        return scores.masked_fill(scores.isneginf().all(dim=1, keepdim=True), 0).softmax(dim=1)
+
+    images = probabilities(wrong.t()).multinomial(1).squeeze(1)
+    texts = probabilities(wrong)[image_of_text].multinomial(1).squeeze(1)
     return images, texts
 
 
@@ -172,12 +180,17 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def first_of_process(count: int, device: torch.device) -> int:
-    """Return the number of the first row of this process among the rows of all processes, of which this has `count`."""
+def place_in_batch(count: int, device: torch.device) -> tuple[int, int]:
+    """Return the place of the first row of this process among those of all processes, and the number of all rows.
+
+    Args:
+        count: number of rows of this process.
+        device: device of the process group.
+    """
     if num_processes() == 1:
-        return 0
-    counts = gather_rows(torch.tensor([count], device=device))
-    return int(sum(counts[: dist.get_rank()], start=torch.zeros(1, device=device)))
+        return 0, count
+    counts = torch.cat(gather_rows(torch.tensor([count], device=device))).tolist()
+    return sum(counts[: dist.get_rank()]), sum(counts)
 
 
 def gather_rows(rows: torch.Tensor, with_gradient: bool = False) -> list[torch.Tensor]:

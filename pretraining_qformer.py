@@ -36,10 +36,10 @@ from .objectives_qformer import (
     ChunkedMatching,
     broadcast,
     draw_negatives,
-    first_of_process,
     gather_features,
     gather_rows,
     num_processes,
+    place_in_batch,
     scale_gradient,
     sigmoid_contrast,
     softmax_contrast,
@@ -71,7 +71,8 @@ class QFormerPretrainingOutput(ModelOutput):
         logits_per_text (`[M, N]`, float32): the same, transposed.
         itm_logits (`[3m, 2]`, float32, *optional*): logits of not matching and matching of the m texts of this process:
             each with its image, with a wrong image, and its image with another text.
-        negative_images, negative_texts (`[M]`, long, *optional*): the wrong image for each text, and the other text.
+        negative_images, negative_texts (`[M]`, long, *optional*): the wrong image for each text, and the other text. If
+            all images are right for a text, or all texts for its image, a right one, which does not count.
         image_vectors (`[B, Q, E]`), text_vectors (`[m, E]`): what is compared, of the images and texts of this process.
     """
 
@@ -129,6 +130,9 @@ class QFormerForPretraining(QFormerDecodingModel):
 
         The processes of a run share the batch: negatives come from all of them, and the average of their gradients is
         the gradient of the whole batch.
+
+        A text is right for its own image, and for every image that has an equal text. A text without a wrong image, or
+        whose image has no wrong text, is matched without it.
 
         Args:
             pixel_values (`[B, 3, H, W]`, or `[B, F, 3, H, W]` for videos, float): images; or
@@ -191,9 +195,12 @@ class QFormerForPretraining(QFormerDecodingModel):
         first_tokens = tokens[0][lengths.cumsum(0) - lengths]  # [M, Dq]
         vectors = self._image_vectors(states), self._text_vectors(first_tokens)
         output = QFormerPretrainingOutput(image_vectors=vectors[0], text_vectors=vectors[1])
-        image_of_text = self._contrast(output, *vectors, texts, with_loss="itc_loss" in weights)
+        first_image, num_images = place_in_batch(len(features), features.device)
+        all_texts = texts.gather(first_image)
+        is_right = all_texts.right_pairs(num_images)  # [N, M], used by contrast and matching
+        self._contrast(output, *vectors, is_right, with_loss="itc_loss" in weights)
         if "itm_loss" in weights:
-            self._match_negatives(output, texts, image_of_text, keys, features, mask)
+            self._match_negatives(output, len(texts.ids), all_texts, is_right, keys, features, mask)
         if "itg_loss" in weights:
             output.itg_loss = self._generation_loss(tokens[1], texts)
         if weights:
@@ -205,12 +212,10 @@ class QFormerForPretraining(QFormerDecodingModel):
         output: QFormerPretrainingOutput,
         image_vectors: torch.Tensor,  # [B, Q, E]
         text_vectors: torch.Tensor,  # [m, E], of this process
-        texts: TextBatch,
+        is_right: torch.Tensor,  # [N, M], of all processes
         with_loss: bool,
-    ) -> torch.Tensor:
-        """Compute similarities and the contrastive loss, and return the image of each text of all processes, `[M]`."""
-        first_image = first_of_process(len(image_vectors), image_vectors.device)
-        image_of_text = torch.cat(gather_rows(texts.image_of_text + first_image))  # [M]
+    ) -> None:
+        """Compute similarities and the contrastive loss."""
         images, text_vectors = gather_features(image_vectors), gather_features(text_vectors)  # [N, Q, E], [M, E]
         similarity = (images @ text_vectors.t()).amax(dim=1).float()  # [N, M]
         if self.training:
@@ -224,46 +229,50 @@ class QFormerForPretraining(QFormerDecodingModel):
             logits = logits + scale_gradient(self.logit_bias, 1 / processes)
         if with_loss:
             if self.config.itc_loss == "sigmoid":
-                loss = sigmoid_contrast(logits, image_of_text)
+                loss = sigmoid_contrast(logits, is_right)
             else:
-                loss = softmax_contrast(logits, image_of_text, self.config.label_smoothing)
+                loss = softmax_contrast(logits, is_right, self.config.label_smoothing)
             output.itc_loss = scale_gradient(loss, processes)
         output.logits_per_image, output.logits_per_text = logits, logits.t()
-        return image_of_text
 
     def _match_negatives(
         self,
         output: QFormerPretrainingOutput,
-        texts: TextBatch,
-        image_of_text: torch.Tensor,  # [M], of all processes
+        count: int,  # m
+        texts: TextBatch,  # M, of all processes
+        is_right: torch.Tensor,  # [N, M], of all processes
         keys: ImageKeys,
         features: torch.Tensor,  # [B, N, Dv]
         mask: torch.Tensor | None,
     ) -> None:
-        """Match each text with its image, with a wrong image, and its image with another text."""
+        """Match each of the m texts of this process with its image, with a wrong image, and its image with another."""
         assert output.logits_per_image is not None
+        image_of_text, num_texts = texts.image_of_text, len(texts.ids)
         # Vectors that nothing trains say nothing about which pairs are hard.
         logits = output.logits_per_image if self.config.itc_weight else torch.zeros_like(output.logits_per_image)
-        negative_images, negative_texts = map(broadcast, draw_negatives(logits, image_of_text))
+        negative_images, negative_texts = map(broadcast, draw_negatives(logits, is_right, image_of_text))
         output.negative_images, output.negative_texts = negative_images, negative_texts
-        count = len(texts.ids)
-        first = first_of_process(count, features.device)
+        numbers = torch.arange(num_texts, device=features.device)
+        image_of_row = torch.stack([image_of_text, negative_images, image_of_text])  # [3, M]
+        text_of_row = torch.stack([numbers, numbers, negative_texts])
+        is_match = is_right[image_of_row, text_of_row]
+        is_counted = ~is_match  # a right pair was drawn where there is no wrong one
+        is_counted[0] = True
+        total = is_counted.sum()
+        first, _ = place_in_batch(count, features.device)
         own = slice(first, first + count)
-        numbers = torch.arange(first, first + count, device=features.device)
-        text_of_row = torch.cat([numbers, numbers, negative_texts[own]])
-        image_of_row = torch.cat([image_of_text[own], negative_images[own], image_of_text[own]])
+        image_of_row, text_of_row = image_of_row[:, own].flatten(), text_of_row[:, own].flatten()
         keys, image_of_row = self._keys_of_images(image_of_row, keys, features, mask)
         # A wrong pair may be drawn several times. Each pair is computed once, those of an image side by side.
-        numbers, pair_of_row, counts = (image_of_row * len(image_of_text) + text_of_row).unique(
-            return_inverse=True, return_counts=True
-        )
-        image_of_pair, text_of_pair = numbers // len(image_of_text), numbers % len(image_of_text)
-        is_match = torch.zeros_like(numbers, dtype=torch.bool)
-        is_match[pair_of_row[:count]] = True
-        pairs = texts.gather(image_of_text).select(text_of_pair, image_of_pair)
-        loss, logits = self._matching_loss(pairs, is_match, counts, keys)
+        numbers, pair_of_row = (image_of_row * num_texts + text_of_row).unique(return_inverse=True)
+        image_of_pair, text_of_pair = numbers // num_texts, numbers % num_texts
+        is_match_of_pair = torch.zeros_like(numbers, dtype=torch.bool)
+        is_match_of_pair[pair_of_row] = is_match[:, own].flatten()
+        counts = torch.zeros_like(numbers).index_add_(0, pair_of_row, is_counted[:, own].flatten().long())
+        pairs = texts.select(text_of_pair, image_of_pair)
+        loss, logits = self._matching_loss(pairs, is_match_of_pair, counts, keys)
         output.itm_logits = logits[pair_of_row]
-        output.itm_loss = loss * num_processes() / (3 * len(image_of_text))
+        output.itm_loss = loss * num_processes() / total
 
     def _matching_loss(
         self, pairs: TextBatch, is_match: torch.Tensor, counts: torch.Tensor, keys: ImageKeys
@@ -303,7 +312,7 @@ class QFormerForPretraining(QFormerDecodingModel):
         count = len(features)
         if num_processes() == 1:
             return keys, image_of_row
-        first = first_of_process(count, features.device)
+        first, _ = place_in_batch(count, features.device)
         is_own = (image_of_row >= first) & (image_of_row < first + count)
         others = image_of_row[~is_own].unique()  # sorted
         if mask is None:

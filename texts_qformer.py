@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_qformer import QFormerConfig
 from .features_qformer import bool_mask
-from .objectives_qformer import gather_rows, num_processes
+from .objectives_qformer import gather_rows, num_processes, right_pairs
 
 
 @dataclass
@@ -33,12 +33,18 @@ class TextBatch:
         """Return some of the texts, with their images."""
         return TextBatch(self.ids[index], self.mask[index], image_of_text)
 
-    def gather(self, image_of_text: torch.Tensor) -> "TextBatch":
-        """Return the texts of all processes, whose images are `image_of_text`."""
+    def gather(self, first_image: int) -> "TextBatch":
+        """Return the texts of all processes, where the images of this process begin with `first_image`."""
         if num_processes() == 1:
             return self
-        ids, mask = (torch.cat(gather_rows(part)) for part in (self.ids, self.mask.long()))
+        parts = self.ids, self.mask.long(), self.image_of_text + first_image
+        ids, mask, image_of_text = (torch.cat(gather_rows(part)) for part in parts)
         return TextBatch(ids, mask.bool(), image_of_text)
+
+    def right_pairs(self, num_images: int) -> torch.Tensor:
+        """Return which texts are right for which image, bool `[N, M]`. Equal texts are right for the same images."""
+        _, numbers = self.ids.masked_fill(~self.mask, -1).unique(dim=0, return_inverse=True)
+        return right_pairs(num_images, self.image_of_text, numbers)
 
     def decoder_inputs(self, bos_token_id: int) -> "TextBatch":
         """Return all tokens of the texts but the last, with the start token in place of the first."""

@@ -35,7 +35,7 @@ from qformer_captioner import QFormerConfig, QFormerForPretraining
 from qformer_captioner.common.onednn import onednn_linears
 from qformer_captioner.configuration_qformer import QFormerPretrainingConfig
 from qformer_captioner.encoders_qformer import PrecomputedFeaturesConfig
-from qformer_captioner.objectives_qformer import softmax_contrast
+from qformer_captioner.objectives_qformer import right_pairs, softmax_contrast
 from qformer_captioner.texts_qformer import QFormerLMHead
 
 from .common import (
@@ -175,7 +175,9 @@ class LavisPasses(nn.Module):
             normalize(self.text_projection(texts), dim=-1),
         )
         logits = (images @ texts.t()).amax(dim=1) * self.logit_scale.exp()  # [B, R]
-        return softmax_contrast(logits, image_of_text, LABEL_SMOOTHING)
+        return softmax_contrast(
+            logits, right_pairs(len(images), image_of_text, torch.arange(len(texts))), LABEL_SMOOTHING
+        )
 
     def matching(
         self,

@@ -52,6 +52,17 @@ def features_of(lengths: list[int]) -> dict[str, torch.Tensor]:
     return features
 
 
+def with_equal_texts(parts: list[dict], places: list[tuple[int, int, int]]) -> list[dict]:
+    """Return the batches of all processes with the very first text at further places: process, image and text."""
+    parts = [{name: part.clone() for name, part in each.items()} for each in parts]
+    first = parts[0]["input_ids"][0, 0][parts[0]["attention_mask"][0, 0].bool()]
+    for process, image, text in places:
+        ids, mask = (parts[process][name][image, text] for name in ("input_ids", "attention_mask"))
+        ids.zero_()[: len(first)] = first
+        mask.zero_()[: len(first)] = 1
+    return parts
+
+
 def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the batches of all processes as one, padded to the longest."""
     parts = [dict(part) for part in parts]
@@ -86,6 +97,12 @@ def cases() -> dict[str, tuple[QFormerForPretraining, list[dict[str, torch.Tenso
     found["frozen"][0].vision_model.requires_grad_(False)
     weights = {"itc_weight": 0.5, "itm_weight": 2.0, "itg_weight": 0.0}
     found["without generation"] = tiny.pretraining_model("vit", deep, **weights), of_images
+    places = [(0, 1, 0), (1, 0, 0), (1, 2, 0)]
+    found["equal texts"] = tiny.pretraining_model(None, deep), with_equal_texts(of_features, places)
+    alike = [texts_of([[4], [4]]), texts_of([[4, 0], [4, 0], [4, 3]])]  # the last text alone is wrong for an image
+    alike = [{**part, **text} for part, text in zip(features, alike, strict=True)]
+    places = [(0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0)]
+    found["texts without wrong pairs"] = tiny.pretraining_model(None, deep), with_equal_texts(alike, places)
     found["matching alone"] = tiny.pretraining_model(None, itc_weight=0, itg_weight=0), of_features
     return found
 
