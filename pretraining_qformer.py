@@ -67,13 +67,15 @@ class QFormerPretrainingOutput(ModelOutput):
         loss (`[]`, float32): weighted sum of the losses.
         itc_loss, itm_loss, itg_loss (`[]`, float32, *optional*): losses of contrast, matching and generation, in nats.
             `None` for a weight of 0, and with `return_loss=False`.
-        logits_per_image (`[N, M]`, float32): similarities of images and texts, scaled.
-        logits_per_text (`[M, N]`, float32): the same, transposed.
+        logits_per_image (`[N, M]`, float32, *optional*): similarities of images and texts, scaled. They and the vectors
+            are `None` in training with `itc_weight=0`, which does not use them.
+        logits_per_text (`[M, N]`, float32, *optional*): the same, transposed.
         itm_logits (`[3m, 2]`, float32, *optional*): logits of not matching and matching of the m texts of this process:
             each with its image, with a wrong image, and its image with another text.
         negative_images, negative_texts (`[M]`, long, *optional*): the wrong image for each text, and the other text. If
             all images are right for a text, or all texts for its image, a right one, which does not count.
-        image_vectors (`[B, Q, E]`), text_vectors (`[m, E]`): what is compared, of the images and texts of this process.
+        image_vectors (`[B, Q, E]`), text_vectors (`[m, E]`), *optional*: what is compared, of the images and texts of
+            this process.
     """
 
     loss: torch.Tensor | None = None
@@ -180,7 +182,9 @@ class QFormerForPretraining(QFormerDecodingModel):
             "itg_loss": self.config.itg_weight,
         }
         weights = {name: weight for name, weight in weights.items() if weight and return_loss}
-        passes = [self._embed(texts)]
+        # In training without contrast, nothing uses similarities.
+        compares = "itc_loss" in weights or not (self.training and return_loss)
+        passes = {"contrast": self._embed(texts)} if compares else {}
         if "itg_loss" in weights:
             if self.config.bos_token_id is None:
                 raise ValueError(
@@ -188,21 +192,24 @@ class QFormerForPretraining(QFormerDecodingModel):
                     "`processor.tokenizer.bos_token_id`, or `itg_weight=0`."
                 )
             inputs = texts.decoder_inputs(self.config.bos_token_id)
-            passes.append(self._embed(inputs, causal=True, attend_to_queries=True))
-        rows = PackedRows(self._queries(len(features)), passes)
-        states, tokens = rows.split(run_packed(self.qformer.encoder, rows, keys))  # [B, Q, Dq], [tokens, Dq] of each
-        lengths = texts.mask.sum(dim=1)
-        first_tokens = tokens[0][lengths.cumsum(0) - lengths]  # [M, Dq]
-        vectors = self._image_vectors(states), self._text_vectors(first_tokens)
-        output = QFormerPretrainingOutput(image_vectors=vectors[0], text_vectors=vectors[1])
+            passes["generation"] = self._embed(inputs, causal=True, attend_to_queries=True)
+        rows = PackedRows(self._queries(len(features)), [*passes.values()])
+        states, parts = rows.split(run_packed(self.qformer.encoder, rows, keys))  # [B, Q, Dq], [tokens, Dq] of each
+        tokens = dict(zip(passes, parts, strict=True))
+        output = QFormerPretrainingOutput()
         first_image, num_images = place_in_batch(len(features), features.device)
         all_texts = texts.gather(first_image)
         is_right = all_texts.right_pairs(num_images)  # [N, M], used by contrast and matching
-        self._contrast(output, *vectors, is_right, with_loss="itc_loss" in weights)
+        if compares:
+            lengths = texts.mask.sum(dim=1)
+            first_tokens = tokens["contrast"][lengths.cumsum(0) - lengths]  # [m, Dq]
+            vectors = self._image_vectors(states), self._text_vectors(first_tokens)
+            output.image_vectors, output.text_vectors = vectors
+            self._contrast(output, *vectors, is_right, with_loss="itc_loss" in weights)
         if "itm_loss" in weights:
             self._match_negatives(output, len(texts.ids), all_texts, is_right, keys, features, mask)
         if "itg_loss" in weights:
-            output.itg_loss = self._generation_loss(tokens[1], texts)
+            output.itg_loss = self._generation_loss(tokens["generation"], texts)
         if weights:
             output.loss = torch.stack([weight * output[name] for name, weight in weights.items()]).sum()
         return output
@@ -246,10 +253,11 @@ class QFormerForPretraining(QFormerDecodingModel):
         mask: torch.Tensor | None,
     ) -> None:
         """Match each of the m texts of this process with its image, with a wrong image, and its image with another."""
-        assert output.logits_per_image is not None
         image_of_text, num_texts = texts.image_of_text, len(texts.ids)
-        # Vectors that nothing trains say nothing about which pairs are hard.
-        logits = output.logits_per_image if self.config.itc_weight else torch.zeros_like(output.logits_per_image)
+        # Without contrast all wrong pairs are equally hard, because nothing trains the vectors.
+        logits = output.logits_per_image if self.config.itc_weight else None
+        if logits is None:
+            logits = features.new_zeros(is_right.shape)
         negative_images, negative_texts = map(broadcast, draw_negatives(logits, is_right, image_of_text))
         output.negative_images, output.negative_texts = negative_images, negative_texts
         numbers = torch.arange(num_texts, device=features.device)

@@ -218,6 +218,24 @@ def test_a_loss_of_weight_0_trains_nothing(weights, unused):
     assert missing and all(name.startswith(unused) for name in missing)
 
 
+def test_training_without_contrast_runs_no_text_alone():
+    torch.manual_seed(0)
+    model = tiny.pretraining_model(vision=None, itc_weight=0.0)
+    images, texts = (batch()[name] for name in ("image_embeds", "attention_mask"))
+    tokens = []
+    model.qformer.encoder.layer[0].attention.attention.query.register_forward_hook(
+        lambda module, inputs, output: tokens.append(len(inputs[0]))
+    )
+    training = model.train()(**batch())
+    evaluation = model.eval()(**batch())
+    queries = len(images) * tiny.QUERIES
+    of_generation = int(texts.sum() - texts.any(dim=-1).sum())
+    assert tokens[0] == queries + of_generation
+    assert queries + of_generation + int(texts.sum()) in tokens[1:]
+    assert training.logits_per_image is None and evaluation.logits_per_image.shape == (3, 4)
+    assert training.negative_images.shape == (4,)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_autocast_to_bfloat16_gives_about_the_same_losses(model, attention):
     model.set_attn_implementation({"qformer_config": attention})

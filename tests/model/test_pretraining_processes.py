@@ -121,7 +121,7 @@ def test_two_processes_train_as_one(commands, tmp_path):
         expected = model(**joined(parts))
         expected.loss.backward()
         (first, gradients), (second, _) = (result[name] for result in results)
-        for key in ("negative_images", "negative_texts", "logits_per_image"):
+        for key in {"negative_images", "negative_texts", "logits_per_image"} & expected.keys():
             torch.testing.assert_close(first[key], expected[key], rtol=1e-5, atol=1e-5, msg=f"{name} {key}")
             torch.testing.assert_close(second[key], first[key], rtol=1e-5, atol=1e-5)
         for key in LOSSES:
