@@ -71,6 +71,14 @@ class QFormerConfig(PreTrainedConfig):
             Number of features in a window, as in Granite Speech (arXiv 2505.08699) and SALMONN (arXiv 2310.13289). The
             Q-Former is applied to each window. The soft prompt has `num_query_tokens` vectors for each, so it grows
             with the input. By default all features form one window.
+        pooled_grid_size (`int`, *optional*):
+            Average the patches of an image to a grid of this many rows and columns, and normalise the features. With
+            few images, fewer features are learned better. The features must be a square grid of patches after
+            `num_prefix_tokens` others. By default all features are kept.
+        num_prefix_tokens (`int`, *optional*, defaults to 1):
+            Number of features in front of the patches, which `pooled_grid_size` keeps: class token and registers.
+        feature_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the image features.
 
     Raises:
         StrictDataclassClassValidationError: if a size is not positive, or if `hidden_size` is not a multiple of
@@ -105,6 +113,9 @@ class QFormerConfig(PreTrainedConfig):
     max_position_embeddings: int = 512
     num_frames: int = 1
     window_size: int | None = None
+    pooled_grid_size: int | None = None
+    num_prefix_tokens: int = 1
+    feature_dropout_prob: float = 0.0
 
     @classmethod
     def field_names(cls) -> set[str]:
@@ -141,6 +152,8 @@ class QFormerConfig(PreTrainedConfig):
         Raises:
             ValueError: if a size is less than 1, or `hidden_size` is not a multiple of `num_attention_heads`.
         """
+        if self.num_prefix_tokens < 0:
+            raise ValueError(f"`num_prefix_tokens` must be at least 0, got {self.num_prefix_tokens}.")
         for field in (
             "num_query_tokens",
             "hidden_size",
@@ -151,6 +164,7 @@ class QFormerConfig(PreTrainedConfig):
             "encoder_hidden_size",
             "num_frames",
             "window_size",
+            "pooled_grid_size",
         ):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")

@@ -3,6 +3,7 @@
 Shapes: B rows, F frames of a video, N features of a row or of a frame, Dv their width.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,6 +114,52 @@ def check_is_finite(image_embeds: torch.Tensor, mask: torch.Tensor | None = None
             f"The features of row {int(finite.int().argmin())} of the batch (`image_embeds`) hold NaN or infinity. "
             "Compute them again, or leave out the row."
         )
+
+
+def pool_patches(
+    features: torch.Tensor, mask: torch.Tensor | None, grid_size: int, num_prefix_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Average the patches of images to a grid of G x G features: `[..., N, Dv]` -> `[..., P + G*G, Dv]`.
+
+    Pooled features stay as they are.
+
+    Args:
+        features (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos): P other features of each image, then its patches.
+        mask (`[B, N]` or `[B, F, N]`, bool, *optional*): `False` for the features of a frame that is padding.
+        grid_size: number of rows and columns, G.
+        num_prefix_tokens: number of features in front of the patches, P, which are kept.
+
+    Returns:
+        The pooled features and their mask.
+
+    Raises:
+        ValueError: if the patches are not a square grid of at least G x G, or a part of an image is masked.
+
+    Example:
+
+    ```python
+    >>> pool_patches(torch.randn(5, 257, 384), None, grid_size=2, num_prefix_tokens=1)[0].shape
+    torch.Size([5, 5, 384])
+    ```
+    """
+    patches = features.shape[-2] - num_prefix_tokens
+    side = math.isqrt(max(0, patches))
+    if side * side != patches or side < grid_size:
+        raise ValueError(
+            f"An image has {features.shape[-2]} features. Without the first {num_prefix_tokens} (`num_prefix_tokens`) "
+            f"they are not a square grid that can be pooled to {grid_size} x {grid_size} (`pooled_grid_size`)."
+        )
+    if mask is not None:
+        if not is_tracing(mask) and (mask != mask[..., :1]).any():
+            raise ValueError(
+                "`pooled_grid_size` needs whole images, but some features of an image are masked: pass images of one "
+                "size, or build the Q-Former without it."
+            )
+        mask = mask[..., : num_prefix_tokens + grid_size**2]
+    prefix, grid = features.split([num_prefix_tokens, patches], dim=-2)
+    maps = grid.flatten(0, -3).transpose(1, 2).unflatten(2, (side, side))  # [B, Dv, rows, columns]
+    pooled = nn.functional.adaptive_avg_pool2d(maps, grid_size).flatten(2).transpose(1, 2)
+    return torch.cat([prefix, pooled.reshape(*prefix.shape[:-2], grid_size**2, -1)], dim=-2), mask
 
 
 def mean_features(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

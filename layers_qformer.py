@@ -217,6 +217,33 @@ class QFormerEmbeddings(nn.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)  # [B, P, Dq]
 
 
+class FeatureNorm(nn.Module):
+    """Normalisation of pooled features `[..., P + G*G, Dv]`: scale and shift of each prefix token, and of all patches.
+
+    Their initial values come from statistics of images ([`QFormerModel.normalize_image_features`]).
+    """
+
+    def __init__(self, config: QFormerConfig):
+        super().__init__()
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.weight = nn.Parameter(torch.ones(config.num_prefix_tokens + 1, config.encoder_hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.num_prefix_tokens + 1, config.encoder_hidden_size))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        kind = torch.arange(features.shape[-2], device=features.device).clamp(max=self.num_prefix_tokens)
+        return features * self.weight[kind] + self.bias[kind]
+
+    @torch.no_grad()
+    def fit(self, features: torch.Tensor) -> None:
+        """Let the given features `[..., P + G*G, Dv]` have mean 0 and standard deviation 1 in each kind and channel."""
+        features = features.float().flatten(0, -3)  # [B, n, Dv]
+        for kind in range(self.num_prefix_tokens + 1):
+            stop = kind + 1 if kind < self.num_prefix_tokens else None
+            own = features[:, kind:stop].flatten(0, 1)
+            std = own.std(dim=0).clamp(min=1e-4)
+            self.weight[kind], self.bias[kind] = 1 / std, -own.mean(dim=0) / std
+
+
 def split_windows(features: torch.Tensor, mask: torch.Tensor | None, window_size: int) -> torch.Tensor:
     """Cut sequences of features into windows, as the projector of Granite Speech does (transformers' `granite_speech`).
 

@@ -61,7 +61,7 @@ from .encoders_qformer import (
     vision_config_of,
     vision_model_from_config,
 )
-from .features_qformer import feature_mask, mean_features
+from .features_qformer import feature_mask, mean_features, pool_patches
 from .generation_qformer import (
     MAX_NEW_TOKENS,
     check_generation_options,
@@ -76,6 +76,7 @@ from .language_qformer import (
     requested_outputs,
 )
 from .layers_qformer import (
+    FeatureNorm,
     QFormerEmbeddings,
     QFormerEncoder,
     QFormerLayer,
@@ -155,6 +156,9 @@ class QFormerModel(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         if config.num_frames > 1:
             self.frame_embeddings = nn.Parameter(torch.empty(config.num_frames, config.encoder_hidden_size))
+        if config.pooled_grid_size is not None:
+            self.feature_norm = FeatureNorm(config)
+        self.feature_dropout = nn.Dropout(config.feature_dropout_prob)
         if config.use_qformer_text_input:
             self.embeddings = QFormerEmbeddings(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -170,6 +174,9 @@ class QFormerModel(PreTrainedModel):
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
             if self.config.num_frames > 1:
                 init.normal_(self.frame_embeddings, mean=0.0, std=FRAME_EMBEDDING_STD)
+        elif isinstance(module, FeatureNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, module_name=None, **kwargs):
@@ -225,11 +232,12 @@ class QFormerModel(PreTrainedModel):
     def normalize_image_features(
         self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
     ) -> None:
-        """Fold the normalisation of image features into the value weights of cross-attention.
+        """Normalise image features with the statistics of images.
 
         The mean over all images dominates the features and hides the differences between images from a new Q-Former.
-        After this call a value is `W ((x - mean) / std) + b`. `mean` and `std` are statistics of the mean features of
-        the given images.
+        After this call a value in cross-attention is `W ((x - mean) / std) + b`. `mean` and `std` are statistics of the
+        mean features of the given images. They are folded into the value weights. With `pooled_grid_size` they are the
+        statistics of the pooled features, and normalise keys, too.
 
         Args:
             encoder_hidden_states (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): features of a few hundred
@@ -248,11 +256,41 @@ class QFormerModel(PreTrainedModel):
         >>> qformer.normalize_image_features(torch.randn(100, 257, 384))
         ```
         """
-        images = mean_features(encoder_hidden_states, encoder_attention_mask)  # [B, Dv]
+        summary = self.summarize_features(encoder_hidden_states, encoder_attention_mask)
+        if self.config.pooled_grid_size is not None:
+            self.feature_norm.fit(summary)
+            return
+        images = summary.squeeze(1)  # [B, Dv]
         for attention in self._cross_attentions():
             value = attention.value
             value.weight.div_(images.std(dim=0).clamp(min=1e-4).to(value.weight))
             value.bias.sub_(value.weight @ images.mean(dim=0).to(value.weight))
+
+    def summarize_features(
+        self, encoder_hidden_states: torch.Tensor, encoder_attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the features that `normalize_image_features` needs of each image, which are fewer.
+
+        Args:
+            encoder_hidden_states (`[B, N, Dv]`, or `[B, F, N, Dv]` for videos, float): features.
+            encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
+
+        Returns:
+            Mean features `[B, 1, Dv]` in float32. With `pooled_grid_size`, pooled features `[B, P + G*G, Dv]`, or
+            `[B*F, P + G*G, Dv]` of the frames that are not padding.
+
+        Raises:
+            ValueError: if the mask has another shape or holds other values, or the features cannot be pooled.
+        """
+        if self.config.pooled_grid_size is None:
+            return mean_features(encoder_hidden_states, encoder_attention_mask)[:, None]
+        mask = None if encoder_attention_mask is None else feature_mask(encoder_hidden_states, encoder_attention_mask)
+        pooled, mask = self._pool(encoder_hidden_states.float(), mask)
+        return pooled.flatten(0, -3) if mask is None else pooled[mask[..., 0]]
+
+    def _pool(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.config.pooled_grid_size is not None
+        return pool_patches(features, mask, self.config.pooled_grid_size, self.config.num_prefix_tokens)
 
     @torch.no_grad()
     def resize_image_features(self, encoder_hidden_size: int) -> None:
@@ -271,6 +309,8 @@ class QFormerModel(PreTrainedModel):
         if self.config.num_frames > 1:
             embeddings = self.frame_embeddings.new_empty(self.config.num_frames, encoder_hidden_size)
             self.frame_embeddings = nn.Parameter(embeddings.normal_(std=FRAME_EMBEDDING_STD))
+        if self.config.pooled_grid_size is not None:
+            self.feature_norm = FeatureNorm(self.config).to(self.query_tokens)
         for attention in self._cross_attentions():
             for linear in (attention.key, attention.value):
                 weight = linear.weight.new_empty(linear.out_features, encoder_hidden_size)
@@ -360,8 +400,8 @@ class QFormerModel(PreTrainedModel):
             encoder_attention_mask (`[B, N]` or `[B, F, N]`, bool or int, *optional*): 1 for a feature, 0 for padding.
 
         Returns:
-            Features `[B, N, Dv]` or `[B, F*N, Dv]` in the dtype of the Q-Former, with 0 for padding. Their mask, bool,
-            is `None` without padding.
+            Features `[B, N, Dv]` or `[B, F*N, Dv]` in the dtype of the Q-Former, with 0 for padding. N is smaller with
+            `pooled_grid_size`. Their mask, bool, is `None` without padding.
 
         Raises:
             ValueError: as `forward` does.
@@ -369,6 +409,10 @@ class QFormerModel(PreTrainedModel):
         self._check_features(encoder_hidden_states)
         mask = self._check_mask(encoder_hidden_states, encoder_attention_mask)
         features = encoder_hidden_states.to(self.query_tokens.dtype)
+        if self.config.pooled_grid_size is not None:
+            features, mask = self._pool(features, mask)
+            features = self.feature_norm(features)
+        features = self.feature_dropout(features)
         if self.config.num_frames > 1:
             features = self._add_frame_embeddings(features)
         if features.ndim == 4:

@@ -10,7 +10,6 @@ from ..common.errors import InputError
 from ..common.onednn import onednn_linears
 from ..data.collator import CaptionCollator, PretrainingCollator
 from ..encoders_qformer import num_frames_of, reads_videos
-from ..features_qformer import mean_features
 from ..modeling_qformer import QFormerCaptioner
 from ..pretraining_qformer import QFormerForPretraining
 from ..processing_qformer import QFormerProcessor
@@ -114,7 +113,7 @@ def normalize_image_features(
             with onednn_linears(model.device):
                 outputs = encode_images(model.vision_model, batch["pixel_values"].to(model.device), **vision_inputs)
             image_embeds, mask = cast(torch.Tensor, outputs.last_hidden_state), outputs.attention_mask
-        features.append(mean_features(image_embeds, mask)[:, None])  # [B, 1, Dv], because rows may differ in length
+        features.append(model.qformer.summarize_features(image_embeds, mask))
     if sum(map(len, features)) < 2:
         raise InputError("--normalize_image_features_samples needs at least two training rows.")
     model.qformer.normalize_image_features(torch.cat(features))
