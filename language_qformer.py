@@ -454,8 +454,36 @@ def check_labels(
             )
 
 
+def weights_of_labels(
+    label_weights: torch.Tensor | None, labels: torch.Tensor | None, num_images: int
+) -> torch.Tensor | None:
+    """Check the weights of captions, and return them for each label of `[..., T]`, float32, or `None` without weights.
+
+    Raises:
+        ValueError: for weights without labels, one weight too many or too few, or a weight that is not finite.
+    """
+    if label_weights is None:
+        return None
+    if labels is None:
+        raise ValueError("`label_weights` weigh the losses of `labels`: pass both, or neither.")
+    shapes = [labels.shape[:-1], (num_images, labels.shape[0] // num_images)]  # `[B*K, T]` also takes `[B, K]`
+    if label_weights.shape not in shapes[: 4 - labels.dim()]:
+        raise ValueError(
+            f"`label_weights` of shape {tuple(label_weights.shape)} do not fit `labels` of shape "
+            f"{tuple(labels.shape)}: give one weight for each caption, `[B]` for `[B, T]` and `[B, K]` for `[B, K, T]`."
+        )
+    if not label_weights.isfinite().all():
+        raise ValueError("`label_weights` must be finite numbers, but some are NaN or infinite.")
+    weights = label_weights.detach().to(labels.device, torch.float32).reshape(labels.shape[:-1])
+    return weights[..., None].expand(labels.shape)
+
+
 def caption_loss(
-    language_model: PreTrainedModel, hidden_states: torch.Tensor, targets: torch.Tensor, skip_logits: bool | None = None
+    language_model: PreTrainedModel,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    skip_logits: bool | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compute the cross-entropy of tokens from the hidden states that predict them.
 
@@ -465,10 +493,11 @@ def caption_loss(
         targets (`[...]` with N elements, long): token ids; positions labelled -100 are ignored.
         skip_logits: compute the loss in chunks, without storing the logits of all positions. Defaults to `True` for
             more than `MAX_LOGITS_PER_CHUNK` logits.
+        weights (`[...]`, float32): factor of the loss of each position in the sum; by default 1.
 
     Returns:
-        Sum of the losses in nats `[]`, loss of each position `[...]` (no gradient), and logits `[..., V]` or `None`.
-        The sum is a function of these logits.
+        Weighted sum of the losses in nats `[]`, loss of each position `[...]` (no gradient, without weights), and
+        logits `[..., V]` or `None`. The sum is a function of these logits.
     """
     head, vocab_size = LogitsHead(language_model), language_model.config.vocab_size
     if skip_logits is None:
@@ -476,12 +505,14 @@ def caption_loss(
     if not skip_logits:
         logits = head(hidden_states).view(*targets.shape, -1)
         losses = nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
-        return losses.sum(), losses.detach().view(targets.shape), logits
+        loss = losses.sum() if weights is None else losses @ weights.to(losses).flatten()
+        return loss, losses.detach().view(targets.shape), logits
     is_target = targets != -100
     chunk_size = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
-    weights = head.trainable_weights() if torch.is_grad_enabled() else []
+    of_head = head.trainable_weights() if torch.is_grad_enabled() else []
     inputs = hidden_states[is_target.flatten()], targets[is_target]
-    loss, losses = ChunkedCrossEntropy.apply(head, chunk_size, *inputs, 0.0, *weights)
+    factors = None if weights is None else weights.to(hidden_states.device)[is_target]
+    loss, losses = ChunkedCrossEntropy.apply(head, chunk_size, *inputs, 0.0, factors, *of_head)
     return loss, losses.new_zeros(targets.shape).masked_scatter(is_target, losses), None
 
 
@@ -490,7 +521,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     The forward pass computes the logits of a chunk, reduces them to losses and gradients, and frees them. Nothing is
     computed twice, as in Liger Kernel (arXiv 2410.10989), but for any head. Only the sum has a gradient. With label
-    smoothing, that share of the target probability is spread evenly over the vocabulary.
+    smoothing, that share of the target probability is spread evenly over the vocabulary. Factors weigh the losses in
+    the sum.
     """
 
     @staticmethod
@@ -501,6 +533,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_states: torch.Tensor,  # [N, D]
         targets: torch.Tensor,  # [N]
         label_smoothing: float,
+        factors: torch.Tensor | None,  # [N], float32; `None` stands for 1
         *weights: torch.Tensor,  # trainable weights of the head
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = hidden_states.new_empty(len(targets), dtype=torch.float32)
@@ -522,6 +555,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad_logits -= label_smoothing / grad_logits.shape[1]
                 rows = torch.arange(len(grad_logits), device=grad_logits.device)
                 grad_logits[rows, targets[chunk]] -= 1 - label_smoothing
+                if factors is not None:
+                    grad_logits *= factors[chunk, None]
                 gradients[0][chunk], *grad_weights = torch.autograd.grad(
                     logits, inputs, grad_logits.to(logits.dtype), allow_unused=True, materialize_grads=True
                 )
@@ -529,10 +564,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     total += gradient
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum() if factors is None else losses @ factors, losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_sum, _ = grad_outputs
         grad_hidden_states, *grad_weights = (grad_sum * gradient for gradient in ctx.saved_tensors)
-        return None, None, grad_hidden_states, None, None, *grad_weights
+        return None, None, grad_hidden_states, None, None, None, *grad_weights

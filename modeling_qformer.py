@@ -74,6 +74,7 @@ from .language_qformer import (
     check_labels,
     encode_captions,
     requested_outputs,
+    weights_of_labels,
 )
 from .layers_qformer import (
     FeatureNorm,
@@ -501,11 +502,12 @@ class QFormerCaptionerOutput(ModelOutput):
     """Output of a captioner.
 
     Args:
-        loss (`[]`, float32, *optional*): mean cross-entropy of the caption tokens in nats, with labels.
+        loss (`[]`, float32, *optional*): mean cross-entropy of the caption tokens in nats, with labels. With
+            `label_weights`, the cross-entropy of each caption is multiplied by its weight.
         logits (`[B, T, V]` or `[B, K, T, V]`, *optional*): logits at each label; without labels, at the first token of
             a caption (T = 1). `None` if they were skipped (`skip_logits`).
         losses (`[B]` or `[B, K]`, float32, *optional*): cross-entropy of each caption in nats, summed over its tokens;
-            without gradient.
+            without gradient and without weights.
         soft_prompt (`[B, Q, D]`): representation of the image that the language model attends to.
         vision_outputs, qformer_outputs, language_model_outputs (`ModelOutput`, *optional*): outputs of the three models
             with `output_hidden_states=True` or `output_attentions=True`. The sequence of a decoder-only language model
@@ -815,6 +817,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
         image_sizes: torch.Tensor | None = None,
         frame_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        label_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> QFormerCaptionerOutput:
         """Compute the loss of captions. The batch is the same for decoder-only and encoder-decoder language models.
@@ -841,6 +844,9 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
             frame_attention_mask (`[B, F]`, *optional*): 1 for a frame of a video, 0 for padding.
             interpolate_pos_encoding (`bool`, *optional*): let the vision encoder adapt its position embeddings to the
                 size of the images.
+            label_weights (`[B]`, `[B, K]` or `[B*K]`, float, *optional*): factor of the loss of each caption, of any
+                sign. With the advantages of sampled captions as weights, the gradient is that of REINFORCE (Williams
+                1992). The divisor of the loss does not change. Weights get no gradient.
             kwargs: `return_dict`, and arguments of the language model's decoder.
 
         Returns:
@@ -848,7 +854,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
 
         Raises:
             ValueError: if the features have the wrong width, prefix and caption are too long, `labels` repeat
-                `input_ids`, or the Trainer has removed the labels.
+                `input_ids`, or the Trainer has removed the labels. Also for weights that do not fit the labels or are
+                not finite.
         """
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -874,6 +881,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
             **requested,
         )
         check_labels(labels, len(soft_prompt), input_ids, num_items_in_batch)
+        weights = weights_of_labels(label_weights, labels, len(soft_prompt))
         max_new_tokens = 1 if labels is None else labels.shape[-1]
         prefix, prefix_mask = self.get_prefix(
             soft_prompt, input_ids, attention_mask, max_new_tokens, soft_prompt_mask
@@ -891,7 +899,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
         )  # [B*K*T, D]
         if labels is None or (skip_logits is None and not self.training):
             skip_logits = False
-        loss, losses, logits = caption_loss(self.language_model, hidden_states, targets, skip_logits)
+        loss, losses, logits = caption_loss(self.language_model, hidden_states, targets, skip_logits, weights)
         if labels is not None:
             loss = loss / ((labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return QFormerCaptionerOutput(

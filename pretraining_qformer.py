@@ -344,7 +344,7 @@ class QFormerForPretraining(QFormerDecodingModel):
         weights = trainable_weights(self.lm_head)
         chunk_size = max(1, MAX_LOGITS_PER_CHUNK // self.qformer.config.vocab_size)
         loss, _ = ChunkedCrossEntropy.apply(
-            self.lm_head, chunk_size, hidden_states, targets, self.config.label_smoothing, *weights
+            self.lm_head, chunk_size, hidden_states, targets, self.config.label_smoothing, None, *weights
         )
         count = torch.cat(gather_rows(torch.tensor([len(targets)], device=loss.device))).sum().clamp(min=1)
         return loss * num_processes() / count
