@@ -31,6 +31,47 @@ def bleu(
     Returns:
         BLEU-1 to BLEU-4 of the corpus, between 0 and 1, and of each image (`[4, I]`).
     """
+    correct, possible = clipped_counts(predictions, references, prediction_lengths)
+    corpus = _score(correct.sum(axis=1), possible.sum(axis=1), prediction_lengths.sum(), closest_lengths.sum())
+    return corpus.tolist(), _score(correct, possible, prediction_lengths, closest_lengths)
+
+
+def smoothed_bleu(
+    predictions: list[NgramCounts],
+    references: list[ReferenceCounts],
+    prediction_lengths: np.ndarray,
+    closest_lengths: np.ndarray,
+) -> np.ndarray:
+    """Compute BLEU-4 of each image with the smoothing of Lin and Och 2004 (aclanthology.org/C04-1072).
+
+    It adds 1 to the correct and to the possible n-grams of two words and more. Without smoothing, a caption without a
+    correct n-gram of four words scores 0, so most captions could not be told apart.
+
+    Args:
+        predictions, references, prediction_lengths, closest_lengths: as in [`bleu`].
+
+    Returns:
+        Scores between 0 and 1 (`[I]`). A caption without a correct word scores 0.
+    """
+    correct, possible = clipped_counts(predictions, references, prediction_lengths)
+    correct[1:] += 1
+    possible[1:] += 1
+    precision = np.divide(correct, possible, out=np.zeros_like(correct), where=possible > 0).prod(axis=0)
+    shortage = closest_lengths / np.maximum(prediction_lengths, 1)
+    return precision ** (1 / len(ORDERS)) * np.exp(np.minimum(1 - shortage, 0))
+
+
+def clipped_counts(
+    predictions: list[NgramCounts], references: list[ReferenceCounts], prediction_lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count the correct n-grams and all n-grams of each prediction.
+
+    Args:
+        predictions, references, prediction_lengths: as in [`bleu`].
+
+    Returns:
+        The number of correct and of possible n-grams for n = 1 to 4 (`[4, I]` each).
+    """
     num_images = len(prediction_lengths)
     correct, possible = np.zeros((2, len(ORDERS), num_images))
     for n, predicted, reference in zip(ORDERS, predictions, references, strict=True):
@@ -42,8 +83,7 @@ def bleu(
         clipped = np.minimum(predicted.counts[rows], maxima[groups])
         correct[n - 1] = np.bincount(predicted.texts[rows], clipped, minlength=num_images)
         possible[n - 1] = np.maximum(prediction_lengths - n + 1, 0)
-    corpus = _score(correct.sum(axis=1), possible.sum(axis=1), prediction_lengths.sum(), closest_lengths.sum())
-    return corpus.tolist(), _score(correct, possible, prediction_lengths, closest_lengths)
+    return correct, possible
 
 
 def _score(correct: np.ndarray, possible: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:

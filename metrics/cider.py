@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -71,15 +72,25 @@ class DocumentFrequencies:
         except (OSError, EOFError, ValueError, TypeError, LookupError) as error:
             raise InputError(f"{str(path)!r} is not a saved table of document frequencies ({error}).") from error
 
-    def by_ngram_id(self, vocabulary: Vocabulary) -> list[np.ndarray]:
-        """Add the n-grams of the table to a vocabulary, and return their document frequencies.
+    def check_tokenizer(self, tokenizer: str) -> None:
+        """Check that the table is one of the words of a tokenizer.
 
         Args:
-            vocabulary: the vocabulary, to which all n-grams of this table are added.
+            tokenizer: name of the tokenizer.
 
-        Returns:
-            For n = 1 to 4, the document frequency of each n-gram id (`[ids]`).
+        Raises:
+            InputError: if the table is one of other words.
         """
+        if self.tokenizer != tokenizer:
+            raise InputError(
+                f"The document frequencies (--df) are of the tokenizer {self.tokenizer!r}, not {tokenizer!r}: "
+                f"score with --tokenize {self.tokenizer}, or save new ones with --save_df."
+            )
+
+    @cached_property
+    def index(self) -> "FrequencyIndex":
+        """The table by ids of n-grams. It is made on first use, which takes a second for 30,000 captions."""
+        vocabulary = Vocabulary()
         texts = [ngram.split(" ") for counts in self.counts for ngram in counts]
         bounds = np.cumsum([0, *map(len, self.counts)])
         by_id = []
@@ -88,30 +99,22 @@ class DocumentFrequencies:
             frequency = np.zeros(vocabulary.size(n))
             frequency[learnt.ngrams[whole]] = list(self.counts[n - 1].values())
             by_id.append(frequency)
-        return by_id
+        return FrequencyIndex(vocabulary, by_id, self.images)
 
 
-class TfIdfWeights:
-    """tf-idf weights of the n-grams of references, and the same weighting for predictions.
+class FrequencyIndex:
+    """Inverse document frequencies of n-grams by their ids.
 
     Args:
-        frequencies: for n = 1 to 4, the document frequency of each n-gram id (`[ids]`). Larger ids have no document
-            frequency.
+        vocabulary: ids of the n-grams. Copies of it can learn more n-grams, whose document frequency is 1.
+        frequencies: for n = 1 to 4, the document frequency of each n-gram id (`[ids]`).
         images: number of images of the corpus that the frequencies come from.
-        references: n-gram counts of the references for n = 1 to 4.
-        num_references: number of reference texts.
     """
 
-    def __init__(
-        self, frequencies: list[np.ndarray], images: int, references: list[ReferenceCounts], num_references: int
-    ):
+    def __init__(self, vocabulary: Vocabulary, frequencies: list[np.ndarray], images: int):
+        self.vocabulary = vocabulary
         self.log_images = math.log(images)
         self.idf = [self.log_images - np.log(np.maximum(frequency, 1)) for frequency in frequencies]
-        self.references = [self.weigh(n, counts) for n, counts in zip(ORDERS, references, strict=True)]
-        self.norms = [
-            np.sqrt(np.bincount(counts.texts, weights**2, minlength=num_references))
-            for counts, weights in zip(references, self.references, strict=True)
-        ]
 
     def weigh(self, n: int, counts: NgramCounts | ReferenceCounts) -> np.ndarray:
         """Return the tf-idf weight of each row of counts (`[rows]`). The document frequency of an unknown n-gram is 1.
@@ -124,6 +127,24 @@ class TfIdfWeights:
         known = counts.ngrams < len(idf)
         idf_of_row = np.where(known, idf[np.where(known, counts.ngrams, 0)] if len(idf) else 0, self.log_images)
         return counts.counts * idf_of_row
+
+
+class TfIdfWeights:
+    """tf-idf weights of the n-grams of references, and the same weighting for predictions.
+
+    Args:
+        index: inverse document frequencies of the n-grams.
+        references: n-gram counts of the references for n = 1 to 4.
+        num_references: number of reference texts.
+    """
+
+    def __init__(self, index: FrequencyIndex, references: list[ReferenceCounts], num_references: int):
+        self.weigh = index.weigh
+        self.references = [self.weigh(n, counts) for n, counts in zip(ORDERS, references, strict=True)]
+        self.norms = [
+            np.sqrt(np.bincount(counts.texts, weights**2, minlength=num_references))
+            for counts, weights in zip(references, self.references, strict=True)
+        ]
 
 
 def cider(

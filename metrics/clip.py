@@ -18,7 +18,6 @@ PREFIX = "A photo depicts "  # the paper puts it before every caption and every 
 WEIGHT = 2.5  # w in equation 1: scales cosines, which rarely exceed 0.4, to the range 0 to 1
 
 
-@torch.no_grad()
 def clip_scores(
     images: Iterable[ImageInput],
     predictions: Sequence[str],
@@ -62,14 +61,14 @@ def clip_scores(
     check_predictions(predictions, None if references is None else len(references), allow_empty)
     if references is not None:
         check_references(references)
-    encoder = _ClipEncoder(model_name_or_path, batch_size, device)
+    encoder = ClipEncoder(model_name_or_path, batch_size, device)
     image_embeds = encoder.encode_images(images, len(predictions))  # [I, D]
     if len(image_embeds) != len(predictions):
         raise InputError(
             f"There are {len(image_embeds)} images but {len(predictions)} captions: CLIPScore needs one of each."
         )
     text_embeds = encoder.encode_texts(predictions, "captions")  # [I, D]
-    clip_score = WEIGHT * (image_embeds * text_embeds).sum(dim=-1).clamp(min=0)  # [I]
+    clip_score = clip_score_of(image_embeds, text_embeds)  # [I]
     image_scores = {"clip_score": clip_score}
     if references is not None:
         all_references = [reference for texts in references for reference in texts]
@@ -84,10 +83,31 @@ def clip_scores(
     return scores
 
 
-class _ClipEncoder:
-    """CLIP and its processor, which encode images and texts as unit vectors."""
+def clip_score_of(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """Return CLIPScore of pairs, equation 1 of the paper, `[I]`.
 
-    def __init__(self, name_or_path: str | os.PathLike, batch_size: int, device: str | torch.device):
+    Args:
+        image_embeds, text_embeds: the vectors of the pairs by [`ClipEncoder`], `[I, D]` each.
+    """
+    return WEIGHT * (image_embeds * text_embeds).sum(dim=-1).clamp(min=0)
+
+
+class ClipEncoder:
+    """CLIP and its processor, which encode images and texts as unit vectors.
+
+    Args:
+        name_or_path: Hub id or folder of the CLIP.
+        batch_size: number of images or texts in one forward pass.
+        device: device of the model. It always runs in float32, because float16 changes the scores.
+        show_progress: show a progress bar.
+
+    Raises:
+        InputError: if the model cannot be loaded.
+    """
+
+    def __init__(
+        self, name_or_path: str | os.PathLike, batch_size: int, device: str | torch.device, show_progress: bool = True
+    ):
         try:
             self.model = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32).eval().to(device)
             self.processor = AutoProcessor.from_pretrained(name_or_path)
@@ -96,8 +116,9 @@ class _ClipEncoder:
                 f"The CLIP model {str(name_or_path)!r} cannot be loaded. Check its name, and that the Hub can be "
                 f"reached or the model is in the cache ({one_line(error, 200)})."
             ) from error
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.show_progress = batch_size, device, show_progress
 
+    @torch.no_grad()
     def encode_images(self, images: Iterable[ImageInput], total: int) -> torch.Tensor:
         """Return a unit vector for each image (`[I, D]`)."""
 
@@ -108,6 +129,7 @@ class _ClipEncoder:
 
         return self._encode(images, total, encode, "images")
 
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], description: str) -> torch.Tensor:
         """Return a unit vector for each text (`[T, D]`)."""
 
@@ -121,6 +143,6 @@ class _ClipEncoder:
     def _encode(
         self, items: Iterable[Any], total: int, encode: Callable[[list[Any]], torch.Tensor], description: str
     ) -> torch.Tensor:
-        items = iter(tqdm(items, f"CLIP: {description}", total, leave=False))
+        items = iter(tqdm(items, f"CLIP: {description}", total, leave=False, disable=not self.show_progress))
         batches: Iterator[list[Any]] = iter(lambda: list(itertools.islice(items, self.batch_size)), [])
         return torch.cat([normalize(encode(batch), dim=-1).cpu() for batch in batches])

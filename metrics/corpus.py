@@ -1,26 +1,25 @@
 """BLEU, ROUGE-L and CIDEr of a corpus, with references that are tokenised and prepared once."""
 
+import itertools
 import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from ..common.errors import InputError
 from .bleu import bleu
 from .checks import check_predictions, check_references
-from .cider import DocumentFrequencies, TfIdfWeights, cider
-from .ngrams import ORDERS, NgramCounts, ReferenceCounts, Vocabulary, unpack_low
+from .cider import DocumentFrequencies, cider
+from .ngrams import ORDERS
 from .rouge import rouge_l
+from .tokenized import TokenizedReferences, split_at_spaces
 from .tokenizers import Tokenize, resolve_tokenizer, tokenizer_name
 
 METRICS = ("bleu", "rouge_l", "cider")
 
 
-class References:
+class References(TokenizedReferences):
     r"""Reference captions of images, prepared for any number of scorings.
 
     Tokens, n-grams and tf-idf weights are computed once. Scores equal those of the COCO caption toolkit (pycocoevalcap
@@ -58,58 +57,24 @@ class References:
     ):
         references = list(references)
         check_references(references)
-        self.num_images = len(references)
-        self.num_references = sum(map(len, references))
-        self.saved_frequencies: DocumentFrequencies | None = None  # None: those of these references
-        if isinstance(df, DocumentFrequencies):
-            self.saved_frequencies = df
-        elif df != "corpus":
-            self.saved_frequencies = DocumentFrequencies.load(df)
+        saved = df if isinstance(df, DocumentFrequencies) else None
+        if saved is None and df != "corpus":
+            saved = DocumentFrequencies.load(cast(str | os.PathLike, df))
         texts = [text for texts in references for text in texts]  # R strings
         self.tokenize, self.tokenizer = resolve_tokenizer(tokenize, texts), tokenizer_name(tokenize)
-        self._check_tokenizer_of_saved_frequencies()
+        if saved is not None:
+            saved.check_tokenizer(self.tokenizer)
         self.tokens = self.tokenize(texts)  # R lists
-        self.words = [_split_at_spaces(tokens) for tokens in self.tokens]  # R lists
-        self.lengths = np.fromiter(map(len, self.words), np.int64, len(self.words))  # [R]
-        self.image_of = np.repeat(np.arange(len(references)), [len(texts) for texts in references])  # [R]
-        self.starts = np.searchsorted(self.image_of, np.arange(len(references) + 1))  # [I + 1], first reference
-        self.vocabulary = Vocabulary()
+        words = map(split_at_spaces, self.tokens)
+        super().__init__([list(itertools.islice(words, len(texts))) for texts in references], saved)
 
-    def _check_tokenizer_of_saved_frequencies(self) -> None:
-        saved = self.saved_frequencies
-        if saved is not None and saved.tokenizer != self.tokenizer:
-            raise InputError(
-                f"The document frequencies (--df) are of the tokenizer {saved.tokenizer!r}, not {self.tokenizer!r}: "
-                f"score with --tokenize {saved.tokenizer}, or save new ones with --save_df."
-            )
+    def document_frequencies(self, tokenizer: str | None = None) -> DocumentFrequencies:
+        """Return the document frequencies of these references, to score smaller sets with (`df=`).
 
-    @cached_property
-    def counts(self) -> list[ReferenceCounts]:
-        """The n-gram counts of the references for n = 1 to 4."""
-        return [ReferenceCounts.group(counts, self.image_of) for counts in self.vocabulary.learn(self.words)]
-
-    @cached_property
-    def weights(self) -> TfIdfWeights:
-        """The tf-idf weights of CIDEr."""
-        counts = self.counts  # added before the n-grams of a saved table, which get higher ids
-        if self.saved_frequencies is None:
-            frequencies = [np.bincount(unpack_low(each.keys)).astype(float) for each in counts]
-            num_images = self.num_images
-        else:
-            frequencies = self.saved_frequencies.by_ngram_id(self.vocabulary)
-            num_images = self.saved_frequencies.images
-        return TfIdfWeights(frequencies, num_images, counts, len(self.words))
-
-    def document_frequencies(self) -> DocumentFrequencies:
-        """Return the document frequencies of these references, to score smaller sets with (`df=`)."""
-        counts: list[Counter[str]] = [Counter() for _ in ORDERS]
-        for begin, end in zip(self.starts, self.starts[1:], strict=False):
-            for n in ORDERS:
-                ngrams = (
-                    " ".join(words[i : i + n]) for words in self.words[begin:end] for i in range(len(words) - n + 1)
-                )
-                counts[n - 1].update(list(dict.fromkeys(ngrams)))  # each n-gram counts once per image
-        return DocumentFrequencies(self.num_images, [dict(each) for each in counts], self.tokenizer)
+        Args:
+            tokenizer: name of the tokenizer of the words; by default that of these references.
+        """
+        return super().document_frequencies(tokenizer or self.tokenizer)
 
     def score(
         self,
@@ -139,45 +104,24 @@ class References:
         if unknown := set(metrics) - set(METRICS):
             raise ValueError(f"Unknown metric {min(unknown)!r}: choose from {', '.join(METRICS)}.")
         tokens = self.tokenize(predictions)
-        words = [_split_at_spaces(each) for each in tokens]
-        lengths = np.fromiter(map(len, words), np.int64, len(words))  # [I]
         scores: dict[str, Any] = {}
         image_scores: dict[str, np.ndarray] = {}  # [I] each
-        references: list[ReferenceCounts] = []
-        counts: list[NgramCounts] = []
-        weights = None
         if "bleu" in metrics or "cider" in metrics:
-            # References and a saved table are added to the vocabulary first, so unknown n-grams get higher ids.
-            references = self.counts
-            weights = self.weights if "cider" in metrics else None
-            counts = self.vocabulary.count(words)
+            counts, lengths = self.count([split_at_spaces(each) for each in tokens])
         if "bleu" in metrics:
-            corpus_bleu, image_bleu = bleu(counts, references, lengths, self._closest_lengths(lengths))
+            corpus_bleu, image_bleu = bleu(counts, self.counts, lengths, self.closest_lengths(lengths))
             for n in ORDERS:
                 scores[f"bleu_{n}"], image_scores[f"bleu_{n}"] = corpus_bleu[n - 1], image_bleu[n - 1]
         if "rouge_l" in metrics:
             image_scores["rouge_l"] = self._rouge_l(tokens)
             scores["rouge_l"] = float(image_scores["rouge_l"].mean())
-        if weights is not None:
+        if "cider" in metrics:
             self._warn_about_single_image()
-            image_scores["cider"] = cider(counts, references, weights, lengths, self.lengths, self.image_of)
+            image_scores["cider"] = cider(counts, self.counts, self.weights, lengths, self.lengths, self.image_of)
             scores["cider"] = float(image_scores["cider"].mean())
         if per_image:
             scores["per_image"] = {name: values.tolist() for name, values in image_scores.items()}
         return scores
-
-    def _closest_lengths(self, lengths: np.ndarray) -> np.ndarray:
-        """Return the length of the reference that is closest to each prediction in length.
-
-        Ties go to the shorter reference.
-
-        Args:
-            lengths (`[I]`): number of words of each prediction.
-        """
-        # Sorted by image, then distance, then length, the first row of each image is the closest one.
-        distance = np.abs(self.lengths - lengths[self.image_of])
-        order = np.lexsort((self.lengths, distance, self.image_of))
-        return self.lengths[order[self.starts[:-1]]]
 
     def _rouge_l(self, tokens: list[list[str]]) -> np.ndarray:
         bounds = zip(tokens, self.starts, self.starts[1:], strict=False)
@@ -190,8 +134,3 @@ class References:
                 "0. Score more images, or give document frequencies of a larger corpus (`df`).",
                 stacklevel=3,
             )
-
-
-def _split_at_spaces(tokens: list[str]) -> list[str]:
-    """Return the words that BLEU and CIDEr count. White space inside a token, as in "2 1/2", splits the token."""
-    return " ".join(tokens).split()

@@ -167,10 +167,9 @@ class Vocabulary:
         new_keys, index = np.unique(keys[~is_known], return_inverse=True)
         ids[~is_known] = len(known_keys) + index
         if len(new_keys):
-            all_keys = np.concatenate([known_keys, new_keys])
-            order = np.argsort(all_keys, kind="stable")
-            self.keys[n] = all_keys[order]
-            self.ids[n] = np.concatenate([known_ids, np.arange(len(known_keys), len(all_keys))])[order]
+            places = np.searchsorted(known_keys, new_keys)
+            self.keys[n] = np.insert(known_keys, places, new_keys)
+            self.ids[n] = np.insert(known_ids, places, np.arange(len(known_keys), len(known_keys) + len(new_keys)))
         return ids
 
 
