@@ -188,8 +188,8 @@ class ImageIndex:
                 except OSError as error:
                     logger.warning("%r is left out: %s", path, one_line(error))
             if opened:
-                encoded = self.model.encode_images(list(opened.values()))
-                logits = self.model.match(encoded, torch.arange(len(opened)), [text] * len(opened))
+                features = self.model.image_features(list(opened.values()))
+                logits = self.model.match(*features, torch.arange(len(opened)), [text] * len(opened))
                 probabilities = logits.float().softmax(dim=1)[:, 1].tolist()
                 results += [Found(path, score) for path, score in zip(opened, probabilities, strict=True)]
         return sorted(results, key=lambda each: -each.score)

@@ -91,7 +91,7 @@ def _match_block(
             encoded.vectors[index], encoded.features[index], None if encoded.mask is None else encoded.mask[index]
         )
         texts = [corpus.texts[place] for place in pairs[batch, 1].tolist()]
-        logits[batch] = model.match(part, image_of_text, texts).float().cpu()
+        logits[batch] = model.match(part.features, part.mask, image_of_text, texts).float().cpu()
     return logits
 
 

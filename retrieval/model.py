@@ -84,15 +84,21 @@ class RetrievalModel:
         pictures = [each for each in inputs if not isinstance(each, FeatureRef)]
         with onednn_linears(self.device):
             if pictures:
-                batch = self.processor(images=pictures).to(self.device)
-                pixel_values = batch.pop("pixel_values")
-                outputs = encode_images(self.model.vision_model, pixel_values, **batch)
-                features, mask = outputs.last_hidden_state, outputs.attention_mask
+                features, mask = self.image_features(pictures)
             else:
                 features, mask = read_features([each for each in inputs if isinstance(each, FeatureRef)])
                 features, mask = features.to(self.device), None if mask is None else mask.to(self.device)
             outputs = self.model.get_image_features(image_embeds=features, image_attention_mask=mask)
         return EncodedImages(outputs.pooler_output, features, mask)
+
+    @torch.inference_mode()
+    def image_features(self, pictures: Sequence[Picture]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the outputs of the vision encoder for B images or videos, and their mask, as in [`EncodedImages`]."""
+        batch = self.processor(images=pictures).to(self.device)
+        pixel_values = batch.pop("pixel_values")
+        with onednn_linears(self.device):
+            outputs = encode_images(self.model.vision_model, pixel_values, **batch)
+        return outputs.last_hidden_state, outputs.attention_mask
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -101,19 +107,25 @@ class RetrievalModel:
             return self.model.get_text_features(**self._tokens(texts)).pooler_output
 
     @torch.inference_mode()
-    def match(self, images: EncodedImages, image_of_text: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+    def match(
+        self,
+        features: torch.Tensor,
+        mask: torch.Tensor | None,
+        image_of_text: torch.Tensor,
+        texts: Sequence[str],
+    ) -> torch.Tensor:
         """Return the logits of not matching and of matching of R pairs, `[R, 2]`.
 
         Args:
-            images: the images.
+            features, mask: features of the images and their mask, as in [`EncodedImages`].
             image_of_text: place of the image of each text, int64 `[R]`.
             texts: the text of each pair.
         """
         with onednn_linears(self.device):
             return self.model.get_matching_logits(
                 **self._tokens(texts),
-                image_embeds=images.features,
-                image_attention_mask=images.mask,
+                image_embeds=features,
+                image_attention_mask=mask,
                 image_of_text=image_of_text.to(self.device),
             )
 

@@ -22,22 +22,27 @@ class ColourModel:
     def count_tokens(self, texts):
         return [len(text.split()) + 2 for text in texts]
 
-    def encode_images(self, pictures):
+    def image_features(self, pictures):
         self.images += len(pictures)
         colours = torch.tensor([picture.getpixel((0, 0)) for picture in pictures]).float() / 255
+        return colours[:, None].repeat(1, 2, 1), None
+
+    def encode_images(self, pictures):
+        features, mask = self.image_features(pictures)
+        colours = features[:, 0]
         vectors = torch.nn.functional.normalize(torch.cat([colours, torch.ones(len(colours), 1)], dim=1) - 0.5, dim=1)
         others = torch.tensor([0.0, 0.0, 0.0, -1.0]).expand(len(colours), QUERIES - 1, 4)  # far from all texts
-        return EncodedImages(torch.cat([others, vectors[:, None]], dim=1), colours[:, None].repeat(1, 2, 1), None)
+        return EncodedImages(torch.cat([others, vectors[:, None]], dim=1), features, mask)
 
     def encode_texts(self, texts):
         self.texts += len(texts)
         vectors = torch.tensor([[*colour_of(text), 255] for text in texts]).float() / 255 - 0.5
         return torch.nn.functional.normalize(vectors, dim=1)
 
-    def match(self, images, image_of_text, texts):
+    def match(self, features, mask, image_of_text, texts):
         self.pairs += len(texts)
         colours = torch.tensor([colour_of(text) for text in texts]).float() / 255
-        distance = (images.features[image_of_text, 0] - colours).norm(dim=1)
+        distance = (features[image_of_text, 0] - colours).norm(dim=1)
         return torch.stack([distance, 1 - distance * torch.tensor(list(map(len, texts)))], dim=1)
 
 

@@ -99,7 +99,7 @@ def test_each_pair_is_matched_once_with_its_own_image_and_text(folder, monkeypat
     assert model.pairs == wanted.sum()
     everything = model.encode_images([images.open(image) for image in corpus.images])
     rows, columns = wanted.nonzero(as_tuple=True)
-    expected = model.match(everything, rows, [corpus.texts[column] for column in columns])
+    expected = model.match(everything.features, None, rows, [corpus.texts[column] for column in columns])
     assert torch.equal(logits[wanted], expected)
     assert logits[~wanted].isnan().all()
     again = ColourModel()

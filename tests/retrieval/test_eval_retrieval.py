@@ -168,7 +168,7 @@ def test_pairs_are_those_of_the_model(stage1, pictures):
     retrieval = RetrievalModel(model)
     images = [tiny.picture(number) for number in range(3)]
     texts = ["a green heart", "a red circle above a blue star", "two small squares"]
-    logits = retrieval.match(retrieval.encode_images(images), torch.tensor([2, 0, 2]), texts)
+    logits = retrieval.match(*retrieval.image_features(images), torch.tensor([2, 0, 2]), texts)
     expected = model.match(images, texts)
     torch.testing.assert_close(logits.softmax(dim=1)[:, 1], expected[[2, 0, 2], [0, 1, 2]])
     assert retrieval.count_tokens(texts) == [5, 9, 5]
