@@ -25,6 +25,7 @@ ROOMS = (
     "hub",
     "evaluation",
     "retrieval",
+    "rewards",
     "training",
     "scripts",
     "cli",
