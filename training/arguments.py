@@ -26,7 +26,10 @@ class SharedModelOptions:
         None, "Configuration of a vision encoder to train from scratch, as JSON.", "model"
     )
     qformer_config: str | None = option(
-        None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.', "model"
+        None,
+        'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}. With --objective pretrain, the '
+        "initializer_range of a new one is 1 / sqrt(hidden_size) by default, otherwise 0.02.",
+        "model",
     )
     num_frames: int | None = option(
         None,

@@ -22,7 +22,7 @@ from ..configuration_qformer import (
 )
 from ..encoders_qformer import image_size_of, num_frames_of
 from ..modeling_qformer import QFormerCaptioner
-from ..pretraining_qformer import QFormerForPretraining
+from ..pretraining_qformer import QFormerForPretraining, new_qformer_config
 from ..processing_qformer import QFormerCaptionerProcessor, QFormerPretrainingProcessor
 
 
@@ -163,7 +163,8 @@ def pretraining_from_scratch(
 
     Args:
         vision_config: `model_type` and sizes of the vision encoder, as in [`build_from_scratch`].
-        qformer_config: fields of [`QFormerConfig`]. The tokenizer determines its vocabulary size.
+        qformer_config: fields of [`QFormerConfig`]. The tokenizer determines its vocabulary size, and by default its
+            `initializer_range` is `1 / sqrt(hidden_size)`.
         tokenizer: tokenizer of the texts, such as [`train_text_tokenizer`] returns.
         fields: further fields of [`QFormerPretrainingConfig`].
 
@@ -188,7 +189,7 @@ def pretraining_from_scratch(
     processor = QFormerPretrainingProcessor(ViTImageProcessorPil(), tokenizer)  # adds a token that starts captions
     config = QFormerPretrainingConfig(
         vision_config=vision_config if reads_features else AutoConfig.for_model(**vision_config),
-        qformer_config=QFormerConfig.from_fields(**{**qformer_config, "vocab_size": len(tokenizer)}),
+        qformer_config=new_qformer_config(qformer_config, len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from qformer_captioner import QFormerCaptioner, train_hf
+from qformer_captioner import QFormerCaptioner, QFormerForPretraining, train_hf
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.augmentation import Augmentation
 from qformer_captioner.data.collator import PretrainingCollator
@@ -232,6 +232,21 @@ def new_model(**fields):
     torch.manual_seed(0)
     tokenizer = train_text_tokenizer([f"a {name} picture, all is {name}" for name in COLOURS])
     return pretraining_from_scratch(VISION, QFORMER, tokenizer, **fields)
+
+
+@pytest.mark.parametrize(("fields", "spread"), [({}, 32**-0.5), ({"initializer_range": 0.02}, 0.02)])
+def test_the_first_weights_of_a_new_qformer_depend_on_its_width(fields, spread):
+    tokenizer = train_text_tokenizer(COLOURS)
+    sizes = LAYERS | {"num_query_tokens": 8} | fields
+    models = [
+        pretraining_from_scratch(VISION, sizes, tokenizer),
+        QFormerForPretraining.from_backbones(None, tokenizer, encoder_hidden_size=24, **sizes),
+    ]
+    for model in models:
+        weights = model.qformer.encoder.layer[0].attention.attention.query.weight
+        assert model.qformer.config.initializer_range == spread
+        assert weights.std().item() == pytest.approx(spread, rel=0.1)
+        assert model.qformer.query_tokens.std().item() == pytest.approx(spread, rel=0.3)
 
 
 def new_trainer(dataset, folder, train_data=None, **options) -> PretrainingTrainer:
