@@ -267,9 +267,9 @@ class SharedTrainingOptions:
     save_total_limit: int | None = option(2, "Number of checkpoints to keep, besides the best one.", "run")
     load_best_model_at_end: bool = option(True, "Load the best checkpoint at the end of training.", "run")
     metric_for_best_model: str | None = option(
-        "cider",
-        "Score or loss that selects the best checkpoint. cider stands for facts with drawn scenes, and for mean_recall "
-        "with --objective pretrain.",
+        None,
+        "Score or loss that selects the best checkpoint. Default: cider, facts with drawn scenes, or mean_recall with "
+        "--objective pretrain (loss with --itc_weight 0).",
         "run",
     )
     logging_steps: float = option(10, "Number of steps between two log entries.", "run")

@@ -56,7 +56,9 @@ class QFormerTrainer(Seq2SeqTrainer):
     publishes the final folder with [`~QFormerTrainer.push_to_hub`].
 
     Args:
-        args, kwargs: as for `transformers.Trainer`. `args` are [`QFormerTrainingArguments`].
+        model: the model.
+        args: options of training.
+        others, kwargs: as for `transformers.Trainer`.
         include_backbones: frozen backbones to store in the final folder, as in [`~QFormerCaptioner.save_pretrained`].
         facts: facts of the run for the model card, as `run_facts.py` returns them. Without facts no card is written.
     """
@@ -71,12 +73,18 @@ class QFormerTrainer(Seq2SeqTrainer):
 
     def __init__(
         self,
-        *args: Any,
+        model: "QFormerPreTrainedModel | PeftModel",
+        args: QFormerTrainingArguments,
+        *others: Any,
         include_backbones: bool | list[str] | None = None,
         facts: dict | None = None,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        if args.metric_for_best_model is None:
+            args.metric_for_best_model = self.default_best_score(model)
+        if args.greater_is_better is None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+        super().__init__(model, args, *others, **kwargs)
         self.hub_token, self.args.hub_token = self.args.hub_token, None  # files of the run must not contain the token
         self.include_backbones = include_backbones
         self.facts = facts
@@ -220,6 +228,10 @@ class QFormerTrainer(Seq2SeqTrainer):
             return super().prediction_step(*args, **kwargs)
 
     # --- The best checkpoint ------------------------------------------------------------------------------------------
+
+    def default_best_score(self, model: "QFormerPreTrainedModel | PeftModel") -> str:
+        """Return the score that selects the best checkpoint if the options name none."""
+        raise NotImplementedError
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Return True for a new best score.

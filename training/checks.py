@@ -10,6 +10,7 @@ from transformers.trainer_utils import HubStrategy
 from ..common.arguments import check_at_least, check_one_of
 from ..common.errors import InputError
 from ..common.run_folder import is_complete
+from ..configuration_qformer import QFormerPretrainingConfig
 from ..data.augmentation import check_image_augmentation
 from .arguments import OBJECTIVES, DataArguments, ModelArguments, RunArguments, unread_options
 from .scores import CAPTION_SCORES, RECALL_NAMES, SCENE_SCORES
@@ -255,18 +256,27 @@ def known_scores(model_args: ModelArguments, scenes: bool) -> tuple[str, ...]:
         scenes: whether the rows to evaluate on are drawn scenes.
     """
     if model_args.objective == "pretrain":
-        losses = [name for name in ("itc", "itm", "itg") if getattr(model_args, f"{name}_weight") != 0]
-        return ("loss", *(f"{name}_loss" for name in losses), *RECALL_NAMES)
+        return pretraining_scores(model_args)
     return ("loss", *(SCENE_SCORES if scenes else CAPTION_SCORES))
 
 
+def pretraining_scores(weights: ModelArguments | QFormerPretrainingConfig) -> tuple[str, ...]:
+    """Return the losses and scores that an evaluation of pretraining computes.
+
+    Args:
+        weights: options of the model, which may leave weights to the model, or its configuration.
+    """
+    losses = [f"{name}_loss" for name in ("itc", "itm", "itg") if getattr(weights, f"{name}_weight") != 0]
+    return ("loss", *losses, *RECALL_NAMES)
+
+
 def check_best_model_score(args: QFormerTrainingArguments, known: Sequence[str]) -> None:
-    """Check that evaluation computes the score that selects the best checkpoint.
+    """Check that evaluation computes the score that selects the best checkpoint, if the options name one.
 
     Raises:
         InputError: if it does not.
     """
-    if args.best_score_name not in known:
+    if args.metric_for_best_model is not None and args.best_score_name not in known:
         raise InputError(f"--metric_for_best_model must be one of {', '.join(known)}, not {args.best_score_name!r}.")
 
 

@@ -15,6 +15,7 @@ from ..data.images import frames_of, id_of_image
 from ..hub.convert import load_qformer, load_qformer_tokenizer
 from ..pretraining_qformer import QFormerForPretraining
 from .arguments import ModelArguments
+from .checks import check_best_model_score, pretraining_scores
 from .data_setup import TrainingData
 from .from_scratch import pretraining_from_scratch, train_text_tokenizer
 from .run import TrainingRun
@@ -63,6 +64,7 @@ def build_pretraining_model(
             raise InputError(
                 f"The model {args.model_name_or_path!r} has no processor: save it together with its processor."
             )
+        check_best_model_score(run.training_args, pretraining_scores(model.config))
         set_num_frames(model, processor, args)
         if run.features is not None:
             run.features.check_model(model.config, processor.image_processor)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -18,6 +18,11 @@ from ..evaluation.recall import recalls
 from ..pretraining_qformer import QFormerForPretraining
 from .base_trainer import QFormerTrainer
 from .evaluation_files import write_retrieval_files
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ..saving_qformer import QFormerPreTrainedModel
 
 logger = get_logger(__name__)
 
@@ -46,7 +51,7 @@ class PretrainingTrainer(QFormerTrainer):
     ```python
     >>> trainer = PretrainingTrainer(
     ...     model=model,
-    ...     args=QFormerTrainingArguments(output_dir="outputs/stage1", metric_for_best_model="mean_recall"),
+    ...     args=QFormerTrainingArguments(output_dir="outputs/stage1"),
     ...     train_dataset=train_data,
     ...     eval_dataset=eval_data,
     ...     data_collator=PretrainingCollator(model.processor),
@@ -69,6 +74,10 @@ class PretrainingTrainer(QFormerTrainer):
         if compares and self.args.world_size == 1 and rows % self.args.train_batch_size == 1:
             self.args.dataloader_drop_last = True
             logger.info("The last batch of an epoch has one row, which has no wrong pairs: it is left out.")
+
+    def default_best_score(self, model: "QFormerPreTrainedModel | PeftModel") -> str:
+        """Return the mean recall, or without contrast the loss, because the recall then stays at chance."""
+        return "mean_recall" if model.config.itc_weight else "loss"
 
     # --- Training -----------------------------------------------------------------------------------------------------
 

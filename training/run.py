@@ -123,8 +123,8 @@ def resolve(
     if data_args.features is not None:
         features = FeatureStore(data_args.features)
         complete_from_features(features, model_args, data_args)
-    if training_args.metric_for_best_model == "cider":
-        choose_best_score(model_args, data_args, training_args)
+    if training_args.metric_for_best_model is None and model_args.objective != "pretrain" and draws_scenes(data_args):
+        training_args.metric_for_best_model = "facts"
     check_options(model_args, data_args, run_args, training_args, changed_options)
     settings = settings_of_run(model_args, data_args)
     folder = RunFolder(training_args.output_folder, settings, run_args.overwrite_output_dir)
@@ -145,18 +145,6 @@ def resolve(
             sample_view=True,
         ),
     )
-
-
-def choose_best_score(
-    model_args: ModelArguments, data_args: DataArguments, training_args: QFormerTrainingArguments
-) -> None:
-    """Let another score than CIDEr select the best checkpoint, where evaluation does not compute CIDEr."""
-    if model_args.objective == "pretrain":
-        compares = model_args.itc_weight != 0  # otherwise the recall stays at chance
-        training_args.metric_for_best_model = "mean_recall" if compares else "loss"
-        training_args.greater_is_better = compares
-    elif draws_scenes(data_args):
-        training_args.metric_for_best_model = "facts"
 
 
 def settings_of_run(model_args: ModelArguments, data_args: DataArguments) -> dict[str, object]:

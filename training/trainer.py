@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from ..modeling_qformer import QFormerCaptioner
+    from ..saving_qformer import QFormerPreTrainedModel
 
 
 class CaptionTrainer(QFormerTrainer):
@@ -68,6 +69,10 @@ class CaptionTrainer(QFormerTrainer):
             captions = [encode(caption, prompt) for prompt, row in rows for caption in row]
             embeddings = captioner_of(self.model).get_input_embeddings()
             self.bag_of_words_loss = BagOfWordsLoss(captions, embeddings.get_parameter("weight"))
+
+    def default_best_score(self, model: "QFormerPreTrainedModel | PeftModel") -> str:
+        """Return CIDEr."""
+        return "cider"
 
     # --- Training -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from .arguments import TrainingOptions
 class QFormerTrainingArguments(TrainingOptions, Seq2SeqTrainingArguments):  # type: ignore[misc]
     """Arguments of [`QFormerTrainer`]: all of transformers' `Seq2SeqTrainingArguments` and [`TrainingOptions`].
 
-    `bf16=None` becomes `True` on GPUs that support bfloat16, unless `fp16` or `use_cpu` is set.
+    `bf16=None` becomes `True` on GPUs that support bfloat16, unless `fp16` or `use_cpu` is set. With
+    `metric_for_best_model=None`, the trainer chooses the score that selects the best checkpoint.
 
     Example:
 
@@ -33,7 +34,10 @@ class QFormerTrainingArguments(TrainingOptions, Seq2SeqTrainingArguments):  # ty
         if self.bf16 is None:
             has_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = has_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        chosen = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
+        if chosen[0] is None:  # the Trainer's choice is the loss, that of `QFormerTrainer` depends on the objective
+            self.metric_for_best_model, self.greater_is_better = chosen
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
 
     @property

@@ -34,7 +34,6 @@ def words(folder, output_dir, language="llama", **options) -> list[str]:
         "learning_rate": 0.02,
         "generation_num_beams": 1,
         "generation_max_length": 6,
-        "metric_for_best_model": "facts",
         "use_cpu": "true",
         "disable_tqdm": "true",
     } | options

@@ -249,8 +249,8 @@ def test_the_first_weights_of_a_new_qformer_depend_on_its_width(fields, spread):
         assert model.qformer.query_tokens.std().item() == pytest.approx(spread, rel=0.3)
 
 
-def new_trainer(dataset, folder, train_data=None, **options) -> PretrainingTrainer:
-    model = new_model()
+def new_trainer(dataset, folder, train_data=None, model=None, **options) -> PretrainingTrainer:
+    model = model or new_model()
     options = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False} | options
     return PretrainingTrainer(
         model=model,
@@ -357,6 +357,7 @@ def test_a_new_tokenizer_is_the_same_each_time_and_keeps_words(pictures):
         ({"itm_weight": -1}, "--itm_weight must be at least 0"),
         ({"itc_weight": 0, "itm_weight": 0, "itg_weight": 0}, "All losses have the weight 0"),
         ({"label_smoothing": 1}, "`label_smoothing` must be at least 0 and below 1"),
+        ({"metric_for_best_model": "cider"}, "--metric_for_best_model must be one of loss, itc_loss"),
         ({"metric_for_best_model": "bleu_4"}, "--metric_for_best_model must be one of loss, itc_loss"),
         ({"metric_for_best_model": "itm_loss", "itm_weight": 0}, "must be one of loss, itc_loss, itg_loss, image"),
         ({"max_caption_length": 600}, "reads texts of at most 512 tokens"),
@@ -374,6 +375,22 @@ def test_options_that_do_not_fit_are_answered_in_one_sentence(pictures, tmp_path
         train_hf.train(command_line(**options))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_the_loaded_model_leaves_out_cannot_select_the_best_checkpoint(pictures, tmp_path):
+    model = new_model(itm_weight=0.0)
+    model.save_pretrained(tmp_path / "stage1")
+    changes = {"vision_config": None, "qformer_config": None, "model_name_or_path": tmp_path / "stage1"}
+    options = OPTIONS | changes | {"dataset_name": pictures, "output_dir": tmp_path / "run"}
+    with pytest.raises(InputError, match="must be one of loss, itc_loss, itg_loss, image.* not 'itm_loss'"):
+        train_hf.train(command_line(**options, metric_for_best_model="itm_loss"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("weight", "name", "is_greater"), [(1.0, "mean_recall", True), (0.0, "loss", False)])
+def test_the_weights_of_the_model_choose_what_selects_the_best_checkpoint(dataset, tmp_path, weight, name, is_greater):
+    args = new_trainer(dataset, tmp_path, model=new_model(itc_weight=weight)).args
+    assert (args.metric_for_best_model, args.greater_is_better) == (name, is_greater)
 
 
 def test_several_gpus_in_one_process_are_refused(pictures, tmp_path):

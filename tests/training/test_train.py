@@ -46,7 +46,6 @@ TINY = {
     "logging_steps": 2,
     "generation_num_beams": 1,
     "generation_max_length": 8,
-    "metric_for_best_model": "facts",
     "use_cpu": True,
     "disable_tqdm": True,
 }
@@ -180,7 +179,7 @@ def test_without_an_evaluation_split_the_last_checkpoint_is_kept(tmp_path, recip
         Image.new("RGB", (8, 8), (60 * index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
         lines.append(json.dumps({"file_name": f"{index}.png", "caption": f"number {index}"}))
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    changes = {"dataset_name": str(tmp_path / "pictures"), "num_train_epochs": 1, "metric_for_best_model": "cider"}
+    changes = {"dataset_name": str(tmp_path / "pictures"), "num_train_epochs": 1}
     words = ["--recipe", recipe(**changes)]
     train_hf.train(words)
     assert (tmp_path / "run" / "model.safetensors").exists()
@@ -288,7 +287,7 @@ def test_a_run_that_cannot_start_creates_no_folder_and_deletes_none(finished_run
 # Options that fail
 # ----------------------------------------------------------------------------------------------------------------------
 
-NO_FOLDER = {"dataset_name": "/no/such/folder", "metric_for_best_model": "cider"}
+NO_FOLDER = {"dataset_name": "/no/such/folder"}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +304,7 @@ NO_FOLDER = {"dataset_name": "/no/such/folder", "metric_for_best_model": "cider"
         ({}, ["--recipe", "no_such_recipe"], "There is no recipe 'no_such_recipe'"),
         ({}, ["--label_smoothing_factor", "0.1"], "--label_smoothing_factor does not work here"),
         ({}, ["--qformer_config", "{"], "--qformer_config is not valid JSON"),
-        ({}, ["--metric_for_best_model", "ciderr"], "--metric_for_best_model must be one of loss, facts, complete"),
+        ({}, ["--metric_for_best_model", "cider"], "--metric_for_best_model must be one of loss, facts, complete"),
         ({}, ["--report_to", "no_such_service"], "no_such_service"),
         ({}, ["--ema_decay", "2"], "--ema_decay must lie between 0 and 1, not 2"),
         ({}, ["--num_train_epochs", "nan"], "--num_train_epochs must be at least 0, not nan"),
