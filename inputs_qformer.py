@@ -41,16 +41,23 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str
     return re.sub("|".join(map(re.escape, tokenizer.all_special_tokens)), " ", text).strip()
 
 
-def load_image_processor(name_or_path: str | os.PathLike, revision: str | None = None) -> BaseImageProcessor:
+def load_image_processor(
+    name_or_path: str | os.PathLike, revision: str | None = None, **files: Any
+) -> BaseImageProcessor:
     """Load the image processor of a vision encoder. No code from the Hub is executed.
+
+    Args:
+        name_or_path: Hub id or folder.
+        revision: branch, tag or commit on the Hub.
+        files: further arguments of `from_pretrained` that say where the files are, such as `token` and `subfolder`.
 
     Raises:
         OSError: if it cannot be fetched.
     """
-    config, _ = PreTrainedConfig.get_config_dict(str(name_or_path), revision=revision)
+    config, _ = PreTrainedConfig.get_config_dict(str(name_or_path), revision=revision, **files)
     if config.get("model_type") == "timm_wrapper":
         return timm_image_processor(config["pretrained_cfg"])
-    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **files)
 
 
 def timm_image_processor(pretrained_cfg: dict[str, Any]) -> CLIPImageProcessorPil:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
@@ -23,6 +23,7 @@ from .checkpoint_qformer import is_retrieval_model, retrieval_arguments
 from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
 from .encoders_qformer import vision_config_of, vision_model_from_config
 from .images_qformer import ImageInput
+from .inputs_qformer import load_image_processor
 from .modeling_qformer import QFormerModel
 from .packing_qformer import ImageKeys, PackedRows, Texts, run_packed
 from .processing_qformer import HUB_KWARGS, QFormerPretrainingProcessor
@@ -147,7 +148,7 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         Returns:
             The model in evaluation mode. The vision encoder of a `Blip2ForImageTextRetrieval` is frozen. What such a
             checkpoint lacks, the output layer for texts and the temperature, is newly initialised, and a warning says
-            so.
+            so. Its `itg_weight` is therefore 0, unless the fields set it.
 
         Raises:
             OSError, TypeError, ValueError: as in [`~QFormerPreTrainedModel.from_pretrained`].
@@ -165,7 +166,8 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         if source is None or not is_retrieval_model(PreTrainedConfig.get_config_dict(source, **hub_kwargs)[0]):
             return super().from_pretrained(source, *model_args, **kwargs)
         try:
-            processor = QFormerPretrainingProcessor.from_backbones(source, source, *[kwargs.get("revision")] * 2)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub_kwargs)
+            processor = QFormerPretrainingProcessor(load_image_processor(source, **hub_kwargs), tokenizer)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             logger.warning(f"The model gets no processor, because {source!s} has none ({reason}).")

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
+    AutoTokenizer,
     Blip2Config,
     Blip2ForImageTextRetrieval,
     Blip2TextModelWithProjection,
@@ -126,6 +128,7 @@ def test_a_retrieval_model_opens_with_its_processor_and_says_what_it_lacks(folde
     model = QFormerForPretraining.from_pretrained(folder)
     logging.disable_propagation()
     assert "(`lm_head`) and the temperature (`logit_scale`) are newly initialised" in log.text
+    assert "`itg_weight` is 0: with 0, the output layer is not trained" in log.text
     theirs = retrieval_model()
     inputs = model.processor(images=[tiny.picture()], text=tiny.CAPTIONS[:1])
     with torch.no_grad():
@@ -141,6 +144,29 @@ def test_a_retrieval_model_opens_with_its_processor_and_says_what_it_lacks(folde
     loss = model(**model.processor(images=[tiny.picture(), tiny.picture(1)], text=tiny.CAPTIONS[:2])).loss
     loss.backward()
     assert loss.isfinite() and model.logit_scale.grad is not None
+
+
+def test_the_processor_is_read_from_where_the_weights_are(folder, tmp_path, monkeypatch):
+    places = {"token": "hf_abc", "cache_dir": str(tmp_path / "cache"), "local_files_only": True, "subfolder": "source"}
+    asked = []
+    for loader in (AutoTokenizer, AutoImageProcessor):
+
+        def from_pretrained(source, load=loader.from_pretrained, **kwargs):
+            asked.append({name: kwargs.get(name) for name in places})
+            return load(source, **kwargs)
+
+        monkeypatch.setattr(loader, "from_pretrained", from_pretrained)
+    model = QFormerForPretraining.from_pretrained(folder.parent, **places)
+    assert asked == [places, places]
+    assert model.similarity(tiny.picture(), tiny.CAPTIONS[0]).isfinite()
+
+
+def test_a_new_output_layer_for_texts_is_trained_only_if_asked_for(folder, tmp_path):
+    convert(folder, tmp_path / "ours")
+    for place in (folder, tmp_path / "ours"):
+        model = QFormerForPretraining.from_pretrained(place)
+        assert (model.config.itc_weight, model.config.itm_weight, model.config.itg_weight) == (1, 1, 0)
+    assert QFormerForPretraining.from_pretrained(folder, itg_weight=0.5).config.itg_weight == 0.5
 
 
 @pytest.mark.parametrize("include_backbones", [False, True])
