@@ -290,7 +290,8 @@ def retrieval_arguments(
 ) -> dict[str, Any]:
     """Return the arguments with which a [`QFormerForPretraining`] is made from a `Blip2ForImageTextRetrieval`.
 
-    Its vision encoder is frozen and kept by reference to the checkpoint, and its output layer for texts is new.
+    Its vision encoder is frozen and kept by reference to the checkpoint. Its output layer for texts is new, so
+    `itg_weight` is 0 by default.
 
     Args:
         source: folder or Hub id of the checkpoint.
@@ -328,6 +329,7 @@ def retrieval_arguments(
             "vision_model_name_or_path": os.path.abspath(source) if os.path.isdir(source) else os.fspath(source),
             "vision_model_revision": commit_of(source, hub_kwargs.get("revision")),
             "freeze_vision_model": True,
+            "itg_weight": 0.0,  # a new output layer for texts has learned nothing
             "referenced_backbones": ["vision_model"],
             "dtypes": dtypes,
             "dtype": dtypes["vision_model"],
@@ -340,6 +342,7 @@ def retrieval_arguments(
         kwargs["vision_model"] = placeholder_for(cast(PreTrainedConfig, config.vision_config), dtypes["vision_model"])
     logger.warning(
         f"The output layer for texts (`lm_head`) and the temperature (`logit_scale`) are newly initialised: {source!s} "
-        "lacks them. transformers' conversion of LAVIS' models left them out."
+        "lacks them. transformers' conversion of LAVIS' models left them out. `itg_weight` is "
+        f"{config.itg_weight:g}: with 0, the output layer is not trained, and captions have no meaning."
     )
     return {"config": config, "state_dict": weights, "load_vision_model": load_vision_model, **kwargs}
