@@ -6,7 +6,7 @@ Shapes: B images, M texts, T tokens of a text, N image tokens, Q queries, E widt
 and Dv are the widths of the Q-Former and of the features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from .cards_qformer import PushWithPretrainingCard
 from .checkpoint_qformer import is_retrieval_model, retrieval_arguments
 from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
 from .encoders_qformer import vision_config_of, vision_model_from_config
-from .images_qformer import ImageInput
+from .images_qformer import ImageInput, flatten_images
 from .inputs_qformer import load_image_processor
 from .modeling_qformer import QFormerModel
 from .packing_qformer import ImageKeys, PackedRows, Texts, run_packed
@@ -33,7 +33,12 @@ from .vision_qformer import features_of_inputs
 
 logger = logging.get_logger(__name__)
 
-PAIRS_OF_A_PASS = 128  # of image and text in `match`
+# What `similarity` and `match` compute at once. Their memory does not depend on the number of images and texts.
+IMAGES_OF_A_PASS = 32
+TEXTS_OF_A_PASS = 256
+PAIRS_OF_A_PASS = 128  # of image and text
+MAX_SIMILARITIES = 2**24  # of queries and texts
+
 SIGMOID_LOGIT_BIAS = -10.0  # SigLIP's. At first, nearly all pairs are wrong.
 
 
@@ -302,10 +307,16 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
                 [0.12]])
         ```
         """
-        image_inputs, text_inputs = self._prepare(images, texts, image_embeds)
-        image_vectors = self.get_image_features(**image_inputs).pooler_output  # [B, Q, E]
-        text_vectors = self.get_text_features(**text_inputs).pooler_output  # [M, E]
-        return (image_vectors @ text_vectors.t()).amax(dim=1).float()
+        image_inputs, text_inputs = self._inputs(images, texts, image_embeds)
+        ids, mask = (text_inputs[name].split(TEXTS_OF_A_PASS) for name in ("input_ids", "attention_mask"))
+        blocks = zip(ids, mask, strict=True)
+        text_vectors = torch.cat([self.get_text_features(*block).pooler_output for block in blocks])  # [M, E]
+        rows = []
+        for inputs in image_inputs:
+            vectors = self.get_image_features(**inputs).pooler_output  # [b, Q, E]
+            parts = text_vectors.split(max(1, MAX_SIMILARITIES // vectors.shape[:2].numel()))
+            rows.append(torch.cat([(vectors @ part.t()).amax(dim=1) for part in parts], dim=1).float())
+        return torch.cat(rows)
 
     @torch.no_grad()
     def match(
@@ -336,31 +347,31 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         tensor([[0.98, 0.01]])
         ```
         """
-        image_inputs, text_inputs = self._prepare(images, texts, image_embeds)
-        features, mask = self._features(**image_inputs)
-        keys = ImageKeys.project(self.qformer.encoder, features, mask)
-        texts_of_batch = check_texts(
-            **text_inputs, num_images=len(text_inputs["input_ids"]), config=self.qformer.config
-        )
-        numbers = torch.cartesian_prod(
-            torch.arange(len(features), device=features.device), texts_of_batch.image_of_text
-        ).view(-1, 2)  # of image and text in each pair
-        logits = []
-        for pairs in numbers.split(PAIRS_OF_A_PASS):  # sorted by image
-            first, last = int(pairs[0, 0]), int(pairs[-1, 0])
-            own = slice(first, last + 1)
-            own_keys = keys.select(own, [tensor[own] for tensor in keys.tensors()])
-            chunk = texts_of_batch.select(pairs[:, 1], pairs[:, 0] - first)
-            logits.append(self._matching_logits(chunk, own_keys, last + 1 - first))
-        return torch.cat(logits).float().softmax(dim=1)[:, 1].view(len(features), -1)
+        image_inputs, text_inputs = self._inputs(images, texts, image_embeds)
+        count = len(text_inputs["input_ids"])
+        texts_of_batch = check_texts(**text_inputs, num_images=count, config=self.qformer.config)
+        rows = []
+        for inputs in image_inputs:
+            features, mask = self._features(**inputs)
+            keys = ImageKeys.project(self.qformer.encoder, features, mask)
+            num_pairs, logits = len(features) * count, []
+            for start in range(0, num_pairs, PAIRS_OF_A_PASS):
+                pairs = torch.arange(start, min(start + PAIRS_OF_A_PASS, num_pairs), device=features.device)
+                image_of_pair = pairs // count
+                own = slice(start // count, int(image_of_pair[-1]) + 1)
+                own_keys = keys.select(own, [tensor[own] for tensor in keys.tensors()])
+                chunk = texts_of_batch.select(pairs % count, image_of_pair - own.start)
+                logits.append(self._matching_logits(chunk, own_keys, own.stop - own.start))
+            rows.append(torch.cat(logits).float().softmax(dim=1)[:, 1].view(len(features), count))
+        return torch.cat(rows)
 
-    def _prepare(
+    def _inputs(
         self,
         images: ImageInput | Iterable[ImageInput] | None,
         texts: str | Sequence[str],
         image_embeds: torch.Tensor | Sequence[Any] | None,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return images or features, and texts, as the inputs of the model."""
+    ) -> tuple[Iterator[dict[str, Any]], dict[str, torch.Tensor]]:
+        """Return images or features in blocks, which are opened one after another, and all texts, as inputs."""
         if self.processor is None:
             raise ValueError(
                 "This model has no processor. Set `model.processor = QFormerPretrainingProcessor(image_processor, "
@@ -368,14 +379,21 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
             )
         if images is None and image_embeds is None:
             raise ValueError("There are no images: pass `images`, or features as `image_embeds`.")
+        if images is not None and image_embeds is not None:
+            raise ValueError("Pass either `images` or their features (`image_embeds`), not both.")
         if not texts:
             raise ValueError("There are no texts: pass at least one as `texts`.")
+        name, rows = "images", cast(Any, flatten_images(images))
+        if image_embeds is not None:
+            is_one = getattr(image_embeds, "ndim", None) == 2  # an array
+            name, rows = "image_embeds", [image_embeds] if is_one else image_embeds
+        if len(rows) == 0:
+            raise ValueError(f"There are no images: `{name}` is empty.")
         device = self.qformer.query_tokens.device
-        image_inputs = self.processor(images=images, image_embeds=image_embeds).to(device)
-        if not image_inputs:
-            raise ValueError("There are no images: `images` is empty.")
-        inputs = {"pixel_values": None, "image_embeds": None, "image_attention_mask": None, **image_inputs}
-        return inputs, dict(self.processor(text=texts).to(device))
+        nothing = {"pixel_values": None, "image_embeds": None, "image_attention_mask": None}
+        blocks = (rows[start : start + IMAGES_OF_A_PASS] for start in range(0, len(rows), IMAGES_OF_A_PASS))
+        image_inputs = ({**nothing, **self.processor(**{name: block}).to(device)} for block in blocks)
+        return image_inputs, dict(self.processor(text=texts).to(device))
 
     # --- Parts of the passes ------------------------------------------------------------------------------------------
 

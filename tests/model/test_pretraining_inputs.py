@@ -78,6 +78,8 @@ def test_a_batch_that_cannot_be_learned_is_refused_in_one_sentence(model, change
     [
         ({}, "There are no images: pass `images`"),
         ({"images": [], "texts": "a star"}, "There are no images: `images` is empty"),
+        ({"image_embeds": [], "texts": "a star"}, "There are no images: `image_embeds` is empty"),
+        ({"images": "a.png", "image_embeds": torch.ones(1, 2, 24), "texts": "a star"}, "not both"),
         ({"image_embeds": torch.ones(1, 2, 24)}, "There are no texts"),
         ({"image_embeds": torch.ones(1, 2, 24), "texts": "a " * 20}, "A text has 22 tokens"),
         ({"images": tiny.picture(), "texts": "a star"}, "trained on features and has no vision encoder"),
@@ -158,7 +160,14 @@ def test_matching_of_a_pair_does_not_depend_on_the_batch(model):
 
 
 def test_similarity_and_match_are_the_scores_of_the_vectors_and_the_pairs(model, monkeypatch):
-    monkeypatch.setattr(retrieval_qformer, "PAIRS_OF_A_PASS", 3)  # passes that begin within an image
+    # Blocks that begin within the images, the texts and the pairs of an image
+    for name, size in (
+        ("IMAGES_OF_A_PASS", 2),
+        ("TEXTS_OF_A_PASS", 1),
+        ("PAIRS_OF_A_PASS", 3),
+        ("MAX_SIMILARITIES", 1),
+    ):
+        monkeypatch.setattr(retrieval_qformer, name, size)
     features = batch()["image_embeds"]
     inputs = model.processor(text=tiny.CAPTIONS[:2])
     similarity, match = (
@@ -171,6 +180,22 @@ def test_similarity_and_match_are_the_scores_of_the_vectors_and_the_pairs(model,
         pairs = torch.full((2,), image)
         logits = model.get_matching_logits(**inputs, image_embeds=features, image_of_text=pairs)
         torch.testing.assert_close(match[image], logits.softmax(dim=1)[:, 1], **NEAR)
+
+
+def test_images_are_opened_and_compared_in_blocks(of_images, monkeypatch):
+    of_images.processor = QFormerPretrainingProcessor(tiny.image_processor(), tiny.text_tokenizer())
+    pictures, sizes = [tiny.picture(seed) for seed in range(5)], []
+    monkeypatch.setattr(retrieval_qformer, "IMAGES_OF_A_PASS", 2)
+    hook = of_images.vision_model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len([*args, *kwargs.values()][0])), with_kwargs=True
+    )
+    blocks = [method(pictures, tiny.CAPTIONS) for method in (of_images.similarity, of_images.match)]
+    hook.remove()
+    assert sizes == [2, 2, 1] * 2
+    monkeypatch.undo()
+    torch.testing.assert_close(
+        blocks, [method(pictures, tiny.CAPTIONS) for method in (of_images.similarity, of_images.match)], **NEAR
+    )
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
