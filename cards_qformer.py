@@ -58,6 +58,9 @@ print(model.similarity(None, texts, image_embeds=features))  # an array [N, {{ f
 {%- else -%}
 print(model.similarity("image.png", texts))
 {%- endif %}
+{%- if writes_captions %}
+print(model.caption({{ "image_embeds=features" if feature_width else '"image.png"' }}))
+{%- endif %}
 ```
 
 A captioner can begin with this Q-Former: give the repository as `--qformer_name_or_path` to `train_hf.py`.
@@ -85,6 +88,10 @@ class PushWithCard(PushToHubMixin):
     pipeline_tag: ClassVar[str | None]
     card_tags: ClassVar[list[str]]
 
+    def card_facts(self) -> dict[str, Any]:
+        """Return what the template reads beside the name of the repository."""
+        return {"feature_width": self.feature_width}
+
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         card = os.path.join(working_dir, "README.md")
         if os.path.exists(card) and "[More Information Needed]" in ModelCard.load(card).text:
@@ -93,7 +100,7 @@ class PushWithCard(PushToHubMixin):
                 pipeline_tag=None if self.feature_width else self.pipeline_tag,
                 tags=[*([] if self.feature_width else self.card_tags), "q-former", "qformer-captioner"],
             )
-            facts: dict[str, Any] = {"name": repo_id.split("/")[-1], "feature_width": self.feature_width}
+            facts = {"name": repo_id.split("/")[-1], **self.card_facts()}
             ModelCard.from_template(data, template_str=self.card_template, repo_id=repo_id, **facts).save(card)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 

@@ -183,6 +183,10 @@ class QFormerRetrievalModel(PushWithPretrainingCard, QFormerPreTrainedModel):
         model.processor, model.name_or_path = processor, str(source)
         return loaded
 
+    def card_facts(self) -> dict[str, Any]:
+        """Return what the model card says: also whether the model has learned to caption."""
+        return {**super().card_facts(), "writes_captions": bool(self.config.itg_weight)}
+
     # --- Features -----------------------------------------------------------------------------------------------------
 
     @can_return_tuple

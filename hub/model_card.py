@@ -260,6 +260,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         )
     return {
         "objective": "pretrain" if is_pretrained else "caption",
+        "writes_captions": not is_pretrained or config.get("itg_weight", 1) > 0,
         "parts": parts,
         "feature_width": None if has_vision_model else vision_config["hidden_size"],
     }

@@ -27,6 +27,7 @@ from ..evaluation.scoring import SCORE_NAMES
 from ..hub.model_card import text_sha256
 from ..metrics.tokenizers import describe_tokenizer
 from ..modeling_qformer import QFormerCaptioner
+from ..pretraining_qformer import QFormerForPretraining
 from ..saving_qformer import QFormerPreTrainedModel
 from .arguments import DataArguments
 from .data_setup import DatasetSpec, TrainingData, evaluation_spec, training_specs
@@ -67,6 +68,7 @@ def describe_run(
     starts_from = starts_from if is_hub_id(starts_from) else None
     facts = {
         "objective": run.objective,
+        "writes_captions": not isinstance(base, QFormerForPretraining) or base.config.itg_weight > 0,
         "model": run.training_args.hub_model_id or shown_name(str(run.output_dir.absolute())),
         "starts_from": starts_from,
         "parts": describe_parts(model, {"qformer": run.model_args.text_model_name_or_path}),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jinja2
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -156,6 +157,15 @@ def findings(folders, hub, commands, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", [*FORMS, *REPOSITORIES])
 def test_a_process_without_the_package_gets_the_same_answers(findings, name):
     assert findings[name] is True, findings[name]
+
+
+@pytest.mark.parametrize(("vision", "shown"), [("vit", '"image.png"'), (None, "image_embeds=features")])
+def test_a_card_shows_captions_only_of_a_model_that_has_learned_them(vision, shown):
+    for weight in (0.0, 0.5):
+        model = tiny.pretraining_model(vision, itg_weight=weight)
+        card = jinja2.Template(model.card_template).render(**model.card_facts())
+        assert (f"print(model.caption({shown}))\n```" in card) == bool(weight)
+        assert card.count("model.similarity(") == 1
 
 
 @pytest.mark.slow

@@ -156,6 +156,14 @@ def test_the_folder_can_be_published_with_its_code_and_a_card_for_the_repository
     assert b'from_pretrained("me/stage1", trust_remote_code=True)' in files["README.md"]
 
 
+def test_a_card_shows_captions_only_of_a_model_that_has_learned_them(finished, tmp_path):
+    shown = 'print(model.caption("image.png"))'
+    assert shown in (finished / "README.md").read_text()
+    for weight in (0.0, 0.5):
+        tiny.pretraining_model("vit", itg_weight=weight).save_pretrained(tmp_path)
+        assert (shown in card_for_hub(tmp_path, "me/stage1")) == bool(weight)
+
+
 def test_a_folder_without_a_run_gets_a_card_of_its_parts(tmp_path):
     tiny.save_stage1(tmp_path)
     card = card_for_hub(tmp_path, "me/stage1")
