@@ -33,7 +33,7 @@ from .vision_qformer import features_of_inputs
 
 logger = logging.get_logger(__name__)
 
-# What `similarity` and `match` compute at once. Their memory does not depend on the number of images and texts.
+# Sizes of the blocks of `similarity` and `match`. Beside texts and results, only one block is in memory.
 IMAGES_OF_A_PASS = 32
 TEXTS_OF_A_PASS = 256
 PAIRS_OF_A_PASS = 128  # of image and text
