@@ -304,6 +304,18 @@ def test_a_last_batch_of_one_row_is_left_out(dataset, tmp_path, log, size, steps
     assert ("is left out" in log.text) == (10 % size == 1)
 
 
+def test_losses_that_are_logged_after_a_resume_are_means_of_the_same_steps(dataset, tmp_path):
+    options = {"per_device_train_batch_size": 5, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    new_trainer(dataset, tmp_path, max_steps=2, **options).train()
+    resumed = new_trainer(dataset, tmp_path, max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=True)
+    entries = [entry for entry in resumed.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [3, 6]
+    for entry in entries:
+        parts = entry["itc_loss"] + entry["itm_loss"] + entry["itg_loss"]
+        assert entry["loss"] == pytest.approx(parts, abs=1e-3)
+
+
 def test_only_matrices_decay(dataset, tmp_path):
     trainer = new_trainer(dataset, tmp_path)
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
