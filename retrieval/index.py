@@ -58,7 +58,7 @@ class Entry:
 
 
 class ImageIndex:
-    """Vectors of all images in a folder and below it, kept on disk.
+    """Vectors of all images in a folder and below it, kept on disk. [`open_index`] makes one, and shows its use.
 
     Files are encoded in batches, and each batch is written in one piece, so that a killed call continues. A file that
     has changed is encoded again, and a file that was deleted is forgotten. An index of other weights is replaced.
@@ -71,16 +71,6 @@ class ImageIndex:
 
     Raises:
         InputError: if the folder of images does not exist, or the folder of the index holds something else.
-
-    Example:
-
-    ```python
-    >>> index = open_index("photos", "outputs/stage1")  # doctest: +SKIP
-    >>> index.refresh()  # doctest: +SKIP
-    1200
-    >>> index.search(["a dog in snow"], top_k=1)  # doctest: +SKIP
-    [[Found(path='2024/dog.jpg', score=0.41)]]
-    ```
     """
 
     def __init__(
