@@ -1,8 +1,9 @@
 """Linear layers that use oneDNN instead of MKL, in float32 on an x86 CPU: [`onednn_linears`].
 
 PyTorch ships both libraries. In float32 it calls MKL for linear layers and has no option to change that. On an AMD EPYC
-oneDNN is 1.03 to 1.9 times as fast with many rows. With the few rows of a decoding step it is 1.1 to 3.2 times as fast.
-Measure other processors with `python -m benchmarks.linears`. The results differ from MKL's only by rounding.
+with AVX-512, oneDNN is 1.03 to 1.9 times as fast with many rows. With the few rows of a decoding step it is 1.1 to 3.2
+times as fast. With AVX2, MKL is faster. Measure other processors with `python -m benchmarks.linears`. The results
+differ from MKL's only by rounding.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,15 @@ MIN_WEIGHT_ELEMENTS = 2**18  # 512 x 512. In smaller layers the call of oneDNN c
 
 
 def onednn_linears(device: torch.device | str = "cpu", backward_only: bool = False) -> AbstractContextManager:
-    """Return a context in which oneDNN multiplies the linear layers of any model in float32 on an x86 CPU.
+    """Return a context in which oneDNN multiplies the linear layers of any model in float32 on a CPU with AVX-512.
 
     On an AMD EPYC, it makes training steps and captioning 1.4 to 1.7 times as fast. Loading the model with
     `dtype=torch.bfloat16` is simpler and faster still on a processor that supports it, at the cost of precision. The
     commands and [`CaptionTrainer`] enter the context automatically.
 
-    The context changes nothing on other devices or processors, in other dtypes, under autocast, or in compiled code. It
-    also changes nothing while `torch.backends.mkldnn.enabled` is `False`. Contexts can be nested: the innermost one
-    applies. A context applies only in the thread that enters it.
+    The context changes nothing on other devices, on processors without AVX-512, in other dtypes, under autocast, or in
+    compiled code. It also changes nothing while `torch.backends.mkldnn.enabled` is `False`. Contexts can be nested: the
+    innermost one applies. A context applies only in the thread that enters it.
 
     Do not enter it with gradient checkpointing. PyTorch exits such contexts in the backward pass. Recomputed layers
     would then use MKL, and PyTorch raises a `CheckpointError`.
@@ -53,6 +54,8 @@ def onednn_linears(device: torch.device | str = "cpu", backward_only: bool = Fal
         return nullcontext()
     if not torch.backends.mkldnn.is_available() or machine() not in ("x86_64", "AMD64"):
         return nullcontext()  # on other processors PyTorch does not use MKL
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return nullcontext()
     return OneDNNLinears(backward_only)
 
 

@@ -32,6 +32,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def processor_with_avx512(monkeypatch):
+    """Let every processor pass for one on which oneDNN is faster. The numbers do not depend on it."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
 @pytest.fixture
 def any_size(monkeypatch):
     """Let oneDNN multiply layers as small as those of a tiny captioner."""
@@ -189,10 +195,12 @@ def test_the_switch_of_torch_turns_it_off(any_size, monkeypatch, inside):
         assert products_of_onednn(lambda: model(**batch)) == 0
 
 
-@pytest.mark.parametrize("reason", ["device", "processor", "build"])
+@pytest.mark.parametrize("reason", ["device", "processor", "instructions", "build"])
 def test_it_does_nothing_on_another_device_or_processor_or_build(any_size, monkeypatch, reason):
     if reason == "processor":
         monkeypatch.setattr(onednn, "machine", lambda: "arm64")
+    if reason == "instructions":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     if reason == "build":
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert isinstance(onednn_linears("cuda" if reason == "device" else "cpu"), nullcontext)
