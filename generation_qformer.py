@@ -260,7 +260,14 @@ class SharedPrefixLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Give each beam the new tokens of the beam `beam_idx`. The prefix is the same for all beams of an image."""
+        """Give each beam the new tokens of the beam `beam_idx`. The prefix is the same for all beams of an image.
+
+        Fewer indices than beams leave out the other beams.
+        """
+        if len(beam_idx) < len(self.keys):
+            length, beam_idx = self.get_seq_length(), beam_idx.to(self.keys.device)
+            self.key_buffer, self.value_buffer = self.key_buffer[beam_idx], self.value_buffer[beam_idx]
+            return self._expose(length)
         for states in (self.keys, self.values):
             new_states = states[:, :, self.prefix_length :]
             new_states.copy_(new_states.index_select(0, beam_idx.to(new_states.device)))

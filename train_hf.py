@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Train a Q-Former captioner, or pretrain a Q-Former (stage 1 of BLIP-2).
+r"""Train a Q-Former captioner, pretrain a Q-Former (stage 1 of BLIP-2), or improve a captioner by rewards.
 
     python train_hf.py                                    # recipes/scenes.yaml: needs no data and no network
     python train_hf.py --recipe flickr8k --dataset_name photographs
@@ -10,6 +10,7 @@ r"""Train a Q-Former captioner, or pretrain a Q-Former (stage 1 of BLIP-2).
     python train_hf.py --vision_model_name_or_path facebook/dinov2-small \
         --language_model_name_or_path HuggingFaceTB/SmolLM2-135M --qformer_name_or_path outputs/stage1_own_images \
         --dataset_name photos/captions.csv --output_dir outputs/stage2  # begins with the Q-Former of stage 1
+    python train_hf.py --recipe reward_own_images --model_name_or_path outputs/own_images
 
 A recipe is a YAML file of the options below. It can build on other recipes, and several can be combined (`--recipe
 clip_llama coco_karpathy`). The command line overrides recipes. `--help_all` also shows the Trainer's own options, such
@@ -39,9 +40,6 @@ from qformer_captioner.training.arguments import (
 
 # torch, the Trainer and the steps of a run are imported after the options are parsed, so that `--help` is quick.
 if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from qformer_captioner.saving_qformer import QFormerPreTrainedModel
     from qformer_captioner.training.base_trainer import QFormerTrainer
     from qformer_captioner.training.run import TrainingRun
     from qformer_captioner.training.training_arguments import QFormerTrainingArguments
@@ -78,7 +76,7 @@ def train(argv: list[str]) -> None:
 
     from qformer_captioner.training.data_setup import load_data
     from qformer_captioner.training.fitting import build_trainer, finish, fit
-    from qformer_captioner.training.lora import add_adapters, captioner_of
+    from qformer_captioner.training.lora import with_adapters
     from qformer_captioner.training.model_setup import build_model
     from qformer_captioner.training.run import resolve
 
@@ -89,11 +87,10 @@ def train(argv: list[str]) -> None:
     set_seed(run.training_args.seed)
     with explain_faults(HF_HOME, "The environment variable HF_HOME names another folder for downloads."):
         train_data, eval_data = load_data(run)
-        model: QFormerPreTrainedModel | PeftModel = build_model(run, train_data, eval_data)
+        built = build_model(run, train_data, eval_data)
     with explain_faults(run.output_dir, "Complete checkpoints are kept, and the same command continues from the last."):
         run.claim_folder()
-        if run.model_args.lora_r is not None:
-            model = add_adapters(run, captioner_of(model))
+        model = with_adapters(run, built)
         trainer = build_trainer(run, model, train_data, eval_data)
         output = fit(run, trainer)
         summary = finish(run, trainer, output)
@@ -155,7 +152,8 @@ def report(run: "TrainingRun", trainer: "QFormerTrainer", summary: str) -> None:
     logger.info("\nTrained in %s.", summary)
     if len(run.skipped_rows):
         logger.info("%d rows could not be used; %s lists them.", len(run.skipped_rows), run.skipped_rows.path)
-    contents = {"captions.png": "captions", "retrieval.png": "retrieved captions", "loss_curve.png": "losses"}
+    contents = {"captions.png": "captions", "samples.png": "samples and rewards"}
+    contents |= {"retrieval.png": "retrieved captions", "loss_curve.png": "losses"}
     pictures = "".join(f", its {contents[name]} in {name}" for name in pictures_of(run.output_dir))
     logger.info("The %s is in %s%s. To use it:\n", name_of_model(run), run.output_dir, pictures)
     logger.info("    from transformers import AutoModel")

@@ -59,6 +59,28 @@ class CaptionCollator:
         return labels
 
 
+class RewardCollator(CaptionCollator):
+    """Collator that adds what reward functions read to the batch of a [`CaptionCollator`].
+
+    Args:
+        processor, max_caption_length: as for [`CaptionCollator`].
+
+    Returns:
+        The dict of a [`CaptionCollator`], with
+
+        - `prompts`: the prompt of each row;
+        - `columns`: a dict of lists with an entry for each row: `references`, the captions of the row, and `image`, if
+          the rows have images.
+    """
+
+    def __call__(self, rows: Sequence[CaptionRow]) -> dict[str, Any]:
+        columns: dict[str, list[Any]] = {"references": [row["captions"] for row in rows]}
+        if "image" in rows[0]:
+            columns["image"] = [row["image"] for row in rows]
+        prompts = [row.get("prompt") or self.processor.prompt for row in rows]
+        return {**super().__call__(rows), "prompts": prompts, "columns": columns}
+
+
 class PretrainingCollator:
     """Collator that converts rows of a [`CaptionDataset`] to a batch for a [`QFormerForPretraining`].
 

@@ -4,7 +4,6 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot, which would choose a backend for the whole process
 from PIL import Image, ImageOps
 
-LOSSES = (
+# Key in the log, label and style of each loss in a plot
+LossCurves = tuple[tuple[str, str, dict[str, Any]], ...]
+LOSSES: LossCurves = (
     ("loss", "training loss", {"color": "tab:gray", "linewidth": 1, "alpha": 0.6}),
     ("eval_loss", "held-out loss, right inputs", {"color": "tab:blue", "marker": "o"}),
     ("eval_loss_shuffled", "held-out loss, shuffled inputs", {"color": "tab:orange", "marker": "o"}),
@@ -26,7 +27,7 @@ def draw_loss_curve(
     log_history: list[dict[str, Any]],
     score_name: str | None,
     path: str | os.PathLike,
-    losses: Iterable[tuple[str, str, dict[str, Any]]] = LOSSES,
+    losses: LossCurves = LOSSES,
     unit: str = "cross-entropy, nats per token",
 ) -> None:
     """Plot training loss, evaluation loss with right and with shuffled images, and a score against steps.
@@ -53,7 +54,7 @@ def draw_loss_curve(
         if steps:
             axis.plot(steps, values, label=label, **style)
     epochs = mean_of_epochs(log_history)
-    if len(epochs) > 1:
+    if len(epochs) > 1 and "loss" in [key for key, _, _ in losses]:
         axis.plot(*zip(*epochs, strict=True), label="training loss, mean of each epoch", color="black", marker=".")
     _add_epoch_axis(axis, log_history)
     axis.set_xlabel("step")
@@ -151,27 +152,51 @@ def draw_caption_sheet(
         path: the picture to write.
         title: a line above the images.
     """
+    texts = [
+        [(caption or "(nothing)", True), (reference, False)]
+        for caption, reference in zip(captions, references, strict=True)
+    ]
+    draw_sheet(images, texts, path, title, 150)
+
+
+def draw_sheet(
+    images: list[Image.Image],
+    texts: list[list[tuple[str, bool]]],
+    path: str | os.PathLike,
+    title: str,
+    max_length: int,
+) -> None:
+    """Draw images in rows of four, with texts below each.
+
+    Args:
+        images: the images.
+        texts: for each image, texts and whether they are bold.
+        path: the picture to write.
+        title: a line above the images.
+        max_length: largest number of characters of a text. The rest is left out.
+    """
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
-    width, height = columns * COLUMN_WIDTH, rows * ROW_HEIGHT + TITLE_HEIGHT
+    lines = [
+        [(textwrap.fill(textwrap.shorten(text, max_length), 40), is_bold) for text, is_bold in of_image]
+        for of_image in texts
+    ]
+    heights = [sum(LINE_HEIGHT * (text.count("\n") + 1) + 4 for text, _ in of_image) for of_image in lines]
+    row_height = max(ROW_HEIGHT, SIDE + 8 + max(heights))
+    width, height = columns * COLUMN_WIDTH, rows * row_height + TITLE_HEIGHT
     # Images and texts are placed on the figure itself, because axes would take most of the time.
     figure = Figure(figsize=(width / SHEET_DPI, height / SHEET_DPI), dpi=SHEET_DPI)
     figure.text(0.5, 1 - 10 / height, title, ha="center", va="top", fontsize="large", parse_math=False)
-
-    def write(text: str, left: int, top: int, weight: str) -> int:
-        """Write a text of at most 150 characters, and return the position of its lower edge from the top."""
-        text = textwrap.fill(textwrap.shorten(text, 150), 40)
-        place = left / width, 1 - top / height
-        figure.text(*place, text, va="top", fontsize=8.5, weight=weight, parse_math=False)
-        return top + LINE_HEIGHT * (text.count("\n") + 1)
-
-    for number, (image, caption, reference) in enumerate(zip(images, captions, references, strict=True)):
+    for number, (image, of_image) in enumerate(zip(images, lines, strict=True)):
         row, column = divmod(number, columns)
         left = column * COLUMN_WIDTH + (COLUMN_WIDTH - SIDE) // 2
-        lower_edge = TITLE_HEIGHT + row * ROW_HEIGHT + SIDE
+        lower_edge = TITLE_HEIGHT + row * row_height + SIDE
         # Images are padded at the top to a square, because text below a tall image would leave the sheet.
         square = ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color="white", centering=(0, 1))
         figure.figimage(np.asarray(square), left, height - lower_edge)
-        lower_edge = write(caption or "(nothing)", left, lower_edge + 8, "bold")
-        write(reference, left, lower_edge + 4, "normal")
+        top = lower_edge + 8
+        for text, is_bold in of_image:
+            place, weight = (left / width, 1 - top / height), "bold" if is_bold else "normal"
+            figure.text(*place, text, va="top", fontsize=8.5, weight=weight, parse_math=False)
+            top += LINE_HEIGHT * (text.count("\n") + 1) + 4
     figure.savefig(path)

@@ -18,7 +18,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIG
 
 from ..common.errors import InputError
 
-PICTURES = ("captions.png", "retrieval.png", "loss_curve.png")
+PICTURES = ("captions.png", "samples.png", "retrieval.png", "loss_curve.png")
 
 # The file that holds the class of a model, by the type of the model
 CODE_OF_MODELS = {"qformer_captioner": "modeling_qformer.py", "qformer_pretraining": "pretraining_qformer.py"}

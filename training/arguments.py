@@ -15,8 +15,8 @@ class SharedModelOptions:
 
     objective: str = option(
         "caption",
-        "Objective of training: caption (a captioner), or pretrain (a Q-Former that matches images and texts, stage 1 "
-        "of BLIP-2).",
+        "Objective of training: caption (a captioner), pretrain (a Q-Former that matches images and texts, stage 1 of "
+        "BLIP-2), or reward (a captioner that improves by rewards).",
         "model",
     )
     model_name_or_path: str | None = option(None, "Model to continue training, as a Hub id or folder.", "model")
@@ -47,8 +47,8 @@ class SharedModelOptions:
 
 
 @dataclass
-class CaptionModelOptions:
-    """Options of the model that only `--objective caption` reads."""
+class NewCaptionerOptions:
+    """Options of a new captioner, which only `--objective caption` reads."""
 
     language_model_name_or_path: str | None = option(None, "Pretrained language model, as a Hub id or folder.", "model")
     language_model_revision: str | None = option(
@@ -73,6 +73,12 @@ class CaptionModelOptions:
         False, "Give each query token its own projection into the language model. BLIP-2 has one for all.", "model"
     )
     freeze_language_model: bool = option(True, "Freeze a pretrained language model.", "model")
+
+
+@dataclass
+class CaptionModelOptions:
+    """Options of the model that training of captioners reads."""
+
     prompt: list[str] | None = option(
         None, "Text between image and caption. With several prompts, training draws one for each row.", "model"
     )
@@ -136,7 +142,7 @@ class PretrainingModelOptions:
 
 
 @dataclass
-class ModelArguments(PretrainingModelOptions, CaptionModelOptions, SharedModelOptions):
+class ModelArguments(PretrainingModelOptions, CaptionModelOptions, NewCaptionerOptions, SharedModelOptions):
     """Options of the model: an existing model, pretrained backbones, or a model from scratch."""
 
 
@@ -233,7 +239,7 @@ class SharedDataOptions:
 
 @dataclass
 class CaptionDataOptions:
-    """Options of the data that only `--objective caption` reads."""
+    """Options of the data that training of captioners reads."""
 
     prompt_column: list[str] | None = option(
         None, "Column of prompts, for each data set or for all. Default: all rows have the prompt of --prompt.", "data"
@@ -282,7 +288,7 @@ class SharedTrainingOptions:
 
 @dataclass
 class CaptionTrainingOptions:
-    """Training options that only `--objective caption` reads."""
+    """Training options that training of captioners reads."""
 
     language_model_learning_rate: float | None = option(
         None,
@@ -292,11 +298,10 @@ class CaptionTrainingOptions:
     language_projection_learning_rate: float | None = option(
         None, "Peak learning rate of the projection after the Q-Former. Default: --learning_rate.", "objective"
     )
-    bag_of_words_loss_weight: float = option(
-        0.0, "Weight of the bag-of-words loss, which is added to the caption loss.", "objective"
-    )
     generation_max_length: int | None = option(
-        30, "Largest number of tokens of a caption generated in evaluation.", "generation"
+        30,
+        "Largest number of tokens of a caption generated in evaluation, or sampled by --objective reward.",
+        "generation",
     )
     generation_num_beams: int | None = option(3, "Number of beams in evaluation.", "generation")
     tokenize: str | None = option(
@@ -308,21 +313,65 @@ class CaptionTrainingOptions:
 
 
 @dataclass
-class TrainingOptions(CaptionTrainingOptions, SharedTrainingOptions):
+class CaptionLossOptions:
+    """Training options that only `--objective caption` reads."""
+
+    bag_of_words_loss_weight: float = option(
+        0.0, "Weight of the bag-of-words loss, which is added to the caption loss.", "objective"
+    )
+
+
+@dataclass
+class RewardTrainingOptions:
+    """Training options that only `--objective reward` reads. trl's `RLOOConfig` has most of their names."""
+
+    reward_funcs: list[str] | None = option(
+        None,
+        "Rewards of sampled captions: cider, bleu_4, clip_score[:MODEL], match:MODEL, length:WORDS, or "
+        "FILE.py:FUNCTION. Default: cider.",
+        "objective",
+    )
+    reward_weights: list[float] | None = option(None, "Weight of each reward in their sum. Default: 1.", "objective")
+    num_generations: int = option(5, "Number of captions to sample for each image.", "objective")
+    temperature: float = option(1.0, "Temperature of the samples.", "objective")
+    baseline: str = option(
+        "leave_one_out",
+        "Value to subtract from a reward: leave_one_out, the mean reward of the other samples of the image, or greedy, "
+        "the reward of its greedy caption.",
+        "objective",
+    )
+    num_iterations: int = option(
+        1, "Number of steps on the same samples. An epoch then has as many steps for each batch.", "objective"
+    )
+    epsilon: float = option(
+        0.2, "Clip of the probability of a caption, relative to that at the time of sampling.", "objective"
+    )
+    beta: float = option(
+        0.0, "Weight of the KL divergence from the captioner at the start, which is subtracted.", "objective"
+    )
+    caption_loss_weight: float = option(
+        0.0, "Weight of the loss of the captions of the data set, which is added.", "objective"
+    )
+
+
+@dataclass
+class TrainingOptions(RewardTrainingOptions, CaptionLossOptions, CaptionTrainingOptions, SharedTrainingOptions):
     """Training options of this package, and options of the Trainer with other defaults."""
 
 
-# The options that only one objective reads. Others refuse them.
-OBJECTIVES = {
-    "caption": (CaptionModelOptions, CaptionDataOptions, CaptionTrainingOptions),
+# The options that not all objectives read. An objective refuses those that it does not read.
+CAPTIONER_OPTIONS = (CaptionModelOptions, CaptionDataOptions, CaptionTrainingOptions)
+OBJECTIVES: dict[str, tuple[type, ...]] = {
+    "caption": (*CAPTIONER_OPTIONS, NewCaptionerOptions, CaptionLossOptions),
     "pretrain": (PretrainingModelOptions,),
+    "reward": (*CAPTIONER_OPTIONS, RewardTrainingOptions),
 }
 
 
 def unread_options(objective: str) -> set[str]:
-    """Return the names of the options that belong to other objectives."""
-    others = (classes for name, classes in OBJECTIVES.items() if name != objective)
-    return {field.name for classes in others for each in classes for field in fields(each)}
+    """Return the names of the options that the objective does not read."""
+    others = {each for classes in OBJECTIVES.values() for each in classes}.difference(OBJECTIVES[objective])
+    return {field.name for each in others for field in fields(each)}
 
 
 @dataclass

@@ -69,7 +69,7 @@ class QFormerTrainer(Seq2SeqTrainer):
     eval_dataset: CaptionDataset | None
     hub_model_id: str | None  # type: ignore[assignment]
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
-    evaluation_stem: str  # beginning of the names of files that an evaluation writes
+    evaluation_stems: tuple[str, ...]  # beginnings of the names of files that an evaluation writes
 
     def __init__(
         self,
@@ -251,7 +251,8 @@ class QFormerTrainer(Seq2SeqTrainer):
         """Load the best checkpoint as the Trainer does, with its EMA, and show the files of its evaluation."""
         super()._load_best_model()
         if self.is_world_process_zero():
-            show_files_of_step(self.args.output_folder, self.evaluation_stem, self.state.best_global_step)
+            for stem in self.evaluation_stems:
+                show_files_of_step(self.args.output_folder, stem, self.state.best_global_step)
         if self.ema is not None:
             self.ema.load(str(self.state.best_model_checkpoint))
 

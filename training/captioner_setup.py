@@ -16,6 +16,7 @@ from ..processing_qformer import QFormerCaptionerProcessor
 from .arguments import ModelArguments
 from .data_setup import TrainingData
 from .from_scratch import build_from_scratch
+from .lora import has_adapters
 from .quantization import quantization_config
 from .run import TrainingRun
 from .shared_setup import (
@@ -49,6 +50,11 @@ def build_captioner(run: TrainingRun, train_data: TrainingData) -> QFormerCaptio
         if processor is None:
             raise InputError(
                 f"The captioner {args.model_name_or_path!r} has no processor: save it together with its processor."
+            )
+        if args.lora_r is not None and has_adapters(model):
+            raise InputError(
+                f"{args.model_name_or_path!r} is an adapter, which new adapters (--lora_r) would replace: leave out "
+                "--lora_r, and the adapter is trained further, or merge it with `qformer-captioner export` first."
             )
         set_prompts(processor, run)
         set_num_frames(model, processor, args)

@@ -56,6 +56,8 @@ def check_options(
         check_pretraining(model_args, training_args)
     else:
         check_captioner(model_args)
+    if model_args.objective == "reward":
+        check_rewards(model_args, data_args, training_args)
     check_learning_rates(model_args, training_args)
     check_training(training_args)
     check_best_model_score(training_args, known_scores(model_args, draws_scenes(data_args)))
@@ -190,15 +192,52 @@ def check_pretraining(args: ModelArguments, training_args: QFormerTrainingArgume
         if getattr(args, name) is not None and getattr(args, source) is not None:
             raise InputError(f"--{name} describes a new tokenizer, but --{source} has one: leave out one of the two.")
     compares = args.itc_weight != 0 or args.itm_weight != 0
-    if training_args.n_gpu > 1:  # DataParallel would contrast only the rows of each GPU
-        raise InputError(
-            f"This process has {training_args.n_gpu} GPUs, but pretraining needs a process for each: start it with "
-            f"torchrun --nproc_per_node {training_args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
+    check_one_gpu(training_args, "pretraining")  # DataParallel would contrast only the rows of each GPU
     if compares and training_args.per_device_train_batch_size * training_args.world_size == 1:
         raise InputError(
             "A batch of one row has no wrong pairs to learn from: give --per_device_train_batch_size of at least 2, or "
             "--itc_weight 0 --itm_weight 0."
+        )
+
+
+def check_rewards(
+    model_args: ModelArguments, data_args: DataArguments, training_args: QFormerTrainingArguments
+) -> None:
+    """Check the options of reward fine-tuning.
+
+    Raises:
+        InputError: for an option whose value is not valid, or options that contradict each other.
+    """
+    if model_args.model_name_or_path is None:
+        raise InputError(
+            "--objective reward improves a captioner that already writes captions: name it with --model_name_or_path."
+        )
+    if data_args.captions_per_image is not None:
+        raise InputError(
+            "--captions_per_image leaves out captions that rewards compare with: unset it with "
+            "--captions_per_image null."
+        )
+    check_one_of(training_args, ("leave_one_out", "greedy"), "baseline")
+    check_at_least(training_args, 2 if training_args.baseline == "leave_one_out" else 1, "num_generations")
+    check_at_least(training_args, 1, "num_iterations")
+    check_at_least(training_args, 0, "epsilon", "beta", "caption_loss_weight")
+    if not 0 < training_args.temperature < math.inf:
+        raise InputError(f"--temperature must be above 0, not {training_args.temperature:g}.")
+    if training_args.num_iterations > 1 and data_args.streaming:
+        raise InputError("--num_iterations above 1 reads a batch again, which a stream cannot: leave out --streaming.")
+    check_one_gpu(training_args, "reward fine-tuning")
+
+
+def check_one_gpu(args: QFormerTrainingArguments, what: str) -> None:
+    """Check that the process does not distribute its batches to several GPUs itself.
+
+    Raises:
+        InputError: if it does.
+    """
+    if args.n_gpu > 1:
+        raise InputError(
+            f"This process has {args.n_gpu} GPUs, but {what} needs a process for each: start it with "
+            f"torchrun --nproc_per_node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES."
         )
 
 

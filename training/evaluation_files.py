@@ -2,12 +2,14 @@
 
 The captions of step 100 are in `captions_step_100.jsonl` and `captions_step_100.png`. `captions.jsonl` and
 `captions.png` are copies of the files of the last evaluation. At the end of training they are copies of the files of
-the best checkpoint. Pretraining writes the captions that it retrieves to files named `retrieval` instead.
+the best checkpoint. Pretraining writes the captions that it retrieves to files named `retrieval` instead. Reward
+fine-tuning also writes sampled captions and their rewards, to files named `samples`.
 """
 
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from transformers import TrainerState
 
 from ..data.dataset import CaptionDataset
-from ..evaluation.plots import LOSSES, draw_caption_sheet, draw_loss_curve
+from ..evaluation.plots import LOSSES, LossCurves, draw_caption_sheet, draw_loss_curve, draw_sheet
 from ..evaluation.recall import ranks
 
 SUFFIXES = ("jsonl", "png")
@@ -29,8 +31,17 @@ PRETRAINING_LOSSES = (
 )
 
 
+# The training loss of rewards is a surrogate whose value has no meaning.
+REWARD_LOSSES = LOSSES[1:]
+
+
 def write_caption_files(
-    folder: Path, rows: CaptionDataset, captions: list[str], state: TrainerState, score_name: str
+    folder: Path,
+    rows: CaptionDataset,
+    captions: list[str],
+    state: TrainerState,
+    score_name: str,
+    losses: LossCurves = LOSSES,
 ) -> None:
     """Write captions, sheet and loss curve of an evaluation.
 
@@ -40,6 +51,7 @@ def write_caption_files(
         captions: their captions, in order.
         state: the state of the Trainer, with step and log.
         score_name: score that the loss curve shows beside the losses.
+        losses: key in the log, label and style of each loss that the loss curve shows.
     """
     references = rows.references()
     lines: list[dict[str, Any]] = []
@@ -47,7 +59,7 @@ def write_caption_files(
         lines.append({"image_id": row, "caption": caption, "references": references[row]})
         lines[-1] |= {"prompt": prompt} if prompt else {}
     _write_table_and_sheet(folder, "captions", rows, lines, captions, state, "generated caption, one reference")
-    draw_loss_curve(state.log_history, f"eval_{score_name}", folder / "loss_curve.png")
+    draw_loss_curve(state.log_history, f"eval_{score_name}", folder / "loss_curve.png", losses)
 
 
 def write_retrieval_files(
@@ -84,6 +96,45 @@ def write_retrieval_files(
     draw_loss_curve(state.log_history, score, folder / "loss_curve.png", PRETRAINING_LOSSES, "loss, nats")
 
 
+def write_sample_files(
+    folder: Path, rows: CaptionDataset, shown: Sequence[int], samples: list[list[dict[str, Any]]], state: TrainerState
+) -> None:
+    """Write the samples of some rows and their rewards, as a table and as a sheet.
+
+    Args:
+        folder: the output folder.
+        rows: the rows that were evaluated.
+        shown: the rows that were sampled for.
+        samples: for each of them, the samples: `caption`, `reward` and `rewards` by name. The highest reward is bold.
+        state: the state of the Trainer, with step and log.
+    """
+    files = folder / f"samples_step_{state.global_step}"
+    references = rows.references()
+    lines = [
+        {"image_id": row, "samples": of_row, "references": references[row]}
+        for row, of_row in zip(shown, samples, strict=True)
+    ]
+    _write_table(files.with_suffix(".jsonl"), lines)
+    texts = [
+        [(f"{sample['reward']:.2f}  {sample['caption']}", sample is best) for sample in of_row]
+        for of_row in samples
+        for best in [max(of_row, key=lambda sample: sample["reward"])]
+    ]
+    title = f"Held-out rows after step {state.global_step}: reward and sampled caption"
+    draw_sheet([rows.image_to_show(row) for row in shown], texts, files.with_suffix(".png"), title, 110)
+    show_files_of_step(folder, "samples", state.global_step)
+
+
+def rows_to_show(rows: CaptionDataset) -> range:
+    """Return the evenly spaced rows that a sheet shows."""
+    return range(0, len(rows), math.ceil(len(rows) / SHEET_IMAGES))
+
+
+def _write_table(file: Path, lines: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file.write_text(text, encoding="utf-8")
+
+
 def _write_table_and_sheet(
     folder: Path,
     stem: str,
@@ -95,10 +146,9 @@ def _write_table_and_sheet(
 ) -> None:
     """Write a line of JSON for each row, and a sheet of evenly spaced rows with a caption and their own caption."""
     files = folder / f"{stem}_step_{state.global_step}"
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    files.with_suffix(".jsonl").write_text(text, encoding="utf-8")
+    _write_table(files.with_suffix(".jsonl"), lines)
     references = rows.references()
-    shown = range(0, len(rows), math.ceil(len(rows) / SHEET_IMAGES))
+    shown = rows_to_show(rows)
     draw_caption_sheet(
         [rows.image_to_show(row) for row in shown],
         [captions[row] for row in shown],

@@ -11,14 +11,18 @@ from ..common.logging import get_logger
 from ..common.machine_faults import describe_fault
 from ..data.collator import CaptionCollator, PretrainingCollator
 from ..data.dataset import CaptionDataset
+from ..modeling_qformer import QFormerCaptioner
 from ..pretraining_qformer import QFormerForPretraining
+from ..rewards import RewardContext, Rewards, load_rewards
 from ..saving_qformer import QFormerPreTrainedModel
 from .base_trainer import QFormerTrainer
 from .data_setup import TrainingData
 from .lora import captioner_of, without_adapters
 from .pretraining_trainer import PretrainingTrainer
+from .reward_trainer import RewardTrainer
 from .run import TrainingRun
-from .run_facts import describe_run
+from .run_facts import describe_run, reward_names
+from .sampling import end_tokens
 from .scores import scorer_for
 from .shared_setup import backbones_to_include
 from .trainer import CaptionTrainer
@@ -71,7 +75,11 @@ def _caption_trainer(
     captioner = captioner_of(model)
     assert captioner.processor is not None, "build_model checks it"
     score = scorer_for(run.draws_scenes, run.training_args.tokenize, shared["eval_dataset"])
-    trainer = CaptionTrainer(
+    trainer_class: type[CaptionTrainer] = CaptionTrainer
+    if run.objective == "reward":
+        trainer_class = RewardTrainer
+        shared = {**shared, "rewards": rewards_of_run(run, captioner, shared["train_dataset"])}
+    trainer = trainer_class(
         model=model,
         data_collator=CaptionCollator(captioner.processor, run.data_args.max_caption_length),
         score=score,
@@ -83,7 +91,33 @@ def _caption_trainer(
             "FSDP cannot shard an embedding that encoder and decoder share, as in T5: train with "
             "recipes/accelerate/deepspeed_zero2.yaml or ddp.yaml instead."
         )
+    if trainer.is_fsdp_enabled and run.objective == "reward":
+        raise InputError(
+            "FSDP shards weights that sampling needs at each token: train by rewards with "
+            "recipes/accelerate/ddp.yaml instead."
+        )
     return trainer
+
+
+def rewards_of_run(run: TrainingRun, captioner: QFormerCaptioner, train_data: TrainingData) -> Rewards:
+    """Load the rewards of a run.
+
+    Args:
+        run: the run. Its folder must exist.
+        captioner: the captioner without adapters.
+        train_data: the rows to train on.
+
+    Raises:
+        InputError: for an unknown reward, or one that cannot be loaded.
+    """
+    context = RewardContext(
+        run_folder=run.output_dir,
+        train_references=lambda: list(train_data.references()),
+        eos_token_id=end_tokens(captioner),
+        tokenize=run.training_args.tokenize,
+        device=run.training_args.device,
+    )
+    return load_rewards(reward_names(run.training_args), run.training_args.reward_weights, context)
 
 
 def _pretraining_trainer(run: TrainingRun, model: QFormerForPretraining, shared: dict[str, Any]) -> PretrainingTrainer:

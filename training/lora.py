@@ -33,6 +33,50 @@ def captioner_of(model: "QFormerPreTrainedModel | PeftModel") -> QFormerCaptione
     return captioner
 
 
+def has_adapters(model: QFormerPreTrainedModel) -> bool:
+    """Return True for a model that was loaded from the folder of an adapter."""
+    return bool(model._hf_peft_config_loaded)
+
+
+def with_adapters(run: TrainingRun, model: QFormerPreTrainedModel) -> "QFormerPreTrainedModel | PeftModel":
+    """Return the model of a run with its adapters, new ones or those that it was loaded with, if it has any.
+
+    Args:
+        run: the run.
+        model: the model as `build_model` returns it.
+
+    Raises:
+        InputError: if the language model has no layers with the names in the options.
+        OSError: if the base captioner of an adapter cannot be read.
+    """
+    if run.model_args.lora_r is not None:
+        return add_adapters(run, captioner_of(model))
+    return continue_adapters(run, captioner_of(model)) if has_adapters(model) else model
+
+
+def continue_adapters(run: TrainingRun, captioner: QFormerCaptioner) -> "PeftModel":
+    """Return the adapter that `--model_name_or_path` names, trainable, on its base captioner.
+
+    Args:
+        run: the run.
+        captioner: the captioner as it was loaded, whose weights could not be saved as an adapter again.
+
+    Raises:
+        OSError: if the base captioner cannot be read.
+    """
+    from peft import PeftConfig, PeftModel
+
+    adapter = str(run.model_args.model_name_or_path)
+    base = QFormerCaptioner.from_pretrained(
+        str(PeftConfig.from_pretrained(adapter).base_model_name_or_path), load_vision_model=run.features is None
+    )
+    base.processor = captioner.processor
+    quantization = quantization_config(base, run.model_args, run.run_args.include_backbones)
+    if quantization is not None:
+        base.quantize_language_model(quantization)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+
+
 def add_adapters(run: TrainingRun, captioner: QFormerCaptioner) -> "PeftModel":
     """Add adapters to the captioner of a run, and save the base captioner in the folder `base`.
 

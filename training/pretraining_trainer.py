@@ -63,7 +63,7 @@ class PretrainingTrainer(QFormerTrainer):
 
     model: QFormerForPretraining
     data_collator: PretrainingCollator
-    evaluation_stem = "retrieval"
+    evaluation_stems = ("retrieval",)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

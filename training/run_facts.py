@@ -34,6 +34,7 @@ from .data_setup import DatasetSpec, TrainingData, evaluation_spec, training_spe
 from .lora import captioner_of, without_adapters
 from .run import TrainingRun
 from .scores import RECALL_NAMES, CaptionScorer, ScoreFunction
+from .training_arguments import QFormerTrainingArguments
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,7 @@ PRIVATE_OPTIONS = re.compile(
     "hub_|push_|output_dir|overwrite_|run_name|resume_|report_to|project|trackio_|disable_tqdm"
 )
 # Options whose values are names or paths.
-PATH_OPTIONS = re.compile("_name$|_path$|_folder$|_tokenizer$|^features$|^recipe$")
+PATH_OPTIONS = re.compile("_name$|_path$|_folder$|_tokenizer$|^features$|^recipe$|^reward_funcs$")
 PACKAGES = ("qformer-captioner", "torch", "transformers", "peft", "datasets")
 
 
@@ -77,6 +78,8 @@ def describe_run(
         "options": describe_options(run.changed_options),
         **describe_machine(run.training_args.world_size),
     }
+    if run.objective == "reward":
+        facts["rewards"] = [shown_name(name) for name in reward_names(run.training_args)]
     if eval_data is not None:
         facts["evaluation"] = describe_evaluation(run.data_args, eval_data)
         if score is not None:
@@ -102,6 +105,11 @@ def describe_generation(
     if isinstance(score, CaptionScorer):
         facts["tokenizer"] = shown_name(describe_tokenizer(score.tokenize))
     return facts
+
+
+def reward_names(args: QFormerTrainingArguments) -> list[str]:
+    """Return the names of the rewards to train by."""
+    return args.reward_funcs or ["cider"]
 
 
 def shown_name(name: str) -> str:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from ..common.onednn import onednn_linears
 from ..data.collator import CaptionCollator
 from ..data.dataset import CaptionDataset, ShuffledImages
+from ..evaluation.plots import LOSSES, LossCurves
 from .bag_of_words import BagOfWordsLoss
 from .base_trainer import QFormerTrainer
 from .evaluation_files import write_caption_files
@@ -57,7 +58,8 @@ class CaptionTrainer(QFormerTrainer):
 
     model: "QFormerCaptioner | PeftModel"
     data_collator: CaptionCollator
-    evaluation_stem = "captions"
+    evaluation_stems: tuple[str, ...] = ("captions",)
+    plotted_losses: LossCurves = LOSSES
 
     def __init__(self, *args: Any, score: ScoreFunction, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -117,10 +119,21 @@ class CaptionTrainer(QFormerTrainer):
         scores, shuffled_scores = self.score(captions, rows), self.score(shuffled_captions, rows)
         for name in scores:
             metrics |= {name: scores[name], f"{name}_shuffled": shuffled_scores[name]}
+        metrics |= self.describe_captions(captions)
         write = functools.partial(
-            write_caption_files, self.args.output_folder, rows, captions, self.state, self.args.best_score_name
+            write_caption_files,
+            self.args.output_folder,
+            rows,
+            captions,
+            self.state,
+            self.args.best_score_name,
+            self.plotted_losses,
         )
         return metrics, write
+
+    def describe_captions(self, captions: list[str]) -> dict[str, float]:
+        """Return further facts about the generated captions for the log, by name."""
+        return {}
 
     @torch.no_grad()
     def _mean_loss(self, rows: CaptionDataset | ShuffledImages, description: str) -> float:

@@ -369,7 +369,7 @@ def test_a_new_tokenizer_is_the_same_each_time_and_keeps_words(pictures):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "pretraining"}, "--objective must be caption or pretrain, not 'pretraining'"),
+        ({"objective": "pretraining"}, "--objective must be caption, pretrain or reward, not 'pretraining'"),
         ({"prompt": "a photo of", "lora_r": 4}, "--objective pretrain does not read --lora_r, --prompt"),
         ({"objective": None}, "--objective caption does not read --label_smoothing"),
         ({"per_device_train_batch_size": 1}, "A batch of one row has no wrong pairs"),

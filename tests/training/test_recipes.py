@@ -42,7 +42,8 @@ FILES = {path.stem: path for folder in RECIPE_FOLDERS for path in sorted((RECIPE
 DATA = [name for name, path in FILES.items() if path.parent.name == "data"]
 MODELS = [name for name in FILES if name not in DATA]
 PRETRAINING = [name for name in MODELS if name.startswith("stage1_")]
-CAPTIONERS = [name for name in MODELS if name not in PRETRAINING]
+REWARDS = [name for name in MODELS if name.startswith("reward_")]
+CAPTIONERS = [name for name in MODELS if name not in PRETRAINING + REWARDS]
 PARSER = OptionParser((ModelArguments, DataArguments, RunArguments, QFormerTrainingArguments), "")
 
 
@@ -180,7 +181,7 @@ def tiny_recipe(folder: Path, names: list[str], models: dict[str, str], data: di
     """Return a command line with these recipes, at tiny sizes and with folders instead of names."""
     recipe = fields(*names)
     changes = {**SIZES, "output_dir": str(folder / "run"), **changes}
-    if "objective" not in recipe:
+    if recipe.get("objective") != "pretrain":
         changes = GENERATION | changes
     for part in ("vision_model", "language_model", "qformer", "text_model"):
         if f"{part}_name_or_path" in recipe:
@@ -241,6 +242,16 @@ def test_a_data_recipe_combines_with_a_model_recipe(name, models, data, tmp_path
     evaluated = (tmp_path / "run" / "captions.jsonl").read_text().splitlines()
     # gcc holds out a quarter of 12 rows, coco has 4 rows for 2 images, and flickr30k has its own split.
     assert len(evaluated) == {"gcc": 3, "coco_karpathy": 2, "flickr30k": 3}[name]
+    check_captions(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_recipe_of_rewards_runs_from_yaml_to_caption(name, models, data, tmp_path):
+    tiny.captioner().save_pretrained(tmp_path / "captioner")
+    argv = tiny_recipe(tmp_path, [name], models, data)
+    train_hf.train([*argv, "--model_name_or_path", str(tmp_path / "captioner")])
+    assert "Trained by rewards" in (tmp_path / "run" / "README.md").read_text()
     check_captions(tmp_path / "run")
 
 

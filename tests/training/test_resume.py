@@ -33,6 +33,11 @@ def backbones(tmp_path_factory):
         split = "train" if row < 24 else "dev"
         lines.append(json.dumps({"file_name": f"{row}.png", "caption": captions, "split": split}))
     (folder / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    start = tiny.captioner(hidden_dropout_prob=0.1)
+    for part in (start.vision_model, start.language_model):
+        part.requires_grad_(False)
+    start.generation_config.eos_token_id = [1, *range(2, 20)]
+    start.save_pretrained(folder / "captioner")
     named = {"dataset_name": folder / "pictures", "vision_model_name_or_path": folder / "vision"}
     precompute_features.precompute(
         command_line(**named, output_dir=folder / "features", views=2, horizontal_flip_prob=0.5)
@@ -72,6 +77,14 @@ PRETRAINING = {
     **dict.fromkeys(("language_model_name_or_path", "bag_of_words_loss_weight")),
     **dict.fromkeys(("generation_num_beams", "generation_max_length")),
 }
+REWARDS = {
+    "objective": "reward",
+    **dict.fromkeys(("vision_model_name_or_path", "language_model_name_or_path", "qformer_config")),
+    **dict.fromkeys(("captions_per_image", "bag_of_words_loss_weight")),
+    "num_generations": 3,
+    "beta": 0.1,
+    "caption_loss_weight": 0.1,
+}
 VARIANTS = {
     "images": {
         "qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}),
@@ -89,6 +102,7 @@ VARIANTS = {
     },
     "pretraining": PRETRAINING
     | {"qformer_config": json.dumps(tiny.QFORMER | {"hidden_dropout_prob": 0.1}), "ema_decay": 0.9},
+    "rewards": REWARDS | {"num_iterations": 2, "save_steps": 3},  # also between two steps on the same samples
 }
 
 
@@ -99,6 +113,8 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_weights_of_an_unbroken_o
     changes = dict(VARIANTS[variant])
     if variant == "lora on features":
         changes["features"] = backbones / "features"
+    if variant == "rewards":
+        changes["model_name_or_path"] = backbones / "captioner"
     train_hf.train(command(backbones, tmp_path / "unbroken", **changes))
     run = ["python", str(ROOT / "train_hf.py"), *command(backbones, tmp_path / "broken", **changes)]
     process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=commands.environment())
@@ -194,6 +210,27 @@ def test_two_processes_pretrain_as_one(backbones, commands, tmp_path):
     for name in expected:  # Adam makes gradients that are zero but for rounding as large as others
         tolerance = 1e-3 if name.endswith("key.bias") else 1e-4
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_train_by_rewards_as_one(backbones, commands, tmp_path, accumulation):
+    """The samples of an image depend on its place in the batch of all processes, and on nothing else."""
+    changes = REWARDS | CONSTANT | {"max_steps": 3, "learning_rate": 1e-2}
+    changes["model_name_or_path"] = tmp_path / "captioner"
+    model = QFormerCaptioner.from_pretrained(backbones / "captioner")
+    model.qformer.config.hidden_dropout_prob = 0.0  # processes do not drop the same activations
+    model.save_pretrained(tmp_path / "captioner")
+    sizes = {"one": 8, "two": 4 // accumulation}
+    options = {name: command(backbones, tmp_path / name, size, **changes) for name, size in sizes.items()}
+    train_hf.train(options["one"])
+    launch(commands, [*options["two"], "--gradient_accumulation_steps", str(accumulation)], "cpu")
+    for key in ("reward", "reward_std", "rewards/cider/mean", "completions/mean_length", "kl", "loss", "eval_cider"):
+        expected, values = (losses(tmp_path / name, key) for name in sizes)
+        assert len(expected) >= 1 and values == pytest.approx(expected, rel=1e-3, abs=1e-3), key
+    expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in sizes)
+    for name in expected:  # Adam makes gradients that are zero but for rounding as large as others
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-3, msg=name)
 
 
 def test_an_incomplete_checkpoint_is_skipped(backbones, tmp_path, log):
