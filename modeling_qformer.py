@@ -817,7 +817,6 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
         image_sizes: torch.Tensor | None = None,
         frame_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        label_weights: torch.Tensor | None = None,
         **kwargs,
     ) -> QFormerCaptionerOutput:
         """Compute the loss of captions. The batch is the same for decoder-only and encoder-decoder language models.
@@ -847,7 +846,7 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
             label_weights (`[B]`, `[B, K]` or `[B*K]`, float, *optional*): factor of the loss of each caption, of any
                 sign. With the advantages of sampled captions as weights, the gradient is that of REINFORCE (Williams
                 1992). The divisor of the loss does not change. Weights get no gradient.
-            kwargs: `return_dict`, and arguments of the language model's decoder.
+            kwargs: `label_weights`, `return_dict`, and arguments of the language model's decoder.
 
         Returns:
             A [`QFormerCaptionerOutput`].
@@ -857,6 +856,8 @@ class QFormerCaptioner(QFormerCaptionerPreTrainedModel, QFormerCaptioningModel):
                 `input_ids`, or the Trainer has removed the labels. Also for weights that do not fit the labels or are
                 not finite.
         """
+        # Not an argument with a name, because the Trainer expects every argument named "label..." in each batch.
+        label_weights = kwargs.pop("label_weights", None)
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         requested = requested_outputs({"output_attentions": attentions, "output_hidden_states": states})

@@ -55,6 +55,11 @@ def test_predictions_are_the_logits_at_the_labels(language, tmp_path):
         assert (predicted.label_ids[index, length:] == -100).all()
 
 
+def test_only_labels_are_labels(tmp_path):
+    """The Trainer finds them by their names, and evaluates only batches that have all of them."""
+    assert trainer_of(tiny.captioner(), tmp_path).label_names == ["labels"]
+
+
 @pytest.mark.parametrize("options", [{}, {"eval_accumulation_steps": 1}, {"include_for_metrics": ["inputs", "loss"]}])
 def test_compute_metrics_gets_logits_and_labels(tmp_path, options):
     def accuracy(eval_pred) -> dict:
