@@ -16,6 +16,7 @@ from transformers import (
     Blip2VisionConfig,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     T5Config,
 )
 
@@ -68,8 +69,20 @@ TITLES = {
 LARGE_DECODERS = ("smollm2-1.7b", "llama-3.2-3b")  # benchmarks.training combines them with CLIP ViT-L/14
 
 
-def save_both(language: PreTrainedConfig, folder: Path, vision: dict[str, int] = VIT_B_32) -> None:
-    """Write BLIP-2 to `folder/peer` and our captioner with the same weights to `folder/ours`."""
+def save_both(
+    language: PreTrainedConfig,
+    folder: Path,
+    vision: dict[str, int] = VIT_B_32,
+    weights: PreTrainedModel | None = None,
+) -> None:
+    """Write BLIP-2 to `folder/peer` and our captioner with the same weights to `folder/ours`.
+
+    Args:
+        language: configuration of the language model.
+        folder: folder to write.
+        vision: shape of the vision encoder.
+        weights: language model whose weights both sides get; by default random ones.
+    """
     torch.manual_seed(0)
     config = Blip2Config(
         vision_config=Blip2VisionConfig(**vision, initializer_range=0.02).to_dict(),
@@ -79,6 +92,8 @@ def save_both(language: PreTrainedConfig, folder: Path, vision: dict[str, int] =
         image_token_index=IMAGE_TOKEN_ID,
     )
     peer = Blip2ForConditionalGeneration(config)
+    if weights is not None:
+        peer.language_model.load_state_dict(weights.state_dict())
     torch.nn.init.normal_(peer.query_tokens, std=0.02)  # transformers' zeros would make all query tokens equal
     peer.save_pretrained(folder / "peer")
     convert(folder / "peer", folder / "ours", include_backbones=True)
