@@ -83,8 +83,8 @@ class Rewards:
             completions: n captions.
             columns: further columns, each with one entry for each completion. `references` holds the captions of the
                 image. `completion_ids` holds the tokens of the completion, with the end token if it was generated.
-                `image` holds the PIL image, or `image_embeds` its features (`[N, Dv]`). The others are those of the
-                data set. Samples of one image should share one object, because an image is then encoded once.
+                `image` holds the PIL image, or `image_embeds` its features (`[N, Dv]`). Samples of one image should
+                share one object, because an image is then encoded once.
 
         Raises:
             InputError: if a function needs a column that is missing, raises an error, or returns anything other than

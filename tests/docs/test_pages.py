@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUNNABLE = ("bash", "python")
 DATA_LANGUAGES = ("json", "yaml", "bibtex", "text")  # shown, not run
 # Pages that begin with what another page has trained: its command is that of the README.
-AFTER_TRAINING = ("README.md", "evaluation.md", "export.md", "publishing.md")
+AFTER_TRAINING = ("README.md", "evaluation.md", "export.md", "publishing.md", "reward.md")
 CHECKOUT = ("train_hf.py", "eval_captions.py", "eval_retrieval.py", "precompute_features.py", "recipes", "metrics")
 FIRST_TRAINING = "qformer-captioner train --recipe own_images --dataset_name photos/captions.csv"
 
