@@ -117,7 +117,8 @@ def rewards_of_run(run: TrainingRun, captioner: QFormerCaptioner, train_data: Tr
         tokenize=run.training_args.tokenize,
         device=run.training_args.device,
     )
-    return load_rewards(reward_names(run.training_args), run.training_args.reward_weights, context)
+    with run.training_args.main_process_first(local=False):  # which writes the document frequencies of all
+        return load_rewards(reward_names(run.training_args), run.training_args.reward_weights, context)
 
 
 def _pretraining_trainer(run: TrainingRun, model: QFormerForPretraining, shared: dict[str, Any]) -> PretrainingTrainer:

@@ -237,6 +237,16 @@ def test_dropout_is_off_while_samples_are_drawn(tmp_path):
     assert torch.equal(*labels)
 
 
+def test_a_low_temperature_makes_all_samples_the_greedy_caption(tmp_path):
+    trainer = trainer_of(tmp_path, temperature=1e-4)
+    batch, gradients = step(trainer)
+    greedy = trainer.model.generate(batch["pixel_values"], max_new_tokens=LENGTH, num_beams=1)
+    for image in range(3):
+        for tokens in captions_of(trainer, image):
+            assert torch.equal(tokens, greedy[image, : len(tokens)])
+    assert not any(gradient.any() for gradient in gradients.values()), "equal captions have equal rewards"
+
+
 def test_training_raises_the_reward(tmp_path):
     def short(completion_ids, **columns) -> list[float]:
         return [-len(ids) for ids in completion_ids]
