@@ -56,6 +56,8 @@ class QFormerConfig(PreTrainedConfig):
             Dropout of the attention weights.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of random weights, including the query tokens.
+        attention_initializer_range (`float`, *optional*):
+            Standard deviation of the random value and output weights of attention. Defaults to `initializer_range`.
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
             Epsilon of the layer norms.
         use_qformer_text_input (`bool`, *optional*, defaults to `False`):
@@ -107,6 +109,7 @@ class QFormerConfig(PreTrainedConfig):
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
+    attention_initializer_range: float | None = None
     layer_norm_eps: float = 1e-12
     use_qformer_text_input: bool = False
     vocab_size: int = 30522

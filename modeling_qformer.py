@@ -78,6 +78,7 @@ from .language_qformer import (
 )
 from .layers_qformer import (
     FeatureNorm,
+    QFormerAttention,
     QFormerEmbeddings,
     QFormerEncoder,
     QFormerLayer,
@@ -175,6 +176,10 @@ class QFormerModel(PreTrainedModel):
             init.normal_(self.query_tokens, mean=0.0, std=self.config.initializer_range)
             if self.config.num_frames > 1:
                 init.normal_(self.frame_embeddings, mean=0.0, std=FRAME_EMBEDDING_STD)
+            if (spread := self.config.attention_initializer_range) is not None:
+                for attention in (each for each in self.modules() if isinstance(each, QFormerAttention)):
+                    init.normal_(attention.attention.value.weight, mean=0.0, std=spread)
+                    init.normal_(attention.output.dense.weight, mean=0.0, std=spread)
         elif isinstance(module, FeatureNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -27,8 +27,7 @@ class SharedModelOptions:
     )
     qformer_config: str | None = option(
         None,
-        'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}. With --objective pretrain, the '
-        "initializer_range of a new one is 1 / sqrt(hidden_size) by default, otherwise 0.02.",
+        'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.',
         "model",
     )
     num_frames: int | None = option(

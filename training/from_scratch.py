@@ -163,8 +163,8 @@ def pretraining_from_scratch(
 
     Args:
         vision_config: `model_type` and sizes of the vision encoder, as in [`build_from_scratch`].
-        qformer_config: fields of [`QFormerConfig`]. The tokenizer determines its vocabulary size, and by default its
-            `initializer_range` is `1 / sqrt(hidden_size)`.
+        qformer_config: fields of [`QFormerConfig`]. The tokenizer determines its vocabulary size. By default its
+            first weights are those of [`new_qformer_config`].
         tokenizer: tokenizer of the texts, such as [`train_text_tokenizer`] returns.
         fields: further fields of [`QFormerPretrainingConfig`].
 

@@ -242,8 +242,10 @@ def new_model(**fields):
     return pretraining_from_scratch(VISION, QFORMER, tokenizer, **fields)
 
 
-@pytest.mark.parametrize(("fields", "spread"), [({}, 32**-0.5), ({"initializer_range": 0.02}, 0.02)])
-def test_the_first_weights_of_a_new_qformer_depend_on_its_width(fields, spread):
+@pytest.mark.parametrize(
+    ("fields", "spread", "of_attention"), [({}, 0.01, 1.5 * 32**-0.5), ({"initializer_range": 0.02}, 0.02, 0.02)]
+)
+def test_attention_begins_with_large_weights_unless_the_fields_say_otherwise(fields, spread, of_attention):
     tokenizer = train_text_tokenizer(COLOURS)
     sizes = LAYERS | {"num_query_tokens": 8} | fields
     models = [
@@ -251,9 +253,10 @@ def test_the_first_weights_of_a_new_qformer_depend_on_its_width(fields, spread):
         QFormerForPretraining.from_backbones(None, tokenizer, encoder_hidden_size=24, **sizes),
     ]
     for model in models:
-        weights = model.qformer.encoder.layer[0].attention.attention.query.weight
-        assert model.qformer.config.initializer_range == spread
-        assert weights.std().item() == pytest.approx(spread, rel=0.1)
+        layer = model.qformer.encoder.layer[0]
+        assert layer.attention.attention.query.weight.std().item() == pytest.approx(spread, rel=0.1)
+        for weight in (layer.attention.attention.value.weight, layer.crossattention.output.dense.weight):
+            assert weight.std().item() == pytest.approx(of_attention, rel=0.1)
         assert model.qformer.query_tokens.std().item() == pytest.approx(spread, rel=0.3)
 
 
