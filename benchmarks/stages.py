@@ -1,7 +1,7 @@
 """Captioning with and without stage 1, in equal time of the processor.
 
-    qformer-captioner features --recipe flickr8k --dataset_name flickr8k --views 4 --output_dir features
-    python -m benchmarks.stages --features features --language_model smollm2 --minutes 20 --stage_1_share 0.4
+    qformer-captioner features --dataset_name flickr8k --vision_model_name_or_path dinov2-small --output_dir features
+    python -m benchmarks.stages --features features --language_model smollm2 --minutes 10 --stage_1_share 0.3
 
 "stage 2 alone" trains a captioner from scratch for all of the time. The others pretrain the Q-Former for a share of the
 time, and then train the captioner. Their contrastive loss is softmax or sigmoid. Data, Q-Former and
@@ -56,6 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20, help="Minutes of the processor for a run.")
     parser.add_argument("--stage_1_share", type=float, default=0.4, help="Share of the minutes for stage 1.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Random seeds.")
+    parser.add_argument("--dtype", default="float32", help="Dtype of the frozen language model.")
     parser.add_argument("--max_eval_samples", type=int, default=1000, help="Largest number of images to score on.")
     parser.add_argument("--output_dir", default="outputs/stages", help="Folder of the runs.")
     return parser.parse_args()
@@ -68,6 +69,7 @@ def stage_1_command(options: argparse.Namespace, itc_loss: str, seed: int) -> li
     words = ["--recipe", options.stage_1_recipe, "--itc_loss", itc_loss]
     if options.qformer_config:
         words += ["--qformer_config", options.qformer_config]
+    words += ["--dtype", options.dtype]
     return [*words, "--features", options.features, "--seed", str(seed), "--eval_strategy", "no"]
 
 
@@ -75,7 +77,7 @@ def stage_2_command(options: argparse.Namespace, pretrained: Path | None, seed: 
     words = ["--recipe", options.stage_2_recipe, "--language_model_name_or_path", options.language_model]
     words += ["--features", options.features, "--seed", str(seed)]
     words += ["--per_device_train_batch_size", str(options.stage_2_batch_size)]
-    words += ["--max_eval_samples", str(options.max_eval_samples)]
+    words += ["--dtype", options.dtype, "--max_eval_samples", str(options.max_eval_samples)]
     if pretrained is None:
         return [*words, "--qformer_config", options.qformer_config or qformer_of_recipe(options.stage_1_recipe)]
     kept = ["--qformer_config", "null", "--normalize_image_features_samples", "null"]

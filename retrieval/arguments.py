@@ -19,8 +19,11 @@ class RetrievalArguments(DataSetArguments):
     dtype: str = option("auto", "Dtype of the model's weights; auto keeps the saved dtype.", "model")
     image_folder: str | None = option(None, "Folder that paths of images are relative to.", "data")
     max_length: int = option(35, "Largest number of tokens of a text; longer texts are cut.", "data")
-    rerank_top_k: int = option(
-        128, "Number of first candidates that matching ranks again; 0 ranks by contrast alone.", "scoring"
+    rerank_top_k: int | None = option(
+        None,
+        "Number of first candidates that matching ranks again; 0 ranks by contrast alone. The default is 128, or 0 for "
+        "a model that was trained without matching.",
+        "scoring",
     )
     rerank_score: str = option(
         "sum", "Score of these candidates: sum adds matching logit and similarity; match is matching alone.", "scoring"

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ UNRELATED_OPTIONS = (
     "fold_size",
     "match_batch_size",
 )
+DEFAULT_TOP_K = 128  # LAVIS'
 FOLD_SIZES = {"coco_karpathy_test": 1000, "coco_karpathy_validation": 1000}
 
 
@@ -82,6 +83,7 @@ class RetrievalRun:
     @property
     def reranking(self) -> Reranking:
         """How the first candidates are ranked again."""
+        assert self.args.rerank_top_k is not None, "resolve_run sets it"
         return Reranking(self.args.rerank_top_k, self.args.rerank_score)
 
     def facts(self) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def resolve_run(args: RetrievalArguments) -> RetrievalRun:
     skipped_rows = SkippedRows()
     split, whole_split = load_images(args, image_folder, skipped_rows, store=store, num_frames=model.num_frames)
     return RetrievalRun(
-        args=args,
+        args=replace(args, rerank_top_k=resolve_top_k(args, stage1.config.itm_weight)),
         state=state,
         model=model,
         weights=versions_of_weights(stage1, args.model, args.revision),
@@ -174,6 +176,16 @@ def resolve_run(args: RetrievalArguments) -> RetrievalRun:
         fold_size=resolve_fold_size(args, len(whole_split.first(args.max_samples).row_of)),
         skipped_rows=skipped_rows,
     )
+
+
+def resolve_top_k(args: RetrievalArguments, itm_weight: float) -> int:
+    """Return the number of candidates that matching ranks again, by default none if matching was not trained."""
+    if args.rerank_top_k is not None:
+        return args.rerank_top_k
+    if itm_weight == 0:
+        logger.info("The model was trained without matching (`itm_weight` is 0), so contrast alone ranks.")
+        return 0
+    return DEFAULT_TOP_K
 
 
 def resolve_fold_size(args: RetrievalArguments, num_images: int) -> int | None:

@@ -65,6 +65,7 @@ def build_pretraining_model(
                 f"The model {args.model_name_or_path!r} has no processor: save it together with its processor."
             )
         check_best_model_score(run.training_args, pretraining_scores(model.config))
+        check_depth(model)
         set_num_frames(model, processor, args)
         if run.features is not None:
             run.features.check_model(model.config, processor.image_processor)
@@ -82,6 +83,21 @@ def build_pretraining_model(
         model.to(run.training_args.device)  # type: ignore[arg-type]
         normalize_image_features(model, train_data, collate, args.normalize_image_features_samples)
     return model
+
+
+def check_depth(model: QFormerForPretraining) -> None:
+    """Check that the texts of generation see the image.
+
+    In each layer, texts attend to the queries before the queries attend to the image.
+
+    Raises:
+        InputError: if the Q-Former has one layer.
+    """
+    if model.config.itg_weight and model.qformer.config.num_hidden_layers < 2:
+        raise InputError(
+            "Text generation needs a Q-Former of at least 2 layers: in the first, texts attend to queries that have "
+            "not seen the image. Set num_hidden_layers in --qformer_config, or --itg_weight 0."
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,16 @@ def scores(folder):
     return json.loads((folder / "scores.json").read_text())["scores"]
 
 
+def test_a_model_that_was_trained_without_matching_ranks_by_contrast_alone(stage1, pictures, tmp_path):
+    model = load_stage1(stage1)
+    model.config.itm_weight = 0.0
+    model.save_pretrained(tmp_path / "model")
+    eval_retrieval.evaluate(command(tmp_path / "model", pictures, tmp_path / "run"))
+    assert list(scores(tmp_path / "run")) == ["contrast"]
+    eval_retrieval.evaluate(command(tmp_path / "model", pictures, tmp_path / "run", "--rerank_top_k", "3"))
+    assert list(scores(tmp_path / "run")) == ["contrast", "reranked"]
+
+
 def test_a_run_scores_its_model_by_contrast_and_by_matching(stage1, pictures, tmp_path, capsys):
     eval_retrieval.evaluate(command(stage1, pictures, tmp_path / "run", "--rerank_score", "match", "--fold_size", "5"))
     content = json.loads((tmp_path / "run" / "scores.json").read_text())

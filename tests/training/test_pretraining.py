@@ -42,7 +42,7 @@ COLOURS = {
 }
 LAYERS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = LAYERS | {"model_type": "vit", "image_size": 16, "patch_size": 16, "initializer_range": 0.2}
-QFORMER = LAYERS | {"num_query_tokens": 2, "initializer_range": 0.2}
+QFORMER = LAYERS | {"num_hidden_layers": 2, "num_query_tokens": 2, "initializer_range": 0.2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OPTIONS = {
     "objective": "pretrain",
@@ -383,6 +383,7 @@ def test_a_new_tokenizer_is_the_same_each_time_and_keeps_words(pictures):
         ({"metric_for_best_model": "cider"}, "--metric_for_best_model must be one of loss, itc_loss"),
         ({"metric_for_best_model": "bleu_4"}, "--metric_for_best_model must be one of loss, itc_loss"),
         ({"metric_for_best_model": "itm_loss", "itm_weight": 0}, "must be one of loss, itc_loss, itg_loss, image"),
+        ({"qformer_config": json.dumps(LAYERS)}, "Text generation needs a Q-Former of at least 2 layers"),
         ({"max_caption_length": 600}, "reads texts of at most 512 tokens"),
         ({"max_caption_length": 2}, "`max_length` must be at least 3"),
         ({"text_model_name_or_path": "bert", "tokenizer_vocab_size": 500}, "--tokenizer_vocab_size describes a new"),
