@@ -69,12 +69,15 @@ class RewardCollator(CaptionCollator):
         The dict of a [`CaptionCollator`], with
 
         - `prompts`: the prompt of each row;
-        - `columns`: a dict of lists with an entry for each row: `references`, the captions of the row, and `image`, if
-          the rows have images.
+        - `columns`: a dict of lists with an entry for each row: `references`, the captions of the row, `image`, if the
+          rows have images, and the other columns that all rows have.
     """
 
     def __call__(self, rows: Sequence[CaptionRow]) -> dict[str, Any]:
-        columns: dict[str, list[Any]] = {"references": [row["captions"] for row in rows]}
+        others = [row.get("columns", {}) for row in rows]
+        shared = set.intersection(*(set(cells) for cells in others))
+        columns: dict[str, list[Any]] = {name: [cells[name] for cells in others] for name in sorted(shared)}
+        columns["references"] = [row["captions"] for row in rows]
         if "image" in rows[0]:
             columns["image"] = [row["image"] for row in rows]
         prompts = [row.get("prompt") or self.processor.prompt for row in rows]

@@ -1,7 +1,7 @@
 """Data set of images with captions, read row by row."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,11 +35,12 @@ from .texts import caption_columns, rows_of_texts
 class CaptionRow(RowText, total=False):
     """Row to train or evaluate on: its text, and an `image` (upright RGB) or precomputed `image_embeds`.
 
-    The image of a video is the list of its frames.
+    The image of a video is the list of its frames. `columns` are the other columns that were asked for.
     """
 
     image: Picture
     image_embeds: FeatureRef
+    columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class CaptionDataset(Dataset[CaptionRow]):
         self.augmentation = augmentation or Augmentation()
         self.features = features
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # shared with the workers of a data loader
+        self.other_columns: datasets.Dataset | None = None
         self.images = None
         if source.image_column in self.rows.column_names:
             # Rows that were stored without images may have another kind of column under this name.
@@ -234,8 +236,11 @@ class CaptionDataset(Dataset[CaptionRow]):
         image = self.augmentation.augment(self._open_image(index), generator)
         return {"image": image, **self._text(index, generator)}
 
-    def _text(self, index: int, generator: torch.Generator) -> RowText:
-        return self.augmentation.draw_text(self.captions[index], generator, self.prompts[index])
+    def _text(self, index: int, generator: torch.Generator) -> CaptionRow:
+        text = self.augmentation.draw_text(self.captions[index], generator, self.prompts[index])
+        if self.other_columns is None:
+            return {**text}
+        return {**text, "columns": self.other_columns[self.row_of[index]]}
 
     def _cell(self, index: int) -> Cell:
         return None if self.images is None else self.images[self.row_of[index]][self.source.image_column]
@@ -255,6 +260,11 @@ class CaptionDataset(Dataset[CaptionRow]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which changes the augmentation."""
         self.epoch.fill_(epoch)
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        """Let each row have the cells of other columns of the data set, as `columns`, if the columns exist."""
+        existing = [name for name in sorted(names) if name in self.rows.column_names]
+        self.other_columns = self.rows.select_columns(existing) if existing else None
 
     def check_images(self, limit: SkipLimit) -> None:
         """Open the images of all rows, or of a sample of many rows. With precomputed features nothing is opened.

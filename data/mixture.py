@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -44,6 +44,11 @@ class CaptionMixture(Dataset[CaptionRow]):
         self.epoch.fill_(epoch)
         for part in self.parts:
             part.set_epoch(epoch)
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        """Let each row have the cells of other columns of its data set, as `columns`, if the columns exist."""
+        for part in self.parts:
+            part.keep_columns(names)
 
     def __len__(self) -> int:
         return self.starts[-1]

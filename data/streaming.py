@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets.distributed import split_dataset_by_node
@@ -74,6 +74,7 @@ class CaptionStream(IterableDataset[CaptionRow]):
         self.max_rows = max_rows
         self.process_index = process_index
         self.num_processes = num_processes
+        self.other_columns: set[str] = set()
 
     def check_images(self, limit: SkipLimit) -> None:
         """Open the images of the first thousand rows of each source.
@@ -91,6 +92,10 @@ class CaptionStream(IterableDataset[CaptionRow]):
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing, because a stream counts its passes itself."""
+
+    def keep_columns(self, names: Iterable[str]) -> None:
+        """Let each row have the cells of other columns of its source, as `columns`, if the columns exist."""
+        self.other_columns = set(names)
 
     def __iter__(self) -> Iterator[CaptionRow]:
         worker = get_worker_info()
@@ -149,7 +154,10 @@ class CaptionStream(IterableDataset[CaptionRow]):
         image = self._open_image(source, row)
         generator = self.augmentation.generator(epoch, place)
         image = self.augmentation.augment(image, generator)
-        return {"image": image, **self.augmentation.draw_text(text.captions, generator, text.prompt)}
+        prepared: CaptionRow = {"image": image, **self.augmentation.draw_text(text.captions, generator, text.prompt)}
+        if self.other_columns:
+            prepared["columns"] = {name: row[name] for name in sorted(self.other_columns & row.keys())}
+        return prepared
 
     def references(self) -> Iterator[list[str]]:
         """Yield the captions of the first rows of each source, 10,000 rows in all."""

@@ -84,7 +84,7 @@ class Rewards:
             columns: further columns, each with one entry for each completion. `references` holds the captions of the
                 image. `completion_ids` holds the tokens of the completion, with the end token if it was generated.
                 `image` holds the PIL image, or `image_embeds` its features (`[N, Dv]`). Samples of one image should
-                share one object, because an image is then encoded once.
+                share one object, because an image is then encoded once. The others are those of the data set.
 
         Raises:
             InputError: if a function needs a column that is missing, raises an error, or returns anything other than

@@ -66,7 +66,7 @@ class RewardTrainer(CaptionTrainer):
 
     Args:
         args, kwargs: as for [`CaptionTrainer`].
-        rewards: the rewards.
+        rewards: the rewards. A column of the data set that the signature of a reward names is passed to it.
 
     Example:
 
@@ -90,6 +90,10 @@ class RewardTrainer(CaptionTrainer):
     def __init__(self, *args: Any, rewards: "Rewards", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rewards = rewards
+        named = rewards.columns - {"references", "image", "image_embeds", "completion_ids"}
+        self.train_dataset.keep_columns(named)
+        if self.eval_dataset is not None:
+            self.eval_dataset.keep_columns(named)
         self.start = StartWeights(self.model) if self.args.beta else None
         self.logged: dict[str, list[torch.Tensor]] = {}  # of the batches since the last log entry
         # Of the current step: the samples of its batches, the number of batches that are done, and the number of tokens
@@ -314,6 +318,7 @@ class RewardTrainer(CaptionTrainer):
                 for number, samples in enumerate(self.samples)
                 for name, tensor in vars(samples).items()
             }
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # the main process may not have saved yet
             save_file(tensors, self._samples_file(output_dir))
         super()._save_rng_state(output_dir)
 

@@ -9,7 +9,9 @@ from qformer_captioner import QFormerCaptioner
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.collator import CaptionCollator, RewardCollator
 from qformer_captioner.data.dataset import CaptionDataset, CaptionSource
+from qformer_captioner.data.mixture import CaptionMixture
 from qformer_captioner.data.skipped_rows import SkippedRows
+from qformer_captioner.data.streaming import CaptionStream
 from qformer_captioner.rewards import Rewards
 from qformer_captioner.training.lora import captioner_of
 from qformer_captioner.training.reward_trainer import RepeatedBatches, RewardTrainer
@@ -278,6 +280,34 @@ def test_a_reward_gets_texts_tokens_references_and_images(tmp_path):
         assert ids == captions_of(trainer, number // 3)[number % 3].tolist()
         assert seen["completions"][number] == decode(trainer, torch.tensor(ids))
         assert any(token in trainer.model.generation_config.eos_token_id for token in ids) or len(ids) == LENGTH
+
+
+@pytest.mark.parametrize("kind", ["rows", "mixture", "stream"])
+def test_a_reward_gets_the_columns_of_the_data_set_that_it_names(tmp_path, kind):
+    seen = []
+
+    def reward(completions, scene, **columns):
+        seen.extend(zip(scene, columns["references"], strict=True))
+        assert "other" not in columns
+        return [0.0] * len(completions)
+
+    table = datasets.Dataset.from_dict(
+        {
+            "image": [tiny.picture(seed) for seed in range(4)],
+            "caption": [f"a {word}" for word in ("red", "blue", "green", "small")],
+            "scene": ["red", "blue", "green", "small"],
+            "other": [0] * 4,
+        }
+    )
+    data = CaptionDataset(CaptionSource("train", table), SkippedRows())
+    if kind == "mixture":
+        data = CaptionMixture([data, data], [1.0, 1.0])
+    if kind == "stream":
+        stream = table.to_iterable_dataset().cast_column("image", datasets.Image(decode=False))
+        data = CaptionStream([CaptionSource("train", stream)], SkippedRows())
+    trainer_of(tmp_path, reward=reward, data=data, max_steps=2).train()
+    assert len(seen) == 24
+    assert all(references == [f"a {scene}"] for scene, references in seen)
 
 
 def test_rows_with_features_have_the_samples_and_gradients_of_their_images(tmp_path):
