@@ -81,6 +81,10 @@ def search(words: Sequence[str]) -> None:
 
     disable_progress_bar()
     index = open_index(options.folder, options.model, options.revision, options.index)
+    if options.rerank_top_k and index.model.model.config.itm_weight == 0:
+        raise InputError(
+            f"The model {options.model!r} was trained without matching (`itm_weight` is 0): leave out --rerank_top_k."
+        )
     with explain_faults(index.folder, "Finished batches are kept, and the same command continues."):
         index.refresh(options.batch_size, options.num_workers)
     found = dict(zip(options.texts, index.search(options.texts, options.top_k, options.rerank_top_k), strict=True))

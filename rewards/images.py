@@ -69,12 +69,17 @@ class MatchReward:
         device: device of the model.
 
     Raises:
-        InputError: if the model cannot be loaded.
+        InputError: if the model cannot be loaded, or was trained without matching.
     """
 
     def __init__(self, name_or_path: str, device: torch.device | str):
         self.name = name_or_path
         stage1 = load_stage1(name_or_path)
+        if stage1.config.itm_weight == 0:
+            raise InputError(
+                f"The model {name_or_path!r} was trained without matching (`itm_weight` is 0), which the reward "
+                "'match' needs: pretrain it with --itm_weight 1."
+            )
         self.model = RetrievalModel(stage1.to(torch.device(device)))  # type: ignore[arg-type]  # the stub's `self`
 
     def __call__(

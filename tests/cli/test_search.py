@@ -50,6 +50,14 @@ def test_matching_prints_probabilities(stage1, photos, capsys):
     assert ranked(capsys.readouterr().out) == [(path, pytest.approx(score, abs=1e-3)) for score, path in expected[:3]]
 
 
+def test_a_model_that_was_trained_without_matching_does_not_rank_again(stage1, photos, tmp_path):
+    model = load_stage1(stage1)
+    model.config.itm_weight = 0.0
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="trained without matching"):
+        search([TEXTS[0], str(photos), "--model", str(tmp_path / "model"), "--rerank_top_k", "20"])
+
+
 def test_each_text_has_a_heading_and_a_part_of_the_page(stage1, photos, capsys, tmp_path):
     words = [*TEXTS, str(photos), "--model", stage1, "--top_k", "2", "--output", str(tmp_path / "page.html")]
     search([*words, "--index", str(tmp_path / "index")])

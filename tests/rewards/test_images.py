@@ -52,6 +52,14 @@ def test_match_is_that_of_the_stage_1_model(stage1, pictures):
     torch.testing.assert_close(scores.total, expected)
 
 
+def test_match_needs_a_model_that_was_trained_to_match(stage1, tmp_path):
+    model = QFormerForPretraining.from_pretrained(stage1)
+    model.config.itm_weight = 0.0
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="trained without matching"):
+        load(f"match:{tmp_path / 'model'}")
+
+
 def test_match_reads_features_of_different_lengths_in_a_tensor_or_a_list(stage1):
     model = QFormerForPretraining.from_pretrained(stage1)
     features = [torch.randn(size, tiny.VISION_WIDTH) for size in (3, 5, 4, 4)]
