@@ -505,7 +505,7 @@ def caption_loss(
     if not skip_logits:
         logits = head(hidden_states).view(*targets.shape, -1)
         losses = nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
-        loss = losses.sum() if weights is None else losses @ weights.to(losses).flatten()
+        loss = losses.sum() if weights is None else (losses * weights.to(losses).flatten()).sum()
         return loss, losses.detach().view(targets.shape), logits
     is_target = targets != -100
     chunk_size = max(1, MAX_LOGITS_PER_CHUNK // vocab_size)
@@ -564,7 +564,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     total += gradient
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
-        return losses.sum() if factors is None else losses @ factors, losses
+        return losses.sum() if factors is None else (losses * factors).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
