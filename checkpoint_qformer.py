@@ -22,7 +22,8 @@ logger = logging.get_logger(__name__)
 
 # Each Q-Former has cross-attention in its first layer, under this name.
 FIRST_LAYER = re.compile(r"^(.*?)encoder\.layer\.0\.crossattention\.attention\.key\.weight$")
-PARAMETERS = ("encoder.", "layernorm.", "embeddings.", "query_tokens", "frame_embeddings")  # of a `QFormerModel`
+# Names of the parameters of a `QFormerModel`
+PARAMETERS = ("encoder.", "layernorm.", "embeddings.", "query_tokens", "frame_embeddings", "feature_norm.")
 TEXT_PART = re.compile(r"^embeddings\.|\.\d+\.(intermediate|output)\.")
 WORDS = "embeddings.word_embeddings.weight"
 SHOWN_NAMES = 4

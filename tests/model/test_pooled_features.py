@@ -101,6 +101,15 @@ def test_a_pretraining_model_reads_pooled_features():
     torch.testing.assert_close(model.get_image_features(image_embeds=pooled).pooler_output, expected)
 
 
+def test_the_second_stage_begins_with_the_normalisation_of_the_first(tmp_path):
+    model = tiny.pretraining_model(text=POOLED)
+    model.qformer.normalize_image_features(features(20, 5))
+    model.save_pretrained(tmp_path)
+    loaded = QFormerModel.from_pretrained(tmp_path)
+    expected = model.get_image_features(image_embeds=features(3, 5)).last_hidden_state
+    torch.testing.assert_close(loaded(features(3, 5)).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize(
     ("shape", "fields", "message"),
     [
