@@ -264,8 +264,9 @@ class RewardTrainer(CaptionTrainer):
         """Log as the base does, and add rewards and samples to the training loss."""
         if "loss" in logs and self.logged:
             for name, values in self.logged.items():
-                mean = torch.stack(values).nanmean().to(self.args.device)
-                logs[name] = round(self.accelerator.reduce(mean, reduction="mean").item(), 4)
+                means = self.accelerator.gather(torch.stack(values).nanmean()[None].to(self.args.device))
+                if not means.isnan().all():  # a reward that applied to no caption has no mean
+                    logs[name] = round(means.nanmean().item(), 4)
             self.logged = {}
         super().log(logs, start_time)
 

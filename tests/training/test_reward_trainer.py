@@ -138,6 +138,16 @@ def test_equal_rewards_have_a_gradient_of_exactly_zero(tmp_path):
     assert gradients and not any(gradient.any() for gradient in gradients.values())
 
 
+def test_a_reward_that_applies_to_no_caption_is_left_out_of_the_log(tmp_path):
+    def sometimes(completions, **columns):
+        return [None] * len(completions)
+
+    trainer = trainer_of(tmp_path, reward=sometimes)
+    step(trainer)
+    trainer.log(logs := {"loss": 1.0})
+    assert logs["reward"] == 0 and not any(name.startswith("rewards/") for name in logs)
+
+
 def test_frozen_parts_get_no_gradient(tmp_path):
     model = captioner()
     model.language_model.requires_grad_(False)
