@@ -75,8 +75,8 @@ class QFormerConfig(PreTrainedConfig):
             with the input. By default all features form one window.
         pooled_grid_size (`int`, *optional*):
             Average the patches of an image to a grid of this many rows and columns, and normalise the features. With
-            few images, fewer features are learned better. The features must be a square grid of patches after
-            `num_prefix_tokens` others. By default all features are kept.
+            few training images, a Q-Former generalises better from fewer features. The features must be a square grid
+            of patches after `num_prefix_tokens` others. By default all features are kept.
         num_prefix_tokens (`int`, *optional*, defaults to 1):
             Number of features in front of the patches, which `pooled_grid_size` keeps: class token and registers.
         feature_dropout_prob (`float`, *optional*, defaults to 0.0):

@@ -2,8 +2,8 @@
 
 PyTorch ships both libraries. In float32 it calls MKL for linear layers and has no option to change that. On an AMD EPYC
 with AVX-512, oneDNN is 1.03 to 1.9 times as fast with many rows. With the few rows of a decoding step it is 1.1 to 3.2
-times as fast. With AVX2, MKL is faster. Measure other processors with `python -m benchmarks.linears`. The results
-differ from MKL's only by rounding.
+times as fast. With AVX2 it is 0.8 to 1.8 times as fast, depending on the layer, and a training step was 27 % slower.
+Measure other processors with `python -m benchmarks.linears`. The results differ from MKL's only by rounding.
 """
 
 from collections.abc import Callable

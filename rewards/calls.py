@@ -122,9 +122,9 @@ def call(name: str, function: RewardFunction, arguments: dict[str, Any], number:
     named = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     for parameter in named.values():
         if parameter.default is parameter.empty and parameter.name not in arguments:
-            present = ", ".join(sorted(arguments.keys() - {"prompts", "completions"})) or "none"
+            present = ", ".join(sorted(arguments.keys() - {"prompts", "completions"})) or "no columns"
             raise InputError(
-                f"The reward {name!r} needs {parameter.name!r}, which this run does not have: its columns are "
+                f"The reward {name!r} needs the column {parameter.name!r}, which this run lacks. The run has "
                 f"{one_line(present, 150)}."
             )
     if len(named) == len(parameters):

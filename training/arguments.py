@@ -26,9 +26,7 @@ class SharedModelOptions:
         None, "Configuration of a vision encoder to train from scratch, as JSON.", "model"
     )
     qformer_config: str | None = option(
-        None,
-        'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.',
-        "model",
+        None, 'Fields of the Q-Former as JSON, such as {"num_query_tokens": 16}.', "model"
     )
     num_frames: int | None = option(
         None,

@@ -87,7 +87,7 @@ def raises(completions, **columns):
         (lambda completions: None, "'mine' returned None, which is not a list"),
         (
             lambda completions, objects: [0.0] * 3,
-            "'mine' needs 'objects', which this run does not have: its columns are none",
+            "'mine' needs the column 'objects', which this run lacks. The run has no columns",
         ),
     ],
 )

@@ -82,7 +82,7 @@ def test_samples_of_an_image_encode_it_once(stage1, pictures, monkeypatch):
 
 
 def test_what_a_reward_of_images_needs_is_named(stage1, clip):
-    with pytest.raises(InputError, match="'clip_score' needs 'image', which this run does not have"):
+    with pytest.raises(InputError, match="'clip_score' needs the column 'image', which this run lacks"):
         load(f"clip_score:{clip}")([""], ["a"], references=[["a"]])
     with pytest.raises(InputError, match="needs the images or their features"):
         load(f"match:{stage1}")([""], ["a"], references=[["a"]])
