@@ -25,6 +25,7 @@ ROOMS = (
     "hub",
     "evaluation",
     "retrieval",
+    "captioning",
     "rewards",
     "training",
     "scripts",
