@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .configuration_qformer import QFormerPretrainingConfig as QFormerPretrainingConfig
     from .modeling_qformer import QFormerCaptioner as QFormerCaptioner
     from .modeling_qformer import QFormerCaptionerOutput as QFormerCaptionerOutput
-    from .modeling_qformer import QFormerModel as QFormerModel
     from .pretraining_qformer import QFormerForPretraining as QFormerForPretraining
     from .pretraining_qformer import QFormerPretrainingOutput as QFormerPretrainingOutput
     from .processing_qformer import QFormerCaptionerProcessor as QFormerCaptionerProcessor
     from .processing_qformer import QFormerPretrainingProcessor as QFormerPretrainingProcessor
+    from .querying_qformer import QFormerModel as QFormerModel
 
 __version__ = "0.1.0"  # pyproject.toml reads the version from here
 
@@ -29,7 +29,7 @@ _MODULES = {  # public name: the module that defines it
     "QFormerCaptionerProcessor": "processing_qformer",
     "QFormerConfig": "configuration_qformer",
     "QFormerForPretraining": "pretraining_qformer",
-    "QFormerModel": "modeling_qformer",
+    "QFormerModel": "querying_qformer",
     "QFormerPretrainingConfig": "configuration_qformer",
     "QFormerPretrainingOutput": "pretraining_qformer",
     "QFormerPretrainingProcessor": "processing_qformer",

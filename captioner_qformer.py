@@ -1,20 +1,41 @@
 """Base class of captioners: a model of saving_qformer.py whose second backbone is a language model.
 
-modeling_qformer.py subclasses the class of this file and defines the computation.
+The class joins the backbones, loads and saves them, and quantises the language model. modeling_qformer.py subclasses it
+and defines the computation.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .backbones_qformer import BACKBONES, bits_and_bytes_config, is_frozen, is_quantized, quantize, single_device
+from .backbones_qformer import (
+    BACKBONES,
+    bits_and_bytes_config,
+    commit_of,
+    embedding_weights,
+    is_frozen,
+    is_quantized,
+    load_backbone,
+    quantize,
+    single_device,
+    vision_model_or_width,
+)
 from .cards_qformer import PushWithCaptionerCard
-from .configuration_qformer import QFormerCaptionerConfig
+from .configuration_qformer import QFormerCaptionerConfig, QFormerConfig
+from .encoders_qformer import image_feature_size, num_frames_of
 from .processing_qformer import QFormerCaptionerProcessor
+from .querying_qformer import QFormerModel, check_qformer_arguments
 from .saving_qformer import QFormerPreTrainedModel
 from .weights_qformer import ties_of
 
@@ -29,6 +50,8 @@ class QFormerCaptionerPreTrainedModel(PushWithCaptionerCard, QFormerPreTrainedMo
     processor_class = QFormerCaptionerProcessor
     backbones = BACKBONES
     config: QFormerCaptionerConfig
+    qformer: QFormerModel
+    language_projection: nn.Module
     language_model: PreTrainedModel
     processor: QFormerCaptionerProcessor | None
 
@@ -139,6 +162,123 @@ class QFormerCaptionerPreTrainedModel(PushWithCaptionerCard, QFormerPreTrainedMo
         # Loading ties the output layer to the embedding by this field, which an adapter or a new layer does not change.
         cast(PreTrainedConfig, config.text_config).tie_word_embeddings = bool(ties_of(self.language_model))
         return config
+
+    # --- From two pretrained models -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | os.PathLike | None,
+        language: str | os.PathLike,
+        *,
+        encoder_hidden_size: int | None = None,
+        vision_revision: str | None = None,
+        language_revision: str | None = None,
+        qformer: QFormerModel | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+        freeze_vision_model: bool = True,
+        freeze_language_model: bool = True,
+        load_vision_model: bool = True,
+        dtype: str | torch.dtype = "auto",
+        prompt: str = "",
+        projection_per_query: bool = False,
+        **qformer_fields,
+    ) -> Self:
+        r"""Join two pretrained models with a new or a given Q-Former and a new projection.
+
+        Args:
+            vision, language (`str`): Hub ids or folders of a vision encoder and a language model. `vision` is `None`
+                for a captioner that reads only features (`image_embeds`), of any other encoder.
+            encoder_hidden_size (`int`, *optional*): width of the features, if `vision` is `None`.
+            vision_revision, language_revision (`str`, *optional*): branches, tags or commits on the Hub.
+            qformer ([`QFormerModel`], *optional*): pretrained Q-Former, which becomes a part of the captioner. Load one
+                with `qformer_captioner.hub.convert.load_qformer`. If it was trained with image features of another
+                width, its cross-attention weights are newly initialised and a warning says so.
+            qformer_tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of a Q-Former that reads the prompt
+                (`use_qformer_text_input=True`).
+            freeze_vision_model, freeze_language_model (`bool`, defaults to `True`): whether to freeze the backbone.
+            load_vision_model (`bool`, defaults to `True`): `False` leaves the vision encoder out of memory, to train on
+                precomputed features. [`~QFormerCaptioner.load_vision_model`] fetches it later.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): dtype of frozen backbones; "auto" is the dtype of each
+                saved backbone. All trainable parts are float32.
+            prompt (`str`, defaults to `""`): default text between the image and the caption.
+            projection_per_query (`bool`, defaults to `False`): give each query its own projection.
+            qformer_fields: fields of the [`QFormerConfig`] of a new Q-Former, such as `num_query_tokens=16`.
+
+        Returns:
+            The captioner in evaluation mode, with its processor.
+
+        Raises:
+            OSError: if a backbone cannot be fetched; the message names it.
+            TypeError: for a keyword that is not a field of [`QFormerConfig`], fields beside a given `qformer`, or a
+                `qformer` that is not a [`QFormerModel`]. Also for neither a vision encoder nor a width, or for both.
+            ValueError: if a Q-Former that reads the prompt has no `qformer_tokenizer`.
+
+        Example:
+
+        ```python
+        >>> model = QFormerCaptioner.from_backbones(
+        ...     "facebook/dinov2-small", "HuggingFaceTB/SmolLM2-135M", num_hidden_layers=4, num_query_tokens=16
+        ... )  # doctest: +SKIP
+        ```
+        """
+        check_qformer_arguments(qformer, qformer_fields)
+        qformer_config = QFormerConfig.from_fields(**qformer_fields) if qformer is None else qformer.config
+        if qformer_config.use_qformer_text_input and qformer_tokenizer is None:
+            raise ValueError(
+                "The Q-Former reads the prompt: pass its tokenizer as `qformer_tokenizer`, such as "
+                '`AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")`.'
+            )
+        vision_model = vision_model_or_width(vision, encoder_hidden_size, vision_revision, dtype, load_vision_model)
+        language_model = load_backbone("language_model", os.fspath(language), language_revision, dtype)
+        assert isinstance(language_model, PreTrainedModel)  # and not a placeholder
+        if qformer is not None:
+            qformer.float().resize_image_features(image_feature_size(vision_model.config))
+        config = QFormerCaptionerConfig(
+            vision_config=vision_model.config,
+            qformer_config=qformer_config,
+            text_config=language_model.config,
+            vision_model_name_or_path=vision_model.config.name_or_path or None,
+            vision_model_revision=None if vision is None else commit_of(vision, vision_revision),
+            language_model_name_or_path=language_model.config.name_or_path,
+            language_model_revision=commit_of(language, language_revision),
+            freeze_vision_model=freeze_vision_model,
+            freeze_language_model=freeze_language_model,
+            projection_per_query=projection_per_query,
+        )
+        # Only the special tokens of the language model's decoding defaults are kept. A chat model ends at one of
+        # several tokens.
+        config.keep_special_tokens(cast(GenerationConfig, language_model.generation_config))
+        model = cls(config, vision_model=vision_model, qformer=qformer, language_model=language_model)
+        model.processor = QFormerCaptionerProcessor.from_backbones(
+            vision,
+            language,
+            vision_revision,
+            language_revision,
+            prompt,
+            config.is_encoder_decoder,
+            num_frames_of(vision_model.config) or qformer_config.num_frames,
+        )
+        model.processor.qformer_tokenizer = qformer_tokenizer
+        model._fit_to_backbones()
+        frozen = model.frozen_backbones()
+        model._keep_by_reference([part for part in frozen if part != "vision_model" or vision is not None])
+        model._take_fingerprints(BACKBONES)
+        return model.eval()
+
+    @torch.no_grad()
+    def _fit_to_backbones(self) -> None:
+        """Convert trainable backbones to float32, and scale the norm of the soft prompt to that of the embeddings."""
+        for part in BACKBONES:
+            if not is_frozen(getattr(self, part)):
+                getattr(self, part).float()  # bfloat16 is too coarse for small weight updates
+        # Soft-prompt vectors start with three times the embedding norm. Training increases the norm much further, but
+        # random vectors with a large norm would first have to be unlearned.
+        embedding_std = embedding_weights(self.language_model).float().std().item()
+        nn.init.normal_(
+            self.language_projection.get_parameter("weight"),
+            std=3 * embedding_std / self.qformer.config.hidden_size**0.5,
+        )
 
     # --- The mode -----------------------------------------------------------------------------------------------------
 

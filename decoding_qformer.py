@@ -33,8 +33,8 @@ from .generation_qformer import (
     resolve_generation_config,
 )
 from .layers_qformer import QFormerLayer
-from .modeling_qformer import QFormerModel
 from .packing_qformer import additive
+from .querying_qformer import QFormerModel
 from .retrieval_qformer import QFormerRetrievalModel
 from .texts_qformer import QFormerLMHead, TextBatch, check_texts
 from .vision_qformer import split_vision_inputs

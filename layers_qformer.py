@@ -1,6 +1,6 @@
 """Layers of the Q-Former: BERT layers in which the queries also attend to the features of an image.
 
-modeling_qformer.py joins them to a [`QFormerModel`]. Parameters have the names of transformers' `Blip2QFormerModel`.
+querying_qformer.py joins them to a [`QFormerModel`]. Parameters have the names of transformers' `Blip2QFormerModel`.
 
 Shapes: B images, N features of an image, Q queries, P prompt tokens. Dq is the width of the Q-Former, and Dv that of
 the features.

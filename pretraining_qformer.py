@@ -31,7 +31,6 @@ from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
 from .decoding_qformer import QFormerDecodingModel
 from .encoders_qformer import image_feature_size, num_frames_of
 from .language_qformer import MAX_LOGITS_PER_CHUNK, ChunkedCrossEntropy
-from .modeling_qformer import QFormerModel, check_qformer_arguments
 from .objectives_qformer import (
     ChunkedMatching,
     broadcast,
@@ -46,6 +45,7 @@ from .objectives_qformer import (
 )
 from .packing_qformer import ImageKeys, PackedRows, run_packed
 from .processing_qformer import QFormerPretrainingProcessor
+from .querying_qformer import QFormerModel, check_qformer_arguments
 from .texts_qformer import TextBatch, check_texts
 from .vision_qformer import split_vision_inputs
 

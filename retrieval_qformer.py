@@ -24,9 +24,9 @@ from .configuration_qformer import QFormerConfig, QFormerPretrainingConfig
 from .encoders_qformer import vision_config_of, vision_model_from_config
 from .images_qformer import ImageInput, flatten_images
 from .inputs_qformer import load_image_processor
-from .modeling_qformer import QFormerModel
 from .packing_qformer import ImageKeys, PackedRows, Texts, run_packed
 from .processing_qformer import HUB_KWARGS, QFormerPretrainingProcessor
+from .querying_qformer import QFormerModel
 from .saving_qformer import QFormerPreTrainedModel
 from .texts_qformer import QFormerLMHead, TextBatch, check_texts
 from .vision_qformer import features_of_inputs

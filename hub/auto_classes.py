@@ -32,9 +32,10 @@ def register_classes() -> None:
     )
 
     from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig, QFormerPretrainingConfig
-    from ..modeling_qformer import QFormerCaptioner, QFormerModel
+    from ..modeling_qformer import QFormerCaptioner
     from ..pretraining_qformer import QFormerForPretraining
     from ..processing_qformer import QFormerCaptionerProcessor, QFormerPretrainingProcessor
+    from ..querying_qformer import QFormerModel
 
     AutoConfig.register(QFormerConfig.model_type, QFormerConfig)
     AutoModel.register(QFormerConfig, QFormerModel)

@@ -41,9 +41,10 @@ from ..common.command import run_command
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
 from ..configuration_qformer import QFormerCaptionerConfig, QFormerConfig
-from ..modeling_qformer import QFormerCaptioner, QFormerModel
+from ..modeling_qformer import QFormerCaptioner
 from ..pretraining_qformer import QFormerForPretraining
 from ..processing_qformer import QFORMER_TOKENIZER, QFormerCaptionerProcessor
+from ..querying_qformer import QFormerModel
 from ..weights_qformer import read_shapes
 from .checkpoint import Checkpoint
 
