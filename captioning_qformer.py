@@ -19,6 +19,24 @@ class QFormerCaptioningModel(QFormerPreTrainedModel, GenerationMixin):
 
     qformer: Any
 
+    @property
+    def input_device(self) -> torch.device:
+        """Device of the first weights that are in memory. Offloaded modules move their inputs themselves."""
+        return next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
+
+    def required_processor(self) -> Any:
+        """Return the processor.
+
+        Raises:
+            ValueError: if the model has no processor.
+        """
+        if self.processor is None:
+            raise ValueError(
+                f"This model has no processor. Set `model.processor = {self.processor_class.__name__}(image_processor, "
+                "tokenizer)`, or load the model from a folder with a processor."
+            )
+        return self.processor
+
     def caption(
         self,
         images: ImageInput | Iterable[ImageInput | Iterable[ImageInput]] | None = None,
@@ -61,11 +79,7 @@ class QFormerCaptioningModel(QFormerPreTrainedModel, GenerationMixin):
         ['A dog runs over the grass.', 'A cat sleeps on a bed.']
         ```
         """
-        if self.processor is None:
-            raise ValueError(
-                f"This model has no processor. Set `model.processor = {self.processor_class.__name__}(image_processor, "
-                "tokenizer)`, or load the model from a folder with a processor."
-            )
+        processor = self.required_processor()
         if images is None and image_embeds is None:
             raise ValueError("There is nothing to caption: pass `images`, or features as `image_embeds`.")
         given = generation.get("generation_config")
@@ -82,14 +96,12 @@ class QFormerCaptioningModel(QFormerPreTrainedModel, GenerationMixin):
             number = 1 if is_one else len(image_embeds)
         if number == 0:
             return []
-        # Offloaded modules move their inputs themselves.
-        device = next((weight.device for weight in self.parameters() if not weight.is_meta), torch.device("cpu"))
-        inputs = self.processor(
+        inputs = processor(
             images=images,
             text=[prompt] * number if isinstance(prompt, str) else prompt,
             image_embeds=image_embeds,
             image_attention_mask=image_attention_mask,
-        ).to(device)
+        ).to(self.input_device)
         token_ids = self.generate(**inputs, **{**generation, "return_dict_in_generate": False})  # type: ignore[misc]
-        captions = [caption.strip() for caption in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
+        captions = [caption.strip() for caption in processor.batch_decode(token_ids, skip_special_tokens=True)]
         return captions[0] if is_one and len(captions) == 1 else captions

@@ -132,6 +132,53 @@ class QFormerDecodingModel(QFormerRetrievalModel, QFormerCaptioningModel):
             return generated
         return generated[:, length:]
 
+    @torch.no_grad()
+    def caption_losses(
+        self,
+        labels: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
+        **vision_inputs: Any,
+    ) -> torch.Tensor:
+        """Return the cross-entropy of captions of images, in nats, summed over the tokens of each caption.
+
+        Args:
+            labels (`[B, K, T]`, long): K captions of each image as [`~QFormerForPretraining.generate`] returns their
+                tokens. Positions of -100 are ignored.
+            pixel_values, input_ids, attention_mask, image_embeds, image_attention_mask, vision_inputs: images or their
+                features, and the texts that the captions continue, as in [`~QFormerForPretraining.generate`].
+
+        Returns:
+            `[B, K]`, float32.
+
+        Raises:
+            ValueError: as `generate` does for the images and the texts.
+
+        Example:
+
+        ```python
+        >>> inputs = model.processor(images=["dog.jpg"], text="a photo of")  # doctest: +SKIP
+        >>> captions = model.generate(**inputs)  # doctest: +SKIP
+        >>> model.caption_losses(captions[:, None], **inputs)  # doctest: +SKIP
+        tensor([[9.31]])
+        ```
+        """
+        features, mask = self._features(pixel_values, image_embeds, image_attention_mask, **vision_inputs)
+        config, _ = resolve_generation_config(self.config, self.generation_config, None, {})
+        prompts, prompt_mask = self._prompts(len(features), input_ids, attention_mask, config)
+        decoder = QFormerDecoder(self.qformer, self.lm_head, self._encode_queries(features, mask))
+        num_captions, length = labels.shape[1:]
+        targets = labels.flatten(0, 1)  # [B*K, T]
+        prompts, prompt_mask = (each.repeat_interleave(num_captions, dim=0) for each in (prompts, prompt_mask))
+        inputs = torch.cat([prompts, targets[:, :-1].clamp(min=0)], dim=1)
+        input_mask = nn.functional.pad(prompt_mask, (0, length - 1), value=1)
+        logits = decoder(inputs, attention_mask=decoder.with_queries(input_mask), logits_to_keep=length).logits
+        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.view(labels.shape).sum(dim=-1)
+
     def _encode_queries(self, features: torch.Tensor, mask: torch.Tensor | None) -> list[KeysAndValues]:
         """Encode the queries of images `[B, N, Dv]`, and return their keys and values in self-attention."""
         queries, of_layers = self._queries(len(features)), []

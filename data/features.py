@@ -269,14 +269,28 @@ def load_features(path: str | os.PathLike, width: int) -> np.ndarray:
     except (OSError, ValueError) as error:
         reason = one_line(error, 200).removesuffix(".")
         raise OSError(f"The features {str(path)!r} cannot be read: {reason}.") from error
+    return check_features(array, width, repr(str(path)))
+
+
+def check_features(array: np.ndarray, width: int, name: str) -> np.ndarray:
+    """Return the features of one row in float32, `[N, D]`.
+
+    Args:
+        array: `[N, D]`, `[1, N, D]` or `[D]`.
+        width: width of the features, D.
+        name: which features they are, for messages.
+
+    Raises:
+        OSError: if the array has another shape, or holds something else than finite numbers.
+    """
     features = array[0] if array.ndim == 3 and len(array) == 1 else np.atleast_2d(array)
     if features.dtype.kind not in "iuf" or features.ndim != 2 or 0 in features.shape or features.shape[1] != width:
         raise OSError(
-            f"The features {str(path)!r} are {array.dtype} {list(array.shape)}, and the captioner reads numbers in an "
+            f"The features {name} are {array.dtype} {list(array.shape)}, and the captioner reads numbers in an "
             f"array [N, {width}]."
         )
     if not np.isfinite(features).all():
-        raise OSError(f"The features {str(path)!r} hold NaN or infinity: compute them again.")
+        raise OSError(f"The features {name} hold NaN or infinity: compute them again.")
     return features.astype(np.float32)
 
 
