@@ -3,96 +3,128 @@ r"""Caption images, or features of a captioner that was trained on features.
     qformer-captioner caption dog.jpg cat.jpg --model outputs/scenes
     qformer-captioner caption photos "more/**/*.png" --model USER/CAPTIONER --prompt "a photo of" --num_beams 5 \
         --output captions.jsonl
+    qformer-captioner caption photos --model outputs/scenes --sidecar .txt --existing skip
+    find photos -name "*.jpg" | qformer-captioner caption - --model outputs/scenes --output captions.csv
+    qformer-captioner caption "shards/*.tar" --model outputs/scenes --output captions.parquet
+    torchrun --nproc_per_node 8 -m qformer_captioner.cli.caption photos --model outputs/scenes --output captions.jsonl
     qformer-captioner caption "proteins/*.npy" --model outputs/proteins
 
-IMAGE is a file, a folder (all images in it and below it), a pattern or a URL. A file of numpy (.npy) holds features
-`[N, D]`, of which N may differ. Each caption is printed as a line
-`file: caption` as soon as it exists. For an image that cannot be read, an error is printed, and the other images are
-captioned.
+IMAGE is a file, a folder (all images in it and below it), a pattern, a URL, a tar of webdataset, or a parquet file. A
+file of numpy (.npy) holds features `[N, D]`, of which N may differ. Without --output or --sidecar, each caption is
+printed as a line `file: caption`. With them, captions are written batch by batch, and after any kill the same command
+continues. For an image that cannot be read, an error is printed, and the other images are captioned.
 """
 
 import argparse
-import glob
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from PIL import Image
-from tqdm import tqdm
-
-from ..common.arguments import CommandParser, check_at_least
+from ..captioning.arguments import generation_of, parse_options, settings_of
+from ..captioning.outputs import Output, OutputRow, output_for
+from ..captioning.progress import SUFFIX, Progress
+from ..captioning.reporting import Reporter
+from ..captioning.sidecars import Sidecars
+from ..captioning.writer import Writer
 from ..common.command import run_command
-from ..common.errors import InputError, check_output, printable
-from ..common.files import write_atomically
+from ..common.errors import InputError
+from ..common.logging import get_logger, is_main_process
 from ..common.machine_faults import explain_faults
-from ..data.names import IMAGE_SUFFIXES
-from ..evaluation.caption_files import ImageId, write_predictions
-from ..hub.load import load_captioner
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ..captioning_qformer import QFormerCaptioningModel
+    from ..captioning.items import Item
+    from ..captioning.run import Captioning, Processes
+    from ..captioning.sources import Source
 
 # torch and the model take seconds to import, so only the functions that use them import them.
 
-
-FEATURES_SUFFIX = ".npy"
-MAX_PATTERN = 4096  # characters; longer text is an image in base64 or a mistake, and `glob` would fail on it
+logger = get_logger(__name__)
 
 
-def parse_options(words: Sequence[str]) -> argparse.Namespace:
-    """Return the options of a command line.
+def open_source(options: argparse.Namespace) -> "Source":
+    """Return the images that a command line names.
 
     Raises:
-        InputError: if an option does not exist or has a value that is not valid.
+        InputError: if a data set or a list of files cannot be read.
     """
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="File, folder, pattern or URL; .npy for features.")
-    parser.add_argument("--model", required=True, help="Captioner, adapter or model of stage 1, as a Hub id or folder.")
-    parser.add_argument("--revision", help="Branch, tag or commit of the model on the Hub.")
-    parser.add_argument("--prompt", help="Text that the captions continue; by default the captioner's own prompt.")
-    parser.add_argument("--num_beams", type=int, help="Number of beams; by default the captioner's own.")
-    parser.add_argument(
-        "--max_new_tokens", type=int, help="Largest number of tokens of a caption; by default the captioner's own."
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="Number of images per batch.")
-    parser.add_argument("--output", help="Also write the captions to this file: .json for COCO's format, or .jsonl.")
-    options = parser.parse_args(words)
-    check_at_least(options, 1, "num_beams", "max_new_tokens", "batch_size")
+    from ..captioning.sources import ChainSource, NamesSource, RowsSource, Source, names_in
+
+    column = options.image_column
+    sources: list[Source] = []
+    names = [name for name in options.images if name != "-"]
+    if names:
+        sources.append(NamesSource(names, image_column=column))
+    for file in ["-" for name in options.images if name == "-"] + [options.filelist] * (options.filelist is not None):
+        total = None if file == "-" else sum(1 for _ in names_in(file))
+        sources.append(NamesSource(names_in(file), total, column))
+    if options.dataset_name is not None:
+        rows = RowsSource(
+            options.dataset_name,
+            options.dataset_config_name,
+            options.dataset_revision,
+            options.split,
+            column,
+            options.image_id_column,
+            options.image_folder,
+            options.allowed_image_folders,
+            options.streaming,
+        )
+        sources.append(rows)
+    return ChainSource(sources)
+
+
+def first_item(items: "Iterator[Item]", options: argparse.Namespace) -> "tuple[Item, Iterator[Item]]":
+    """Return the first item, and an iterator of all items.
+
+    Raises:
+        InputError: if there is none.
+    """
+    first = next(items, None)
+    if first is None:
+        names = [*options.images, options.filelist, options.dataset_name]
+        shown = " or ".join(repr(name[-100:]) for name in names if name)
+        raise InputError(f"There are no images in {shown}.")
+    return first, chain([first], items)
+
+
+def open_outputs(options: argparse.Namespace) -> list[Output]:
+    """Return the outputs that a command line names, the sidecars last."""
+    outputs: list[Output] = []
     if options.output is not None:
-        check_output(options.output)
-    return options
+        scores = ("score", "matching_score") if options.score else ()
+        outputs.append(output_for(options.output, (options.num_return_sequences or 1) > 1, scores))
+    if options.sidecar is not None:
+        outputs.append(Sidecars(options.sidecar, options.existing, options.separator))
+    return outputs
 
 
-def find_images(patterns: Sequence[str]) -> list[str]:
-    """Return the files that paths, folders and patterns name, each file once.
+def open_progress(options: argparse.Namespace, first: "Item") -> Progress | None:
+    """Open and lock the record of the run, or return `None` if captions are only printed.
 
-    A pattern without a match is returned unchanged. Opening it later raises an error that names it.
+    For sidecars alone it is a hidden file in the first folder that the command line names, or that of the first image.
 
-    Args:
-        patterns: paths of files, paths of folders, and patterns as in a shell. `**` matches any folders.
+    Raises:
+        InputError: if another process uses it, or there is an output without a record.
     """
+    if options.output is not None:
+        record = Path(f"{options.output}{SUFFIX}")
+        if Path(options.output).exists() and not record.exists() and not options.overwrite_output:
+            raise InputError(
+                f"{options.output!r} exists, and has no record {record.name!r} to continue it: choose another --output, "
+                "or replace it with --overwrite_output."
+            )
+        return Progress(record, options.output)
+    if options.sidecar is not None:
+        folder = next((name for name in options.images if os.path.isdir(name)), os.path.dirname(first.path or ""))
+        return Progress(Path(folder, f".captions{options.sidecar}{SUFFIX}"), f"the texts in {folder or '.'}")
+    return None
 
-    def files_of(pattern: str) -> list[str]:
-        if os.path.isdir(pattern):
-            return sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if os.path.exists(pattern) or len(pattern) > MAX_PATTERN:  # the name of a file may itself have brackets
-            return [pattern]
-        return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
-    return list(dict.fromkeys(file for pattern in patterns for file in files_of(pattern)))
-
-
-def load_on_device(model: str, revision: str | None) -> "QFormerCaptioningModel":
-    """Load a captioner to the accelerator, or to the CPU if there is no accelerator.
-
-    Args:
-        model: folder or Hub id.
-        revision: branch, tag or commit on the Hub.
+def start_captioning(options: argparse.Namespace) -> "tuple[Captioning, Processes]":
+    """Start the processes, and load the captioner to the device of this process.
 
     Raises:
         InputError: if the captioner cannot be loaded.
@@ -100,92 +132,18 @@ def load_on_device(model: str, revision: str | None) -> "QFormerCaptioningModel"
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from ..captioning.run import Captioning, Processes
+    from ..evaluation.captioning_run import start_processes
+    from ..hub.load import load_captioner
+
+    processes = Processes(start_processes(use_cpu=False))
     disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return load_captioner(model, revision).to(device)  # type: ignore[arg-type]
-
-
-def caption_files(
-    model: "QFormerCaptioningModel",
-    files: Sequence[str],
-    prompt: str | None = None,
-    batch_size: int = 8,
-    **generation: Any,
-) -> Iterator[tuple[str, str | OSError]]:
-    """Caption files, batch by batch.
-
-    Args:
-        model: the captioner.
-        files: paths of images, or of features.
-        prompt: text that the captions continue; by default the captioner's own prompt.
-        batch_size: number of images per batch.
-        generation: options of the captioner's `generate`.
-
-    Yields:
-        Each file with its caption, or with the error for an image or features that cannot be read.
-    """
-    from ..common.onednn import onednn_linears
-    from ..data.features import load_features
-    from ..images_qformer import open_image
-
-    width = model.qformer.config.encoder_hidden_size
-    for start in range(0, len(files), batch_size):
-        images: dict[str, Image.Image] = {}
-        features: dict[str, np.ndarray] = {}
-        for file in files[start : start + batch_size]:
-            try:
-                if file.lower().endswith(FEATURES_SUFFIX):
-                    features[file] = load_features(file, width)
-                elif model.config.has_vision_model:
-                    images[file] = open_image(file)
-                else:
-                    raise OSError(
-                        f"The captioner was trained on features and has no vision encoder for {file!r}: name files of "
-                        f"features ({FEATURES_SUFFIX})."
-                    )
-            except OSError as error:
-                yield file, error
-        with onednn_linears(model.device):
-            if images:
-                yield from zip(images, model.caption(list(images.values()), prompt, **generation), strict=True)
-            if features:
-                captions = model.caption(prompt=prompt, image_embeds=list(features.values()), **generation)
-                yield from zip(features, captions, strict=True)
-
-
-def print_captions(results: Iterable[tuple[str, str | OSError]], bar: tqdm) -> Iterator[tuple[str, str]]:
-    """Print captions to stdout and errors to stderr, and yield the captions.
-
-    Args:
-        results: the files, each with a caption or an error.
-        bar: progress bar to print above and to advance.
-    """
-    for file, result in results:
-        if isinstance(result, str):
-            bar.write(printable_line(f"{file}: {result}"))
-            yield file, result
-        else:
-            bar.write(printable_line(f"error: {result}"), file=sys.stderr)
-        bar.update()
-
-
-def printable_line(text: str) -> str:
-    """Return a text as one line in which every control character is escaped."""
-    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
-
-
-def save_captions(captions: dict[ImageId, str], path: str | os.PathLike) -> None:
-    """Write captions as JSON lines if the file ends in `.jsonl`, otherwise as COCO results JSON.
-
-    Args:
-        captions: the caption of each file.
-        path: the file to write.
-    """
-    if Path(path).suffix != ".jsonl":
-        write_predictions(captions, path)
-        return
-    rows = ({"image_id": file, "caption": caption} for file, caption in captions.items())
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = load_captioner(options.model, options.revision, dtype).to(processes.state.device)
+    captioning = Captioning(
+        model, options.prompt, options.score, options.prefix, options.suffix, options.seed, generation_of(options)
+    )
+    return captioning, processes
 
 
 def caption(words: Sequence[str]) -> None:
@@ -195,31 +153,100 @@ def caption(words: Sequence[str]) -> None:
         words: the command line.
 
     Raises:
-        InputError: if an option, the captioner or an image cannot be used. For an image, the other captions are printed
-            and saved first.
+        InputError: if an option, the captioner or an image cannot be used. For an image, the other captions are written
+            first.
         ValueError: if options of `generate` contradict each other.
     """
-    options = parse_options(words)
-    files = find_images(options.images)
-    if not files:
-        raise InputError(f"There are no images in {' or '.join(map(repr, options.images))}.")
-    model = load_on_device(options.model, options.revision)
-    generation = {name: getattr(options, name) for name in ("num_beams", "max_new_tokens")}
-    generation = {name: value for name, value in generation.items() if value is not None}
-
-    captions: dict[ImageId, str] = {}
-    hide_bar = len(files) <= options.batch_size or None  # `None` shows the bar only on a terminal
+    options = parse_options(words, __doc__ or "")
+    outputs = open_outputs(options)
+    if not is_main_process():
+        caption_with(options, outputs, None, lambda rows: None, *start_captioning(options))
+        return
+    source = open_source(options)
+    first, items = first_item(iter(source), options)
+    progress = open_progress(options, first)
+    writer = Writer(outputs, progress)
+    folder = Path(options.output or first.path or first.key).absolute().parent
     try:
-        with tqdm(total=len(files), unit="images", disable=hide_bar) as bar:
-            results = caption_files(model, files, options.prompt, options.batch_size, **generation)
-            for file, text in print_captions(results, bar):
-                captions[file] = text
-    finally:  # keep the captions so far after Ctrl-C
-        if options.output is not None:
-            with explain_faults(Path(options.output).parent, "The captions are printed above."):
-                save_captions(captions, options.output)
-    if len(captions) < len(files):
-        raise InputError(f"{len(files) - len(captions)} of {len(files)} images have no caption.")
+        with explain_faults(folder, "Finished captions are kept, and the same command continues."):
+            caption_source(options, source, items, writer)
+    finally:
+        writer.close()
+
+
+def caption_source(
+    options: argparse.Namespace, source: "Source", items: "Iterator[Item]", writer: Writer
+) -> None:
+    """Caption the images of a source in the main process.
+
+    Args:
+        options: the options.
+        source: the images.
+        items: its items.
+        writer: the outputs with their record.
+
+    Raises:
+        InputError: if the output is of another run, or images have no caption.
+    """
+    from ..captioning.run import Wanted
+    from ..evaluation.captioning_run import versions_of_weights
+
+    captioning, processes = start_captioning(options)
+    sidecars = next((output for output in writer.outputs if isinstance(output, Sidecars)), None)
+    settings = {
+        **settings_of(options),
+        "weights": versions_of_weights(captioning.model, options.model, options.revision)
+    }
+    writer.begin(settings, options.overwrite_output)
+    wanted = Wanted(items, writer.done, sidecars)
+    with Reporter(source, not writer.outputs, writer.num_captioned, writer.num_failed) as reporter:
+
+        def write(rows: list[OutputRow]) -> None:
+            writer.write(rows)
+            reporter.tell(rows)
+
+        caption_with(options, writer.outputs, iter(wanted), write, captioning, processes)
+    writer.finish()
+    if writer.outputs:
+        left_out = "".join(f", {number:,} {kind} left out" for kind, number in source.left_out.items())
+        logger.info(
+            "%s images have captions%s%s.",
+            f"{reporter.num_captioned:,}",
+            f", {wanted.num_skipped:,} had them before" if wanted.num_skipped else "",
+            left_out
+        )
+    if reporter.num_failed:
+        total = reporter.num_captioned + reporter.num_failed + wanted.num_skipped
+        raise InputError(f"{reporter.num_failed} of {total} images have no caption.")
+
+
+def caption_with(
+    options: argparse.Namespace,
+    outputs: list[Output],
+    items: "Iterator[Item] | None",
+    write: "Callable[[list[OutputRow]], None]",
+    captioning: "Captioning",
+    processes: "Processes",
+) -> None:
+    """Caption the batches of this process, and end the group of processes.
+
+    Args:
+        options: the options.
+        outputs: the outputs, which say what is kept of an image.
+        items: the items, in the main process; `None` in the others.
+        write: function that writes a batch, in the main process.
+        captioning: what makes captions.
+        processes: this process and the others.
+    """
+    from ..captioning.loader import ImageLoader
+    from ..captioning.run import caption_items
+
+    model = captioning.model
+    image_processor = model.processor.image_processor if model.config.has_vision_model else None
+    keep_content = any(output.keeps_content for output in outputs)
+    loader = ImageLoader(image_processor, keep_content, options.num_workers)
+    caption_items(items, captioning, loader, processes, options.batch_size, write)
+    processes.end()
 
 
 def main() -> None:

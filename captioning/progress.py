@@ -1,0 +1,214 @@
+"""Record of a run beside its output: which images are done, and up to where the output holds whole batches.
+
+The file has one line of JSON for each event. It begins with the settings of the run. Each batch adds a line after it was
+written, so whatever a killed run wrote later is known to be incomplete. A line says that all images were tried.
+"""
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import InputError, one_line
+from .items import KeySet
+
+SUFFIX = ".progress"
+REMEDY = "Choose another --output, or replace it with --overwrite_output."
+
+
+class Progress:
+    """Record of a run, locked while this object is open.
+
+    The lock belongs to the process, so it ends with the process, however that ends.
+
+    Args:
+        path: the record. It is created if it does not exist.
+        output: name of the output, for messages.
+
+    Attributes:
+        done (`KeySet`): keys of the images that need no caption: those that have one, and those that failed in a pass
+            that has not ended.
+        num_captioned (`int`): number of images with captions.
+        num_failed (`int`): number of images that failed in the current pass.
+        records: what each output said of the last batch; `None` if there is none.
+
+    Raises:
+        InputError: if another process uses the record, or it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike, output: str):
+        self.path, self.output = Path(path), output
+        self.done = KeySet()
+        self.num_captioned = self.num_failed = 0
+        self.records: list[Any] | None = None
+        self.settings: dict[str, Any] | None = None
+        self.is_finished = False
+        self._failed: list[np.ndarray] = []
+        try:
+            self._file = locked(self.path)
+        except BlockingIOError as error:
+            raise InputError(f"Another process writes {output!r}: wait for it, or choose another --output.") from error
+        except OSError as error:
+            raise InputError(f"{str(self.path)!r} cannot be written ({error.strerror}).") from error
+        self._read()
+
+    def begin(self, settings: dict[str, Any], overwrite: bool = False, may_replace: bool = False) -> None:
+        """Begin or continue the run with these settings.
+
+        Args:
+            settings: everything that decides the captions, as plain JSON.
+            overwrite: forget an existing run.
+            may_replace: forget an existing run of other settings if it has ended.
+
+        Raises:
+            InputError: if the record is of a run with other settings.
+        """
+        settings = json.loads(json.dumps(settings))
+        if self.settings is not None and not overwrite and self.settings != settings:
+            if not (may_replace and self.is_finished):
+                raise self._other_run(settings)
+            overwrite = True
+        if self.settings is None or overwrite:
+            self._file.seek(0)
+            self._file.truncate()
+            self.done, self.records, self._failed = KeySet(), None, []
+            self.num_captioned = self.num_failed = 0
+            self._append({"settings": settings})
+        elif self.is_finished:  # a new pass tries again what failed
+            self._failed, self.num_failed = [], 0
+        self.done.update(self._failed)
+        self.settings, self.is_finished = settings, False
+
+    def commit(self, keys: np.ndarray, failed: np.ndarray, records: list[Any]) -> None:
+        """Record a batch that was written.
+
+        Args:
+            keys: hashes of the keys of its images with captions: `[images]` of uint64.
+            failed: hashes of the keys of those without.
+            records: what each output says of the batch.
+        """
+        self._append({"done": encoded(keys), "failed": encoded(failed), "records": records})
+        self.num_captioned += len(keys)
+        self.num_failed += len(failed)
+
+    def finish(self) -> None:
+        """Record that all images were tried."""
+        self._append({"finished": True})
+        self.is_finished = True
+
+    def remove(self) -> None:
+        """Delete the record, before the lock ends."""
+        self.path.unlink()
+
+    def close(self) -> None:
+        """End the lock."""
+        self._file.close()
+
+    def _append(self, event: dict[str, Any]) -> None:
+        self._file.write(json.dumps(event).encode() + b"\n")
+        self._file.flush()
+
+    def _read(self) -> None:
+        """Read the events, and cut off what a killed run wrote after the last whole line.
+
+        Raises:
+            InputError: if the file holds something else.
+        """
+        end = 0
+        done: list[np.ndarray] = []
+        for line, event in self._events():
+            end += len(line)
+            if "settings" in event:
+                self.settings = event["settings"]
+            elif "finished" in event:
+                self.is_finished = True
+            else:
+                if self.is_finished:
+                    self._failed, self.num_failed, self.is_finished = [], 0, False
+                done.append(decoded(event["done"]))
+                self._failed.append(decoded(event["failed"]))
+                self.num_captioned += len(done[-1])
+                self.num_failed += len(self._failed[-1])
+                self.records = event["records"]
+        self.done.update(done)
+        self._file.seek(end)
+        self._file.truncate()
+
+    def _events(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        self._file.seek(0)
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                event = json.loads(line)
+                if not isinstance(event, dict) or ("settings" in event) != (number == 0):
+                    raise ValueError("its lines are of something else")
+                if not event.keys() & {"settings", "finished"} and not event.keys() >= {"done", "failed", "records"}:
+                    raise ValueError("its lines are of something else")
+            except ValueError as error:
+                raise InputError(
+                    f"{str(self.path)!r} is not the record of a run ({one_line(error, 100)}): delete it, and "
+                    f"{self.output!r} with it."
+                ) from error
+            yield line, event
+
+    def _other_run(self, settings: dict[str, Any]) -> InputError:
+        """Return the error for settings that differ."""
+        before = self.settings or {}
+        different = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        name = different[0]
+        was, now = (one_line(repr(values.get(name)), 60) for values in (before, settings))
+        return InputError(
+            f"{self.output!r} is of a run with other options: {one_line(', '.join(different), 100)} ({name} was {was}, "
+            f"now {now}). {REMEDY}"
+        )
+
+
+def locked(path: Path) -> Any:
+    """Open a file for reading and writing, and lock it.
+
+    Raises:
+        BlockingIOError: if another process has locked it.
+        OSError: if it cannot be opened.
+    """
+    while True:
+        path.touch()
+        file = path.open("r+b")
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                try:
+                    file.seek(2**40)  # far behind the content, because a locked byte cannot be read
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                except OSError as error:
+                    raise BlockingIOError from error
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the process that had it locked has deleted it: use the new one
+
+
+def encoded(hashes: np.ndarray) -> str:
+    """Return hashes as text."""
+    return base64.b64encode(hashes.astype("<u8").tobytes()).decode()
+
+
+def decoded(text: str) -> np.ndarray:
+    """Return hashes from a text.
+
+    Raises:
+        ValueError: if the text is something else.
+    """
+    return np.frombuffer(base64.b64decode(text, validate=True), "<u8")
