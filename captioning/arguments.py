@@ -1,6 +1,7 @@
 """Options of `qformer-captioner caption`, and their checks. Nothing here imports torch, so that `--help` is quick."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(f"--{name} belongs to sampling: add --do_sample, or leave it out.")
     captions = options.num_return_sequences or 1
     if captions > 1 and not options.do_sample and (options.num_beams or 1) < captions:
-        raise InputError(
-            f"--num_return_sequences {captions} needs --do_sample, or --num_beams of at least {captions}."
-        )
+        raise InputError(f"--num_return_sequences {captions} needs --do_sample, or --num_beams of at least {captions}.")
     if not (options.images or options.filelist or options.dataset_name):
         raise InputError("Say which images to caption: name files or folders, or give --filelist or --dataset_name.")
     if [*options.images, options.filelist].count("-") > 1:
@@ -121,7 +120,7 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(
                 f"The ending of --output {options.output[-100:]!r} does not say a form: use {', '.join(OUTPUTS)}."
             )
-    if options.sidecar is not None and (len(options.sidecar) < 2 or options.sidecar[0] != "." or "/" in options.sidecar):
+    if options.sidecar is not None and not re.fullmatch(r"\.[^/\\]+", options.sidecar):
         raise InputError(f"--sidecar must be a suffix such as .txt or .caption, not {options.sidecar!r}.")
     if options.sidecar is None and options.existing != "skip":
         raise InputError(f"--existing {options.existing} belongs to --sidecar: add it, or leave --existing out.")

@@ -114,7 +114,9 @@ class KeySet:
 def hash_of(text: str, seed: int = 0) -> int:
     """Return a hash of 64 bits that is the same in every process."""
     content = text.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=ID_BYTES, salt=seed.to_bytes(8, "little")).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(content, digest_size=ID_BYTES, salt=seed.to_bytes(8, "little")).digest(), "little"
+    )
 
 
 def hashes_of(items: Iterable[Item]) -> np.ndarray:

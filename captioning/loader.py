@@ -81,9 +81,8 @@ class ImageLoader:
             raise image
         elif isinstance(image, TarImage):
             image = image.read()
-        elif isinstance(image, Mapping) or image is None:
-            embedded = image and image["bytes"]
-            path = image and image["path"]
+        elif image is None or isinstance(image, Mapping):
+            embedded, path = (None, None) if image is None else (image["bytes"], image["path"])
             if embedded is None and (not path or "://" in path or not os.path.isfile(path)):
                 return self._shrink(open_one(image))  # type: ignore[arg-type]
             image = Path(path) if embedded is None else embedded

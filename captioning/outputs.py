@@ -90,17 +90,16 @@ class GrowingFile(Output):
         several: whether images have several captions.
     """
 
-    file: IO[bytes] | None = None
-
     def __init__(self, path: str | os.PathLike, several: bool = False):
         self.path, self.several = Path(path), several
+        self._file: IO[bytes] | None = None
         self.rows = 0  # images in the file
         self.id_name = "file_name" if self.path.stem == METADATA else "image_id"
 
     def resume(self, record: Any | None) -> None:
         end, self.rows = record or (0, 0)
         self.path.touch()
-        self.file = self.path.open("r+b")
+        self._file = self.path.open("r+b")
         if os.fstat(self.file.fileno()).st_size < end:
             raise InputError(
                 f"{str(self.path)!r} is shorter than the run left it: restore it, or replace it with "
@@ -127,7 +126,7 @@ class GrowingFile(Output):
     def fields(self, output: OutputRow) -> dict[str, Any]:
         """Return the columns of an image: its id, captions and scores. With several captions they are lists."""
         row = output.row
-        values = {"caption": row.captions, "score": row.scores, "matching_score": row.matching_scores}
+        values: dict[str, list] = {"caption": row.captions, "score": row.scores, "matching_score": row.matching_scores}
         columns = {name: value if self.several else value[0] for name, value in values.items() if value}
         return {self.id_name: self.id_of(output.item), **columns}
 
@@ -137,13 +136,19 @@ class GrowingFile(Output):
             return item.image_id
         return Path(os.path.relpath(item.path, self.path.parent)).as_posix()
 
+    @property
+    def file(self) -> IO[bytes]:
+        """The open file, at the place where the next batch begins."""
+        assert self._file is not None, "`resume` opens it"
+        return self._file
+
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class JsonLines(GrowingFile):
-    """A JSON object for each image: `{"image_id": "dog.jpg", "caption": "a dog"}`. Also `metadata.jsonl` of a folder."""
+    """A JSON object for each image: `{"image_id": "dog.jpg", "caption": "a dog"}`."""
 
     def encode(self, rows: list[OutputRow]) -> bytes:
         return b"".join(json_line(self.fields(row)) for row in rows)

@@ -1,7 +1,7 @@
 """Record of a run beside its output: which images are done, and up to where the output holds whole batches.
 
-The file has one line of JSON for each event. It begins with the settings of the run. Each batch adds a line after it was
-written, so whatever a killed run wrote later is known to be incomplete. A line says that all images were tried.
+The file has one line of JSON for each event. It begins with the settings of the run. Each batch adds a line after it
+was written, so whatever a killed run wrote later is known to be incomplete. A line says that all images were tried.
 """
 
 import base64

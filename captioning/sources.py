@@ -237,7 +237,9 @@ class TarSource(Source):
         members = files_of(archive)
         first = list(islice(members, 2 * PEEK_SAMPLES))
         last_dot = names_end_at_last_dot([member.name for member in first])
-        previous, suffixes, has_image = None, set(), False
+        previous: str | None = None
+        suffixes: set[str] = set()
+        has_image = False
         for member in chain(first, members):
             key, suffix = split_name(member.name, last_dot)
             if not key or not suffix:
@@ -254,7 +256,7 @@ class TarSource(Source):
 def files_of(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the files of a tar. Python would keep the headers of all of them in memory."""
     while (member := archive.next()) is not None:
-        archive.members.clear()
+        archive.members.clear()  # type: ignore[attr-defined]
         if member.isfile():
             yield member
 
@@ -273,7 +275,8 @@ class RowsSource(Source):
         revision: branch, tag or commit on the Hub.
         split: split to read; by default all of them, one after the other.
         image_column: column of images or paths.
-        image_id_column: column of ids. By default it is `image_id` or `id`, otherwise the file or the number of the row.
+        image_id_column: column of ids. By default it is `image_id` or `id`. Without one, the id is the file or the
+            number of the row.
         image_folder: folder where paths start, if it is not that of the rows.
         allowed_image_folders: further folders that paths may lead into.
         streaming: read rows on demand, and do not store them.
@@ -308,7 +311,9 @@ class RowsSource(Source):
             for asked, option in ((column, "image_column"), (image_id_column, "image_id_column")):
                 if asked is not None and asked.split(".")[0] not in {each.split(".")[0] for each in existing}:
                     raise missing_column(asked, existing, option)
-            id_column = image_id_column or next((each for each in ID_NAMES if each in existing and each != column), None)
+            id_column = image_id_column or next(
+                (each for each in ID_NAMES if each in existing and each != column), None
+            )
             self.columns[label] = column, id_column
             self.folders[label] = folder_of_images(name, rows, image_folder, allowed_image_folders)
 
@@ -333,7 +338,9 @@ class RowsSource(Source):
         for start in range(0, len(images), ROWS_PER_READ):
             some = range(start, min(start + ROWS_PER_READ, len(images)))
             cells = images[some.start : some.stop][column]
-            yield from zip(cells, [None] * len(some) if ids is None else ids[some.start : some.stop][id_column], strict=True)
+            yield from zip(
+                cells, [None] * len(some) if ids is None else ids[some.start : some.stop][id_column], strict=True
+            )
 
     def _locate(self, value: Any, folder: ImageFolder | None) -> tuple[Any, str | None]:
         """Return an image that can be opened anywhere, and its file if it has one."""

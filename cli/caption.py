@@ -17,7 +17,6 @@ continues. For an image that cannot be read, an error is printed, and the other 
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -113,8 +112,8 @@ def open_progress(options: argparse.Namespace, first: "Item") -> Progress | None
         record = Path(f"{options.output}{SUFFIX}")
         if Path(options.output).exists() and not record.exists() and not options.overwrite_output:
             raise InputError(
-                f"{options.output!r} exists, and has no record {record.name!r} to continue it: choose another --output, "
-                "or replace it with --overwrite_output."
+                f"{options.output!r} exists, and has no record {record.name!r} to continue it: choose another "
+                "--output, or replace it with --overwrite_output."
             )
         return Progress(record, options.output)
     if options.sidecar is not None:
@@ -174,9 +173,7 @@ def caption(words: Sequence[str]) -> None:
         writer.close()
 
 
-def caption_source(
-    options: argparse.Namespace, source: "Source", items: "Iterator[Item]", writer: Writer
-) -> None:
+def caption_source(options: argparse.Namespace, source: "Source", items: "Iterator[Item]", writer: Writer) -> None:
     """Caption the images of a source in the main process.
 
     Args:
@@ -195,7 +192,7 @@ def caption_source(
     sidecars = next((output for output in writer.outputs if isinstance(output, Sidecars)), None)
     settings = {
         **settings_of(options),
-        "weights": versions_of_weights(captioning.model, options.model, options.revision)
+        "weights": versions_of_weights(captioning.model, options.model, options.revision),
     }
     writer.begin(settings, options.overwrite_output)
     wanted = Wanted(items, writer.done, sidecars)
@@ -213,7 +210,7 @@ def caption_source(
             "%s images have captions%s%s.",
             f"{reporter.num_captioned:,}",
             f", {wanted.num_skipped:,} had them before" if wanted.num_skipped else "",
-            left_out
+            left_out,
         )
     if reporter.num_failed:
         total = reporter.num_captioned + reporter.num_failed + wanted.num_skipped
@@ -242,6 +239,7 @@ def caption_with(
     from ..captioning.run import caption_items
 
     model = captioning.model
+    assert model.processor is not None, "load_captioner checks it"
     image_processor = model.processor.image_processor if model.config.has_vision_model else None
     keep_content = any(output.keeps_content for output in outputs)
     loader = ImageLoader(image_processor, keep_content, options.num_workers)
