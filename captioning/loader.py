@@ -85,7 +85,7 @@ class ImageLoader:
             embedded, path = (None, None) if image is None else (image["bytes"], image["path"])
             if embedded is None and (not path or "://" in path or not os.path.isfile(path)):
                 return self._shrink(open_one(image))  # type: ignore[arg-type]
-            image = Path(path) if embedded is None else embedded
+            image = Path(str(path)) if embedded is None else embedded
         return self._shrink(self._open_at_size(image, name))
 
     def _open_at_size(self, image: Any, name: str | None) -> Image.Image:

@@ -85,7 +85,7 @@ def captions():
 def a_revision_of_an_adapter():
     if sys.argv[4] == "transformers first":
         return None  # has no cache
-    from qformer_captioner.cli.caption import load_captioner
+    from qformer_captioner.hub.load import load_captioner
 
     model = load_captioner("tester/adapter", expected["earlier"])
     return model.caption(str(folder / "picture.png"), **expected["decoding"])

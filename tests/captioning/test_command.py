@@ -1,0 +1,136 @@
+"""Captions from the command line: what is printed and written, and what is refused."""
+
+import sys
+
+import pytest
+from transformers import AutoModel
+
+from qformer_captioner import QFormerCaptioner, QFormerForPretraining
+from qformer_captioner.captioning.reporting import printable_line
+from qformer_captioner.cli.caption import caption, main
+from qformer_captioner.evaluation.caption_files import ReferenceSet, join, read_predictions
+
+from ..fixtures import tiny
+from ..fixtures.processes import command_line
+from ..model.test_loading import adapter_of
+
+DECODING = dict(max_new_tokens=6)
+FORMS = ["referenced", "included", "adapter", "stage1"]
+
+
+def run(monkeypatch, *words: str) -> None:
+    """Run the command as a program."""
+    monkeypatch.setattr(sys, "argv", ["qformer-captioner caption", *words])
+    main()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with captioners in all forms, and images in a folder and in a folder below it."""
+    folder = tmp_path_factory.mktemp("captioners")
+    vision, language = tiny.save_vision(folder / "vision"), tiny.save_language(folder / "language")
+    model = QFormerCaptioner.from_backbones(vision, language, **tiny.QFORMER)
+    model.save_pretrained(folder / "referenced")
+    model.save_pretrained(folder / "included", include_backbones=True)
+    adapter_of(QFormerCaptioner.from_pretrained(folder / "referenced")).save_pretrained(folder / "adapter")
+    stage1 = QFormerForPretraining.from_backbones(vision, tiny.text_tokenizer(), **tiny.QFORMER)
+    stage1.save_pretrained(folder / "stage1")
+    (folder / "images" / "below").mkdir(parents=True)
+    for number, name in enumerate(["b.png", "a.JPG", "below/c.webp"]):
+        tiny.picture(number).save(folder / "images" / name)
+    (folder / "images" / "notes.txt").write_text("not an image")
+    (folder / "images" / "._a.JPG").write_bytes(b"what macOS writes")
+    return folder
+
+
+IMAGES = ["a.JPG", "b.png", "below/c.webp"]
+
+
+def options_for(folder, form="referenced", **options) -> list[str]:
+    return command_line(model=folder / form, **DECODING, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_image_gets_a_line_with_the_captioners_caption(folder, capsys, form):
+    caption([str(folder / "images"), *options_for(folder, form)])
+    files = [str(folder / "images" / name) for name in IMAGES]
+    expected = AutoModel.from_pretrained(folder / form).caption(files, **DECODING)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: {text}" for file, text in zip(files, expected, strict=True)
+    ]
+
+
+def test_options_reach_the_captioner(folder, capsys):
+    file = str(folder / "images" / "b.png")
+    caption([file, *command_line(model=folder / "included", prompt="a star", num_beams=3, max_new_tokens=4)])
+    model = AutoModel.from_pretrained(folder / "included")
+    expected = model.caption(file, "a star", num_beams=3, max_new_tokens=4)
+    assert expected != model.caption(file, max_new_tokens=4)
+    assert capsys.readouterr().out == f"{file}: {expected}\n"
+
+
+def test_the_batch_size_does_not_change_captions(folder, capsys):
+    printed = []
+    for size in (1, 2, 3):
+        caption([str(folder / "images"), *options_for(folder, batch_size=size)])
+        printed.append(capsys.readouterr().out)
+    assert printed[0].count("\n") == 3 and len(set(printed)) == 1
+
+
+def test_a_bad_file_gets_an_error_and_the_others_get_captions(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken.png").write_bytes((folder / "images" / "b.png").read_bytes()[:200])
+    files = [str(tmp_path / "broken.png"), str(tmp_path / "absent.png"), str(folder / "images" / "b.png")]
+    with pytest.raises(SystemExit, match="2 of 3 images have no caption") as stopped:
+        run(monkeypatch, *files, *options_for(folder, output=tmp_path / "captions.json"))
+    assert stopped.value.code
+    printed = capsys.readouterr()
+    assert "broken.png" in printed.err and "absent.png" in printed.err
+    assert list(read_predictions(tmp_path / "captions.json")) == files[2:]
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".csv", ".parquet"])
+def test_saved_captions_can_be_scored(folder, tmp_path, capsys, ending):
+    output = tmp_path / f"captions{ending}"
+    caption([str(folder / "images"), *options_for(folder)])
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    caption([str(folder / "images"), *options_for(folder, output=output)])
+    assert read_predictions(output) == printed
+    references = ReferenceSet({number: ["a star"] for number in range(3)}, dict(enumerate(IMAGES)))
+    joined, _ = join(read_predictions(output), references)
+    assert sorted(joined) == [0, 1, 2]
+
+
+def test_control_characters_are_escaped(folder, tmp_path, capsys):
+    tiny.picture().save(tmp_path / "red\x1b[31m\nerror: 1.png")
+    caption([str(tmp_path), *options_for(folder)])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and printed.count("\n") == 1
+    assert r"red\x1b[31m\nerror: 1.png: " in printed
+    assert printable_line("caf\N{LATIN SMALL LETTER E WITH ACUTE} \u202e \udcff") == r"café \u202e \udcff"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nowhere/at/all"}, "captioner 'nowhere/at/all' cannot be loaded from a folder or the Hub"),
+        ({"num_beams": 0}, "--num_beams must be at least 1, not 0"),
+        ({"batch_size": -1}, "--batch_size must be at least 1, not -1"),
+        ({"output": "nowhere/captions.json"}, "no folder for 'nowhere/captions.json'"),
+        ({"output": "."}, "'.' is a folder: name a file in it"),
+        ({"max_new_tokens": 500}, "language model accepts at most 64 tokens"),
+    ],
+)
+def test_options_that_cannot_work_end_in_one_message(folder, monkeypatch, options, message):
+    options = dict(model=folder / "referenced") | options
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run(monkeypatch, str(folder / "images" / "b.png"), *command_line(**options))
+
+
+def test_a_model_that_is_not_a_captioner_is_refused(folder, monkeypatch):
+    with pytest.raises(SystemExit, match="holds a CLIPVisionModel, not a captioner"):
+        run(monkeypatch, str(folder / "images" / "b.png"), *options_for(folder, "vision"))
+
+
+def test_a_folder_without_images_is_named(folder, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"no images in '{tmp_path}'"):
+        run(monkeypatch, str(tmp_path), *options_for(folder))
