@@ -121,14 +121,17 @@ def run_to_the_end(words: list[str], processes: int) -> int:
 
 def digest(images: Path, output: Path | None) -> tuple[int, str]:
     """Return the number of written files and a hash of them: an output, or all texts beside the images."""
-    files = (
-        sorted(each for each in images.rglob("*") if each.suffix in (".txt", ".tmp")) if output is None else [output]
-    )
+    files = [output] if output is not None else sorted(filter(is_text, images.rglob("*")))
     total = hashlib.sha256()
     for file in files:
         total.update(f"{file.name}\0".encode() if output is None else b"")
         total.update(file.read_bytes())
     return len(files), total.hexdigest()
+
+
+def is_text(file: Path) -> bool:
+    """Return whether a file is a text beside an image, or an unfinished one."""
+    return file.suffix in (".txt", ".tmp")
 
 
 def check(model: Path, images: Path, kind: str, processes: int, kills: int, seed: int = 0) -> dict[str, object]:

@@ -79,7 +79,7 @@ def make_parser(description: str) -> CommandParser:
     add("--output", help=f"File for the captions, in the form of its ending: {', '.join(OUTPUTS)}.")
     add("--overwrite_output", action="store_true", help="Replace an existing output instead of continuing it.")
     add("--sidecar", metavar="SUFFIX", help="Write texts beside the images, with this suffix, such as .txt.")
-    add("--existing", choices=EXISTING, default="skip", help="What to do with images that have such a text.")
+    add("--existing", choices=EXISTING, default="skip", help="Treatment of images that have such a text.")
     add("--separator", default=" ", help="Text between an existing text and a caption that is appended or prepended.")
     add("--prefix", default="", help="Text in front of each caption.")
     add("--suffix", default="", help="Text behind each caption.")

@@ -42,7 +42,7 @@ class LoadedItem:
 class ImageLoader:
     """Opens images, and shrinks them to the size that an image processor needs.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both of its sides then still have twice the size that the
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size. Both of its sides then still have at least twice the size that the
     processor needs. This changes pixels slightly. The shrinking after that gives exactly what the processor would have
     computed.
 

@@ -298,7 +298,7 @@ def output_for(path: str, several: bool = False, scores: tuple[str, ...] = ()) -
         scores: names of the columns of scores.
 
     Raises:
-        InputError: if the ending is none of `OUTPUTS`.
+        InputError: if the ending is not among `OUTPUTS`.
     """
     kind = OUTPUTS.get(Path(path).suffix.lower())
     if kind is None:

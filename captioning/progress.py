@@ -35,7 +35,7 @@ class Progress:
             that has not ended.
         num_captioned (`int`): number of images with captions.
         num_failed (`int`): number of images that failed in the current pass.
-        records: what each output said of the last batch; `None` if there is none.
+        records: what each output said of the last batch; `None` before the first one.
 
     Raises:
         InputError: if another process uses the record, or it cannot be written.

@@ -66,7 +66,7 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Captioning:
-    """What makes captions of batches.
+    """Captioner of batches, with its options.
 
     Args:
         model: the captioner.

@@ -27,8 +27,8 @@ from ..data.row_files import find_files
 from ..data.tars import COMPRESSED, PEEK_SAMPLES, check_end, is_image, names_end_at_last_dot, split_name
 from .items import Item, TarImage
 
-MAX_PATTERN = 4096  # characters; longer text is an image in base64 or a mistake, and `glob` would fail on it
-ROWS_PER_READ = 100  # rows of a data set that are in memory at once
+MAX_PATTERN = 4096  # characters; longer text is an image in base64 or a mistake.
+ROWS_PER_READ = 100  # Number of rows that are read at once.
 
 
 class Source(ABC):

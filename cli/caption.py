@@ -79,7 +79,7 @@ def first_item(items: "Iterator[Item]", options: argparse.Namespace) -> "tuple[I
     """Return the first item, and an iterator of all items.
 
     Raises:
-        InputError: if there is none.
+        InputError: if the source is empty.
     """
     first = next(items, None)
     if first is None:
