@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .captioning.engine import Captions as Captions
     from .common.onednn import onednn_linears as onednn_linears
     from .configuration_qformer import QFormerCaptionerConfig as QFormerCaptionerConfig
     from .configuration_qformer import QFormerConfig as QFormerConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads the version from here
 
 _MODULES = {  # public name: the module that defines it
+    "Captions": "captioning.engine",
     "QFormerCaptioner": "modeling_qformer",
     "QFormerCaptionerConfig": "configuration_qformer",
     "QFormerCaptionerOutput": "modeling_qformer",

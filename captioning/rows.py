@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import BatchFeature
+from transformers import BatchFeature, GenerationConfig
 
 from ..common.errors import one_line
 from ..common.onednn import onednn_linears
@@ -199,8 +199,7 @@ def score_captions(
         ids (`[B, K, T]`): what `generate` returned for them.
         generation: options of `generate`.
     """
-    given = generation.pop("generation_config", None)
-    config, _ = resolve_generation_config(model.config, model.generation_config, given, generation)
+    config = generation_config_of(model, generation)
     ends = ids.new_tensor([] if config.eos_token_id is None else config.eos_token_id).flatten()
     is_end = torch.isin(ids, ends)
     is_padding = (ids == config.pad_token_id).flip(-1).cumprod(dim=-1).flip(-1).bool() & ~is_end  # after stop strings
@@ -224,8 +223,9 @@ def match_captions(
         rows: their captions.
         prompts: what the captions of each row continue.
     """
-    if not isinstance(model, QFormerForPretraining) or not model.config.itm_weight:
+    if not gives_matching_scores(model):
         return [[] for _ in rows]
+    assert isinstance(model, QFormerForPretraining)
     texts = [f"{prompt} {text}".strip() for row, prompt in zip(rows, prompts, strict=True) for text in row.captions]
     tokens = model.required_processor()(text=texts, max_length=model.qformer.config.max_position_embeddings)
     count = len(texts) // len(rows)
@@ -236,3 +236,27 @@ def match_captions(
         image_of_text=torch.arange(len(rows), device=model.input_device).repeat_interleave(count),
     )
     return logits.float().softmax(dim=1)[:, 1].view(len(rows), count).tolist()
+
+
+def gives_matching_scores(model: "QFormerCaptioningModel") -> bool:
+    """Return True if the model has a head that was trained to match images and texts."""
+    return isinstance(model, QFormerForPretraining) and bool(model.config.itm_weight)
+
+
+def captions_of_a_row(model: "QFormerCaptioningModel", generation: dict[str, Any]) -> int:
+    """Return the number of captions of each row.
+
+    Args:
+        model: the captioner.
+        generation: options of its `generate`.
+    """
+    return generation_config_of(model, generation).num_return_sequences or 1
+
+
+def generation_config_of(model: "QFormerCaptioningModel", generation: dict[str, Any]) -> GenerationConfig:
+    """Return all decoding options, with those of the captioner that `generation` does not set."""
+    options = {name: value for name, value in generation.items() if name != "generation_config"}
+    defaults, given = model.generation_config, generation.get("generation_config")
+    assert defaults is not None
+    config, _ = resolve_generation_config(model.config, defaults, given, options)
+    return config

@@ -1,0 +1,77 @@
+import os
+import signal
+import time
+
+import pytest
+
+from qformer_captioner import Captions
+from qformer_captioner.captioning.ray_engine import caption_with_ray, check_resources
+from qformer_captioner.common.errors import InputError
+
+from ..fixtures import tiny
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (extra `ray`)")
+
+OPTIONS = dict(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**27, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioner")
+    tiny.captioner().save_pretrained(folder)
+    return Captions(folder, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of ten images, of which the first two are missing."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(2, 10):
+        tiny.picture(number).save(folder / f"{number}.png")
+    return [{"key": number, "image": str(folder / f"{number}.png")} for number in range(10)]
+
+
+@pytest.mark.slow
+def test_workers_give_the_captions_of_one_process_in_order(cluster, captions, rows):
+    captioned = list(caption_with_ray(iter(rows), captions, num_workers=2, batch_size=2))
+    columns = captions({name: [row[name] for row in rows] for name in ("key", "image")})
+    assert captioned == [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert [row["caption"] == "" for row in captioned] == [number < 2 for number in range(10)]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(cluster):
+    def slow_numbers(batch):
+        time.sleep(0.3)
+        return {"key": batch["key"], "pid": [os.getpid()] * len(batch["key"])}
+
+    killed, keys, pids = None, [], set()
+    rows = ({"key": number} for number in range(40))
+    for row in caption_with_ray(rows, slow_numbers, num_workers=2, batch_size=2):
+        keys.append(row["key"])
+        pids.add(row["pid"])
+        if killed is None:
+            killed = row["pid"]
+            os.kill(killed, signal.SIGKILL)
+    assert keys == list(range(40))
+    assert len(pids - {killed}) == 2  # the other worker, and the new one
+
+
+@pytest.mark.slow
+def test_no_rows_give_no_captions(cluster, captions):
+    assert list(caption_with_ray([], captions)) == []
+
+
+def test_workers_that_the_cluster_cannot_run_are_refused():
+    with pytest.raises(InputError, match="3 workers of Ray need 3 CPUs, and the cluster has 2"):
+        check_resources({"CPU": 2.0}, 3, 0)
+    with pytest.raises(InputError, match="2 workers of Ray need 1 GPUs, and the cluster has 0"):
+        check_resources({"CPU": 2.0}, 2, 0.5)
