@@ -168,7 +168,7 @@ class Captions:
 
 
 def device_of(rank: int | None) -> "torch.device":
-    """Return the accelerator of a process, or the CPU if there is none.
+    """Return the accelerator of a process, or the CPU on a machine without accelerator.
 
     Args:
         rank: number of the process. Processes share the accelerators evenly.
