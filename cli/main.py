@@ -31,6 +31,7 @@ COMMANDS = {
     "retrieve": Command("eval_retrieval", "score how well a model of stage 1 finds images and texts"),
     "search": Command("cli.search", "find the images of a folder that a text describes"),
     "caption": Command("cli.caption", "caption images"),
+    "serve": Command("cli.serve", "answer requests for captions over HTTP, as OpenAI's API does"),
     "push": Command("hub.push", "publish a captioner with a model card on the Hub"),
     "convert": Command("hub.convert", "make a captioner from a BLIP-2 or InstructBLIP checkpoint"),
     "export": Command("hub.export", "make a self-contained captioner, or an ONNX file of its Q-Former"),

@@ -26,6 +26,7 @@ ROOMS = (
     "evaluation",
     "retrieval",
     "captioning",
+    "serving",
     "rewards",
     "training",
     "scripts",

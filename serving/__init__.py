@@ -1,0 +1,1 @@
+"""HTTP server of a captioner: OpenAI's and Ollama's request shapes, dynamic batches, limits and metrics."""

@@ -1,0 +1,77 @@
+"""Errors of requests in OpenAI's and Ollama's shapes."""
+
+import json
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from ..common.errors import one_line
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # other statuses: by their first digit
+RETRY_AFTER = {429: "1", 503: "5"}  # seconds
+
+
+class ApiError(Exception):
+    """Error that answers a request.
+
+    Args:
+        status: HTTP status.
+        message: one sentence that names the mistake and the remedy.
+        param: the field of the request that is wrong.
+        code: a word for programs.
+        close: close the connection, because the rest of the request was not read.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, close: bool = False
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.close = status, message, param, code, close
+
+
+class ClientGone(Exception):
+    """The client of a request has closed its connection."""
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response in JSON whose text is ASCII, because a request may quote half of a surrogate pair."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def error_response(path: str, error: ApiError) -> Response:
+    """Return the response for an error: in Ollama's shape below `/api/`, and in OpenAI's elsewhere."""
+    message = one_line(error.message)
+    headers = {"Connection": "close"} if error.close else {}
+    if error.status in RETRY_AFTER:
+        headers["Retry-After"] = RETRY_AFTER[error.status]
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if path.startswith("/api/"):
+        return json_response({"error": message}, error.status, headers)
+    kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    content = {"message": message, "type": kind, "param": error.param, "code": error.code}
+    return json_response({"error": content}, error.status, headers)
+
+
+async def answer_api_error(request: Request, error: Exception) -> Response:
+    """Answer a request with an [`ApiError`]."""
+    assert isinstance(error, ApiError)
+    return error_response(request.url.path, error)
+
+
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """Answer a request for an address or a method that does not exist."""
+    status = getattr(error, "status_code", 500)
+    message = f"{request.method} {request.url.path} is not an address of this server: see /v1/chat/completions."
+    return error_response(request.url.path, ApiError(status, message, code="unknown_url"))
+
+
+async def answer_client_gone(request: Request, error: Exception) -> Response:
+    """Return a response that nobody reads, so that the request is counted."""
+    return Response(status_code=499)
+
+
+async def answer_failure(request: Request, error: Exception) -> Response:
+    """Answer a request that failed through a fault of the server. The server logs the traceback."""
+    return error_response(request.url.path, ApiError(500, "The server failed: its log says why."))
