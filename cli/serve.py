@@ -140,9 +140,11 @@ def serve(words: Sequence[str]) -> None:
 
     def load() -> "QFormerCaptioningModel":
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from ..hub.load import load_captioner
 
+        disable_progress_bar()
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
         return load_captioner(options.model, options.revision, dtype).to(device)  # type: ignore[arg-type]
