@@ -88,7 +88,6 @@ class Batcher:
         """Drop a row whose client has left. A row whose batch has begun is not affected."""
         if row in self.rows:
             self.rows.remove(row)
-            self.metrics.dropped.inc()
             self.changed.set()
 
     async def serve(self) -> None:

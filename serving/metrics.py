@@ -12,7 +12,7 @@ PREFIX = "qformer_captioner"
 
 
 class Metrics:
-    """Counters of one server.
+    """Counters of one server. A request whose client has left before its answer counts with status 499.
 
     Args:
         queue_length: function that returns the number of requests that wait for a batch.
@@ -30,7 +30,6 @@ class Metrics:
         self.batch_seconds = Histogram(f"{PREFIX}_batch_seconds", "Seconds of a batch.", buckets=SECONDS, registry=here)
         self.captions = Counter(f"{PREFIX}_captions", "Captions that were generated.", registry=here)
         self.tokens = Counter(f"{PREFIX}_caption_tokens", "Tokens of generated captions.", registry=here)
-        self.dropped = Counter(f"{PREFIX}_dropped", "Requests whose client left before their batch.", registry=here)
         queue = Gauge(f"{PREFIX}_queue_length", "Requests that wait for a batch.", registry=here)
         queue.set_function(queue_length)
 

@@ -1,7 +1,7 @@
 """Images from other servers, of hosts that the operator allows.
 
-The name of a host is resolved once. All of its addresses must be public, and the connection goes to one of them, so a
-name cannot lead to the server's own machine or network. Redirects are not followed.
+The name of a host is resolved once. All of its addresses must be public, and the connection goes to one of them. A name
+can therefore not lead to the server's own machine or network. Redirects are not followed.
 """
 
 import asyncio

@@ -172,7 +172,7 @@ class Service:
             wanted: the request that it holds.
 
         Raises:
-            ApiError: if there are none.
+            ApiError: if an image cannot be read, or the captioner refuses the request.
             ClientGone: if the client leaves.
         """
         with self.waiting():
