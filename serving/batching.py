@@ -90,6 +90,11 @@ class Batcher:
             self.rows.remove(row)
             self.changed.set()
 
+    def stop_waiting(self) -> None:
+        """Caption rows from now on without waiting for others."""
+        self.max_wait = 0.0
+        self.changed.set()
+
     async def serve(self) -> None:
         """Caption rows until cancelled."""
         while True:
@@ -116,8 +121,9 @@ class Batcher:
         while not self.rows:
             self.changed.clear()
             await self.changed.wait()
-        deadline = self.rows[0].arrived + self.max_wait
-        while self.rows and not self.is_full() and (left := deadline - time.monotonic()) > 0:
+        while (
+            self.rows and not self.is_full() and (left := self.rows[0].arrived + self.max_wait - time.monotonic()) > 0
+        ):
             self.changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):

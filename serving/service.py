@@ -74,8 +74,7 @@ class Service:
     async def drain(self) -> None:
         """Refuse new requests, and wait until those that are here are answered, or `drain_timeout` has passed."""
         self.status = "draining"
-        self.batcher.max_wait = 0.0
-        self.batcher.changed.set()
+        self.batcher.stop_waiting()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.options.drain_timeout):
                 while self.num_reading or self.num_waiting:

@@ -86,6 +86,22 @@ def test_a_full_batch_does_not_wait():
     assert time.perf_counter() - start < 10
 
 
+def test_rows_stop_waiting_when_the_server_drains():
+    async def run() -> list:
+        captioner = Captioner()
+        batcher = Batcher(captioner, 4, 60.0)
+        task = asyncio.create_task(batcher.serve())
+        row = Row(None, "a", {})
+        batcher.submit(row)
+        await asyncio.sleep(0.02)
+        batcher.stop_waiting()
+        await asyncio.wait_for(row.future, 20)
+        task.cancel()
+        return captioner.batches
+
+    assert asyncio.run(run()) == [["a"]]
+
+
 def test_rows_that_arrive_while_a_batch_runs_share_the_next_one():
     async def run() -> list:
         captioner = Captioner(0.1)

@@ -159,13 +159,13 @@ def test_sigterm_answers_what_has_arrived_and_refuses_the_rest(commands, folder,
     body = json.dumps(chat_body()).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with running(commands, folder, "--max_wait_ms", "60000", "--max_batch_size", "64") as server:
+        start = time.monotonic()
         early = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
         for connection in early:
             connection.sendall(head + body)
         wait_until(lambda: server.metric("queue_length") == len(early))
         late = socket.create_connection(("127.0.0.1", server.port))
         late.sendall(head + body[:100])  # keeps the server from its end
-        server.get("/live")
         server.server.send_signal(signal.SIGTERM)
         wait_until(lambda: '"draining"' in server.get("/live"))
         refused = asyncio.run(send(Case("caption", body, 0), "127.0.0.1", server.port))
@@ -178,6 +178,7 @@ def test_sigterm_answers_what_has_arrived_and_refuses_the_rest(commands, folder,
             caption = json.loads(text.partition("\r\n\r\n")[2])["choices"][0]["message"]["content"]
             assert caption == captioner.caption(tiny.picture(1))
         assert server.client.wait(timeout=30) == 0
+        assert time.monotonic() - start < 50  # rows no longer wait for others
 
 
 def test_a_captioner_that_cannot_be_loaded_ends_the_command(commands, tmp_path):
