@@ -121,9 +121,10 @@ class Batcher:
         while not self.rows:
             self.changed.clear()
             await self.changed.wait()
-        while (
-            self.rows and not self.is_full() and (left := self.rows[0].arrived + self.max_wait - time.monotonic()) > 0
-        ):
+        while self.rows and not self.is_full():
+            left = self.rows[0].arrived + self.max_wait - time.monotonic()
+            if left <= 0:
+                return
             self.changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from PIL import Image
 
-from ..images_qformer import decode_base64, open_image, readable_formats
+from ..images_qformer import PLUGIN_FILES, begins_as, decode_base64, open_image, readable_formats
 from .errors import ApiError
 from .options import ServingOptions
 from .remote import fetch
@@ -131,8 +131,10 @@ def count_pixels(content: bytes, param: str, limit: int) -> int:
     """Return the number of pixels that an image states at its beginning, 0 if that cannot be read.
 
     Raises:
-        ApiError: if there are too many, or no content at all.
+        ApiError: if there are too many, or the format does not tell before it is decoded.
     """
+    if begins_as(content, PLUGIN_FILES["JXL"]):  # its plug-in decodes the image before it tells the size
+        raise ApiError(422, "The server does not read JPEG XL images: send JPEG or PNG.", param, "invalid_image")
     width = height = 0
     # Pillow raises many types for damaged files. `decode` then says what is wrong with the image.
     with suppress(Exception), Image.open(io.BytesIO(content), formats=readable_formats()) as image:

@@ -32,6 +32,7 @@ class Metrics:
         self.tokens = Counter(f"{PREFIX}_caption_tokens", "Tokens of generated captions.", registry=here)
         queue = Gauge(f"{PREFIX}_queue_length", "Requests that wait for a batch.", registry=here)
         queue.set_function(queue_length)
+        self.reading = Gauge(f"{PREFIX}_reading", "Requests that are being received.", registry=here)
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus' format."""

@@ -50,6 +50,7 @@ class Service:
         self.batcher = Batcher(self.caption_batch, options.max_batch_size, options.max_wait_ms / 1000)
         self.images = ImageReader(options, self.decoders)
         self.num_reading = self.num_waiting = 0
+        self.batcher.metrics.reading.set_function(lambda: self.num_reading)
         self.tasks: list[asyncio.Task] = []
 
     # --- Life ---------------------------------------------------------------------------------------------------------

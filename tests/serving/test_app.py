@@ -208,6 +208,7 @@ WRONG_IMAGES = {
     "truncated": (data_url(TRUNCATED), 422),
     "text": (data_url(b"This is text."), 422),
     "SVG": (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), 422),
+    "JPEG XL": (data_url(b"\xff\n" + bytes(100)), 422),
     "PostScript": (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n"), 422),
     "bomb": (data_url(png_header(60_000, 60_000)), 422),
     "large": (data_url(png_header(8000, 8000)), 413),

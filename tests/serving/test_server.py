@@ -166,6 +166,7 @@ def test_sigterm_answers_what_has_arrived_and_refuses_the_rest(commands, folder,
         wait_until(lambda: server.metric("queue_length") == len(early))
         late = socket.create_connection(("127.0.0.1", server.port))
         late.sendall(head + body[:100])  # keeps the server from its end
+        wait_until(lambda: server.metric("reading") == 1)
         server.server.send_signal(signal.SIGTERM)
         wait_until(lambda: '"draining"' in server.get("/live"))
         refused = asyncio.run(send(Case("caption", body, 0), "127.0.0.1", server.port))
