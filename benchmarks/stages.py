@@ -1,12 +1,14 @@
-"""Captioning with and without stage 1, in equal time of the processor.
+r"""Captioning with and without stage 1, in equal time of the processor.
 
     qformer-captioner features --dataset_name flickr8k --vision_model_name_or_path dinov2-small --output_dir features
-    python -m benchmarks.stages --features features --language_model smollm2 --minutes 10 --stage_1_share 0.3
+    python -m benchmarks.stages --dataset_name flickr8k --vision_model dinov2-small --features features \
+        --language_model smollm2 --minutes 8 --stage_1_share 0.3
 
 "stage 2 alone" trains a captioner from scratch for all of the time. The others pretrain the Q-Former for a share of the
 time, and then train the captioner. Their contrastive loss is softmax or sigmoid. Data, Q-Former and
-language model are the same. The command first measures the time of a step of each stage. From these times it takes the
-numbers of steps. Evaluation, which all have once at the end, does not count.
+language model are the same, and all Q-Formers begin with weights of the same size. The command first measures the time
+of a step of each stage. From these times it takes the numbers of steps. Evaluation, which all have once at the end,
+does not count.
 
 This benchmark has not been run yet, so docs/results.md has no figures of it.
 
@@ -29,6 +31,7 @@ from .common import RESULTS_DIR, machine_facts, write_result
 ROOT = Path(__file__).parents[1]
 ARMS = {"stage 2 alone": None, "softmax, then stage 2": "softmax", "sigmoid, then stage 2": "sigmoid"}
 CALIBRATION_STEPS = (10, 40)  # the difference is the time of 30 steps, without loading
+EVAL_BATCH_SIZE = 60
 SCORES = ("cider", "bleu_4", "loss", "loss_shuffled")
 
 
@@ -47,11 +50,13 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--dataset_name", required=True, help="Folder or Hub id of the captioned images.")
+    parser.add_argument("--vision_model", required=True, help="Folder or Hub id of the encoder of the features.")
     parser.add_argument("--features", required=True, help="Folder of precomputed features.")
     parser.add_argument("--language_model", required=True, help="Folder or Hub id of the language model.")
-    parser.add_argument("--stage_1_recipe", default="stage1_flickr8k", help="Recipe of the first stage.")
+    parser.add_argument("--stage_1_recipe", default="stage1_contrast", help="Recipe of the first stage.")
     parser.add_argument("--stage_2_recipe", default="flickr8k", help="Recipe of the second stage.")
-    parser.add_argument("--stage_2_batch_size", type=int, default=16, help="Number of images in a batch of stage 2.")
+    parser.add_argument("--stage_2_batch_size", type=int, default=8, help="Number of images in a batch of stage 2.")
     parser.add_argument("--qformer_config", help="Fields of the Q-Former as JSON. Default: those of stage 1's recipe.")
     parser.add_argument("--minutes", type=float, default=20, help="Minutes of the processor for a run.")
     parser.add_argument("--stage_1_share", type=float, default=0.4, help="Share of the minutes for stage 1.")
@@ -65,21 +70,26 @@ def parse_options() -> argparse.Namespace:
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
+def shared_words(options: argparse.Namespace, recipe: str, seed: int) -> list[str]:
+    """Return the options that both stages have."""
+    words = ["--recipe", recipe, "--seed", str(seed), "--dtype", options.dtype, "--dataset_name", options.dataset_name]
+    return [*words, "--features", options.features, "--vision_model_name_or_path", options.vision_model]
+
+
 def stage_1_command(options: argparse.Namespace, itc_loss: str, seed: int) -> list[str]:
-    words = ["--recipe", options.stage_1_recipe, "--itc_loss", itc_loss]
-    if options.qformer_config:
-        words += ["--qformer_config", options.qformer_config]
-    words += ["--dtype", options.dtype]
-    return [*words, "--features", options.features, "--seed", str(seed), "--eval_strategy", "no"]
+    words = [*shared_words(options, options.stage_1_recipe, seed), "--itc_loss", itc_loss, "--eval_strategy", "no"]
+    return words + (["--qformer_config", options.qformer_config] if options.qformer_config else [])
 
 
 def stage_2_command(options: argparse.Namespace, pretrained: Path | None, seed: int) -> list[str]:
-    words = ["--recipe", options.stage_2_recipe, "--language_model_name_or_path", options.language_model]
-    words += ["--features", options.features, "--seed", str(seed)]
+    words = shared_words(options, options.stage_2_recipe, seed)
+    words += ["--language_model_name_or_path", options.language_model]
+    words += ["--random_resized_crop_scale", "null", "--horizontal_flip_prob", "0"]  # the features are computed
     words += ["--per_device_train_batch_size", str(options.stage_2_batch_size)]
-    words += ["--dtype", options.dtype, "--max_eval_samples", str(options.max_eval_samples)]
+    words += ["--max_eval_samples", str(options.max_eval_samples), "--per_device_eval_batch_size", str(EVAL_BATCH_SIZE)]
     if pretrained is None:
-        return [*words, "--qformer_config", options.qformer_config or qformer_of_recipe(options.stage_1_recipe)]
+        fields = json.loads(options.qformer_config or qformer_of_recipe(options.stage_1_recipe))
+        return [*words, "--qformer_config", json.dumps(with_first_weights(fields))]
     kept = ["--qformer_config", "null", "--normalize_image_features_samples", "null"]
     return [*words, *kept, "--qformer_name_or_path", str(pretrained)]
 
@@ -90,6 +100,15 @@ def qformer_of_recipe(recipe: str) -> str:
 
     _, words = expand_recipes(["--recipe", recipe])
     return words[words.index("--qformer_config") + 1]
+
+
+def with_first_weights(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a Q-Former together with the size of first weights that stage 1 gives it."""
+    from qformer_captioner.pretraining_qformer import new_qformer_config
+
+    config = new_qformer_config(fields, vocab_size=2)
+    names = ("initializer_range", "attention_initializer_range")
+    return fields | {name: getattr(config, name) for name in names}
 
 
 def train(words: list[str], steps: int, output_dir: Path, *others: str) -> float:
@@ -166,7 +185,8 @@ def main() -> None:
         for arm in ARMS
     ]
     done = {Run(**{name: line[name] for name in Run.__dataclass_fields__}): line for line in lines}
-    speed: dict[str, float] = {}
+    # All runs take the numbers of steps from one measurement, also after a pause.
+    speed: dict[str, float] = next((done[run]["speed"] for run in runs if run in done), {})
     for run in runs:
         if run not in done:
             speed = speed or measure_speed(options)
