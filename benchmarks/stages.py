@@ -57,6 +57,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stage_1_recipe", default="stage1_contrast", help="Recipe of the first stage.")
     parser.add_argument("--stage_2_recipe", default="flickr8k", help="Recipe of the second stage.")
     parser.add_argument("--stage_2_batch_size", type=int, default=8, help="Number of images in a batch of stage 2.")
+    parser.add_argument(
+        "--stage_2_learning_rate", type=float, default=5e-4, help="Learning rate of the Q-Former in stage 2."
+    )
     parser.add_argument("--qformer_config", help="Fields of the Q-Former as JSON. Default: those of stage 1's recipe.")
     parser.add_argument("--minutes", type=float, default=20, help="Minutes of the processor for a run.")
     parser.add_argument("--stage_1_share", type=float, default=0.4, help="Share of the minutes for stage 1.")
@@ -84,6 +87,7 @@ def stage_1_command(options: argparse.Namespace, itc_loss: str, seed: int) -> li
 def stage_2_command(options: argparse.Namespace, pretrained: Path | None, seed: int) -> list[str]:
     words = shared_words(options, options.stage_2_recipe, seed)
     words += ["--language_model_name_or_path", options.language_model]
+    words += ["--learning_rate", str(options.stage_2_learning_rate)]
     words += ["--random_resized_crop_scale", "null", "--horizontal_flip_prob", "0"]  # the features are computed
     words += ["--per_device_train_batch_size", str(options.stage_2_batch_size)]
     words += ["--max_eval_samples", str(options.max_eval_samples), "--per_device_eval_batch_size", str(EVAL_BATCH_SIZE)]
