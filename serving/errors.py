@@ -1,6 +1,8 @@
 """Errors of requests in OpenAI's and Ollama's shapes."""
 
+import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
@@ -9,6 +11,7 @@ from fastapi.responses import Response
 from ..common.errors import one_line
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}  # other statuses: by their first digit
+DISCARD_SECONDS = 5
 RETRY_AFTER = {429: "1", 503: "5"}  # seconds
 
 
@@ -57,7 +60,17 @@ def error_response(path: str, error: ApiError) -> Response:
 async def answer_api_error(request: Request, error: Exception) -> Response:
     """Answer a request with an [`ApiError`]."""
     assert isinstance(error, ApiError)
+    if error.close and error.status != 408:
+        await discard_body(request)
     return error_response(request.url.path, error)
+
+
+async def discard_body(request: Request) -> None:
+    """Receive the rest of a body without keeping it. Many clients read no answer before they have sent their body."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await request.receive()).get("more_body"):
+                pass
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:

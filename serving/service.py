@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
 from ..common.logging import get_logger
 from .batching import Batcher, CaptionedRequest, Result, Row
@@ -140,19 +139,18 @@ class Service:
             ClientGone: if the client leaves.
         """
         limit = self.options.max_body_bytes
-        too_large = ApiError(
-            413, f"The request has more than {limit:,} bytes: send a smaller image.", code="too_large", close=True
-        )
         announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > limit:
-            raise too_large
-        body = bytearray()
+        body, more = bytearray(), True
+        is_too_large = announced.isdecimal() and int(announced[:20]) > limit
         try:
             async with asyncio.timeout(self.options.read_timeout):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > limit:
-                        raise too_large
+                while more and not is_too_large:
+                    message = await request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    is_too_large = len(body) > limit
         except TimeoutError:
             raise ApiError(
                 408,
@@ -160,8 +158,10 @@ class Service:
                 code="timeout",
                 close=True,
             ) from None
-        except ClientDisconnect:
-            raise ClientGone from None
+        if is_too_large:
+            raise ApiError(
+                413, f"The request has more than {limit:,} bytes: send a smaller image.", code="too_large", close=more
+            )
         return bytes(body)
 
     async def answer(self, request: Request, wanted: CaptionRequest) -> CaptionedRequest:
