@@ -27,6 +27,7 @@ from qformer_captioner.common.errors import InputError
 
 BROKEN = "1/2/broken.jpg"
 MAX_WAIT = 0.05  # seconds between the moment that a batch was written and a kill
+SHARES = 0.1, 0.6  # bounds of the part of the batches between two kills, times the number of kills
 OUTPUTS = ("jsonl", "sidecars", "parquet", "tar", "csv")
 
 
@@ -86,26 +87,24 @@ def size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def run_and_kill(words: list[str], record: Path, processes: int, draw: random.Random) -> bool:
+def run_and_kill(words: list[str], record: Path, growth: float, processes: int, draw: random.Random) -> bool:
     """Run the command, kill it at a random moment, and return whether it was killed before its end.
 
     Args:
         words: command line.
         record: file that grows with each batch.
+        growth: bytes by which it has grown before the kill.
         processes: number of processes.
         draw: source of random moments.
     """
     ids = start(words, processes)
-    before, batches = size(record), draw.randint(1, 4)
-    for _ in range(batches):
-        last = size(record)
-        while size(record) <= last:
-            if os.waitpid(ids[0], os.WNOHANG)[0]:
-                for other in ids[1:]:
-                    os.waitpid(other, 0)
-                return False
-            time.sleep(0.001)
-    assert size(record) > before
+    before = size(record)
+    while size(record) <= before + growth:
+        if os.waitpid(ids[0], os.WNOHANG)[0]:
+            for other in ids[1:]:
+                os.waitpid(other, 0)
+            return False
+        time.sleep(0.001)
     time.sleep(draw.uniform(0, MAX_WAIT))
     for each in ids:
         os.kill(each, signal.SIGKILL)
@@ -134,7 +133,9 @@ def is_text(file: Path) -> bool:
     return file.suffix in (".txt", ".tmp")
 
 
-def check(model: Path, images: Path, kind: str, processes: int, kills: int, seed: int = 0) -> dict[str, object]:
+def check(
+    model: Path, images: Path, kind: str, processes: int, kills: int, batch_size: int = 8, seed: int = 0
+) -> dict[str, object]:
     """Compare a run that is killed and resumed with a run without a stop.
 
     Args:
@@ -143,6 +144,7 @@ def check(model: Path, images: Path, kind: str, processes: int, kills: int, seed
         kind: one of `OUTPUTS`.
         processes: number of processes of the killed run. The other run has one.
         kills: number of kills.
+        batch_size: number of images in a batch.
         seed: seed of the moments.
 
     Returns:
@@ -151,9 +153,10 @@ def check(model: Path, images: Path, kind: str, processes: int, kills: int, seed
     draw = random.Random(seed)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        results, statuses, killed = [], [], 0
+        results, statuses, killed, record_size = [], [], 0, 0
         for run in ("unbroken", "broken"):
-            words = [str(images), "--model", str(model), "--max_new_tokens", "5", "--num_workers", "1"]
+            words = [str(images), "--model", str(model), "--max_new_tokens", "5"]
+            words += ["--batch_size", str(batch_size), "--num_workers", "1"]
             if kind == "sidecars":
                 output, record = None, images / ".captions.txt.progress"
                 words += ["--sidecar", ".txt"]
@@ -162,10 +165,12 @@ def check(model: Path, images: Path, kind: str, processes: int, kills: int, seed
                 record = Path(f"{output}.progress")
                 words += ["--output", str(output)]
             if run == "broken":
-                while killed < kills and run_and_kill(words, record, processes, draw):
+                steps = [draw.uniform(*SHARES) * record_size / (kills + 1) for _ in range(kills)]
+                while killed < kills and run_and_kill(words, record, steps[killed], processes, draw):
                     killed += 1
             statuses.append(run_to_the_end(words, 1 if run == "unbroken" else processes))
             results.append(digest(images, output))
+            record_size = size(record)
             if kind == "sidecars":
                 record.unlink()
                 for text in images.rglob("*.txt"):
@@ -185,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, help="Captioner; by default a tiny one of random weights.")
     parser.add_argument("--images", type=int, default=20_000, help="Number of images.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Number of images per batch.")
     parser.add_argument("--kills", type=int, default=10, help="Number of kills of each run.")
     parser.add_argument("--outputs", nargs="+", default=OUTPUTS, choices=OUTPUTS, help="Forms of output.")
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 2), help="Numbers of processes.")
@@ -199,7 +205,7 @@ def main() -> None:
         make_images(folder / "images", options.images)
         for kind in options.outputs:
             for processes in options.processes:
-                figures = check(model, folder / "images", kind, processes, options.kills)
+                figures = check(model, folder / "images", kind, processes, options.kills, options.batch_size)
                 print(figures, flush=True)
                 if not figures["equal"] or figures["exit"] != [1, 1] or figures["kills"] < options.kills:
                     sys.exit("The run that was killed differs from the run without a stop, or was not killed.")

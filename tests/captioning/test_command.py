@@ -1,13 +1,17 @@
 """Captions from the command line: what is printed and written, and what is refused."""
 
+import io
+import json
 import sys
 
+import datasets
 import pytest
 from transformers import AutoModel
 
 from qformer_captioner import QFormerCaptioner, QFormerForPretraining
 from qformer_captioner.captioning.reporting import printable_line
 from qformer_captioner.cli.caption import caption, main
+from qformer_captioner.common.errors import InputError
 from qformer_captioner.evaluation.caption_files import ReferenceSet, join, read_predictions
 
 from ..fixtures import tiny
@@ -134,3 +138,115 @@ def test_a_model_that_is_not_a_captioner_is_refused(folder, monkeypatch):
 def test_a_folder_without_images_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"no images in '{tmp_path}'"):
         run(monkeypatch, str(tmp_path), *options_for(folder))
+
+
+# --- Many images ------------------------------------------------------------------------------------------------------
+
+
+def captions_of(output) -> list[str]:
+    return [json.loads(line)["caption"] for line in output.read_text().splitlines()]
+
+
+def break_after(output, batches: int) -> None:
+    """Undo what a run wrote after some batches, as if it had been killed."""
+    record = output.with_name(f"{output.name}.progress")
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[: 1 + batches]))
+
+
+def test_sampled_captions_are_the_same_after_a_kill(folder, tmp_path):
+    sampling = dict(do_sample="", temperature=1.5, num_return_sequences=2, batch_size=1)
+    words = [word for word in options_for(folder, output=tmp_path / "a.jsonl", **sampling) if word]
+    caption([str(folder / "images"), *words])
+    captions = captions_of(tmp_path / "a.jsonl")
+    assert len({text for texts in captions for text in texts}) > 3
+    break_after(tmp_path / "a.jsonl", 1)
+    caption([str(folder / "images"), *words])
+    assert captions_of(tmp_path / "a.jsonl") == captions
+    caption([str(folder / "images"), *words, "--overwrite_output", "--seed", "1"])
+    assert captions_of(tmp_path / "a.jsonl") != captions
+
+
+def test_new_images_are_added_and_broken_ones_tried_again(folder, tmp_path):
+    images, output = tmp_path / "images", tmp_path / "a.jsonl"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"")
+    tiny.picture(1).save(images / "b.png")
+    words = [str(images), *options_for(folder, output=output)]
+    with pytest.raises(InputError, match="1 of 2 images have no caption"):
+        caption(words)
+    tiny.picture(2).save(images / "c.png")
+    with pytest.raises(InputError, match="1 of 3 images have no caption"):
+        caption(words)
+    tiny.picture(3).save(images / "a.png")
+    caption(words)
+    ids = [json.loads(line)["image_id"] for line in output.read_text().splitlines()]
+    assert ids == [str(images / name) for name in ("b.png", "c.png", "a.png")]
+
+
+def test_names_come_from_stdin_and_lists(folder, tmp_path, monkeypatch, capsys):
+    files = [str(folder / "images" / name) for name in IMAGES]
+    (tmp_path / "list").write_text("\n".join(files[:2]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{files[2]}\n{files[0]}\n"))
+    caption(["-", "--filelist", str(tmp_path / "list"), *options_for(folder)])
+    printed = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [files[2], files[0], files[1]]  # each once
+
+
+def test_texts_are_written_beside_the_images(folder, tmp_path, log):
+    for number, name in enumerate(("a.png", "b.png")):
+        tiny.picture(number).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a dog")
+    caption([str(tmp_path), *options_for(folder, sidecar=".txt", prefix="sks, ", suffix=".")])
+    assert (tmp_path / "a.txt").read_text() == "a dog"
+    text = (tmp_path / "b.txt").read_text()
+    assert text.startswith("sks, ") and text.endswith(".\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt", "b.png", "b.txt"]
+    assert "1 images have captions, 1 had them before." in log.messages
+
+
+def test_a_data_set_is_captioned_and_scored(folder, tmp_path):
+    pictures = [tiny.picture(number) for number in range(3)]
+    columns = {"photo": [*pictures[:2], None], "key": ["x", "y", "z"]}
+    rows = datasets.Dataset.from_dict(
+        columns, features=datasets.Features(photo=datasets.Image(), key=datasets.Value("string"))
+    )
+    rows.to_parquet(tmp_path / "rows.parquet")
+    words = ["--dataset_name", str(tmp_path / "rows.parquet"), "--image_id_column", "key", "--score"]
+    with pytest.raises(InputError, match="1 of 3 images have no caption"):
+        caption([*words, *options_for(folder, output=tmp_path / "a.jsonl")])
+    found = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["image_id"] for row in found] == ["x", "y"]
+    assert [row["caption"] for row in found] == AutoModel.from_pretrained(folder / "referenced").caption(
+        pictures[:2], **DECODING
+    )
+    assert all(row["score"] < 0 for row in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "captions.txt"}, "ending of --output 'captions.txt' does not say a form: use .jsonl, .csv"),
+        ({"temperature": 0.5}, "--temperature belongs to sampling: add --do_sample"),
+        ({"num_return_sequences": 2}, "--num_return_sequences 2 needs --do_sample, or --num_beams of at least 2"),
+        ({"sidecar": "txt"}, "--sidecar must be a suffix such as .txt or .caption, not 'txt'"),
+        ({"existing": "append"}, "--existing append belongs to --sidecar"),
+        ({"split": "dev"}, "--split belongs to --dataset_name"),
+        ({"filelist": "absent"}, "list of files 'absent' cannot be read"),
+        ({"repetition_penalty": 0}, "--repetition_penalty must be above 0"),
+    ],
+)
+def test_options_that_contradict_each_other_end_in_one_message(folder, monkeypatch, options, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run(monkeypatch, str(folder / "images" / "b.png"), *command_line(model=folder / "referenced", **options))
+
+
+def test_an_output_of_another_program_is_not_touched(folder, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("mine")
+    with pytest.raises(SystemExit, match="exists, and has no record 'a.csv.progress'.*--overwrite_output"):
+        run(monkeypatch, str(folder / "images"), *options_for(folder, output=tmp_path / "a.csv"))
+    assert (tmp_path / "a.csv").read_text() == "mine"
+
+
+def test_nothing_to_caption_is_said_at_once(monkeypatch):
+    with pytest.raises(SystemExit, match="name files or folders, or give --filelist or --dataset_name"):
+        run(monkeypatch, "--model", "nowhere")
