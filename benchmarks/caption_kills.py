@@ -26,8 +26,8 @@ from qformer_captioner.cli.caption import caption
 from qformer_captioner.common.errors import InputError
 
 BROKEN = "1/2/broken.jpg"
-MAX_WAIT = 0.05  # seconds between the moment that a batch was written and a kill
-SHARES = 0.1, 0.6  # bounds of the part of the batches between two kills, times the number of kills
+MAX_WAIT = 0.05  # Seconds between a batch and a kill.
+SHARES = 0.1, 0.6  # Parts of an equal share of the batches that are written before a kill.
 OUTPUTS = ("jsonl", "sidecars", "parquet", "tar", "csv")
 
 
