@@ -11,6 +11,7 @@ from ..common.errors import InputError, check_output
 from .outputs import OUTPUTS
 from .sidecars import EXISTING
 
+ENGINES = ("local", "ray")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options of `generate`: name, type and meaning.
 GENERATION: tuple[tuple[str, type, str], ...] = (
@@ -84,7 +85,9 @@ def make_parser(description: str) -> CommandParser:
     add("--prefix", default="", help="Text in front of each caption.")
     add("--suffix", default="", help="Text behind each caption.")
     add("--batch_size", type=int, default=8, help="Number of images per batch.")
-    add("--num_workers", type=int, default=2, help="Number of threads that open images.")
+    add("--num_workers", type=int, default=2, help="Number of threads that open images, or of workers of --engine ray.")
+    add("--engine", choices=ENGINES, default="local", help="Processes that caption: this one, or workers of Ray Data.")
+    add("--gpus_per_worker", type=float, default=0, help="Number of GPUs of each worker of --engine ray, such as 0.5.")
     return parser
 
 
@@ -95,7 +98,7 @@ def check_options(options: argparse.Namespace) -> None:
         InputError: for the first mistake.
     """
     check_at_least(options, 1, "num_beams", "max_new_tokens", "num_return_sequences", "batch_size", "num_workers")
-    check_at_least(options, 0, "min_new_tokens", "top_k", "top_p", "no_repeat_ngram_size", "seed")
+    check_at_least(options, 0, "min_new_tokens", "top_k", "top_p", "no_repeat_ngram_size", "seed", "gpus_per_worker")
     for name in ("temperature", "repetition_penalty"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
@@ -106,6 +109,8 @@ def check_options(options: argparse.Namespace) -> None:
     captions = options.num_return_sequences or 1
     if captions > 1 and not options.do_sample and (options.num_beams or 1) < captions:
         raise InputError(f"--num_return_sequences {captions} needs --do_sample, or --num_beams of at least {captions}.")
+    if options.gpus_per_worker and options.engine != "ray":
+        raise InputError("--gpus_per_worker belongs to --engine ray: add it, or leave --gpus_per_worker out.")
     if not (options.images or options.filelist or options.dataset_name):
         raise InputError("Say which images to caption: name files or folders, or give --filelist or --dataset_name.")
     if [*options.images, options.filelist].count("-") > 1:

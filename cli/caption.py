@@ -7,6 +7,7 @@ r"""Caption images, or features of a captioner that was trained on features.
     find photos -name "*.jpg" | qformer-captioner caption - --model outputs/scenes --output captions.csv
     qformer-captioner caption "shards/*.tar" --model outputs/scenes --output captions.parquet
     torchrun --nproc_per_node 8 -m qformer_captioner.cli.caption photos --model outputs/scenes --output captions.jsonl
+    qformer-captioner caption photos --model outputs/scenes --output captions.jsonl --engine ray --num_workers 4
     qformer-captioner caption "proteins/*.npy" --model outputs/proteins
 
 IMAGE is a file, a folder (all images in it and below it), a pattern, a URL, a tar of webdataset, or a parquet file. A
@@ -17,10 +18,11 @@ continues. For an image that cannot be read, an error is printed, and the other 
 
 import argparse
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..captioning.arguments import generation_of, parse_options, settings_of
 from ..captioning.outputs import Output, OutputRow, output_for
@@ -35,12 +37,15 @@ from ..common.machine_faults import explain_faults
 
 if TYPE_CHECKING:
     from ..captioning.items import Item
+    from ..captioning.loader import ImageLoader
     from ..captioning.run import Captioning, Processes
     from ..captioning.sources import Source
 
 # torch and the model take seconds to import, so only the functions that use them import them.
 
 logger = get_logger(__name__)
+
+THREADS_OF_A_WORKER = 2  # that open images, in a worker of Ray
 
 
 def open_source(options: argparse.Namespace) -> "Source":
@@ -235,16 +240,69 @@ def caption_with(
         captioning: what makes captions.
         processes: this process and the others.
     """
-    from ..captioning.loader import ImageLoader
     from ..captioning.run import caption_items
+
+    keep_content = any(output.keeps_content for output in outputs)
+    if options.engine == "ray":
+        caption_with_ray(options, keep_content, items or iter(()), write)
+        return
+    loader = loader_for(captioning, keep_content, options.num_workers)
+    caption_items(items, captioning, loader, processes, options.batch_size, write)
+    processes.end()
+
+
+def loader_for(captioning: "Captioning", keep_content: bool, num_workers: int) -> "ImageLoader":
+    """Return what opens images for a captioner."""
+    from ..captioning.loader import ImageLoader
 
     model = captioning.model
     assert model.processor is not None, "load_captioner checks it"
     image_processor = model.processor.image_processor if model.config.has_vision_model else None
-    keep_content = any(output.keeps_content for output in outputs)
-    loader = ImageLoader(image_processor, keep_content, options.num_workers)
-    caption_items(items, captioning, loader, processes, options.batch_size, write)
-    processes.end()
+    return ImageLoader(image_processor, keep_content, num_workers)
+
+
+def caption_with_ray(
+    options: argparse.Namespace,
+    keep_content: bool,
+    items: "Iterator[Item]",
+    write: "Callable[[list[OutputRow]], None]",
+) -> None:
+    """Caption batches by workers of Ray, and write them in order.
+
+    Args:
+        options: the options.
+        keep_content: also return the files of images as they were.
+        items: the items.
+        write: function that writes a batch.
+    """
+    from ..common.ray_workers import map_with_ray
+
+    batches = iter(lambda: list(islice(items, options.batch_size)), [])
+    rows = ({"items": pickle.dumps(batch)} for batch in batches)
+    worker = BatchWorker(options, keep_content)
+    for row in map_with_ray(rows, worker, options.num_workers, options.gpus_per_worker, batch_size=1):
+        write(pickle.loads(row["rows"]))
+
+
+class BatchWorker:
+    """Function for a worker of Ray, from a pickled batch of items to its pickled captions.
+
+    Args:
+        options: the options of the command.
+        keep_content: also return the files of images as they were.
+    """
+
+    def __init__(self, options: argparse.Namespace, keep_content: bool):
+        self.options, self.keep_content = options, keep_content
+        self.parts: tuple[Captioning, ImageLoader] | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        if self.parts is None:
+            captioning, _ = start_captioning(self.options)
+            self.parts = captioning, loader_for(captioning, self.keep_content, num_workers=THREADS_OF_A_WORKER)
+        captioning, loader = self.parts
+        rows = [loading.result() for loading in loader.submit(pickle.loads(batch["items"][0]))]
+        return {"rows": [pickle.dumps(captioning.caption(rows))]}
 
 
 def main() -> None:

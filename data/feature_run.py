@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..common.arguments import check_at_least, check_one_of
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
+from ..common.ray_workers import map_with_ray
 from ..common.run_folder import RunFolder
 from .augmentation import Augmentation, check_image_augmentation
 from .columns import image_column_of, missing_column, with_nested_columns
@@ -71,9 +72,10 @@ def check_arguments(args: FeatureArguments) -> None:
     if args.dataset_name is None:
         raise InputError("Name the data set with --dataset_name (a Hub id, a folder or files).")
     check_one_of(args, ("float16", "float32"), "dtype")
+    check_one_of(args, ("local", "ray"), "engine")
     check_one_of(args, ("auto", "float32", "bfloat16", "float16"), "compute_dtype")
-    check_at_least(args, 1, "batch_size", "rows_per_shard", "views", "max_samples")
-    check_at_least(args, 0, "max_skipped", "dataloader_num_workers", "seed")
+    check_at_least(args, 1, "batch_size", "rows_per_shard", "views", "max_samples", "num_workers")
+    check_at_least(args, 0, "max_skipped", "dataloader_num_workers", "seed", "gpus_per_worker")
     check_image_augmentation(args.random_resized_crop_scale, args.horizontal_flip_prob)
     is_augmented = args.random_resized_crop_scale is not None or args.horizontal_flip_prob > 0
     if (args.views > 1) != is_augmented:
@@ -371,15 +373,52 @@ def write_shards(run: FeatureRun) -> None:
         unit="rows",
         disable=not run.state.is_main_process,
     ) as progress_bar:
-        for split, layout in run.layouts.items():
-            shards = [shard for shard_split, shard in mine if shard_split == split]
-            rows_per_batch = max(1, run.args.batch_size // layout.views)
-            row_batches = {shard: split_rows(layout.rows_of(shard), rows_per_batch) for shard in shards}
-            # One iterator for all shards, so that the workers of the data loader never wait for the next shard.
-            features = run.source.batches(split, layout, list(chain(*row_batches.values())))
-            features = count_rows(features, progress_bar, run.state.num_processes)
-            for shard in shards:
-                layout.write(shard, islice(features, len(row_batches[shard])))
+        if run.args.engine == "ray":
+            rows = [{"split": split, "shard": shard} for split, shard in mine]
+            workers = run.args.num_workers, run.args.gpus_per_worker
+            for row in map_with_ray(rows, ShardWorker(run.args), *workers, batch_size=1):
+                progress_bar.update(len(run.layouts[row["split"]].rows_of(row["shard"])))
+        else:
+            write_some_shards(run, mine, progress_bar)
+
+
+def write_some_shards(run: FeatureRun, shards: list[tuple[str, int]], progress_bar: tqdm) -> None:
+    """Compute and write shards.
+
+    Args:
+        run: the run.
+        shards: the shards, as pairs of split and number.
+        progress_bar: bar to advance by rows.
+    """
+    for split, layout in run.layouts.items():
+        own = [shard for shard_split, shard in shards if shard_split == split]
+        rows_per_batch = max(1, run.args.batch_size // layout.views)
+        row_batches = {shard: split_rows(layout.rows_of(shard), rows_per_batch) for shard in own}
+        # One iterator for all shards, so that the workers of the data loader never wait for the next shard.
+        features = run.source.batches(split, layout, list(chain(*row_batches.values())))
+        features = count_rows(features, progress_bar, run.state.num_processes)
+        for shard in own:
+            layout.write(shard, islice(features, len(row_batches[shard])))
+
+
+class ShardWorker:
+    """Function for a worker of Ray that computes and writes a shard.
+
+    Args:
+        args: the options of the run.
+    """
+
+    def __init__(self, args: FeatureArguments):
+        self.args = args
+        self.run: FeatureRun | None = None
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.run is None:
+            self.run = resolve(self.args)
+        (split,), (shard,) = batch["split"], batch["shard"]
+        with tqdm(disable=True) as progress_bar:
+            write_some_shards(self.run, [(str(split), int(shard))], progress_bar)
+        return batch
 
 
 def split_rows(rows: range, size: int) -> list[range]:

@@ -1,46 +1,48 @@
-"""Captioning by the workers of Ray Data, on one machine or a cluster."""
+"""Functions of batches that workers of Ray Data call, on one machine or a cluster."""
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from ..common.errors import InputError
+from .errors import InputError
 
+MISTAKE = "__mistake__"  # column of an error in place of a result
 BatchFunction = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def caption_with_ray(
+def map_with_ray(
     rows: Iterable[dict[str, Any]],
-    captions: BatchFunction,
+    function: BatchFunction,
     num_workers: int = 1,
     gpus_per_worker: float = 0,
     batch_size: int = 8,
 ) -> Iterator[dict[str, Any]]:
-    """Caption rows by workers of Ray, and yield the rows with their captions in order.
+    """Map batches of rows by workers of Ray, and yield the rows of the results in order.
 
-    Each worker is a process with its own model. A worker that is killed is started again, and its batch with it. The
-    batches are those that one process would make, so the captions are, too. The rows are kept by Ray, which moves them
-    to the disk when they exceed its memory.
+    Each worker is a process with its own copy of the function. A worker that is killed is started again, and its batch
+    with it. The batches are those that one process would make. Ray keeps the rows, and moves them to the disk when they
+    exceed its memory.
 
     Args:
         rows: rows with the same keys, of types that Arrow knows: paths or bytes of images, dicts of `datasets` ...
-        captions: function of a batch of columns, such as a [`Captions`]. It is pickled once for each worker.
+        function: function of a batch of columns, such as a [`Captions`]. It is pickled once for each worker.
         num_workers: number of workers.
         gpus_per_worker: number of GPUs of each worker. Several workers share a GPU with a fraction, such as 0.5.
         batch_size: number of rows in a batch.
 
     Raises:
         InputError: if Ray is not installed, or has fewer processors or GPUs than the workers need.
-        ray.exceptions.RayTaskError: if `captions` raises an error, as a subclass of that error, too.
+        OSError, ValueError: if the function raises such an error.
 
     Example:
 
     ```python
     >>> from qformer_captioner import Captions
     >>> rows = [{"key": name, "image": name} for name in ("dog.jpg", "cat.jpg")]
-    >>> for row in caption_with_ray(rows, Captions("outputs/own_images"), num_workers=2):  # doctest: +SKIP
+    >>> for row in map_with_ray(rows, Captions("outputs/own_images"), num_workers=2):  # doctest: +SKIP
     ...     print(row["key"], row["caption"])
     dog.jpg a dog in the snow
     cat.jpg a cat on a bed
@@ -63,19 +65,24 @@ def caption_with_ray(
     dataset = ray.data.from_arrow_refs(blocks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
-    captioned = dataset.map_batches(
+    mapped = dataset.map_batches(
         Worker,
-        fn_constructor_args=(captions,),
+        fn_constructor_args=(function,),
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_gpus=gpus_per_worker,
     )
-    yield from captioned.iter_rows()
+    for row in mapped.iter_rows():
+        if MISTAKE in row:
+            raise pickle.loads(row[MISTAKE])
+        yield row
 
 
 class Worker:
     """Actor that calls a function.
+
+    Ray loses the cause of an error, so the errors of a user's mistake are returned as rows.
 
     Args:
         function: the function.
@@ -85,7 +92,10 @@ class Worker:
         self.function = function
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return self.function(batch)
+        try:
+            return self.function(batch)
+        except (OSError, ValueError) as error:
+            return {MISTAKE: [pickle.dumps(error)]}
 
 
 def check_resources(resources: dict[str, float], num_workers: int, gpus_per_worker: float) -> None:

@@ -5,8 +5,10 @@ import time
 import pytest
 
 from qformer_captioner import Captions
-from qformer_captioner.captioning.ray_engine import caption_with_ray, check_resources
+from qformer_captioner.cli.caption import caption
 from qformer_captioner.common.errors import InputError
+from qformer_captioner.common.ray_workers import check_resources, map_with_ray
+from qformer_captioner.precompute_features import precompute
 
 from ..fixtures import tiny
 
@@ -41,7 +43,7 @@ def rows(tmp_path_factory):
 
 @pytest.mark.slow
 def test_workers_give_the_captions_of_one_process_in_order(cluster, captions, rows):
-    captioned = list(caption_with_ray(iter(rows), captions, num_workers=2, batch_size=2))
+    captioned = list(map_with_ray(iter(rows), captions, num_workers=2, batch_size=2))
     columns = captions({name: [row[name] for row in rows] for name in ("key", "image")})
     assert captioned == [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     assert [row["caption"] == "" for row in captioned] == [number < 2 for number in range(10)]
@@ -55,7 +57,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(cluster):
 
     killed, keys, pids = None, [], set()
     rows = ({"key": number} for number in range(40))
-    for row in caption_with_ray(rows, slow_numbers, num_workers=2, batch_size=2):
+    for row in map_with_ray(rows, slow_numbers, num_workers=2, batch_size=2):
         keys.append(row["key"])
         pids.add(row["pid"])
         if killed is None:
@@ -67,7 +69,43 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(cluster):
 
 @pytest.mark.slow
 def test_no_rows_give_no_captions(cluster, captions):
-    assert list(caption_with_ray([], captions)) == []
+    assert list(map_with_ray([], captions)) == []
+
+
+@pytest.mark.slow
+def test_a_mistake_that_a_worker_finds_is_raised_as_such(cluster):
+    def refuse(batch):
+        raise InputError("There is no captioner 'a'.")
+
+    with pytest.raises(InputError, match="^There is no captioner 'a'.$"):
+        list(map_with_ray([{"key": 1}], refuse))
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_same_with_workers(cluster, captions, rows, tmp_path):
+    words = [row["image"] for row in rows] + ["--model", captions.model_name, "--max_new_tokens", "8"]
+    words += ["--batch_size", "3", "--output"]
+    for name, engine in (("local", []), ("ray", ["--engine", "ray"])):
+        with pytest.raises(InputError, match="2 of 10 images have no caption"):
+            caption([*words, str(tmp_path / f"{name}.jsonl"), *engine])
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "local.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_features_of_workers_are_those_of_one_process(cluster, captions, rows, tmp_path):
+    encoder = tiny.save_vision(tmp_path / "encoder")
+    words = ["--vision_model_name_or_path", encoder, "--dataset_name", os.path.dirname(rows[0]["image"])]
+    words += ["--rows_per_shard", "3", "--output_dir"]
+    for name, engine in (("local", []), ("ray", ["--engine", "ray"])):
+        precompute([*words, str(tmp_path / name), *engine])
+    local, other = (
+        {path.relative_to(tmp_path / name): path for path in (tmp_path / name).rglob("*.npy")}
+        for name in ("local", "ray")
+    )
+    assert len(local) > 3
+    assert {name: path.read_bytes() for name, path in other.items()} == {
+        name: path.read_bytes() for name, path in local.items()
+    }
 
 
 def test_workers_that_the_cluster_cannot_run_are_refused():
