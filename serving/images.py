@@ -6,9 +6,10 @@ Nothing here opens a path. A source is a `data:` URL, base64 text, or a URL of a
 import asyncio
 import io
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 
 from PIL import Image
 
@@ -31,18 +32,33 @@ class PixelBudget:
         self.limit, self.used = limit, 0
         self.turn, self.released = asyncio.Lock(), asyncio.Event()
 
-    async def acquire(self, pixels: int) -> None:
-        """Wait until there is room. An image that is larger than the limit waits until it is alone."""
+    @asynccontextmanager
+    async def hold(self, pixels: int, param: str) -> AsyncIterator[None]:
+        """Wait for room, and hold it for the block. Whoever holds room must not wait for more of it.
+
+        Args:
+            pixels: number of pixels of all images of a request.
+            param: field of the request that holds them, for error messages.
+
+        Raises:
+            ApiError: if there are more pixels than the limit.
+        """
+        if pixels > self.limit:
+            raise ApiError(
+                413,
+                f"The images have {pixels:,} pixels together, and at most {self.limit:,} are allowed: shrink them.",
+                param,
+            )
         async with self.turn:  # locks are fair
-            while self.used and self.used + pixels > self.limit:
+            while self.used + pixels > self.limit:
                 self.released.clear()
                 await self.released.wait()
             self.used += pixels
-
-    def release(self, pixels: int) -> None:
-        """Give room back."""
-        self.used -= pixels
-        self.released.set()
+        try:
+            yield
+        finally:
+            self.used -= pixels
+            self.released.set()
 
 
 class ImageReader:
@@ -58,40 +74,52 @@ class ImageReader:
         self.options, self.threads, self.max_images = options, threads, max_images
         self.budget = PixelBudget(IMAGES_IN_MEMORY * options.max_image_pixels)
 
-    async def read(self, sources: Sequence[str], param: str, allows_base64: bool, held: list[int]) -> list[Image.Image]:
-        """Return the images of a request, upright and in RGB.
+    @asynccontextmanager
+    async def open(self, sources: Sequence[str], param: str, allows_base64: bool) -> AsyncIterator[list[Image.Image]]:
+        """Read the images of a request for a block, upright and in RGB. Their room is held until the block ends.
 
         Args:
             sources: where the images are.
             param: field of the request that holds them, for error messages.
             allows_base64: whether a source may be base64 text without `data:`.
-            held: list to which the pixels are added that the caller must release from `budget`.
 
         Raises:
-            ApiError: if there are too many images, or one cannot be read.
+            ApiError: if there are too many images, they are too large together, or one cannot be read.
         """
         if len(sources) > self.max_images:
             raise ApiError(
                 400, f"There are {len(sources)} images, but the captioner reads {self.max_images} at once.", param
             )
-        images = []
+        contents: deque[bytes] = deque()
+        pixels, bytes_left = 0, self.options.max_body_bytes
         for source in sources:
-            content = await self.content_of(source, param, allows_base64)
-            pixels = await self.in_thread(count_pixels, content, param, self.options.max_image_pixels)
-            await self.budget.acquire(pixels)
-            held.append(pixels)
-            images.append(await self.in_thread(decode, content, param))
-        return images
+            content = await self.content_of(source, param, allows_base64, bytes_left)
+            contents.append(content)
+            bytes_left -= len(content)
+            if bytes_left < 0:
+                raise ApiError(413, "The images have too many bytes together: send smaller ones.", param, "too_large")
+            pixels += await self.in_thread(count_pixels, content, param, self.options.max_image_pixels)
+        async with self.budget.hold(pixels, param):
+            images = []
+            while contents:  # each content is dropped as soon as it is decoded
+                images.append(await self.in_thread(decode, contents.popleft(), param))
+            yield images
 
-    async def content_of(self, source: str, param: str, allows_base64: bool) -> bytes:
+    async def content_of(self, source: str, param: str, allows_base64: bool, max_bytes: int) -> bytes:
         """Return the content of an image file.
+
+        Args:
+            source: where it is.
+            param: field of the request that holds it, for error messages.
+            allows_base64: whether it may be base64 text without `data:`.
+            max_bytes: largest size of a file that is fetched.
 
         Raises:
             ApiError: if the source is not allowed or cannot be read.
         """
         scheme = match[1].lower() if (match := re.match(r"([a-z][a-z0-9+.-]*):", source[:40], re.IGNORECASE)) else ""
         if scheme in ("http", "https"):
-            return await fetch(source, param, self.options)
+            return await fetch(source, param, self.options, max_bytes)
         if scheme == "data" or (allows_base64 and not scheme):
             return await self.in_thread(embedded_content, source, param)
         raise ApiError(

@@ -19,7 +19,7 @@ class ServingOptions:
         max_batch_size: largest number of captions that are generated at once.
         max_wait_ms: milliseconds that a request waits for others to share its batch.
         max_queue_size: largest number of requests that wait; further ones are refused.
-        max_body_bytes: largest size of a request, and of an image that is fetched.
+        max_body_bytes: largest size of a request, and of the images that are fetched for it.
         max_image_pixels: largest number of pixels of an image.
         read_timeout: seconds in which a client must send its request, and in which an image is fetched.
         drain_timeout: seconds after a signal to stop in which requests are still answered.

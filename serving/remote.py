@@ -17,13 +17,14 @@ from .options import ServingOptions
 PORTS = {"http": 80, "https": 443}
 
 
-async def fetch(url: str, param: str, options: ServingOptions) -> bytes:
+async def fetch(url: str, param: str, options: ServingOptions, max_bytes: int) -> bytes:
     """Return the content of an image on an allowed host.
 
     Args:
         url: its address.
         param: field of the request that holds it, for error messages.
         options: options of the server.
+        max_bytes: largest size.
 
     Raises:
         ApiError: if the address is not allowed, the image is too large, or it cannot be downloaded.
@@ -34,7 +35,7 @@ async def fetch(url: str, param: str, options: ServingOptions) -> bytes:
             address = await resolve(host, port)
             if address is None:
                 raise ApiError(400, f"The host {host[:100]!r} has no public address: send a data: URL.", param)
-            return await download(parts, host, port, address, options.max_body_bytes)
+            return await download(parts, host, port, address, max_bytes)
     except ApiError:
         raise
     except Exception as error:  # the client raises errors of many libraries

@@ -210,12 +210,10 @@ class Service:
             ApiError: if an image cannot be read, or the captioner refuses the request.
         """
         options = self.options
-        held: list[int] = []  # pixels
         generation = generation_options(wanted, options.num_beams, options.max_new_tokens, self.limit)
         seed = wanted.seed if generation.get("do_sample") else None
         prompt = wanted.prompt if wanted.prompt and not options.ignore_text else options.prompt or ""
-        try:
-            images = await self.images.read(wanted.sources, wanted.param, wanted.allows_base64, held)
+        async with self.images.open(wanted.sources, wanted.param, wanted.allows_base64) as images:
             image: Any = images[0] if len(images) == 1 else images
             row = Row(image, prompt, generation, seed)
             self.batcher.submit(row)
@@ -223,9 +221,6 @@ class Service:
                 result: Result = await row.future
             finally:
                 self.batcher.discard(row)
-        finally:
-            for pixels in held:
-                self.images.budget.release(pixels)
         if isinstance(result, Exception):
             raise result
         return result

@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from qformer_captioner.serving.batching import Batcher, CaptionedRequest, Row
 from qformer_captioner.serving.errors import ApiError
-from qformer_captioner.serving.images import PixelBudget
+from qformer_captioner.serving.images import ImageReader, PixelBudget
+from qformer_captioner.serving.options import ServingOptions
 from qformer_captioner.serving.requests import CaptionRequest, generation_options
 
 from ..fixtures import tiny
@@ -163,16 +165,46 @@ def test_pixels_wait_for_room_in_order():
         budget, order = PixelBudget(10), []
 
         async def hold(name: str, pixels: int) -> None:
-            await budget.acquire(pixels)
-            order.append(name)
-            assert budget.used <= 10 or budget.used == pixels
-            await asyncio.sleep(0.01)
-            budget.release(pixels)
+            async with budget.hold(pixels, "messages"):
+                order.append(name)
+                assert budget.used <= 10
+                await asyncio.sleep(0.01)
 
-        await asyncio.gather(hold("a", 6), hold("b", 8), hold("c", 1), hold("huge", 50), hold("d", 10))
+        await asyncio.gather(hold("a", 6), hold("b", 8), hold("c", 1), hold("d", 10), hold("e", 2))
         return order
 
-    assert asyncio.run(run()) == ["a", "b", "c", "huge", "d"]
+    assert asyncio.run(run()) == ["a", "b", "c", "d", "e"]
+
+
+def read_videos(*frames: int) -> int:
+    """Read videos of so many frames at once, with room for 4 frames, and return the pixels held after that."""
+
+    async def run() -> int:
+        image = tiny.picture(1)
+        options = ServingOptions("tiny", max_image_pixels=image.width * image.height)
+        with ThreadPoolExecutor(2) as threads:
+            reader = ImageReader(options, threads, max_images=8)
+
+            async def read(count: int) -> None:
+                async with reader.open([picture_url()] * count, "messages", allows_base64=False) as images:
+                    assert len(images) == count
+                    assert 0 < reader.budget.used <= reader.budget.limit
+
+            async with asyncio.timeout(20):
+                await asyncio.gather(*map(read, frames))
+        return reader.budget.used
+
+    return asyncio.run(run())
+
+
+def test_videos_that_do_not_fit_together_are_read_one_after_the_other():
+    assert read_videos(3, 3, 4, 1) == 0
+
+
+def test_a_video_larger_than_the_room_is_refused():
+    with pytest.raises(ApiError, match="pixels together") as refused:
+        read_videos(5)
+    assert refused.value.status == 413
 
 
 @pytest.mark.parametrize(
@@ -206,8 +238,6 @@ def test_the_best_beams_are_several_captions():
 
 def run_together(client, requests: list) -> list:
     """Send chat completions at the same time, each given by its arguments."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(len(requests)) as threads:
         return list(threads.map(lambda request: client.chat(*request[0], **request[1]), requests))
 
