@@ -15,7 +15,7 @@ from .errors import ApiError
 
 MAX_CHOICES = 8  # captions of a request
 MAX_PROMPT = 2000  # characters
-MAX_SEED = 2**63
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # of a number that torch can hold
 MIN_TEMPERATURE = 0.01  # below, logits could become infinite; the caption is then that of temperature 0
 MIN_TOP_P = 0.001
 Shape = TypeVar("Shape", bound="RequestShape")
@@ -23,6 +23,7 @@ Shape = TypeVar("Shape", bound="RequestShape")
 Temperature = Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)]
 Tokens = Annotated[int | None, Field(ge=1)]
+Seed = Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED)]
 Stop = str | list[str] | None
 
 
@@ -158,7 +159,7 @@ class ChatRequest(RequestShape):
     temperature: Temperature = None
     top_p: TopP = None
     n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
-    seed: int | None = None
+    seed: Seed = None
     stop: Stop = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -228,7 +229,7 @@ class OllamaOptions(RequestShape):
     top_p: TopP = None
     top_k: Annotated[int | None, Field(ge=0)] = None
     num_predict: int | None = None
-    seed: int | None = None
+    seed: Seed = None
     stop: Stop = None
 
 
