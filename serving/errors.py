@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from ..common.errors import one_line
 
@@ -75,9 +76,16 @@ async def discard_body(request: Request) -> None:
 
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Answer a request for an address or a method that does not exist."""
-    status = getattr(error, "status_code", 500)
-    message = f"{request.method} {request.url.path} is not an address of this server: see /v1/chat/completions."
-    return error_response(request.url.path, ApiError(status, message, code="unknown_url"))
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405 and error.headers:
+        methods = error.headers["Allow"]
+        message = f"{path[:100]} takes {methods}, not {request.method[:20]}: send it as {methods}."
+        response = error_response(path, ApiError(405, message, code="method_not_allowed"))
+        response.headers["Allow"] = methods
+        return response
+    message = f"{path[:100]} is not an address of this server: see /v1/chat/completions."
+    return error_response(path, ApiError(error.status_code, message, code="unknown_url"))
 
 
 async def answer_client_gone(request: Request, error: Exception) -> Response:
