@@ -34,6 +34,10 @@ class Metrics:
         queue.set_function(queue_length)
         self.reading = Gauge(f"{PREFIX}_reading", "Requests that are being received.", registry=here)
 
+    def count_reading(self, number: Callable[[], int]) -> None:
+        """Set the function that returns the number of requests that are being received."""
+        self.reading.set_function(number)
+
     def text(self) -> bytes:
         """Return the metrics in Prometheus' format."""
         return generate_latest(self.registry)

@@ -41,6 +41,7 @@ class ServedModel:
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         own = config.max_new_tokens if room is None else min(config.max_new_tokens, room)
         self.limit: int = max_new_tokens or own
+        self.samples: bool = bool(config.do_sample)  # where a request does not choose
         self.max_images: int = model.processor.num_frames
 
     def caption(self, rows: Sequence[Row]) -> list[Result]:

@@ -49,7 +49,7 @@ class Service:
         self.batcher = Batcher(self.caption_batch, options.max_batch_size, options.max_wait_ms / 1000)
         self.images = ImageReader(options, self.decoders)
         self.num_reading = self.num_waiting = 0
-        self.batcher.metrics.reading.set_function(lambda: self.num_reading)
+        self.batcher.metrics.count_reading(lambda: self.num_reading)
         self.tasks: list[asyncio.Task] = []
 
     # --- Life ---------------------------------------------------------------------------------------------------------
@@ -209,9 +209,10 @@ class Service:
         Raises:
             ApiError: if an image cannot be read, or the captioner refuses the request.
         """
+        assert self.model is not None
         options = self.options
         generation = generation_options(wanted, options.num_beams, options.max_new_tokens, self.limit)
-        seed = wanted.seed if generation.get("do_sample") else None
+        seed = wanted.seed if generation.get("do_sample", self.model.samples) else None
         prompt = wanted.prompt if wanted.prompt and not options.ignore_text else options.prompt or ""
         async with self.images.open(wanted.sources, wanted.param, wanted.allows_base64) as images:
             image: Any = images[0] if len(images) == 1 else images
