@@ -63,7 +63,15 @@ def test_beams_of_the_server(serve, captioner):
 
 
 def test_a_seed_repeats_a_sample(client):
-    samples = [client.caption(temperature=1.5, seed=seed) for seed in (1, 2, 3, 1)]
+    samples = [client.caption(temperature=1.5, seed=seed) for seed in (1, -(2**63), 2**63 - 1, 1)]
+    assert samples[0] == samples[3]
+    assert len({*samples}) > 1
+
+
+def test_a_seed_repeats_a_sample_of_a_captioner_that_samples_by_itself(serve, captioner, monkeypatch):
+    monkeypatch.setattr(captioner.generation_config, "do_sample", True)
+    monkeypatch.setattr(captioner.generation_config, "temperature", 1.5)
+    samples = [serve().caption(seed=seed) for seed in (1, 2, 3, 1)]
     assert samples[0] == samples[3]
     assert len({*samples}) > 1
 
@@ -171,6 +179,7 @@ WRONG_FIELDS = {
     "text as number": ({"temperature": "warm"}, 400, "temperature"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "many captions": ({"n": 1000}, 400, "n"),
+    "large seed": ({"seed": 2**63, "temperature": 1}, 400, "seed"),
     "greedy captions": ({"n": 2, "temperature": 0}, 400, "n"),
     "JSON": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     "log-probabilities": ({"logprobs": True}, 400, "logprobs"),
@@ -270,7 +279,12 @@ def test_large_requests_are_refused(serve):
 
 def test_an_unknown_address_has_an_error_of_the_same_shape(client):
     assert error_of(client.get("/v1/embeddings"))["code"] == "unknown_url"
-    assert client.get(CHAT).status_code == 405
+
+
+def test_another_method_is_refused_with_the_one_to_use(client):
+    for refused, method in ((client.get(CHAT), "POST"), (client.delete("/v1/models"), "GET")):
+        assert (refused.status_code, refused.headers["allow"]) == (405, method)
+        assert f"takes {method}" in error_of(refused)["message"]
 
 
 def test_a_failure_of_the_model_is_said_and_logged(serve, captioner, monkeypatch, log):
