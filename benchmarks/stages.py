@@ -10,7 +10,7 @@ language model are the same, and all Q-Formers begin with weights of the same si
 of a step of each stage. From these times it takes the numbers of steps. Evaluation, which all have once at the end,
 does not count.
 
-This benchmark has not been run yet, so docs/results.md has no figures of it.
+docs/results.md has the figures. Only seed 0 has run so far.
 
 Each run adds a line of JSON to benchmarks/results/stages.jsonl and is not repeated. A killed command therefore
 continues where it stopped.
