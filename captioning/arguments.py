@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.arguments import CommandParser, check_at_least
 from ..common.errors import InputError, check_output
+from ..data.names import IMAGE_SUFFIXES
 from .outputs import OUTPUTS
 from .sidecars import EXISTING
 
@@ -26,6 +27,8 @@ GENERATION: tuple[tuple[str, type, str], ...] = (
     ("no_repeat_ngram_size", int, "Size of the n-grams that may occur only once."),
     ("num_return_sequences", int, "Number of captions of each image."),
 )
+ENDINGS_OF_INPUTS = frozenset(IMAGE_SUFFIXES) | {".npy", ".tar", ".tgz", ".gz", ".parquet"}
+MAX_SEED = 2**64 - 1
 SAMPLING = ("temperature", "top_k", "top_p")
 DATA_SET_OPTIONS = (
     "dataset_config_name",
@@ -99,6 +102,8 @@ def check_options(options: argparse.Namespace) -> None:
     """
     check_at_least(options, 1, "num_beams", "max_new_tokens", "num_return_sequences", "batch_size", "num_workers")
     check_at_least(options, 0, "min_new_tokens", "top_k", "top_p", "no_repeat_ngram_size", "seed", "gpus_per_worker")
+    if options.seed > MAX_SEED:
+        raise InputError(f"--seed must be at most {MAX_SEED}, not {options.seed}.")
     for name in ("temperature", "repetition_penalty"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
@@ -127,6 +132,8 @@ def check_options(options: argparse.Namespace) -> None:
             )
     if options.sidecar is not None and not re.fullmatch(r"\.[^/\\]+", options.sidecar):
         raise InputError(f"--sidecar must be a suffix such as .txt or .caption, not {options.sidecar!r}.")
+    if options.sidecar is not None and Path(f"image{options.sidecar}").suffix.lower() in ENDINGS_OF_INPUTS:
+        raise InputError(f"--sidecar {options.sidecar} would replace images or data by texts: use .txt or .caption.")
     if options.sidecar is None and options.existing != "skip":
         raise InputError(f"--existing {options.existing} belongs to --sidecar: add it, or leave --existing out.")
 
@@ -143,4 +150,6 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "revision", "dtype", "prompt", "score", "prefix", "suffix", "sidecar", "existing", "separator")
     settings = {name: getattr(options, name) for name in names}
     settings |= generation_of(options)
-    return {**settings, "seed": options.seed} if options.do_sample else settings
+    if options.do_sample:  # the images of a batch share the random numbers
+        settings |= {"seed": options.seed, "batch_size": options.batch_size}
+    return settings

@@ -156,20 +156,54 @@ def sources_of(name: str, image_column: str = "image") -> list[Source]:
     """Return the sources that a name stands for.
 
     Args:
-        name: a file, a folder, a URL, base64 text, a pattern as in a shell (`**` matches any folders), or numbers in
-            braces (`train-{000..015}.tar`). A pattern without a match is the name of a file, whose error names it.
+        name: a name as [`files_named`] takes it.
         image_column: column of images in parquet files.
 
     Raises:
         InputError: if a file of a pattern with braces does not exist.
     """
+    return [source_of(file, image_column) for file in files_named(name)]
+
+
+def files_named(name: str) -> list[str]:
+    """Return the files that a name stands for.
+
+    Args:
+        name: a file, a folder, a URL, base64 text, a pattern as in a shell (`**` matches any folders), or numbers in
+            braces (`train-{000..015}.tar`). A pattern without a match is the name of a file, whose error names it.
+
+    Raises:
+        InputError: if a file of a pattern with braces does not exist.
+    """
     if len(name) > MAX_PATTERN or os.path.exists(name) or "://" in name:  # the name of a file may itself have brackets
-        files = [name]
-    elif "{" in name and ".." in name:
-        files = find_files(name)
-    else:
-        files = sorted(glob.glob(name, recursive=True)) or [name]
-    return [source_of(file, image_column) for file in files]
+        return [name]
+    if "{" in name and ".." in name:
+        return find_files(name)
+    return sorted(glob.glob(name, recursive=True)) or [name]
+
+
+def without_output(names: Iterable[str], output: str | None) -> Iterator[str]:
+    """Yield names of inputs, after a check that none of them stands for the output.
+
+    Args:
+        names: names as [`files_named`] takes them.
+        output: the file of captions, if there is one.
+
+    Raises:
+        InputError: if a name stands for the output.
+    """
+    for name in names:
+        if output is not None and any(is_same_file(file, output) for file in files_named(name)):
+            raise InputError(f"The output {output!r} is also an input: choose another --output.")
+        yield name
+
+
+def is_same_file(first: str, second: str) -> bool:
+    """Return whether two names lead to the same file, also by links. `False` if one does not exist."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):  # also for a URL or base64 text
+        return False
 
 
 def source_of(name: str, image_column: str) -> Source:

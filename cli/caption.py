@@ -52,19 +52,22 @@ def open_source(options: argparse.Namespace) -> "Source":
     """Return the images that a command line names.
 
     Raises:
-        InputError: if a data set or a list of files cannot be read.
+        InputError: if a data set or a list of files cannot be read, or an input is the output.
     """
-    from ..captioning.sources import ChainSource, NamesSource, RowsSource, Source, names_in
+    from ..captioning.sources import ChainSource, NamesSource, RowsSource, Source, names_in, without_output
 
-    column = options.image_column
+    column, output = options.image_column, options.output
     sources: list[Source] = []
-    names = [name for name in options.images if name != "-"]
+    names = list(without_output((name for name in options.images if name != "-"), output))
     if names:
         sources.append(NamesSource(names, image_column=column))
     for file in ["-" for name in options.images if name == "-"] + [options.filelist] * (options.filelist is not None):
-        total = None if file == "-" else sum(1 for _ in names_in(file))
-        sources.append(NamesSource(names_in(file), total, column))
+        total = None
+        if os.path.isfile(file):  # a pipe can be read only once
+            total = sum(1 for _ in without_output(names_in(*without_output([file], output)), output))
+        sources.append(NamesSource(without_output(names_in(file), output), total, column))
     if options.dataset_name is not None:
+        check_data_set(options)
         rows = RowsSource(
             options.dataset_name,
             options.dataset_config_name,
@@ -78,6 +81,24 @@ def open_source(options: argparse.Namespace) -> "Source":
         )
         sources.append(rows)
     return ChainSource(sources)
+
+
+def check_data_set(options: argparse.Namespace) -> None:
+    """Check that the output is not a file of the data set, and not in its folder.
+
+    Raises:
+        InputError: if it is, because the next run would read it as data.
+    """
+    from ..captioning.sources import without_output
+    from ..data.row_files import find_files
+
+    if options.output is None:
+        return
+    folder = Path(options.dataset_name)
+    if folder.is_dir() and Path(options.output).resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"The output {options.output!r} is inside the data set: choose an --output outside of it.")
+    for _ in without_output(find_files(options.dataset_name), options.output):
+        pass
 
 
 def first_item(items: "Iterator[Item]", options: argparse.Namespace) -> "tuple[Item, Iterator[Item]]":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import datasets
@@ -9,8 +10,9 @@ import pytest
 from transformers import AutoModel
 
 from qformer_captioner import QFormerCaptioner, QFormerForPretraining
+from qformer_captioner.captioning.arguments import parse_options, settings_of
 from qformer_captioner.captioning.reporting import printable_line
-from qformer_captioner.cli.caption import caption, main
+from qformer_captioner.cli.caption import caption, main, open_source
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.evaluation.caption_files import ReferenceSet, join, read_predictions
 
@@ -201,7 +203,7 @@ def test_texts_are_written_beside_the_images(folder, tmp_path, log):
     text = (tmp_path / "b.txt").read_text()
     assert text.startswith("sks, ") and text.endswith(".\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt", "b.png", "b.txt"]
-    assert "1 images have captions, 1 had them before." in log.messages
+    assert "1 images have captions, 1 had them before, 1 files that are not images left out." in log.messages
 
 
 def test_a_data_set_is_captioned_and_scored(folder, tmp_path):
@@ -229,6 +231,9 @@ def test_a_data_set_is_captioned_and_scored(folder, tmp_path):
         ({"temperature": 0.5}, "--temperature belongs to sampling: add --do_sample"),
         ({"num_return_sequences": 2}, "--num_return_sequences 2 needs --do_sample, or --num_beams of at least 2"),
         ({"sidecar": "txt"}, "--sidecar must be a suffix such as .txt or .caption, not 'txt'"),
+        ({"sidecar": ".JPG"}, "--sidecar .JPG would replace images or data by texts"),
+        ({"sidecar": ".small.parquet"}, "--sidecar .small.parquet would replace images or data by texts"),
+        ({"seed": 2**64}, "--seed must be at most 18446744073709551615, not 18446744073709551616"),
         ({"existing": "append"}, "--existing append belongs to --sidecar"),
         ({"split": "dev"}, "--split belongs to --dataset_name"),
         ({"filelist": "absent"}, "list of files 'absent' cannot be read"),
@@ -250,3 +255,44 @@ def test_an_output_of_another_program_is_not_touched(folder, tmp_path, monkeypat
 def test_nothing_to_caption_is_said_at_once(monkeypatch):
     with pytest.raises(SystemExit, match="name files or folders, or give --filelist or --dataset_name"):
         run(monkeypatch, "--model", "nowhere")
+
+
+@pytest.mark.parametrize("way", ["name", "pattern", "link", "list", "data set"])
+def test_an_input_that_is_the_output_is_refused_and_kept(tmp_path, monkeypatch, way):
+    (tmp_path / "own.tar").write_bytes(b"samples")
+    (tmp_path / "link.tar").symlink_to(tmp_path / "own.tar")
+    (tmp_path / "list").write_text(f"{tmp_path}/own.tar\n")
+    words = {
+        "name": [f"{tmp_path}/own.tar"],
+        "pattern": [f"{tmp_path}/o*.tar"],
+        "link": [f"{tmp_path}/link.tar"],
+        "list": ["--filelist", f"{tmp_path}/list"],
+        "data set": ["--dataset_name", f"{tmp_path}/own.tar"],
+    }[way]
+    with pytest.raises(SystemExit, match=r"own\.tar' is also an input: choose another --output"):
+        run(monkeypatch, *words, *command_line(model="nowhere", output=tmp_path / "own.tar"), "--overwrite_output")
+    assert (tmp_path / "own.tar").read_bytes() == b"samples"
+
+
+def test_an_output_inside_the_data_set_is_refused(tmp_path, monkeypatch):
+    words = command_line(dataset_name=tmp_path, model="nowhere", output=tmp_path / "metadata.jsonl")
+    with pytest.raises(SystemExit, match="is inside the data set: choose an --output outside of it"):
+        run(monkeypatch, *words)
+
+
+def test_a_list_of_names_may_be_a_pipe(tmp_path):
+    tiny.picture().save(tmp_path / "a.png")
+    reader, writer = os.pipe()
+    os.write(writer, f"{tmp_path}/a.png\n".encode())
+    os.close(writer)
+    options = parse_options(["--filelist", f"/dev/fd/{reader}", "--model", "nowhere"], "")
+    assert [item.path for item in open_source(options)] == [f"{tmp_path}/a.png"]
+    os.close(reader)
+
+
+def test_the_batch_size_is_a_setting_of_sampling_only():
+    words = ["a.png", "--model", "nowhere", "--batch_size"]
+    sampled, greedy = (
+        [settings_of(parse_options([*words, size, *more], "")) for size in "48"] for more in (["--do_sample"], [])
+    )
+    assert sampled[0] != sampled[1] and greedy[0] == greedy[1]
