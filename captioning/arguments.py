@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.arguments import CommandParser, check_at_least
+from ..common.arguments import DTYPES, CommandParser, check_at_least
 from ..common.errors import InputError, check_output
 from ..data.names import IMAGE_SUFFIXES
 from .outputs import OUTPUTS
 from .sidecars import EXISTING
 
 ENGINES = ("local", "ray")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options of `generate`: name, type and meaning.
 GENERATION: tuple[tuple[str, type, str], ...] = (
     ("max_new_tokens", int, "Largest number of tokens of a caption."),

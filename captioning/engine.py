@@ -137,11 +137,11 @@ class Captions:
         if self._model is None:
             from transformers.utils.logging import disable_progress_bar
 
+            from ..common.devices import device_of
             from ..hub.load import load_captioner
 
             disable_progress_bar()
-            model = load_captioner(self.model_name, self.revision, self.dtype or "auto")
-            self._model = model.to(device_of(rank))  # type: ignore[arg-type]
+            self._model = load_captioner(self.model_name, self.revision, self.dtype or "auto", device_of(rank))
         return self._model
 
     def _columns(self, rows: "list[CaptionedRow]") -> dict[str, list[Any]]:
@@ -165,19 +165,3 @@ class Captions:
                 scores = column([row.matching_scores for row in rows], np.nan)
                 columns[f"{self.caption_column}_matching_score"] = scores
         return columns
-
-
-def device_of(rank: int | None) -> "torch.device":
-    """Return the accelerator of a process, or the CPU on a machine without accelerator.
-
-    Args:
-        rank: number of the process. Processes share the accelerators evenly.
-    """
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return torch.device("cpu")
-    if rank is None:
-        return accelerator
-    return torch.device(accelerator.type, rank % torch.accelerator.device_count())

@@ -154,7 +154,6 @@ def start_captioning(options: argparse.Namespace) -> "tuple[Captioning, Processe
     Raises:
         InputError: if the captioner cannot be loaded.
     """
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from ..captioning.run import Captioning, Processes
@@ -163,8 +162,7 @@ def start_captioning(options: argparse.Namespace) -> "tuple[Captioning, Processe
 
     processes = Processes(start_processes(use_cpu=False))
     disable_progress_bar()
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = load_captioner(options.model, options.revision, dtype).to(processes.state.device)
+    model = load_captioner(options.model, options.revision, options.dtype, processes.state.device)
     captioning = Captioning(
         model, options.prompt, options.score, options.prefix, options.suffix, options.seed, generation_of(options)
     )

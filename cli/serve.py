@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.arguments import CommandParser, check_at_least
+from ..common.arguments import DTYPES, CommandParser, check_at_least
 from ..common.command import run_command
 from ..common.errors import InputError
 from ..common.logging import get_logger
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parse_options(words: Sequence[str]) -> argparse.Namespace:
@@ -139,15 +138,13 @@ def serve(words: Sequence[str]) -> None:
         )
 
     def load() -> "QFormerCaptioningModel":
-        import torch
         from transformers.utils.logging import disable_progress_bar
 
+        from ..common.devices import device_of
         from ..hub.load import load_captioner
 
         disable_progress_bar()
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
-        return load_captioner(options.model, options.revision, dtype).to(device)  # type: ignore[arg-type]
+        return load_captioner(options.model, options.revision, options.dtype, device_of())
 
     from ..serving.server import run_server
 

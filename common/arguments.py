@@ -18,6 +18,8 @@ from .errors import InputError, one_line
 TRAINER = "transformers' Trainer"
 GROUPS = ("model", "data", "augmentation", "objective", "generation", "scoring", "run", TRAINER)
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights; `auto` is the dtype in which each part was saved
+
 # Former names of options and recipe fields, and their current names.
 FORMER_NAMES = {
     "flip": "horizontal_flip_prob",

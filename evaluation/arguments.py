@@ -3,13 +3,12 @@
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 
-from ..common.arguments import check_at_least, check_one_of, option
+from ..common.arguments import DTYPES, check_at_least, check_one_of, option
 from ..common.errors import InputError, check_output
 from ..metrics import DocumentFrequencies
 from ..metrics.java import JAVA_METRICS
 from .scoring import EXTRA_METRICS, check_extra_metrics
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Options that describe the columns of a data set. Benchmarks define their columns themselves.
 COLUMN_OPTIONS = (
     "dataset_config_name",

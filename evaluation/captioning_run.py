@@ -138,8 +138,7 @@ def resolve_run(
     benchmark = None if args.benchmark is None else get_benchmark(args.benchmark)
     state = start_processes(args.use_cpu)
     disable_progress_bar()  # for loading weights
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = load_captioner(args.model, args.revision, dtype).to(state.device)
+    model = load_captioner(args.model, args.revision, args.dtype, state.device)
     if store is not None:
         assert model.processor is not None, "load_captioner checks it"
         store.check_model(model.config, model.processor.image_processor)

@@ -60,7 +60,7 @@ class Captioner(lmms):
 
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._model = load_captioner(pretrained, revision).to(self.accelerator.device)
+        self._model = load_captioner(pretrained, revision, device=self.accelerator.device)
         self.prompt, self.use_task_prompt, self.batch_size = prompt, use_task_prompt, int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def load_captioner(
-    model: str, revision: str | None = None, dtype: "str | torch.dtype" = "auto"
+    model: str,
+    revision: str | None = None,
+    dtype: "str | torch.dtype" = "auto",
+    device: "torch.device | None" = None,
 ) -> "QFormerCaptioningModel":
     """Load a captioner with its processor. An adapter is loaded on the captioner that it belongs to.
 
@@ -24,7 +27,8 @@ def load_captioner(
     Args:
         model: folder or Hub id of a captioner, an adapter, or a model of stage 1.
         revision: branch, tag or commit on the Hub. For an adapter, it does not apply to the base captioner.
-        dtype: dtype of the weights; `"auto"` keeps the dtype in which each part was saved.
+        dtype: dtype of the weights, such as `"bfloat16"`; `"auto"` keeps the dtype in which each part was saved.
+        device: device of the weights; by default the CPU.
 
     Raises:
         InputError: if the model cannot be loaded, or is not a captioner with a processor.
@@ -62,7 +66,7 @@ def load_captioner(
         raise InputError(f"{model!r} holds a {type(captioner).__name__}, not a captioner of this package.")
     if captioner.processor is None:
         raise InputError(f"The captioner {model!r} has no processor: save it again with `save_pretrained`.")
-    return captioner
+    return captioner if device is None else captioner.to(device)  # type: ignore[arg-type]
 
 
 def check_base(adapter_config: str) -> None:

@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..common.arguments import check_at_least, check_one_of, option
+from ..common.arguments import DTYPES, check_at_least, check_one_of, option
 from ..common.errors import InputError, check_output
-from ..evaluation.arguments import COLUMN_OPTIONS, DTYPES, DataSetArguments
+from ..evaluation.arguments import COLUMN_OPTIONS, DataSetArguments
 
 RERANK_SCORES = ("sum", "match")
 

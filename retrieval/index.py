@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..common.devices import device_of
 from ..common.errors import InputError, one_line
 from ..common.files import write_atomically
 from ..common.logging import get_logger
@@ -253,8 +254,7 @@ def open_index(
     stage1 = load_stage1(name, revision)
     if not stage1.config.has_vision_model:
         raise InputError(f"The model {name!r} was trained on features and has no vision encoder for images.")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    stage1 = stage1.to(device or "cpu")  # type: ignore[arg-type]  # the stub asks for a model
+    stage1 = stage1.to(device_of())  # type: ignore[arg-type]  # the stub asks for a model
     retrieval_model = RetrievalModel(stage1, stage1.qformer.config.max_position_embeddings)
     return ImageIndex(images, retrieval_model, versions_of_weights(stage1, name, revision), folder)
 

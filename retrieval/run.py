@@ -153,8 +153,7 @@ def resolve_run(args: RetrievalArguments) -> RetrievalRun:
         raise InputError(f"The texts of {args.benchmark} are hidden, and retrieval needs them: use another benchmark.")
     state = start_processes(args.use_cpu)
     disable_progress_bar()  # for loading weights
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    stage1 = load_stage1(args.model, args.revision, dtype).to(state.device)
+    stage1 = load_stage1(args.model, args.revision, args.dtype).to(state.device)
     model = RetrievalModel(stage1, args.max_length)
     if store is not None:
         store.check_model(stage1.config, model.processor.image_processor)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qformer_captioner import Captions
-from qformer_captioner.captioning import engine
 from qformer_captioner.captioning.rows import caption_rows
+from qformer_captioner.common.devices import device_of
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.hub.load import load_captioner
 
@@ -119,7 +119,7 @@ def test_processes_share_the_accelerators(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert [str(engine.device_of(rank)) for rank in (None, 0, 1, 2)] == ["cuda", "cuda:0", "cuda:1", "cuda:0"]
+    assert [str(device_of(rank)) for rank in (None, 0, 1, 2)] == ["cuda", "cuda:0", "cuda:1", "cuda:0"]
 
 
 @pytest.mark.parametrize("first", [1, 2], ids=["readable", "broken"])
