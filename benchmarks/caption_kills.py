@@ -112,10 +112,16 @@ def run_and_kill(words: list[str], record: Path, growth: float, processes: int, 
     return os.WIFSIGNALED(statuses[0])
 
 
-def run_to_the_end(words: list[str], processes: int) -> int:
-    """Run the command and return the exit status of its main process."""
-    statuses = [os.waitpid(each, 0)[1] for each in start(words, processes)]
-    return os.waitstatus_to_exitcode(statuses[0])
+def run_to_the_end(words: list[str], record: Path, processes: int) -> tuple[int, int]:
+    """Run the command, and return the exit status of its main process and the largest size of the record."""
+    main, *others = start(words, processes)
+    largest = 0
+    while not (ended := os.waitpid(main, os.WNOHANG))[0]:
+        largest = max(largest, size(record))
+        time.sleep(0.001)
+    for each in others:
+        os.waitpid(each, 0)
+    return os.waitstatus_to_exitcode(ended[1]), largest
 
 
 def digest(images: Path, output: Path | None) -> tuple[int, str]:
@@ -168,11 +174,10 @@ def check(
                 steps = [draw.uniform(*SHARES) * record_size / (kills + 1) for _ in range(kills)]
                 while killed < kills and run_and_kill(words, record, steps[killed], processes, draw):
                     killed += 1
-            statuses.append(run_to_the_end(words, 1 if run == "unbroken" else processes))
+            status, record_size = run_to_the_end(words, record, 1 if run == "unbroken" else processes)
+            statuses.append(status)
             results.append(digest(images, output))
-            record_size = size(record)
             if kind == "sidecars":
-                record.unlink()
                 for text in images.rglob("*.txt"):
                     text.unlink()
     return {

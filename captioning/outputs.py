@@ -70,8 +70,19 @@ class Output(ABC):
     def apply(self, record: Any) -> None:  # noqa: B027 -- most outputs have nothing to do
         """Complete a batch that is in the record of the run. This may be repeated."""
 
-    def finish(self) -> None:  # noqa: B027
-        """Complete the output after the last batch."""
+    def finish(self) -> Any:
+        """Complete the output after the last batch, and return plain JSON that [`check`] needs."""
+        return None
+
+    def check(self, ending: Any) -> None:  # noqa: B027
+        """Check that the output of a run that has ended is as the run left it.
+
+        Args:
+            ending: what [`finish`] returned.
+
+        Raises:
+            InputError: if the output was changed.
+        """
 
     def close(self) -> None:  # noqa: B027
         """Close files."""
@@ -107,6 +118,22 @@ class GrowingFile(Output):
             )
         self.file.truncate(end)
         self.file.seek(end)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the output."""
+        return [self.path]
+
+    def finish(self) -> Any:
+        return [file.stat().st_size for file in self.files]
+
+    def check(self, ending: Any) -> None:
+        for file, size in zip(self.files, ending, strict=True):
+            if file.exists() and file.stat().st_size != size:
+                raise InputError(
+                    f"{str(file)!r} was changed after the run: restore it, choose another --output, or replace it with "
+                    "--overwrite_output."
+                )
 
     def prepare(self, rows: list[OutputRow]) -> Any:
         content = self.beginning() if self.file.tell() == 0 else b""
@@ -203,11 +230,12 @@ class Tar(GrowingFile):
                 blocks += [header.tobuf(tarfile.USTAR_FORMAT), content, padding]
         return b"".join(blocks)
 
-    def finish(self) -> None:
+    def finish(self) -> Any:
         end = self.file.tell()
         self.file.write(bytes(2 * tarfile.BLOCKSIZE))
         self.file.flush()
         self.file.seek(end)
+        return super().finish()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,9 +250,14 @@ class WholeFile(JsonLines):
         super().__init__(f"{os.fspath(path)}{ROWS_SUFFIX}", several)
         self.final = Path(path)
 
-    def finish(self) -> None:
+    @property
+    def files(self) -> list[Path]:
+        return [self.path, self.final]
+
+    def finish(self) -> Any:
         with atomic_path(self.final) as unfinished:
             self.write(unfinished)
+        return super().finish()
 
     @abstractmethod
     def write(self, path: Path) -> None:

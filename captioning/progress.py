@@ -18,7 +18,6 @@ from ..common.errors import InputError, one_line
 from .items import KeySet
 
 SUFFIX = ".progress"
-REMEDY = "Choose another --output, or replace it with --overwrite_output."
 
 
 class Progress:
@@ -28,61 +27,61 @@ class Progress:
 
     Args:
         path: the record. It is created if it does not exist.
-        output: name of the output, for messages.
+        output: name of the output, for messages; `None` for texts beside images.
 
     Attributes:
-        done (`KeySet`): keys of the images that need no caption: those that have one, and those that failed in a pass
-            that has not ended.
+        done (`KeySet`): keys of the images that have a caption.
+        failed (`KeySet`): keys of the images that failed in a pass that has not ended. They are not tried again in it.
         num_captioned (`int`): number of images with captions.
         num_failed (`int`): number of images that failed in the current pass.
         records: what each output said of the last batch; `None` before the first one.
+        ending: what each output said at the end of the run; `None` for a run that has not ended.
 
     Raises:
         InputError: if another process uses the record, or it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike, output: str):
+    def __init__(self, path: str | os.PathLike, output: str | None):
         self.path, self.output = Path(path), output
-        self.done = KeySet()
+        self.name = f"the texts in {str(self.path.parent)!r}" if output is None else f"the output {output!r}"
+        self.done, self.failed = KeySet(), KeySet()
         self.num_captioned = self.num_failed = 0
         self.records: list[Any] | None = None
         self.settings: dict[str, Any] | None = None
-        self.is_finished = False
+        self.ending: list[Any] | None = None
         self._failed: list[np.ndarray] = []
         try:
             self._file = locked(self.path)
         except BlockingIOError as error:
-            raise InputError(f"Another process writes {output!r}: wait for it, or choose another --output.") from error
+            raise InputError(f"Another process writes {self.name}: wait for its end.") from error
         except OSError as error:
             raise InputError(f"{str(self.path)!r} cannot be written ({error.strerror}).") from error
         self._read()
 
-    def begin(self, settings: dict[str, Any], overwrite: bool = False, may_replace: bool = False) -> None:
+    def begin(self, settings: dict[str, Any], overwrite: bool = False) -> None:
         """Begin or continue the run with these settings.
 
         Args:
             settings: everything that decides the captions, as plain JSON.
             overwrite: forget an existing run.
-            may_replace: forget an existing run of other settings if it has ended.
 
         Raises:
             InputError: if the record is of a run with other settings.
         """
         settings = json.loads(json.dumps(settings))
         if self.settings is not None and not overwrite and self.settings != settings:
-            if not (may_replace and self.is_finished):
-                raise self._other_run(settings)
-            overwrite = True
+            raise self._other_run(settings)
         if self.settings is None or overwrite:
             self._file.seek(0)
             self._file.truncate()
             self.done, self.records, self._failed = KeySet(), None, []
             self.num_captioned = self.num_failed = 0
             self._append({"settings": settings})
-        elif self.is_finished:  # a new pass tries again what failed
+        elif self.ending is not None:  # a new pass tries again what failed
+            self._append({"continued": True})
             self._failed, self.num_failed = [], 0
-        self.done.update(self._failed)
-        self.settings, self.is_finished = settings, False
+        self.failed.update(self._failed)
+        self.settings, self.ending = settings, None
 
     def commit(self, keys: np.ndarray, failed: np.ndarray, records: list[Any]) -> None:
         """Record a batch that was written.
@@ -96,10 +95,14 @@ class Progress:
         self.num_captioned += len(keys)
         self.num_failed += len(failed)
 
-    def finish(self) -> None:
-        """Record that all images were tried."""
-        self._append({"finished": True})
-        self.is_finished = True
+    def finish(self, ending: list[Any]) -> None:
+        """Record that all images were tried.
+
+        Args:
+            ending: what each output says at the end.
+        """
+        self._append({"finished": ending})
+        self.ending = ending
 
     def remove(self) -> None:
         """Delete the record, before the lock ends."""
@@ -126,10 +129,10 @@ class Progress:
             if "settings" in event:
                 self.settings = event["settings"]
             elif "finished" in event:
-                self.is_finished = True
+                self.ending = event["finished"]
+            elif "continued" in event:
+                self._failed, self.num_failed, self.ending = [], 0, None
             else:
-                if self.is_finished:
-                    self._failed, self.num_failed, self.is_finished = [], 0, False
                 done.append(decoded(event["done"]))
                 self._failed.append(decoded(event["failed"]))
                 self.num_captioned += len(done[-1])
@@ -148,12 +151,15 @@ class Progress:
                 event = json.loads(line)
                 if not isinstance(event, dict) or ("settings" in event) != (number == 0):
                     raise ValueError("its lines are of something else")
-                if not event.keys() & {"settings", "finished"} and not event.keys() >= {"done", "failed", "records"}:
+                if not isinstance(event.get("finished", []), list):
+                    raise ValueError("its end is of another version")
+                is_batch = event.keys() >= {"done", "failed", "records"}
+                if not is_batch and not event.keys() & {"settings", "finished", "continued"}:
                     raise ValueError("its lines are of something else")
             except ValueError as error:
+                with_it = "" if self.output is None else f", and {self.output!r} with it"
                 raise InputError(
-                    f"{str(self.path)!r} is not the record of a run ({one_line(error, 100)}): delete it, and "
-                    f"{self.output!r} with it."
+                    f"{str(self.path)!r} is not the record of a run ({one_line(error, 100)}): delete it{with_it}."
                 ) from error
             yield line, event
 
@@ -163,9 +169,12 @@ class Progress:
         different = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         name = different[0]
         was, now = (one_line(repr(values.get(name)), 60) for values in (before, settings))
+        remedy = "choose another --output, or replace it with --overwrite_output"
+        if self.output is None:
+            remedy = f"give the same ones to continue it, or delete {str(self.path)[-100:]!r} to begin a new run"
         return InputError(
-            f"{self.output!r} is of a run with other options: {one_line(', '.join(different), 100)} ({name} was {was}, "
-            f"now {now}). {REMEDY}"
+            f"There is a run with other options: {one_line(', '.join(different), 100)} ({name} was {was}, now {now}). "
+            f"For {self.name}, {remedy}."
         )
 
 

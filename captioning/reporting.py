@@ -13,6 +13,7 @@ from ..common.logging import get_logger
 
 if TYPE_CHECKING:
     from .outputs import OutputRow
+    from .run import Wanted
     from .sources import Source
 
 logger = get_logger(__name__)
@@ -27,13 +28,14 @@ class Reporter:
 
     Args:
         source: the images.
+        wanted: those that need a caption.
         prints: print captions to stdout instead of lines about the progress.
         num_captioned: number of images that have captions already.
         num_failed: number of images that have failed already.
     """
 
-    def __init__(self, source: "Source", prints: bool, num_captioned: int = 0, num_failed: int = 0):
-        self.source, self.prints = source, prints
+    def __init__(self, source: "Source", wanted: "Wanted", prints: bool, num_captioned: int = 0, num_failed: int = 0):
+        self.source, self.wanted, self.prints = source, wanted, prints
         self.num_captioned, self.num_failed = num_captioned, num_failed
         self.begun_with = num_captioned + num_failed
         self.total: int | None = None
@@ -51,7 +53,8 @@ class Reporter:
 
     def _count(self) -> None:
         with contextlib.suppress(Exception):  # whoever reads the images gets the same error
-            self.total = self.bar.total = self.source.count()
+            self.total = self.source.count()
+            self.bar.total = self.total_of_run()
 
     def tell(self, rows: "list[OutputRow]") -> None:
         """Tell of a batch that was written."""
@@ -64,18 +67,23 @@ class Reporter:
             if self.prints:
                 for text in output.row.captions:
                     self.bar.write(printable_line(f"{output.item.image_id}: {text}"))
+        self.bar.total = self.total_of_run()
         self.bar.update(len(rows))
         if not self.prints and self.bar.disable and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
             self.last_line = time.monotonic()
             logger.info("%s", self.line())
 
+    def total_of_run(self) -> int | None:
+        """Return the number of images without those that were skipped so far, or `None` if it is unknown."""
+        return None if self.total is None else self.total - self.wanted.num_skipped - self.wanted.num_repeated
+
     def line(self) -> str:
         """Return the state of the run as a line: images done, failed and remaining, and the rate."""
-        done = self.num_captioned + self.num_failed
+        done, total = self.num_captioned + self.num_failed, self.total_of_run()
         rate = (done - self.begun_with) / max(time.monotonic() - self.start, 1e-9)
         line = f"{done:,} images done, {self.num_failed:,} of them failed, {rate:,.1f} images/s"
-        if self.total is not None:
-            remaining = max(self.total - done, 0)
+        if total is not None:
+            remaining = max(total - done, 0)
             line += f", {remaining:,} remaining"
             if rate > 0:
                 line += f" ({remaining / rate / 60:,.0f} minutes)"

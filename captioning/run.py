@@ -13,7 +13,8 @@ from .items import Item, KeySet, hash_of
 from .loader import ImageLoader
 from .outputs import OutputRow
 from .rows import caption_rows
-from .sidecars import Sidecars
+from .sidecars import Sidecars, has_text
+from .writer import Writer
 
 if TYPE_CHECKING:
     from ..captioning_qformer import QFormerCaptioningModel
@@ -101,28 +102,34 @@ class Wanted:
 
     Args:
         items: all items.
-        done: keys of the items that have been captioned.
-        sidecars: text files beside the images, if they are written.
+        writer: the outputs with their record, which knows the items that have been captioned. If texts beside images
+            are the only output, an item whose text was deleted is captioned again.
 
     Attributes:
         num_skipped (`int`): number of items that have a caption.
         num_repeated (`int`): number of items that occurred before.
+        num_lost (`int`): number of items in the record whose text was deleted.
     """
 
-    def __init__(self, items: Iterator[Item], done: KeySet, sidecars: Sidecars | None = None):
-        self.items, self.done, self.sidecars = items, done, sidecars
-        self.num_skipped = self.num_repeated = 0
+    def __init__(self, items: Iterator[Item], writer: Writer):
+        self.items, self.writer = items, writer
+        self.sidecars = next((output for output in writer.outputs if isinstance(output, Sidecars)), None)
+        self.num_skipped = self.num_repeated = self.num_lost = 0
 
     def __iter__(self) -> Iterator[Item]:
-        seen = KeySet()
+        seen, done, failed = KeySet(), self.writer.done, self.writer.failed
         for item in self.items:
             if not seen.add(item.key):
                 self.num_repeated += 1
                 continue
             if self.sidecars is not None:
                 item = self.sidecars.named(item)
-            if item.key in self.done:
+            if item.key in failed:
                 continue
+            if item.key in done:
+                if not self.writer.is_of_texts or has_text(item):
+                    continue
+                self.num_lost += 1
             if self.sidecars is not None and self.sidecars.is_captioned(item):
                 self.num_skipped += 1
                 continue

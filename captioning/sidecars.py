@@ -1,6 +1,7 @@
 """Captions as text files beside the images: `dog.txt` for `dog.jpg`."""
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Sidecars(Output):
         Raises:
             InputError: if the image is not a file.
         """
+        if isinstance(item.image, Exception):
+            return item
         if item.path is None:
             raise InputError(
                 f"--sidecar writes texts beside files of images, and {item.key[-150:]!r} is not one: use --output."
@@ -47,21 +50,23 @@ class Sidecars(Output):
 
     def is_captioned(self, item: Item) -> bool:
         """Return whether an image keeps the text that it has. An empty text does not count."""
-        if self.existing != "skip" or item.sidecar is None:
-            return False
-        return os.path.isfile(item.sidecar) and os.path.getsize(item.sidecar) > 0
+        return self.existing == "skip" and has_text(item)
 
     def resume(self, record: Any | None) -> None:
-        self.apply(record or [])
+        """Do nothing, because each text is a file of its own."""
 
     def prepare(self, rows: list[OutputRow]) -> Any:
-        return [[row.item.sidecar, self._text(row)] for row in rows]
+        return [[row.item.sidecar, self._text(row), digest_of(row.item.sidecar)] for row in rows]
 
     def apply(self, record: Any) -> None:
-        for path, text in record:
+        """Write the texts of a batch. A text that is no longer as it was before the batch is left alone."""
+        for path, text, before in record:
             unfinished = Path(f"{path}.tmp")  # the same name after a kill
-            unfinished.write_bytes(text.encode("utf-8", "surrogateescape"))
-            unfinished.replace(path)
+            if digest_of(path) == before:
+                unfinished.write_bytes(text.encode("utf-8", "surrogateescape"))
+                unfinished.replace(path)
+            else:
+                unfinished.unlink(missing_ok=True)
 
     def _text(self, output: OutputRow) -> str:
         """Return the content of a text file. Bytes of an existing text that are not UTF-8 stay as they are."""
@@ -72,3 +77,16 @@ class Sidecars(Output):
             parts = [old, text] if self.existing == "append" else [text, old]
             text = self.separator.join(filter(None, parts))
         return f"{text}\n"
+
+
+def has_text(item: Item) -> bool:
+    """Return whether the text of an image is there and not empty."""
+    return item.sidecar is not None and os.path.isfile(item.sidecar) and os.path.getsize(item.sidecar) > 0
+
+
+def digest_of(path: str | None) -> str | None:
+    """Return a hash of a file, or `None` for a file that does not exist."""
+    try:
+        return hashlib.blake2b(Path(str(path)).read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        return None

@@ -124,9 +124,13 @@ class NamesSource(Source):
 
     def __iter__(self) -> Iterator[Item]:
         for name in self.names:
-            for source in sources_of(name, self.image_column):
-                yield from source
-                self.left_out.update(source.left_out)
+            for file in files_named(name):
+                try:
+                    source = source_of(file, self.image_column)
+                    yield from source
+                    self.left_out.update(source.left_out)
+                except InputError as error:  # one file that cannot be read does not end the others
+                    yield Item(file, file, OSError(str(error)))
 
     def count(self) -> int | None:
         if self.total is not None or not isinstance(self.names, list):

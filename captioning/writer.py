@@ -24,6 +24,16 @@ class Writer:
         return KeySet() if self.progress is None else self.progress.done
 
     @property
+    def failed(self) -> KeySet:
+        """Keys of the images that failed in a pass that was killed."""
+        return KeySet() if self.progress is None else self.progress.failed
+
+    @property
+    def is_of_texts(self) -> bool:
+        """`True` if texts beside images are the only output."""
+        return bool(self.outputs) and not any(output.is_file for output in self.outputs)
+
+    @property
     def num_captioned(self) -> int:
         """Number of images with captions."""
         return 0 if self.progress is None else self.progress.num_captioned
@@ -45,10 +55,16 @@ class Writer:
         """
         if self.progress is None:
             return
-        self.progress.begin(settings, overwrite, may_replace=not any(output.is_file for output in self.outputs))
+        was_killed = self.progress.ending is None
+        for output, ending in zip(self.outputs, self.progress.ending or (), strict=False):
+            if not overwrite:
+                output.check(ending)
+        self.progress.begin(settings, overwrite)
         records = self.progress.records
         for number, output in enumerate(self.outputs):
             output.resume(None if records is None else records[number])
+            if records is not None and was_killed:
+                output.apply(records[number])
 
     def write(self, rows: list[OutputRow]) -> None:
         """Write a batch."""
@@ -63,14 +79,14 @@ class Writer:
             output.apply(record)
 
     def finish(self) -> None:
-        """Complete the outputs after the last batch. The record of sidecars alone is deleted if nothing failed."""
+        """Complete the outputs after the last batch. The record of a run that wrote only texts is deleted."""
         if self.progress is None:
             return
-        for output in self.outputs:
-            output.finish()
-        self.progress.finish()
-        if not self.num_failed and not any(output.is_file for output in self.outputs):
+        ending = [output.finish() for output in self.outputs]
+        if self.is_of_texts:
             self.progress.remove()
+        else:
+            self.progress.finish(ending)
 
     def close(self) -> None:
         """Close the outputs, and then the record, whose lock ends."""

@@ -144,7 +144,7 @@ def open_progress(options: argparse.Namespace, first: "Item") -> Progress | None
         return Progress(record, options.output)
     if options.sidecar is not None:
         folder = next((name for name in options.images if os.path.isdir(name)), os.path.dirname(first.path or ""))
-        return Progress(Path(folder, f".captions{options.sidecar}{SUFFIX}"), f"the texts in {folder or '.'}")
+        return Progress(Path(folder, f".captions{options.sidecar}{SUFFIX}"), None)
     return None
 
 
@@ -213,14 +213,13 @@ def caption_source(options: argparse.Namespace, source: "Source", items: "Iterat
     from ..evaluation.captioning_run import versions_of_weights
 
     captioning, processes = start_captioning(options)
-    sidecars = next((output for output in writer.outputs if isinstance(output, Sidecars)), None)
     settings = {
         **settings_of(options),
         "weights": versions_of_weights(captioning.model, options.model, options.revision),
     }
     writer.begin(settings, options.overwrite_output)
-    wanted = Wanted(items, writer.done, sidecars)
-    with Reporter(source, not writer.outputs, writer.num_captioned, writer.num_failed) as reporter:
+    wanted = Wanted(items, writer)
+    with Reporter(source, wanted, not writer.outputs, writer.num_captioned, writer.num_failed) as reporter:
 
         def write(rows: list[OutputRow]) -> None:
             writer.write(rows)
@@ -228,16 +227,17 @@ def caption_source(options: argparse.Namespace, source: "Source", items: "Iterat
 
         caption_with(options, writer.outputs, iter(wanted), write, captioning, processes)
     writer.finish()
+    num_captioned = reporter.num_captioned - wanted.num_lost
     if writer.outputs:
         left_out = "".join(f", {number:,} {kind} left out" for kind, number in source.left_out.items())
         logger.info(
             "%s images have captions%s%s.",
-            f"{reporter.num_captioned:,}",
+            f"{num_captioned:,}",
             f", {wanted.num_skipped:,} had them before" if wanted.num_skipped else "",
             left_out,
         )
     if reporter.num_failed:
-        total = reporter.num_captioned + reporter.num_failed + wanted.num_skipped
+        total = num_captioned + reporter.num_failed + wanted.num_skipped
         raise InputError(f"{reporter.num_failed} of {total} images have no caption.")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -10,6 +11,7 @@ from qformer_captioner.captioning.items import Item
 from qformer_captioner.captioning.outputs import OUTPUTS, OutputRow, output_for
 from qformer_captioner.captioning.progress import Progress
 from qformer_captioner.captioning.rows import CaptionedRow
+from qformer_captioner.captioning.run import Wanted
 from qformer_captioner.captioning.sidecars import Sidecars
 from qformer_captioner.captioning.writer import Writer
 from qformer_captioner.common.errors import InputError
@@ -102,7 +104,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 
 
 def test_an_output_that_lost_its_end_is_refused(tmp_path):
-    write(tmp_path / "a.jsonl", [[output_row(0)]])
+    write(tmp_path / "a.jsonl", [[output_row(0)]], finish=False)
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(InputError, match="shorter than the run left it"):
         write(tmp_path / "a.jsonl", [])
@@ -110,7 +112,7 @@ def test_an_output_that_lost_its_end_is_refused(tmp_path):
 
 def test_two_runs_cannot_write_one_output(tmp_path):
     progress = Progress(tmp_path / "a.progress", "a.jsonl")
-    with pytest.raises(InputError, match="Another process writes 'a.jsonl'"):
+    with pytest.raises(InputError, match="Another process writes the output 'a.jsonl'"):
         Progress(tmp_path / "a.progress", "a.jsonl")
     progress.close()
     Progress(tmp_path / "a.progress", "a.jsonl").close()
@@ -158,3 +160,67 @@ def test_images_of_the_same_name_have_texts_of_their_own(tmp_path):
     assert [sidecars.named(item).sidecar for item in items] == [str(tmp_path / "a.txt"), str(tmp_path / "a.png.txt")]
     with pytest.raises(InputError, match="'https://example.org/a.jpg' is not one"):
         sidecars.named(Item("https://example.org/a.jpg", "a", None))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".tar", ".json", ".parquet"])
+def test_an_output_that_was_edited_is_refused(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    write(path, [[output_row(0)]])
+    write(path, [[output_row(1)]])  # as the run left it
+    edited = path.read_bytes() + b" "
+    path.write_bytes(edited)
+    for _ in range(2):
+        with pytest.raises(InputError, match="was changed after the run: .*--overwrite_output"):
+            write(path, [[output_row(2)]])
+        assert path.read_bytes() == edited
+
+
+def texts_writer(folder) -> Writer:
+    """Return a writer of texts beside images."""
+    return Writer([Sidecars(".txt", "overwrite")], Progress(folder / ".captions.txt.progress", None))
+
+
+def named_row(number: int, folder) -> OutputRow:
+    """Return a captioned image whose text has a name."""
+    row = output_row(number, folder)
+    row.item = Sidecars(".txt").named(row.item)
+    return row
+
+
+def test_a_killed_run_of_texts_keeps_edits_and_repeats_deleted_texts(tmp_path):
+    rows = [named_row(number, tmp_path) for number in range(4)]
+    writer = texts_writer(tmp_path)
+    writer.begin(SETTINGS, False)
+    writer.write(rows[:3])
+    writer.close()
+    (tmp_path / "0.txt").write_text("edited")
+    (tmp_path / "0.txt.tmp").write_text("left by the kill")
+    os.remove(tmp_path / "1.txt")
+    writer = texts_writer(tmp_path)
+    writer.begin(SETTINGS, False)  # the kill may have come before the text was written
+    assert (tmp_path / "1.txt").read_text() == "a dog 1\n"
+    os.remove(tmp_path / "1.txt")
+    assert [item.key for item in Wanted(iter([row.item for row in rows]), writer)] == ["1.jpg", "3.jpg"]
+    assert (tmp_path / "0.txt").read_text() == "edited" and not (tmp_path / "0.txt.tmp").exists()
+    writer.close()
+
+
+def test_the_record_of_texts_ends_with_the_run_also_after_failures(tmp_path):
+    writer = texts_writer(tmp_path)
+    writer.begin(SETTINGS, False)
+    failed = named_row(1, tmp_path)
+    failed.row = CaptionedRow(error="broken")
+    writer.write([named_row(0, tmp_path), failed])
+    writer.finish()
+    writer.close()
+    assert os.listdir(tmp_path) == ["0.txt"]
+
+
+def test_the_remedies_for_texts_do_not_name_an_output(tmp_path):
+    writer = texts_writer(tmp_path)
+    writer.begin(SETTINGS, False)
+    with pytest.raises(InputError, match="Another process writes the texts in .*: wait for its end"):
+        texts_writer(tmp_path)
+    writer.close()
+    with pytest.raises(InputError, match=r"give the same ones to continue it, or delete '.*progress'"):
+        texts_writer(tmp_path).begin({**SETTINGS, "prompt": "a star"}, False)

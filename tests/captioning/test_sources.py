@@ -109,6 +109,15 @@ def test_a_tar_that_was_cut_off_is_named(tmp_path):
         list(TarSource(str(tmp_path / "b.tar")))
 
 
+def test_a_file_that_cannot_be_read_does_not_end_the_others(tmp_path):
+    for name in ("a.tar", "b.parquet"):
+        (tmp_path / name).write_bytes(b"damaged" * 300)
+    write_tar(tmp_path / "c.tar", {"1.jpg": jpeg()})
+    items = list(NamesSource([str(tmp_path / name) for name in ("*.tar", "b.parquet")]))
+    assert [item.image_id for item in items] == [f"{tmp_path}/a.tar", "1", f"{tmp_path}/b.parquet"]
+    assert [isinstance(item.image, OSError) for item in items] == [True, False, True]
+
+
 @pytest.mark.parametrize("ending", ["parquet", "parquet, streamed"])
 def test_rows_have_the_ids_of_their_column(tmp_path, ending):
     path = str(tmp_path / "rows.parquet")
