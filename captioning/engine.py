@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..common.arguments import in_words
 from ..common.errors import InputError
+from .arguments import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,9 @@ class Captions:
         dtype: dtype of the weights, such as `"bfloat16"`; by default the dtype in which each part was saved.
         score: add scores of the captions, too.
         generation: options of the captioner's `generate`, such as `num_beams=5`.
+
+    Raises:
+        InputError: if `batch_size` is below 1, or `dtype` is a text that names no dtype of weights.
 
     Example:
 
@@ -62,6 +67,10 @@ class Captions:
         score: bool = False,
         **generation: Any,
     ):
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}.")
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise InputError(f"dtype must be {in_words(DTYPES)}, not {dtype!r}.")
         self.model_name = os.fspath(model)
         self.revision = revision
         self.image_column = image_column

@@ -52,6 +52,18 @@ def test_a_batch_of_lists_gets_captions_and_errors(folder, contents, expected):
     assert [error == "" for error in expected["caption_error"]] == [True, True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "^batch_size must be at least 1, not 0.$"),
+        ({"dtype": "bf16"}, "^dtype must be auto, float32, bfloat16 or float16, not 'bf16'.$"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_model_is_loaded(options, message):
+    with pytest.raises(InputError, match=message):
+        Captions("nowhere", **options)
+
+
 def test_a_batch_of_arrays_gets_captions(folder, contents, expected):
     batch = {"image": np.array(contents, dtype=object), "id": np.arange(4)}
     captioned = Captions(folder, **OPTIONS)(batch)
