@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.arguments import DTYPES, CommandParser, check_at_least
 from ..common.errors import InputError, check_output
+from ..common.ray_workers import check_single_process
 from ..data.names import IMAGE_SUFFIXES
 from .outputs import OUTPUTS
 from .sidecars import EXISTING
@@ -88,7 +89,7 @@ def make_parser(description: str) -> CommandParser:
     add("--suffix", default="", help="Text behind each caption.")
     add("--batch_size", type=int, default=8, help="Number of images per batch.")
     add("--num_workers", type=int, default=2, help="Number of threads that open images, or of workers of --engine ray.")
-    add("--engine", choices=ENGINES, default="local", help="Processes that caption: this one, or workers of Ray Data.")
+    add("--engine", choices=ENGINES, default="local", help="Processes that caption: this one, or workers of Ray.")
     add("--gpus_per_worker", type=float, default=0, help="Number of GPUs of each worker of --engine ray, such as 0.5.")
     return parser
 
@@ -113,7 +114,9 @@ def check_options(options: argparse.Namespace) -> None:
     captions = options.num_return_sequences or 1
     if captions > 1 and not options.do_sample and (options.num_beams or 1) < captions:
         raise InputError(f"--num_return_sequences {captions} needs --do_sample, or --num_beams of at least {captions}.")
-    if options.gpus_per_worker and options.engine != "ray":
+    if options.engine == "ray":
+        check_single_process()
+    elif options.gpus_per_worker:
         raise InputError("--gpus_per_worker belongs to --engine ray: add it, or leave --gpus_per_worker out.")
     if not (options.images or options.filelist or options.dataset_name):
         raise InputError("Say which images to caption: name files or folders, or give --filelist or --dataset_name.")

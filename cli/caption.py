@@ -264,9 +264,9 @@ def caption_with(
     keep_content = any(output.keeps_content for output in outputs)
     if options.engine == "ray":
         caption_with_ray(options, keep_content, items or iter(()), write)
-        return
-    loader = loader_for(captioning, keep_content, options.num_workers)
-    caption_items(items, captioning, loader, processes, options.batch_size, write)
+    else:
+        loader = loader_for(captioning, keep_content, options.num_workers)
+        caption_items(items, captioning, loader, processes, options.batch_size, write)
     processes.end()
 
 

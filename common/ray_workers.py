@@ -1,16 +1,18 @@
-"""Functions of batches that workers of Ray Data call, on one machine or a cluster."""
+"""Functions of batches that workers of Ray call, on one machine or a cluster."""
 
-import pickle
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any
-
-import pyarrow as pa
 
 from .errors import InputError
 
-MISTAKE = "__mistake__"  # column of an error in place of a result
 BatchFunction = Callable[[dict[str, Any]], dict[str, Any]]
+BATCHES_PER_WORKER = 4  # that are read ahead, so that a slow batch does not stop the other workers
+RETRIES = 3  # of a batch whose worker ended
 
 
 def map_with_ray(
@@ -23,19 +25,20 @@ def map_with_ray(
     """Map batches of rows by workers of Ray, and yield the rows of the results in order.
 
     Each worker is a process with its own copy of the function. A worker that is killed is started again, and its batch
-    with it. The batches are those that one process would make. Ray keeps the rows, and moves them to the disk when they
-    exceed its memory.
+    with it. The batches are those that one process would make. They are read while the results are used, at most 4 for
+    each worker ahead. So memory does not grow with the number of rows, and there may be infinitely many.
 
     Args:
-        rows: rows with the same keys, of types that Arrow knows: paths or bytes of images, dicts of `datasets` ...
-        function: function of a batch of columns, such as a [`Captions`]. It is pickled once for each worker.
+        rows: rows with the same keys, whose values can be pickled: paths or bytes of images, dicts of `datasets` ...
+        function: function of a batch of columns as lists, such as a [`Captions`]. Each worker gets a pickled copy.
         num_workers: number of workers.
         gpus_per_worker: number of GPUs of each worker. Several workers share a GPU with a fraction, such as 0.5.
         batch_size: number of rows in a batch.
 
     Raises:
         InputError: if Ray is not installed, or has fewer processors or GPUs than the workers need.
-        OSError, ValueError: if the function raises such an error.
+        OSError: if a batch ends its worker again and again, as one that does not fit in memory does.
+        Exception: what the function raises.
 
     Example:
 
@@ -50,39 +53,51 @@ def map_with_ray(
     """
     try:
         import ray
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
     except ImportError as error:
         raise InputError("Ray is not installed: `pip install 'qformer-captioner[ray]'`.") from error
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     check_resources(ray.cluster_resources(), num_workers, gpus_per_worker)
-    # A block is a batch, and no operation changes the blocks.
+    actor = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=RETRIES)(Worker)
+    workers: list[Any] = [actor.remote(function) for _ in range(num_workers)]
+    idle: SimpleQueue[Any] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def call(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        worker = idle.get()
+        try:
+            return ray.get(worker.call.remote({name: [row[name] for row in batch] for name in batch[0]}))
+        except RayTaskError as error:
+            raise error.cause from error
+        except (RayActorError, OutOfMemoryError) as error:
+            raise OSError(
+                f"A worker of Ray ended {RETRIES + 1} times at the same batch: if its memory is too small, make the "
+                "batches smaller or start fewer workers."
+            ) from error
+        finally:
+            idle.put(worker)
+
     remaining = iter(rows)
-    batches = iter(lambda: list(islice(remaining, batch_size)), [])
-    blocks = [ray.put(pa.Table.from_pylist(batch)) for batch in batches]
-    if not blocks:
-        return
-    dataset = ray.data.from_arrow_refs(blocks)
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    mapped = dataset.map_batches(
-        Worker,
-        fn_constructor_args=(function,),
-        batch_size=None,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_gpus=gpus_per_worker,
-    )
-    for row in mapped.iter_rows():
-        if MISTAKE in row:
-            raise pickle.loads(row[MISTAKE])
-        yield row
+    results: deque[Future[dict[str, Any]]] = deque()
+    threads = ThreadPoolExecutor(num_workers)
+    try:
+        for batch in iter(lambda: list(islice(remaining, batch_size)), []):
+            results.append(threads.submit(call, batch))
+            if len(results) == num_workers * BATCHES_PER_WORKER:
+                yield from rows_of(results.popleft().result())
+        while results:
+            yield from rows_of(results.popleft().result())
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            ray.kill(worker)
 
 
 class Worker:
     """Actor that calls a function.
-
-    Ray loses the cause of an error, so the errors of a user's mistake are returned as rows.
 
     Args:
         function: the function.
@@ -91,11 +106,27 @@ class Worker:
     def __init__(self, function: BatchFunction):
         self.function = function
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self.function(batch)
-        except (OSError, ValueError) as error:
-            return {MISTAKE: [pickle.dumps(error)]}
+    def call(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what the function makes of a batch."""
+        return self.function(batch)
+
+
+def rows_of(columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of columns of equal length."""
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def check_single_process() -> None:
+    """Check that this process has not been started by `torchrun` with others, each of which would start workers.
+
+    Raises:
+        InputError: if it has.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise InputError(
+            "--engine ray starts its own workers: run the command without torchrun, and give --num_workers."
+        )
 
 
 def check_resources(resources: dict[str, float], num_workers: int, gpus_per_worker: float) -> None:

@@ -64,7 +64,7 @@ class FeatureArguments:
     rows_per_shard: int = option(
         2048, "Number of rows in a file. An interrupted run computes unfinished files again.", "run"
     )
-    engine: str = option("local", "Processes that compute: local (this one), or ray (workers of Ray Data).", "run")
+    engine: str = option("local", "Processes that compute: local (this one), or ray (workers of Ray).", "run")
     num_workers: int = option(2, "Number of workers of --engine ray.", "run")
     gpus_per_worker: float = option(0.0, "Number of GPUs of each worker of --engine ray, such as 0.5.", "run")
     use_cpu: bool = option(False, "Compute on the CPU even if there is a GPU.", "run")

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..common.arguments import check_at_least, check_one_of
 from ..common.errors import UNUSABLE, InputError, one_line
 from ..common.logging import get_logger
-from ..common.ray_workers import map_with_ray
+from ..common.ray_workers import check_single_process, map_with_ray
 from ..common.run_folder import RunFolder
 from .augmentation import Augmentation, check_image_augmentation
 from .columns import image_column_of, missing_column, with_nested_columns
@@ -73,6 +73,8 @@ def check_arguments(args: FeatureArguments) -> None:
         raise InputError("Name the data set with --dataset_name (a Hub id, a folder or files).")
     check_one_of(args, ("float16", "float32"), "dtype")
     check_one_of(args, ("local", "ray"), "engine")
+    if args.engine == "ray":
+        check_single_process()
     check_one_of(args, ("auto", "float32", "bfloat16", "float16"), "compute_dtype")
     check_at_least(args, 1, "batch_size", "rows_per_shard", "views", "max_samples", "num_workers")
     check_at_least(args, 0, "max_skipped", "dataloader_num_workers", "seed", "gpus_per_worker")

@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import time
@@ -5,9 +6,10 @@ import time
 import pytest
 
 from qformer_captioner import Captions
+from qformer_captioner.captioning.arguments import parse_options
 from qformer_captioner.cli.caption import caption
 from qformer_captioner.common.errors import InputError
-from qformer_captioner.common.ray_workers import check_resources, map_with_ray
+from qformer_captioner.common.ray_workers import BATCHES_PER_WORKER, check_resources, map_with_ray
 from qformer_captioner.precompute_features import precompute
 
 from ..fixtures import tiny
@@ -68,6 +70,21 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(cluster):
 
 
 @pytest.mark.slow
+def test_rows_are_read_only_a_few_batches_ahead(cluster):
+    read = itertools.count()
+    rows = map_with_ray(({"key": next(read)} for _ in itertools.count()), lambda batch: batch, batch_size=2)
+    assert [row["key"] for row in itertools.islice(rows, 30)] == list(range(30))
+    rows.close()
+    assert next(read) <= 30 + 2 * BATCHES_PER_WORKER
+
+
+@pytest.mark.slow
+def test_a_batch_that_always_ends_its_worker_is_an_error(cluster):
+    with pytest.raises(OSError, match="^A worker of Ray ended 4 times at the same batch: if its memory is too small"):
+        list(map_with_ray([{"key": 1}], lambda batch: os._exit(1)))
+
+
+@pytest.mark.slow
 def test_no_rows_give_no_captions(cluster, captions):
     assert list(map_with_ray([], captions)) == []
 
@@ -113,3 +130,11 @@ def test_workers_that_the_cluster_cannot_run_are_refused():
         check_resources({"CPU": 2.0}, 3, 0)
     with pytest.raises(InputError, match="2 workers of Ray need 1 GPUs, and the cluster has 0"):
         check_resources({"CPU": 2.0}, 2, 0.5)
+
+
+def test_workers_under_torchrun_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="^--engine ray starts its own workers: run the command without torchrun"):
+        parse_options(["photos", "--model", "a", "--engine", "ray"], "")
+    with pytest.raises(InputError, match="^--engine ray starts its own workers: run the command without torchrun"):
+        precompute(["--vision_model_name_or_path", "a", "--dataset_name", "b", "--engine", "ray"])
