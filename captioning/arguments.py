@@ -128,10 +128,6 @@ def check_options(options: argparse.Namespace) -> None:
                 raise InputError(f"--{name} belongs to --dataset_name: name the data set, or leave it out.")
     if options.output is not None:
         check_output(options.output)
-        if Path(options.output).suffix.lower() not in OUTPUTS:
-            raise InputError(
-                f"The ending of --output {options.output[-100:]!r} does not say a form: use {', '.join(OUTPUTS)}."
-            )
     if options.sidecar is not None and not re.fullmatch(r"\.[^/\\]+", options.sidecar):
         raise InputError(f"--sidecar must be a suffix such as .txt or .caption, not {options.sidecar!r}.")
     if options.sidecar is not None and Path(f"image{options.sidecar}").suffix.lower() in ENDINGS_OF_INPUTS:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..common.arguments import in_words
+from ..common.arguments import DTYPES, in_words
 from ..common.errors import InputError
-from .arguments import DTYPES
 
 if TYPE_CHECKING:
     import torch

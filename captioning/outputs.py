@@ -99,13 +99,15 @@ class GrowingFile(Output):
     Args:
         path: the file.
         several: whether images have several captions.
+        scores: names of the columns of scores.
     """
 
-    def __init__(self, path: str | os.PathLike, several: bool = False):
+    def __init__(self, path: str | os.PathLike, several: bool = False, scores: tuple[str, ...] = ()):
         self.path, self.several = Path(path), several
         self._file: IO[bytes] | None = None
         self.rows = 0  # images in the file
         self.id_name = "file_name" if self.path.stem == METADATA else "image_id"
+        self.columns = (self.id_name, "caption", *scores)
 
     def resume(self, record: Any | None) -> None:
         end, self.rows = record or (0, 0)
@@ -182,17 +184,10 @@ class JsonLines(GrowingFile):
 
 
 class Csv(GrowingFile):
-    """A line for each caption, below the names of the columns.
+    """A line for each caption, below the names of the columns. Several captions become several lines."""
 
-    Args:
-        path: the file.
-        several: whether images have several captions, which become several lines.
-        columns: names of the columns of scores.
-    """
-
-    def __init__(self, path: str | os.PathLike, several: bool = False, columns: tuple[str, ...] = ()):
-        super().__init__(path, several=True)
-        self.columns = (self.id_name, "caption", *columns)
+    def __init__(self, path: str | os.PathLike, several: bool = False, scores: tuple[str, ...] = ()):
+        super().__init__(path, several=True, scores=scores)
 
     def beginning(self) -> bytes:
         return ",".join(self.columns).encode() + b"\n"
@@ -246,8 +241,8 @@ class Tar(GrowingFile):
 class WholeFile(JsonLines):
     """File that can only be written as a whole. Until the end its rows are in a file `NAME.rows` beside it."""
 
-    def __init__(self, path: str | os.PathLike, several: bool = False):
-        super().__init__(f"{os.fspath(path)}{ROWS_SUFFIX}", several)
+    def __init__(self, path: str | os.PathLike, several: bool = False, scores: tuple[str, ...] = ()):
+        super().__init__(f"{os.fspath(path)}{ROWS_SUFFIX}", several, scores)
         self.final = Path(path)
 
     @property
@@ -296,10 +291,10 @@ class CocoResults(WholeFile):
         InputError: if images have several captions.
     """
 
-    def __init__(self, path: str | os.PathLike, several: bool = False):
+    def __init__(self, path: str | os.PathLike, several: bool = False, scores: tuple[str, ...] = ()):
         if several:
             raise InputError("COCO's .json has one caption for each image: use .jsonl for --num_return_sequences.")
-        super().__init__(path)
+        super().__init__(path, several, scores)
 
     def write(self, path: Path) -> None:
         with path.open("w") as file:
@@ -335,9 +330,8 @@ def output_for(path: str, several: bool = False, scores: tuple[str, ...] = ()) -
     """
     kind = OUTPUTS.get(Path(path).suffix.lower())
     if kind is None:
-        endings = ", ".join(OUTPUTS)
-        raise InputError(f"--output must end in one of {endings}, not in {Path(path).suffix!r}.")
-    return Csv(path, several, scores) if kind is Csv else kind(path, several)
+        raise InputError(f"The ending of --output {path[-100:]!r} does not say a form: use {', '.join(OUTPUTS)}.")
+    return kind(path, several, scores)
 
 
 def json_line(value: Any) -> bytes:

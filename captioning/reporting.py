@@ -1,4 +1,4 @@
-"""What a run tells while it captions: captions, errors, a bar on a terminal, or a line each minute in a log."""
+"""Progress of a run: a bar on a terminal, or a line each minute in a log. Errors, and captions without an output."""
 
 import contextlib
 import sys
@@ -22,7 +22,7 @@ SECONDS_PER_LINE = 60.0
 
 
 class Reporter:
-    """Teller of the progress of a run, in a `with` block.
+    """Display of the progress of a run, in a `with` block.
 
     The images are counted in a thread, because that can take minutes.
 
@@ -57,7 +57,7 @@ class Reporter:
             self.bar.total = self.total_of_run()
 
     def tell(self, rows: "list[OutputRow]") -> None:
-        """Tell of a batch that was written."""
+        """Show a batch that was written."""
         for output in rows:
             if output.row.error is not None:
                 self.num_failed += 1

@@ -18,13 +18,12 @@ continues. For an image that cannot be read, an error is printed, and the other 
 
 import argparse
 import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..captioning.arguments import generation_of, parse_options, settings_of
+from ..captioning.arguments import parse_options, settings_of
 from ..captioning.outputs import Output, OutputRow, output_for
 from ..captioning.progress import SUFFIX, Progress
 from ..captioning.reporting import Reporter
@@ -37,15 +36,11 @@ from ..common.machine_faults import explain_faults
 
 if TYPE_CHECKING:
     from ..captioning.items import Item
-    from ..captioning.loader import ImageLoader
-    from ..captioning.run import Captioning, Processes
     from ..captioning.sources import Source
 
 # torch and the model take seconds to import, so only the functions that use them import them.
 
 logger = get_logger(__name__)
-
-THREADS_OF_A_WORKER = 2  # that open images, in a worker of Ray
 
 
 def open_source(options: argparse.Namespace) -> "Source":
@@ -148,27 +143,6 @@ def open_progress(options: argparse.Namespace, first: "Item") -> Progress | None
     return None
 
 
-def start_captioning(options: argparse.Namespace) -> "tuple[Captioning, Processes]":
-    """Start the processes, and load the captioner to the device of this process.
-
-    Raises:
-        InputError: if the captioner cannot be loaded.
-    """
-    from transformers.utils.logging import disable_progress_bar
-
-    from ..captioning.run import Captioning, Processes
-    from ..evaluation.captioning_run import start_processes
-    from ..hub.load import load_captioner
-
-    processes = Processes(start_processes(use_cpu=False))
-    disable_progress_bar()
-    model = load_captioner(options.model, options.revision, options.dtype, processes.state.device)
-    captioning = Captioning(
-        model, options.prompt, options.score, options.prefix, options.suffix, options.seed, generation_of(options)
-    )
-    return captioning, processes
-
-
 def caption(words: Sequence[str]) -> None:
     """Caption the images that a command line names.
 
@@ -183,6 +157,8 @@ def caption(words: Sequence[str]) -> None:
     options = parse_options(words, __doc__ or "")
     outputs = open_outputs(options)
     if not is_main_process():
+        from ..captioning.start import caption_with, start_captioning
+
         caption_with(options, outputs, None, lambda rows: None, *start_captioning(options))
         return
     source = open_source(options)
@@ -210,6 +186,7 @@ def caption_source(options: argparse.Namespace, source: "Source", items: "Iterat
         InputError: if the output is of another run, or images have no caption.
     """
     from ..captioning.run import Wanted
+    from ..captioning.start import caption_with, start_captioning
     from ..evaluation.captioning_run import versions_of_weights
 
     captioning, processes = start_captioning(options)
@@ -239,89 +216,6 @@ def caption_source(options: argparse.Namespace, source: "Source", items: "Iterat
     if reporter.num_failed:
         total = num_captioned + reporter.num_failed + wanted.num_skipped
         raise InputError(f"{reporter.num_failed} of {total} images have no caption.")
-
-
-def caption_with(
-    options: argparse.Namespace,
-    outputs: list[Output],
-    items: "Iterator[Item] | None",
-    write: "Callable[[list[OutputRow]], None]",
-    captioning: "Captioning",
-    processes: "Processes",
-) -> None:
-    """Caption the batches of this process, and end the group of processes.
-
-    Args:
-        options: the options.
-        outputs: the outputs, which say what is kept of an image.
-        items: the items, in the main process; `None` in the others.
-        write: function that writes a batch, in the main process.
-        captioning: what makes captions.
-        processes: this process and the others.
-    """
-    from ..captioning.run import caption_items
-
-    keep_content = any(output.keeps_content for output in outputs)
-    if options.engine == "ray":
-        caption_with_ray(options, keep_content, items or iter(()), write)
-    else:
-        loader = loader_for(captioning, keep_content, options.num_workers)
-        caption_items(items, captioning, loader, processes, options.batch_size, write)
-    processes.end()
-
-
-def loader_for(captioning: "Captioning", keep_content: bool, num_workers: int) -> "ImageLoader":
-    """Return what opens images for a captioner."""
-    from ..captioning.loader import ImageLoader
-
-    model = captioning.model
-    assert model.processor is not None, "load_captioner checks it"
-    image_processor = model.processor.image_processor if model.config.has_vision_model else None
-    return ImageLoader(image_processor, keep_content, num_workers)
-
-
-def caption_with_ray(
-    options: argparse.Namespace,
-    keep_content: bool,
-    items: "Iterator[Item]",
-    write: "Callable[[list[OutputRow]], None]",
-) -> None:
-    """Caption batches by workers of Ray, and write them in order.
-
-    Args:
-        options: the options.
-        keep_content: also return the files of images as they were.
-        items: the items.
-        write: function that writes a batch.
-    """
-    from ..common.ray_workers import map_with_ray
-
-    batches = iter(lambda: list(islice(items, options.batch_size)), [])
-    rows = ({"items": pickle.dumps(batch)} for batch in batches)
-    worker = BatchWorker(options, keep_content)
-    for row in map_with_ray(rows, worker, options.num_workers, options.gpus_per_worker, batch_size=1):
-        write(pickle.loads(row["rows"]))
-
-
-class BatchWorker:
-    """Function for a worker of Ray, from a pickled batch of items to its pickled captions.
-
-    Args:
-        options: the options of the command.
-        keep_content: also return the files of images as they were.
-    """
-
-    def __init__(self, options: argparse.Namespace, keep_content: bool):
-        self.options, self.keep_content = options, keep_content
-        self.parts: tuple[Captioning, ImageLoader] | None = None
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        if self.parts is None:
-            captioning, _ = start_captioning(self.options)
-            self.parts = captioning, loader_for(captioning, self.keep_content, num_workers=THREADS_OF_A_WORKER)
-        captioning, loader = self.parts
-        rows = [loading.result() for loading in loader.submit(pickle.loads(batch["items"][0]))]
-        return {"rows": [pickle.dumps(captioning.caption(rows))]}
 
 
 def main() -> None:

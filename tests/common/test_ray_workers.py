@@ -52,6 +52,17 @@ def test_workers_give_the_captions_of_one_process_in_order(cluster, captions, ro
 
 
 @pytest.mark.slow
+def test_ray_data_maps_batches_by_captions(cluster, captions, rows):
+    options = dict(fn_constructor_args=(captions.model_name,), fn_constructor_kwargs=OPTIONS)
+    pool = ray.data.ActorPoolStrategy(size=2)
+    captioned = ray.data.from_items(rows).map_batches(Captions, batch_size=5, compute=pool, **options).take_all()
+    columns = captions({name: [row[name] for row in rows] for name in ("key", "image")})
+    assert {row["key"]: row["caption"] for row in captioned} == dict(
+        zip(columns["key"], columns["caption"], strict=True)
+    )
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(cluster):
     def slow_numbers(batch):
         time.sleep(0.3)

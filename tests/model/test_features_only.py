@@ -1,6 +1,7 @@
 """Captioners that read only features, of an encoder that is not a part of them."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from qformer_captioner import (
     precompute_features,
     train_hf,
 )
+from qformer_captioner.captioning.rows import caption_rows
 from qformer_captioner.cli import caption
 from qformer_captioner.common.errors import InputError
 from qformer_captioner.data.feature_store import FeatureStore
@@ -236,10 +238,8 @@ def test_files_without_features_do_not_stop_the_others(folder, tmp_path, array, 
         np.save(files[0], array)
     np.save(files[1], features()["image_embeds"][1, :2])
     np.save(files[3], features()["image_embeds"][0])
-    found = dict(caption.caption_files(model, files, **OPTIONS))
-    with pytest.raises(OSError, match=reason):
-        raise found[files[0]]
-    with pytest.raises(OSError, match=r"no vision encoder for .*picture\.png': name files of features"):
-        raise found[files[2]]
+    rows = dict(zip(files, caption_rows(model, files, **OPTIONS), strict=True))
+    assert re.search(reason, rows[files[0]].error)
+    assert re.search(r"no vision encoder for .*picture\.png': give features", rows[files[2]].error)
     expected = model.processor.batch_decode(answer(model), skip_special_tokens=True)
-    assert [found[files[3]], found[files[1]]] == [text.strip() for text in expected[:2]]
+    assert [rows[files[3]].captions, rows[files[1]].captions] == [[text.strip()] for text in expected[:2]]
